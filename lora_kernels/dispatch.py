@@ -1,0 +1,249 @@
+"""Which backend serves a call, and why: registration, order, overrides and counters."""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import threading
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _native
+from .reasons import Reason
+from .spec import OpSpec, Verdict
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+_REFERENCE_ONLY = ("reference",)
+
+_SPECS: dict[str, OpSpec] = {}
+_public = torch.library.Library("lora_kernels", "DEF")
+_native_lib = torch.library.Library("lora_kernels_native", "DEF")
+
+
+class BackendStatus(NamedTuple):
+    """``detail`` names what was loaded, or why the backend is not available."""
+
+    available: bool
+    detail: str
+
+
+class Choice(NamedTuple):
+    """The outcome of dispatch for one call."""
+
+    backend: str
+    schedule: str
+    reason: str
+
+
+# ---------------------------------------------------------------------------------------------- registration
+
+
+def register(spec: OpSpec) -> OpSpec:
+    """Defines ``torch.ops.lora_kernels.<name>`` and its native twin from ``spec``; returns ``spec``."""
+    name = spec.name
+    _SPECS[name] = spec
+
+    _public.define(name + spec.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _public.impl(name, lambda *args: run(spec, *args), "CompositeExplicitAutograd")
+    torch.library.register_fake(spec.qualname, spec.fake, lib=_public)
+    if spec.autograd is not None:
+        torch.library.register_autograd(
+            spec.qualname, spec.autograd.backward, setup_context=spec.autograd.setup_context, lib=_public
+        )
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        if spec.autocast:
+            _public.impl(name, _autocast_rule(spec, device_type, key), key)
+
+    # The native twin takes the schedule that dispatch chose as one more argument.
+    arguments, returns = spec.schema.split(" -> ")
+    _native_lib.define(f"{name}{arguments[:-1]}, str schedule) -> {returns}")
+    torch.library.register_fake(
+        f"lora_kernels_native::{name}", lambda *args, **_: spec.fake(*args[:-1]), lib=_native_lib
+    )
+    return spec
+
+
+def _autocast_rule(spec: OpSpec, device_type: str, key: str):
+    op = getattr(torch.ops.lora_kernels, spec.name).default
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def rule(*args):
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return op(*autocast_args(spec, device_type, args))
+
+    return rule
+
+
+def autocast_args(spec: OpSpec, device_type: str, args: tuple) -> tuple:
+    """``args`` with the autocast positions cast to the active autocast dtype (float64 is left alone, as torch does)."""
+    dtype = torch.get_autocast_dtype(device_type)
+    cast = list(args)
+    for i in spec.autocast:
+        if cast[i] is not None and cast[i].dtype != torch.float64:
+            cast[i] = cast[i].to(dtype)
+    return tuple(cast)
+
+
+def specs() -> dict[str, OpSpec]:
+    """All registered ops by name."""
+    return dict(_SPECS)
+
+
+# ------------------------------------------------------------------------------------------------- overrides
+
+
+def _checked_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+_environment = os.environ.get("LORA_KERNELS_BACKEND", "")
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "lora_kernels_backend",
+    default=_checked_backend(_environment, "LORA_KERNELS_BACKEND") if _environment else None,
+)
+
+
+class use_backend:
+    """Makes every op of this thread run on one backend; ``None`` restores the normal order.
+
+    Takes effect when called, like ``torch.set_grad_enabled``; as a context manager it restores the previous setting
+    on exit. A call that the backend cannot serve raises ``RuntimeError`` with the reason. The environment
+    variable ``LORA_KERNELS_BACKEND`` sets the default of every thread.
+
+    Args:
+        name: "cuda", "triton", "cpu", "reference" or None.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self._token = _forced.set(None if name is None else _checked_backend(name, "use_backend"))
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _forced.reset(self._token)
+
+
+def forced_backend() -> str | None:
+    """The backend set by ``use_backend`` or the environment, None if there is none."""
+    return _forced.get()
+
+
+# ---------------------------------------------------------------------------------------------------- choice
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Availability of every backend, in order of preference."""
+    from importlib.util import find_spec
+
+    def extension(module, error: str, found: str) -> BackendStatus:
+        return BackendStatus(module is not None, found if module is not None else error)
+
+    cuda = extension(_native.cuda, _native.cuda_error, "lora_kernels._cuda")
+    if cuda.available and not torch.cuda.is_available():
+        cuda = BackendStatus(False, "lora_kernels._cuda loads, but torch sees no CUDA device")
+    has_triton = find_spec("triton") is not None
+    served = [name for name, spec in _SPECS.items() if "triton" in spec.kernels]
+    if not has_triton:
+        triton = BackendStatus(False, str(Reason.TRITON_NOT_INSTALLED))
+    else:
+        triton = BackendStatus(bool(served), ", ".join(served) or "no op has a Triton kernel yet")
+    return {
+        "cuda": cuda,
+        "triton": triton,
+        "cpu": extension(_native.cpu, _native.cpu_error, "lora_kernels._C"),
+        "reference": BackendStatus(True, "plain torch"),
+    }
+
+
+def _ask(spec: OpSpec, backend: str, args: tuple) -> Verdict:
+    """What ``backend`` says to this call."""
+    if backend == "reference":
+        return _REFERENCE
+    kernel = spec.kernels.get(backend)
+    if kernel is None:
+        return _NO_KERNEL
+    if backend == "cpu" and _native.cpu is None or backend == "cuda" and _native.cuda is None:
+        return _NOT_BUILT
+    return kernel.supports(*args)
+
+
+_REFERENCE = Verdict("torch", "plain torch code")
+_NO_KERNEL = Verdict(None, Reason.NO_KERNEL)
+_NOT_BUILT = Verdict(None, Reason.EXTENSION_NOT_BUILT)
+
+
+def choose(spec: OpSpec, args: tuple) -> tuple[Choice, list[tuple[str, Reason]]]:
+    """Pure dispatch: the choice for a call, and the (backend, reason) pairs that were passed over on the way."""
+    forced = _forced.get()
+    device = args[0].device.type
+    if forced is not None:
+        if forced != "reference" and forced not in _ORDER.get(device, ()) and not (forced == "triton" and device == "cpu"):
+            raise RuntimeError(f"{spec.name}: backend {forced!r} was asked for, but the tensors are on {device!r}")
+        verdict = _ask(spec, forced, args)
+        if verdict.schedule is None:
+            raise RuntimeError(f"{spec.name}: backend {forced!r} was asked for but cannot serve this call: {verdict.reason}")
+        return Choice(forced, verdict.schedule, f"asked for; {verdict.reason}"), []
+
+    passed: list[tuple[str, Reason]] = []
+    for backend in _ORDER.get(device, _REFERENCE_ONLY):
+        verdict = _ask(spec, backend, args)
+        if verdict.schedule is not None:
+            reason = str(verdict.reason)
+            if passed:
+                reason += "; " + ", ".join(f"{name}: {why}" for name, why in passed)
+            return Choice(backend, verdict.schedule, reason), passed
+        passed.append((backend, verdict.reason))
+    raise AssertionError("the reference backend serves every call")
+
+
+def run(spec: OpSpec, *args: Any) -> Any:
+    """Chooses a backend, counts the call and computes it. No autograd: that is the caller's."""
+    choice, passed = choose(spec, args)
+    with _lock:
+        _served[spec.name, choice.backend] += 1
+        for _, reason in passed:
+            _fallback[spec.name, str(reason)] += 1
+    if choice.backend == "reference":
+        with torch.autocast(args[0].device.type, enabled=False):
+            return spec.reference(*args)
+    custom = spec.kernels[choice.backend].run
+    if custom is not None:
+        return custom(choice.schedule, *args)
+    return getattr(torch.ops.lora_kernels_native, spec.name).default(*args, choice.schedule)
+
+
+# -------------------------------------------------------------------------------------------------- counters
+
+_lock = threading.Lock()
+_served: Counter[tuple[str, str]] = Counter()
+_fallback: Counter[tuple[str, str]] = Counter()
+
+
+def count_fallback(op: str, reason: Reason) -> None:
+    """Records that a layer ran its own forward instead of ``op``."""
+    with _lock:
+        _fallback[op, str(reason)] += 1
+
+
+def stats() -> dict[str, dict[tuple[str, str], int]]:
+    """Counts since the last ``reset_stats``.
+
+    Returns:
+        ``{"served": {(op, backend): n}, "fallback": {(op, reason): n}}``. A fallback is a call that a faster path
+        declined; reasons are the values of ``lora_kernels.Reason``.
+    """
+    with _lock:
+        return {"served": dict(_served), "fallback": dict(_fallback)}
+
+
+def reset_stats() -> None:
+    """Sets every counter of ``stats`` to zero."""
+    with _lock:
+        _served.clear()
+        _fallback.clear()

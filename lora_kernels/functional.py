@@ -1,0 +1,298 @@
+"""The ops as functions: arguments are checked here, then dispatched.
+
+In eager mode a call with gradients goes through a hand-written ``autograd.Function`` (the cheapest route), a call without
+goes straight to the backend, and under ``torch.compile`` both become the registered op.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .ops import dropout_mask as _mask_op
+from .ops import frozen_linear as _frozen_op
+from .ops import lora_linear as _lora_op
+from .ops.lora_linear import LoRALinearFunction
+from .reasons import Reason
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """A linear layer and its low-rank update in one op (LoRA, Hu et al., ICLR 2022).
+
+    Equivalent to::
+
+        F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, dropout_p, training), lora_A), lora_B)
+
+    except that the dropout mask comes from a counter-based generator: it is never stored, and backward computes it anew.
+    For backward only x, s = dropout(x) Aᵀ and the seed are saved.
+
+    Args:
+        x: [..., in_features]; float32, bfloat16, float16 or float64. Any strides.
+        weight: [out_features, in_features], dtype of x.
+        lora_A: [rank, in_features], dtype of x, or float32 over a bfloat16/float16 x.
+        lora_B: [out_features, rank], dtype of lora_A.
+        bias: [out_features], dtype of x.
+        scaling: factor of the update, usually ``alpha / rank``.
+        dropout_p: probability of zeroing an element of x on the LoRA branch, in [0, 1]. Active when ``training``.
+        training: whether dropout is applied.
+        seed: the 64-bit key of the mask; an int, or an int64 tensor of one element on x's device. None draws one from torch's
+            generator, so that ``torch.manual_seed`` and activation checkpointing reproduce it.
+
+    Returns:
+        [..., out_features], dtype of x.
+
+    Raises:
+        TypeError: an argument is not a tensor or has a dtype that does not fit.
+        ValueError: shapes, devices or numbers do not fit. The message names the argument.
+    """
+    args = _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed)
+    if torch.compiler.is_compiling():
+        return torch.ops.lora_kernels.lora_linear.default(*args)[0]
+    _refuse_transforms("lora_linear", args)
+    if torch.is_autocast_enabled(x.device.type):
+        args = dispatch.autocast_args(_lora_op.SPEC, x.device.type, args)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
+        return LoRALinearFunction.apply(*args)
+    return dispatch.run(_lora_op.SPEC, *args)[0]
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear(x, weight, bias)`` for a weight and bias that do not train.
+
+    Args:
+        x: [..., in_features]; float32, bfloat16, float16 or float64.
+        weight: [out_features, in_features], dtype of x.
+        bias: [out_features], dtype of x.
+
+    Returns:
+        [..., out_features], dtype of x. Only x gets a gradient.
+
+    Raises:
+        TypeError, ValueError: as ``lora_linear``; ``RuntimeError`` in backward if weight or bias require grad.
+    """
+    _check_base("frozen_linear", x, weight, bias)
+    return torch.ops.lora_kernels.frozen_linear.default(x, weight, bias)
+
+
+def dropout_mask(rows: int, columns: int, p: float, seed: int | Tensor) -> Tensor:
+    """The mask that ``lora_linear`` applies to an x of [rows, columns] for this seed.
+
+    Args:
+        rows: product of x's leading dimensions.
+        columns: x's last dimension.
+        p: probability of dropping, in [0, 1].
+        seed: int, or int64 tensor of one element; the mask is made on its device.
+
+    Returns:
+        bool [rows, columns], True where the element is kept.
+    """
+    if rows < 0 or columns < 0:
+        raise ValueError(f"dropout_mask: rows and columns must not be negative, got {rows} and {columns}")
+    _check_probability("dropout_mask", "p", p)
+    device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")
+    return torch.ops.lora_kernels.dropout_mask.default(_seed_tensor("dropout_mask", seed, device), rows, columns, p)
+
+
+@torch.no_grad()
+def merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
+    """``weight += scaling * lora_B @ lora_A`` in place; the sum is formed in float32 and rounded once.
+
+    Args:
+        weight: [out_features, in_features].
+        lora_A: [rank, in_features].
+        lora_B: [out_features, rank].
+        scaling: factor of the update.
+
+    Returns:
+        weight.
+
+    Raises:
+        ValueError: shapes do not fit, or the update is not finite (weight is then unchanged).
+    """
+    _check_adapter("merge_", weight, lora_A, lora_B)
+    _check_scaling("merge_", scaling)
+    if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
+        raise ValueError("merge_: lora_A and lora_B must be finite; the weight was left unchanged")
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    A, B = lora_A.to(wide), lora_B.to(wide)
+    if weight.dtype == wide:
+        return weight.addmm_(B, A, alpha=scaling)
+    rows = max(1, _MERGE_BLOCK // weight.shape[1])
+    for w, b in zip(weight.split(rows), B.split(rows)):
+        w.copy_(torch.addmm(w.to(wide), b, A, alpha=scaling))
+    return weight
+
+
+_MERGE_BLOCK = 1 << 20
+"""Elements of weight that a low-precision merge holds in float32 at a time."""
+
+
+def unmerge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
+    """Subtracts what ``merge_`` added.
+
+    Not bitwise: each of the two roundings is at most half an ulp of the weight's dtype. Keep a copy of the weight
+    (``LoRALinear.merge(keep_base=True)``) where it must be restored exactly.
+    """
+    return merge_(weight, lora_A, lora_B, -scaling)
+
+
+# ---------------------------------------------------------------------------------------------------- why
+
+
+def why(op: str, *args: Any, **kwargs: Any) -> dispatch.Choice:
+    """Which backend would serve this call, and why.
+
+    Args:
+        op: name of a public function, e.g. ``"lora_linear"``.
+        *args, **kwargs: what that function takes. Nothing is computed and no random number is drawn.
+
+    Returns:
+        NamedTuple (backend, schedule, reason).
+    """
+    if op not in _ARGUMENTS:
+        raise ValueError(f"why: unknown op {op!r}, expected one of {', '.join(sorted(_ARGUMENTS))}")
+    spec, bind = _ARGUMENTS[op]
+    return dispatch.choose(spec, bind(*args, **kwargs))[0]
+
+
+def _why_lora_linear(
+    x, weight, lora_A, lora_B, bias=None, *, scaling=1.0, dropout_p=0.0, training=False, seed=None
+) -> tuple:
+    return _lora_linear_args(
+        x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, 0 if seed is None else seed
+    )
+
+
+def _why_frozen_linear(x, weight, bias=None) -> tuple:
+    _check_base("frozen_linear", x, weight, bias)
+    return x, weight, bias
+
+
+def _why_dropout_mask(rows, columns, p, seed) -> tuple:
+    device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")
+    return _seed_tensor("dropout_mask", seed, device), rows, columns, p
+
+
+_ARGUMENTS = {
+    "lora_linear": (_lora_op.SPEC, _why_lora_linear),
+    "frozen_linear": (_frozen_op.SPEC, _why_frozen_linear),
+    "dropout_mask": (_mask_op.SPEC, _why_dropout_mask),
+}
+
+# ------------------------------------------------------------------------------------------------- checks
+
+
+def _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed) -> tuple:
+    """The op's positional arguments, checked; draws the seed where dropout is active."""
+    op = "lora_linear"
+    _check_base(op, x, weight, bias)
+    _check_adapter(op, weight, lora_A, lora_B)
+    if lora_A.dtype != weight.dtype and not (lora_A.dtype == torch.float32 and weight.dtype in _LOW_PRECISION):
+        if not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{op}: lora_A must be {weight.dtype} like weight (or float32 over a 16-bit weight), got {lora_A.dtype}")
+    _check_scaling(op, scaling)
+    _check_probability(op, "dropout_p", dropout_p)
+    drops = training and dropout_p > 0.0
+    return (
+        x, weight, lora_A, lora_B, bias, _seed_tensor(op, seed, x.device) if drops else None,
+        float(scaling), float(dropout_p) if drops else 0.0,
+    )  # fmt: skip
+
+
+def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, t in (("x", x), ("weight", weight)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{op}: x must be [..., {weight.shape[1]}] to fit weight {tuple(weight.shape)}, got shape {tuple(x.shape)}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{op}: x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{op}: weight must be {x.dtype} like x, got {weight.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"{op}: weight must be on {x.device} like x, got {weight.device}")
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{op}: bias must be a tensor or None, got {type(bias).__name__}")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias must be [{weight.shape[0]}] to fit weight {tuple(weight.shape)}, got shape {tuple(bias.shape)}")
+    if bias.device != x.device:
+        raise ValueError(f"{op}: bias must be on {x.device} like x, got {bias.device}")
+    if bias.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{op}: bias must be {weight.dtype} like weight, got {bias.dtype}")
+
+
+def _check_adapter(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}")
+        if t.device != weight.device:
+            raise ValueError(f"{op}: {name} must be on {weight.device} like weight, got {t.device}")
+    n, k = weight.shape
+    if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] < 1:
+        raise ValueError(f"{op}: lora_A must be [rank, {k}] with rank >= 1, got shape {tuple(lora_A.shape)}")
+    if lora_B.shape != (n, lora_A.shape[0]):
+        raise ValueError(f"{op}: lora_B must be [{n}, {lora_A.shape[0]}] to fit weight and lora_A, got shape {tuple(lora_B.shape)}")
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"{op}: lora_B must be {lora_A.dtype} like lora_A, got {lora_B.dtype}")
+
+
+def _check_scaling(op: str, scaling: float) -> None:
+    if isinstance(scaling, Tensor) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"{op}: scaling must be a number, got {type(scaling).__name__}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"{op}: scaling must be finite, got {scaling}")
+
+
+def _check_probability(op: str, name: str, p: float) -> None:
+    if not isinstance(p, (int, float)) or not 0.0 <= p <= 1.0:
+        raise ValueError(f"{op}: {name} must be a number in [0, 1], got {p!r}")
+
+
+def _seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """An int64 [1] tensor on ``device``."""
+    if seed is None:
+        # Drawn here, outside the op: checkpoint's RNG stash and CUDA graphs' generator offsets then cover it.
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(f"{op}: seed must be an int64 tensor of one element, got {seed.dtype} {tuple(seed.shape)}")
+        if seed.device != device:
+            raise ValueError(f"{op}: seed must be on {device} like x, got {seed.device}")
+        return seed.reshape(1)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{op}: seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
+    return torch.tensor([(seed + 2**63) % 2**64 - 2**63], dtype=torch.int64, device=device)
+
+
+def _refuse_transforms(op: str, args: tuple) -> None:
+    """vmap and forward-mode AD have no rule: say so, instead of failing inside torch."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(f"{op}: {Reason.TRANSFORM} (vmap, grad, jvp) is not supported; use plain autograd")
+    if torch.autograd.forward_ad._current_level >= 0 and any(
+        isinstance(t, Tensor) and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in args
+    ):
+        raise RuntimeError(f"{op}: {Reason.TRANSFORM} (vmap, grad, jvp) is not supported; use plain autograd")

@@ -1,0 +1,38 @@
+"""What the CPU kernels of several ops agree on."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..reasons import Reason
+from ..spec import Verdict
+
+UPCAST_ABOVE_ROWS = 4
+"""torch's own low-precision path is a matrix-vector loop that beats upcasting the whole weight up to this many rows."""
+
+ATEN = Verdict("aten", "vendor GEMM, low-rank branch accumulated into its output")
+UPCAST = Verdict("upcast", "no native matmul for this dtype on this CPU: blocks go through fp32")
+REFUSED_DTYPE = Verdict(None, Reason.DTYPE)
+
+
+@functools.cache
+def has_native_matmul(dtype: torch.dtype) -> bool:
+    """True where torch's matmul for ``dtype`` is a real kernel on this CPU, not its slow portable loop."""
+    if dtype in (torch.float32, torch.float64):
+        return True
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, name)())
+
+
+def matmul_verdict(x: torch.Tensor) -> Verdict:
+    """How the CPU kernels multiply ``x`` [..., K] by a weight of its dtype."""
+    dtype = x.dtype
+    if dtype == torch.float32 or dtype == torch.float64:
+        return ATEN
+    if dtype != torch.bfloat16 and dtype != torch.float16:
+        return REFUSED_DTYPE
+    if has_native_matmul(dtype) or x.numel() <= UPCAST_ABOVE_ROWS * x.shape[-1]:
+        return ATEN
+    return UPCAST

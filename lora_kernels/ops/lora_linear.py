@@ -1,0 +1,195 @@
+"""``lora_linear``: ``y = x Wᵀ + bias + scaling · s Bᵀ`` with ``s = dropout(x) Aᵀ``, and its gradients.
+
+LoRA is from Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, philox
+from ..spec import Autograd, Kernel, OpSpec, Verdict
+from . import _cpu
+
+# ---------------------------------------------------------------------------------------------------- forward
+
+
+def _dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """dropout(x) with the mask of ``seed``; x is taken as [rows, features]."""
+    if seed is None:
+        return x
+    keep = philox.keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], p).view(x.shape)
+    return torch.where(keep, x * philox.keep_scale(p), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _reference(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, seed: Tensor | None,
+    scaling: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    s = _dropout(x, seed, dropout_p) @ lora_A.to(x.dtype).t()
+    y = torch.nn.functional.linear(x, weight, bias) + (s @ lora_B.to(x.dtype).t()) * scaling
+    return y, s
+
+
+def _fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
+    lead = x.shape[:-1]
+    return x.new_empty((*lead, weight.shape[0])), x.new_empty((*lead, lora_A.shape[0]))
+
+
+def _cpu_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
+    if seed is not None and x.dtype == torch.float64:
+        return _cpu.REFUSED_DTYPE
+    return _cpu.matmul_verdict(x)
+
+
+def _sizes(x: Tensor, weight: Tensor, lora_A: Tensor) -> tuple[int, int, int, int]:
+    n, k = weight.shape
+    return x.numel() // k, n, k, lora_A.shape[0]
+
+
+def _flops(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> int:
+    m, n, k, r = _sizes(x, weight, lora_A)
+    return 2 * m * k * (n + r) + 2 * m * n * r
+
+
+def _bytes(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> int:
+    m, n, k, r = _sizes(x, weight, lora_A)
+    return (m * k + n * k + m * n + m * r) * x.element_size() + r * (k + n) * lora_A.element_size()
+
+
+# --------------------------------------------------------------------------------------------------- backward
+
+
+def _reference_backward(
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
+    scaling: float, dropout_p: float, need_x: bool, need_A: bool, need_B: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    n, k, r = grad_y.shape[-1], x.shape[-1], s.shape[-1]
+    grad_s = grad_y @ lora_B.to(x.dtype) * scaling
+    grad_x = grad_A = grad_B = x.new_empty(0)
+    if need_x:
+        branch = grad_s @ lora_A.to(x.dtype)
+        grad_x = grad_y @ weight + _dropout(branch, seed, dropout_p)
+    if need_A:
+        dropped = _dropout(x, seed, dropout_p)
+        grad_A = (grad_s.reshape(-1, r).t() @ dropped.reshape(-1, k)).to(lora_A.dtype)
+    if need_B:
+        grad_B = (grad_y.reshape(-1, n).t() @ s.reshape(-1, r) * scaling).to(lora_B.dtype)
+    return grad_x, grad_A, grad_B
+
+
+def _fake_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, need_x, need_A, need_B):
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        lora_A.new_empty(lora_A.shape if need_A else 0),
+        lora_B.new_empty(lora_B.shape if need_B else 0),
+    )
+
+
+def _cpu_supports_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, *needs) -> Verdict:
+    return _cpu_supports(x, weight, lora_A, lora_B, None, seed, scaling, dropout_p)
+
+
+def _flops_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, need_x, need_A, need_B) -> int:
+    m, n, k, r = _sizes(x, weight, lora_A)
+    flops = 2 * m * n * r if need_x or need_A else 0
+    flops += 2 * m * k * (n + r) if need_x else 0
+    return flops + (2 * m * k * r if need_A else 0) + (2 * m * n * r if need_B else 0)
+
+
+def _bytes_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, need_x, need_A, need_B) -> int:
+    m, n, k, r = _sizes(x, weight, lora_A)
+    elements = m * n + m * r + (n * k + m * k if need_x else 0) + (m * k if need_A else 0)
+    adapter = r * (k + n) + (r * k if need_A else 0) + (r * n if need_B else 0)
+    return elements * x.element_size() + adapter * lora_A.element_size()
+
+
+BACKWARD = dispatch.register(
+    OpSpec(
+        name="lora_linear_backward",
+        schema=(
+            "(Tensor grad_y, Tensor x, Tensor s, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, "
+            "float dropout_p, bool need_x, bool need_A, bool need_B) -> (Tensor, Tensor, Tensor)"
+        ),
+        reference=_reference_backward,
+        fake=_fake_backward,
+        kernels={"cpu": Kernel(_cpu_supports_backward)},
+        flops=_flops_backward,
+        bytes=_bytes_backward,
+    )
+)
+
+# --------------------------------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, weight, lora_A, lora_B, bias, seed, ctx.scaling, ctx.dropout_p = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, output[1], weight, lora_A, lora_B, seed)
+
+
+def _gradients(ctx: Any, grad_y: Tensor | None, backward) -> tuple:
+    """Gradients of (x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p); ``backward`` calls the op."""
+    x, s, weight, lora_A, lora_B, seed = ctx.saved_tensors
+    need_x, need_weight, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+    grad_x = grad_weight = grad_A = grad_B = grad_bias = None
+    if grad_y is None:
+        return (None,) * 8
+    if need_x or need_A or need_B:
+        grads = backward(grad_y, x, s, weight, lora_A, lora_B, seed, ctx.scaling, ctx.dropout_p, need_x, need_A, need_B)
+        grad_x, grad_A, grad_B = (g if need else None for g, need in zip(grads, (need_x, need_A, need_B)))
+    if need_weight:
+        grad_weight = grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    if need_bias:
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
+    return grad_x, grad_weight, grad_A, grad_B, grad_bias, None, None, None
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, grad_s: None) -> tuple:
+    return _gradients(ctx, grad_y, torch.ops.lora_kernels.lora_linear_backward.default)
+
+
+SPEC = dispatch.register(
+    OpSpec(
+        name="lora_linear",
+        schema=(
+            "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, float scaling, "
+            "float dropout_p) -> (Tensor, Tensor)"
+        ),
+        reference=_reference,
+        fake=_fake,
+        kernels={"cpu": Kernel(_cpu_supports)},
+        autograd=Autograd(_setup_context, _backward),
+        autocast=(0, 1, 4),
+        flops=_flops,
+        bytes=_bytes,
+    )
+)
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """``lora_linear`` for eager autograd: one dispatch forward, one backward.
+
+    Saves x, s [..., r], the weights (by reference) and the 8-byte seed; never the mask or dropout(x).
+    Call it through ``lk.lora_linear``, which checks the arguments.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):  # type: ignore[override]
+        output = dispatch.run(SPEC, *args)
+        _setup_context(ctx, args, output)
+        return output[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):  # type: ignore[override]
+        return _gradients(ctx, grad_y, _run_backward)
+
+
+def _run_backward(*args):
+    return dispatch.run(BACKWARD, *args)

@@ -1,0 +1,47 @@
+"""Every reason for which a fast path is not taken, in one place."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Reason(str, enum.Enum):
+    """Why a call or a layer was not served by the first choice.
+
+    The value is what ``lk.stats()`` and reports show. Members compare equal to their string.
+    """
+
+    # A backend cannot serve a call (dispatch.py).
+    EXTENSION_NOT_BUILT = "extension not built"
+    TRITON_NOT_INSTALLED = "triton not installed"
+    NO_KERNEL = "no kernel for this op"
+    DEVICE = "device not served"
+    DTYPE = "dtype not served"
+    RANK = "rank above 256"
+    LAYOUT = "tensor layout not served"
+
+    # A layer keeps its own forward (integrations).
+    LAYER_TYPE = "layer type not served"
+    VARIANT = "LoRA variant"
+    DORA = "DoRA"
+    FAN_IN_FAN_OUT = "fan_in_fan_out (Conv1D)"
+    LORA_BIAS = "bias in lora_B"
+    TENSOR_SCALING = "tensor-valued scaling"
+    SEVERAL_ADAPTERS = "several active adapters"
+    ADAPTER_NAMES = "adapter_names (mixed batch)"
+    ADAPTER_HOOKS = "hooks on lora_A, lora_B or the base layer"
+    ADAPTER_MODULES = "lora_A, lora_B or dropout is not the plain module"
+    BASE_LAYER = "base layer is not a plain nn.Linear"
+    BASE_REQUIRES_GRAD = "base weight requires grad"
+    DTENSOR = "DTensor or tensor subclass"
+    META = "meta tensor"
+    PARAMETRIZED = "parametrized weight"
+    INSTANCE_FORWARD = "forward replaced on the instance"
+    MIXED_DTYPES = "input and base weight differ in dtype"
+    MIXED_DEVICES = "input and weights on different devices"
+    EXTRA_ARGUMENTS = "extra forward arguments"
+    TRANSFORM = "inside a functorch transform or forward-mode AD"
+    NOT_LOW_PRECISION = "native matmul is fast for this dtype"
+
+    def __str__(self) -> str:
+        return self.value
