@@ -22,6 +22,9 @@ class Reason(str, enum.Enum):
 
     # A layer keeps its own forward (integrations).
     LAYER_TYPE = "layer type not served"
+    DISABLED = "adapters disabled"
+    MERGED = "adapter merged"
+    NO_ACTIVE_ADAPTER = "no active adapter on this layer"
     VARIANT = "LoRA variant"
     DORA = "DoRA"
     FAN_IN_FAN_OUT = "fan_in_fan_out (Conv1D)"
@@ -29,7 +32,7 @@ class Reason(str, enum.Enum):
     TENSOR_SCALING = "tensor-valued scaling"
     SEVERAL_ADAPTERS = "several active adapters"
     ADAPTER_NAMES = "adapter_names (mixed batch)"
-    ADAPTER_HOOKS = "hooks on lora_A, lora_B or the base layer"
+    ADAPTER_HOOKS = "hooks on lora_A, lora_B, dropout or the base layer"
     ADAPTER_MODULES = "lora_A, lora_B or dropout is not the plain module"
     BASE_LAYER = "base layer is not a plain nn.Linear"
     BASE_REQUIRES_GRAD = "base weight requires grad"
@@ -37,8 +40,7 @@ class Reason(str, enum.Enum):
     META = "meta tensor"
     PARAMETRIZED = "parametrized weight"
     INSTANCE_FORWARD = "forward replaced on the instance"
-    MIXED_DTYPES = "input and base weight differ in dtype"
-    MIXED_DEVICES = "input and weights on different devices"
+    MIXED_DTYPES = "dtypes of input, base and adapter do not fit"
     EXTRA_ARGUMENTS = "extra forward arguments"
     TRANSFORM = "inside a functorch transform or forward-mode AD"
     NOT_LOW_PRECISION = "native matmul is fast for this dtype"

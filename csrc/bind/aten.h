@@ -1,0 +1,90 @@
+// The few ATen calls of the CPU ops, on plain 2-D tensors, through the C shims of the stable ABI.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+namespace lk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A [rows, columns] view with these strides, starting `offset` elements after t's first.
+inline Tensor view2d(const Tensor& t, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides, int64_t offset = 0) {
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), 2, sizes.data(), strides.data(), offset, &out));
+  return Tensor(out);
+}
+
+inline Tensor transposed(const Tensor& t) { return view2d(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}); }
+
+inline Tensor row_block(const Tensor& t, int64_t begin, int64_t end) {
+  return view2d(t, {end - begin, t.size(1)}, {t.stride(0), t.stride(1)}, begin * t.stride(0));
+}
+
+inline Tensor column_block(const Tensor& t, int64_t begin, int64_t end) {
+  return view2d(t, {t.size(0), end - begin}, {t.stride(0), t.stride(1)}, begin * t.stride(1));
+}
+
+inline Tensor new_empty_as(const Tensor& like, std::initializer_list<int64_t> sizes,
+                           std::optional<ScalarType> dtype = {}) {
+  return torch::stable::new_empty(like, std::vector<int64_t>(sizes), dtype);
+}
+
+// [..., n] -> [rows, n] with unit column stride: a view where the strides allow it, else a copy.
+inline Tensor as_rows(const Tensor& t) {
+  const int64_t dim = t.dim();
+  const int64_t columns = t.size(dim - 1);
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < dim; ++d) rows *= t.size(d);
+  if (rows == 0 || columns == 0) return torch::stable::new_empty(t, {rows, columns});
+
+  bool mergeable = t.stride(dim - 1) == 1 || columns == 1;
+  int64_t row_stride = columns;
+  bool found = false;
+  for (int64_t d = dim - 2, expected = 0; d >= 0 && mergeable; --d) {
+    if (t.size(d) == 1) continue;
+    if (!found) {
+      row_stride = t.stride(d);
+      found = true;
+    } else if (t.stride(d) != expected) {
+      mergeable = false;
+    }
+    expected = t.stride(d) * t.size(d);
+  }
+  // BLAS wants a row stride of at least one row: expanded rows (stride 0) are copied.
+  if (mergeable && row_stride >= columns) return view2d(t, {rows, columns}, {row_stride, 1});
+  return view2d(torch::stable::contiguous(t), {rows, columns}, {columns, 1});
+}
+
+// [rows, n] contiguous, shown as `like`'s leading dimensions and n columns.
+inline Tensor with_leading_sizes_of(const Tensor& rows, const Tensor& like) {
+  if (like.dim() == 2) return rows;
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  sizes.back() = rows.size(1);
+  return torch::stable::view(rows, sizes);
+}
+
+inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+// out = beta · self + alpha · a · b; self may be out.
+inline void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
+}
+
+inline Tensor cast(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+}  // namespace lk

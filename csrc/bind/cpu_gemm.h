@@ -1,0 +1,72 @@
+// The base GEMMs of the CPU ops, one block of rows at a time.
+//
+// Schedule "aten" hands the operands to the vendor library as they are. Schedule "upcast" is for 16-bit weights on a CPU
+// without 16-bit arithmetic: the caller passes fp32 rows, and W goes through fp32 a few megabytes at a time.
+#pragma once
+
+#include <algorithm>
+
+#include "aten.h"
+
+namespace lk {
+
+constexpr int64_t kRowBlock = 1024;              // rows of a 16-bit matrix that are held in fp32 at a time
+constexpr int64_t kUpcastWeightElements = 1 << 20;  // elements of W held in fp32 at a time: 4 MB
+
+// Calls f(row begin, row end): all rows at once where nothing is converted, else kRowBlock at a time.
+template <class F>
+void for_row_blocks(int64_t rows, bool converts, const F& f) {
+  const int64_t step = converts ? kRowBlock : std::max<int64_t>(rows, 1);
+  for (int64_t begin = 0; begin < rows; begin += step) f(begin, std::min(rows, begin + step));
+}
+
+// Calls f(fp32 rows of W, row begin, row end).
+template <class F>
+void for_weight_blocks_fp32(const Tensor& weight, const F& f) {
+  const int64_t n = weight.size(0), step = std::max<int64_t>(64, kUpcastWeightElements / weight.size(1) / 64 * 64);
+  for (int64_t begin = 0; begin < n; begin += step) {
+    const int64_t end = std::min(n, begin + step);
+    f(cast(row_block(weight, begin, end), ScalarType::Float), begin, end);
+  }
+}
+
+inline void linear_same_dtype(const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  if (bias) {
+    addmm_out(y, *bias, x, transposed(weight), 1.0, 1.0);
+  } else {
+    mm_out(y, x, transposed(weight));
+  }
+}
+
+// y = x Wᵀ + bias. `epilogue(block, column begin, column end)` may add to a block of y before it is rounded.
+template <class Epilogue>
+void linear(const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+            const Epilogue& epilogue) {
+  if (x.scalar_type() == weight.scalar_type()) {
+    linear_same_dtype(y, x, weight, bias);
+    epilogue(y, 0, y.size(1));
+    return;
+  }
+  for_weight_blocks_fp32(weight, [&](const Tensor& w, int64_t begin, int64_t end) {
+    const Tensor block = new_empty_as(x, {x.size(0), end - begin});
+    std::optional<Tensor> b = bias;
+    if (b) b = cast(torch::stable::narrow(*b, 0, begin, end - begin), ScalarType::Float);
+    linear_same_dtype(block, x, w, b);
+    epilogue(block, begin, end);
+    Tensor target = column_block(y, begin, end);
+    torch::stable::copy_(target, block);
+  });
+}
+
+// grad_x = grad_y W, in grad_y's dtype.
+inline void linear_backward(const Tensor& grad_x, const Tensor& grad_y, const Tensor& weight) {
+  if (grad_y.scalar_type() == weight.scalar_type()) {
+    mm_out(grad_x, grad_y, weight);
+    return;
+  }
+  for_weight_blocks_fp32(weight, [&](const Tensor& w, int64_t begin, int64_t end) {
+    addmm_out(grad_x, grad_x, column_block(grad_y, begin, end), w, begin == 0 ? 0.0 : 1.0, 1.0);
+  });
+}
+
+}  // namespace lk

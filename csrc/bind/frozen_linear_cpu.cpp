@@ -1,0 +1,43 @@
+// frozen_linear and its input gradient on the CPU: the base GEMM of lora_linear alone.
+#include <string>
+
+#include "cpu_gemm.h"
+
+namespace lk {
+namespace {
+
+Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string schedule) {
+  const bool upcast = schedule == "upcast";
+  const Tensor rows = as_rows(x), y = new_empty_as(x, {rows.size(0), weight.size(0)});
+  for_row_blocks(rows.size(0), upcast, [&](int64_t m0, int64_t m1) {
+    const Tensor block = row_block(rows, m0, m1);
+    linear(row_block(y, m0, m1), upcast ? cast(block, ScalarType::Float) : block, weight, bias, [](const auto&...) {});
+  });
+  return with_leading_sizes_of(y, x);
+}
+
+Tensor frozen_linear_backward(Tensor grad_y, Tensor weight, std::string schedule) {
+  const bool upcast = schedule == "upcast";
+  const Tensor rows = as_rows(grad_y), grad_x = new_empty_as(grad_y, {rows.size(0), weight.size(1)});
+  for_row_blocks(rows.size(0), upcast, [&](int64_t m0, int64_t m1) {
+    const Tensor grad = row_block(rows, m0, m1);
+    Tensor target = row_block(grad_x, m0, m1);
+    if (!upcast) {
+      linear_backward(target, grad, weight);
+      return;
+    }
+    const Tensor sum = new_empty_as(grad, {m1 - m0, weight.size(1)}, ScalarType::Float);
+    linear_backward(sum, cast(grad, ScalarType::Float), weight);
+    torch::stable::copy_(target, sum);
+  });
+  return with_leading_sizes_of(grad_x, grad_y);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
+  m.impl("frozen_linear", TORCH_BOX(&frozen_linear));
+  m.impl("frozen_linear_backward", TORCH_BOX(&frozen_linear_backward));
+}
+
+}  // namespace lk

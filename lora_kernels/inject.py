@@ -1,0 +1,206 @@
+"""LoRA in any torch model without PEFT, with PEFT's rules for choosing layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .modules import LoRALinear, check_hyperparameters, check_plain_linear
+from .reasons import Reason
+from .report import FUSED, Report
+
+ALL_LINEAR = "all-linear"
+
+
+def inject(
+    model: nn.Module,
+    target_modules: str | Collection[str],
+    *,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    use_rslora: bool = False,
+    exclude_modules: str | Collection[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    adapter_dtype: torch.dtype | None = None,
+) -> Report:
+    """Turns the chosen ``nn.Linear`` layers of ``model`` into ``LoRALinear``, in place, and freezes everything else.
+
+    Choosing follows PEFT's ``LoraConfig``. Parameters, names and hooks of the layers stay; only ``lora_A`` and ``lora_B``
+    are added. Nothing is changed if an error is raised.
+
+    Args:
+        model: any module.
+        target_modules: names, matched as a whole or at the end after a dot ("q_proj" chooses "layers.0.attn.q_proj"); a
+            string, matched as a regular expression against the whole name; or "all-linear", every linear layer except the
+            output embedding.
+        r, alpha, dropout, use_rslora, adapter_dtype: as in ``LoRALinear``.
+        rank_pattern, alpha_pattern: exceptions from r and alpha; keys are regular expressions for the end of a name, the
+            first that fits counts.
+        exclude_modules: layers to leave out, written like target_modules.
+        layers_to_transform: indices of the layers to choose from; not with a string target_modules.
+        layers_pattern: name of the list those indices count in ("layers"); by default the first numbered part of a name.
+
+    Returns:
+        The layers that were changed, and, for "all-linear", those left alone and why.
+
+    Raises:
+        TypeError, ValueError: bad numbers; nothing matches; a chosen module is no plain ``nn.Linear`` or its forward was
+            replaced; the model already has adapters.
+    """
+    targets = Targets(
+        target_modules, r, alpha, dict(rank_pattern or {}), dict(alpha_pattern or {}),
+        exclude_modules, layers_to_transform, layers_pattern,
+    )  # fmt: skip
+    plan, kept = targets.plan("inject", model, dropout)
+    model.requires_grad_(False)
+    for layer, rank, scale in plan.values():
+        # The class is swapped, as in patch: other references to the layer and its hooks stay valid.
+        layer.__class__ = LoRALinear
+        layer._adopt(layer.weight, layer.bias, rank, scale, dropout, use_rslora, adapter_dtype)
+    return Report([(name, FUSED) for name in plan], kept)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which layers get an adapter, and of which rank and alpha: the choosing half of PEFT's ``LoraConfig``."""
+
+    target_modules: str | Collection[str]
+    r: int
+    alpha: float
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    exclude_modules: str | Collection[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+
+    def plan(
+        self, op: str, model: nn.Module, dropout: float
+    ) -> tuple[dict[str, tuple[nn.Linear, int, float]], list[tuple[str, str]]]:
+        """``{name: (layer, rank, alpha)}`` and the (name, reason) pairs of layers that "all-linear" cannot serve.
+
+        Raises as ``inject``; ``op`` begins the message.
+        """
+        check_hyperparameters(op, self.r, self.alpha, dropout)
+        self._check_arguments(op)
+        _check_no_adapters(op, model)
+        modules = {name: module for name, module in model.named_modules() if name}
+        chosen = [name for name in self._candidates(model, modules) if not _listed(self.exclude_modules, name)]
+        plan, kept = {}, []
+        for name in chosen:
+            reason = _unserved(modules[name])
+            if reason is not None and self._all_linear:
+                kept.append((name, reason))
+                continue
+            if reason == Reason.INSTANCE_FORWARD:
+                raise ValueError(f"{op}: {name}: {reason}, which would bypass the adapter; remove its hooks first")
+            check_plain_linear(f"{op}: {name}", modules[name])
+            rank = _first_match(self.rank_pattern, name, self.r)
+            alpha = _first_match(self.alpha_pattern, name, self.alpha)
+            check_hyperparameters(f"{op}: {name}", rank, alpha, dropout)
+            plan[name] = (modules[name], rank, alpha)
+        if not plan:
+            raise ValueError(f"{op}: {self._nothing_matches(modules)}")
+        return plan, kept
+
+    @property
+    def _all_linear(self) -> bool:
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    def _check_arguments(self, op: str) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"{op}: {name} is not a regular expression: {value!r}: {error}") from None
+            elif value is None and name == "target_modules" or value is not None and not isinstance(value, Collection):
+                raise TypeError(f"{op}: {name} must be a string or a list of names, got {value!r}")
+            elif not all(isinstance(item, str) for item in value or ()):
+                raise TypeError(f"{op}: {name} must hold strings, got {value!r}")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(f"{op}: layers_to_transform needs target_modules as a list of names, got a string")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"{op}: layers_pattern needs layers_to_transform")
+
+    def _candidates(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+        if self._all_linear:
+            head = _output_embedding(model)
+            return [name for name, module in modules.items() if _is_linear(module) and module is not head]
+        return [name for name in modules if _listed(self.target_modules, name) and self._in_layers(name)]
+
+    def _in_layers(self, name: str) -> bool:
+        indices = self.layers_to_transform
+        if indices is None or (isinstance(indices, Collection) and not indices):
+            return True
+        if not self.layers_pattern:
+            match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
+        else:
+            patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+            matches = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name) for pattern in patterns)
+            match = next((m for m in matches if m), None)
+        if match is None:
+            return False
+        index = int(match["index"])
+        return index == indices if isinstance(indices, int) else index in indices
+
+    def _nothing_matches(self, modules: Mapping[str, nn.Module]) -> str:
+        leaves = dict.fromkeys(name.rpartition(".")[2] for name, module in modules.items() if _is_linear(module))
+        known = ", ".join(list(leaves)[:12]) + (", ..." if len(leaves) > 12 else "") if leaves else "none"
+        wanted = self.target_modules if isinstance(self.target_modules, str) else sorted(self.target_modules)
+        text = f"target_modules {wanted!r} match no linear layer; names of linear layers here: {known}"
+        return text if self.exclude_modules is None else text + f" (exclude_modules {self.exclude_modules!r})"
+
+
+def _listed(names: str | Collection[str] | None, name: str) -> bool:
+    """PEFT's rule for target_modules and exclude_modules."""
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return name in names or any(name.endswith(f".{end}") for end in names)
+
+
+def _first_match(patterns: Mapping[str, float], name: str, default: float) -> float:
+    """PEFT's rule for rank_pattern and alpha_pattern."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # transformers' transposed linear
+
+
+def _unserved(module: nn.Module) -> str | None:
+    """Why this linear layer cannot become a ``LoRALinear``."""
+    if type(module).__name__ == "Conv1D":
+        return Reason.FAN_IN_FAN_OUT
+    try:
+        check_plain_linear("", module)
+    except TypeError:
+        return f"{Reason.LAYER_TYPE}: {type(module).__name__}"
+    return Reason.INSTANCE_FORWARD if "forward" in module.__dict__ else None
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)  # transformers' models
+    return get() if get is not None else getattr(model, "lm_head", None)
+
+
+def _check_no_adapters(op: str, model: nn.Module) -> None:
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"{op}: the model is a PEFT model; use lk.patch for it")
+    for name, module in model.named_modules():
+        if not isinstance(module, LoRALinear) and "base_layer" not in module._modules:
+            continue
+        raise ValueError(f"{op}: the model already has an adapter, on {name}")

@@ -1,0 +1,244 @@
+"""``nn.Module``s over the ops: a linear layer with a LoRA adapter, and a frozen one."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import functional
+from .ops import _cpu
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def upcasts(weight: Tensor) -> bool:
+    """True where ``frozen_linear`` beats torch for a frozen [N, K] weight: a CPU without a matmul for its dtype."""
+    return (
+        weight.dtype in _LOW_PRECISION and weight.device.type == "cpu" and not _cpu.has_native_matmul(weight.dtype)
+    )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, through ``frozen_linear`` where that is faster and nothing but x needs a gradient."""
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trains or x.dtype != weight.dtype or not upcasts(weight) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    return functional.frozen_linear(x, weight, bias)
+
+
+class FrozenLinear(nn.Linear):
+    """``nn.Linear`` whose frozen low-precision weight is multiplied through fp32 on a CPU without native bf16/fp16.
+
+    ``patch(model, frozen_linears=True)`` swaps the class of existing layers; results equal ``nn.Linear``'s up to rounding.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _linear(input, self.weight, self.bias)
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with a low-rank adapter (LoRA, Hu et al., ICLR 2022), computed by ``lk.lora_linear``.
+
+    Equivalent to::
+
+        F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, dropout, training), lora_A), lora_B)
+
+    ``weight`` and ``bias`` are frozen; ``lora_A`` starts Kaiming-uniform and ``lora_B`` zero, as in PEFT, so that the layer
+    starts as the plain linear. All are ordinary entries of ``state_dict``. A merged layer's ``weight`` holds the adapter:
+    unmerge it before saving a state dict that is to be loaded into an unmerged layer.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear``.
+        r: rank of the adapter, at least 1.
+        alpha: the update is scaled by ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
+        dropout: probability of zeroing an element of x on the adapter's branch while training, in [0, 1).
+        use_rslora: rank-stabilised scaling (Kalajdzievski, 2023).
+        adapter_dtype: dtype of lora_A and lora_B. None means float32 over a 16-bit weight, else the weight's dtype.
+
+    Attributes:
+        weight [out_features, in_features], bias [out_features] or None: frozen parameters.
+        lora_A [r, in_features], lora_B [out_features, r]: trained parameters.
+        rank, alpha, scaling, dropout_p, use_rslora: the numbers above.
+        merged: whether ``weight`` contains the adapter.
+
+    Raises:
+        TypeError, ValueError: a rank, alpha or dropout that is not a number in its range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        *,
+        bias: bool = True,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_hyperparameters("LoRALinear", r, alpha, dropout)
+        super().__init__()
+        base = nn.Linear(in_features, out_features, bias, device, dtype)
+        self._adopt(base.weight, base.bias, r, alpha, dropout, use_rslora, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> LoRALinear:
+        """A ``LoRALinear`` around the parameters of ``linear``, which are shared, not copied, and become frozen.
+
+        Hooks on ``linear`` are not carried over. Arguments and errors are those of the class; ``TypeError`` if ``linear``
+        is not a plain ``nn.Linear``.
+        """
+        check_hyperparameters("from_linear", r, alpha, dropout)
+        check_plain_linear("from_linear", linear)
+        layer = cls._empty(linear.training)
+        layer._adopt(linear.weight, linear.bias, r, alpha, dropout, use_rslora, adapter_dtype)
+        return layer
+
+    @classmethod
+    def from_peft(cls, peft_lora_linear: nn.Module, adapter: str | None = None) -> LoRALinear:
+        """A ``LoRALinear`` around the parameters of a PEFT ``lora.Linear``, all shared; ``requires_grad`` is left alone.
+
+        Args:
+            peft_lora_linear: PEFT's layer.
+            adapter: name of the adapter; None means the active one.
+
+        Raises:
+            TypeError: not a PEFT ``lora.Linear``.
+            ValueError: no such adapter, or the layer computes more than plain LoRA. The message gives the reason.
+        """
+        from .integrations.peft import plain_adapter
+
+        weight, bias, lora_A, lora_B, alpha, scaling, dropout, use_rslora = plain_adapter(peft_lora_linear, adapter)
+        layer = cls._empty(peft_lora_linear.training)
+        for name, parameter in (("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
+            layer.register_parameter(name, parameter)
+        layer._describe(lora_A.shape[0], alpha, dropout, use_rslora)
+        layer.scaling = scaling
+        return layer
+
+    @classmethod
+    def _empty(cls, training: bool) -> LoRALinear:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.training = training
+        return layer
+
+    def _adopt(self, weight, bias, r, alpha, dropout, use_rslora, adapter_dtype) -> None:
+        """Takes over a base weight and bias and starts a new adapter."""
+        for name, base in (("weight", weight), ("bias", bias)):
+            self.register_parameter(name, None if base is None else base.requires_grad_(False))
+        if adapter_dtype is None:
+            adapter_dtype = torch.float32 if weight.dtype in _LOW_PRECISION else weight.dtype
+        n, k = weight.shape
+        self.lora_A = nn.Parameter(torch.empty(r, k, dtype=adapter_dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.empty(n, r, dtype=adapter_dtype, device=weight.device))
+        self._describe(r, alpha, dropout, use_rslora)
+        self.reset_adapter()
+
+    def _describe(self, r: int, alpha: float, dropout: float, use_rslora: bool) -> None:
+        self.out_features, self.in_features = self.weight.shape
+        self.rank, self.alpha, self.dropout_p, self.use_rslora = int(r), alpha, dropout, use_rslora
+        self.scaling = scaling_of(r, alpha, use_rslora)
+        self.merged = False
+        self._base_copy: Tensor | None = None
+
+    def reset_adapter(self) -> None:
+        """Draws lora_A anew and sets lora_B to zero."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return _linear(x, self.weight, self.bias)
+        return functional.lora_linear(
+            x, self.weight, self.lora_A, self.lora_B, self.bias,
+            scaling=self.scaling, dropout_p=self.dropout_p, training=self.training,
+        )  # fmt: skip
+
+    def merge(self, keep_base: bool = False) -> None:
+        """Adds the adapter to ``weight`` in place, so that the layer runs as a plain linear.
+
+        Whether another module holds the same weight (a tied embedding) cannot be seen from here: ``lk.merge_adapter``
+        merges a whole model and checks that.
+
+        Args:
+            keep_base: keep a copy of ``weight`` in host memory, from which ``unmerge`` restores it bitwise.
+
+        Raises:
+            RuntimeError: already merged.
+            ValueError: the adapter is not finite. The weight is then unchanged.
+        """
+        if self.merged:
+            raise RuntimeError("merge: the adapter is already merged; call unmerge() first")
+        copy = self.weight.detach().to("cpu", copy=True) if keep_base else None
+        functional.merge_(self.weight, self.lora_A, self.lora_B, self.scaling)
+        self._base_copy, self.merged = copy, True
+
+    def unmerge(self) -> None:
+        """Takes the adapter out of ``weight`` again.
+
+        Bitwise after ``merge(keep_base=True)``; otherwise the update is subtracted, which leaves a rounding error.
+
+        Raises:
+            RuntimeError: not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("unmerge: the adapter is not merged")
+        if self._base_copy is None:
+            functional.unmerge_(self.weight, self.lora_A, self.lora_B, self.scaling)
+        else:
+            with torch.no_grad():
+                self.weight.copy_(self._base_copy)
+        self._base_copy, self.merged = None, False
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+        text += f"r={self.rank}, alpha={self.alpha}, dropout={self.dropout_p}"
+        text += ", use_rslora=True" if self.use_rslora else ""
+        return text + (", merged=True" if self.merged else "")
+
+
+def scaling_of(r: int, alpha: float, use_rslora: bool) -> float:
+    """The factor of the update: ``alpha / r``, or ``alpha / sqrt(r)``."""
+    return alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def check_plain_linear(op: str, linear: Any) -> None:
+    """``TypeError`` unless ``linear`` computes what ``nn.Linear`` computes."""
+    if type(linear) not in (nn.Linear, FrozenLinear):
+        raise TypeError(f"{op}: expected a plain nn.Linear, got {type(linear).__module__}.{type(linear).__qualname__}")
+
+
+def check_hyperparameters(op: str, r: Any, alpha: Any, dropout: Any) -> None:
+    """Raises ``TypeError`` or ``ValueError`` for a rank, alpha or dropout that cannot be used."""
+    for name, value, kind in (
+        ("r", r, numbers.Integral),
+        ("alpha", alpha, numbers.Real),
+        ("dropout", dropout, numbers.Real),
+    ):
+        if isinstance(value, bool) or not isinstance(value, kind):
+            expected = "an integer" if kind is numbers.Integral else "a number"
+            raise TypeError(f"{op}: {name} must be {expected}, got {value!r}")
+    if r < 1:
+        raise ValueError(f"{op}: r must be at least 1, got {r}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"{op}: alpha must be finite, got {alpha}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{op}: dropout must be in [0, 1), got {dropout}")

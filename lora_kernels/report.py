@@ -1,0 +1,101 @@
+"""What was swapped in a model, what was left alone, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from .reasons import Reason
+
+FUSED = "lora_linear"
+"""Reason of a fused row: every plain call of the layer is one ``lora_linear``."""
+FROZEN_UPCAST = "frozen, upcast"
+"""Reason of a fused row: a frozen ``nn.Linear`` whose low-precision product goes through fp32."""
+
+_FROZEN_ROWS = (FROZEN_UPCAST, Reason.NOT_LOW_PRECISION)
+
+
+@dataclass
+class Report:
+    """Result of ``patch`` and ``inject``; ``print`` it for a table.
+
+    Attributes:
+        fused: (module name, what serves it), in the model's order.
+        kept: (module name, why it keeps its own forward).
+    """
+
+    fused: list[tuple[str, str]] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rows = [
+            (status, str(count), reason, pattern)
+            for status, pairs in (("fused", self.fused), ("kept", self.kept))
+            for reason, names in _by_reason(pairs).items()
+            for pattern, count in collapse(names)
+        ]
+        count_width = max((len(row[1]) for row in rows), default=0)
+        reason_width = max((len(row[2]) for row in rows), default=0)
+        lines = [self._summary()]
+        lines += [f"  {s:5}  {n:>{count_width}}  {reason:{reason_width}}  {names}" for s, n, reason, names in rows]
+        return "\n".join(lines)
+
+    def _summary(self) -> str:
+        upcast = sum(reason == FROZEN_UPCAST for _, reason in self.fused)
+        layers = sum(reason not in _FROZEN_ROWS for _, reason in self.fused + self.kept)
+        parts = []
+        if layers:
+            parts.append(f"{len(self.fused) - upcast} of {layers} LoRA layers fused")
+        if upcast or not layers:
+            parts.append(f"{upcast} frozen linear{'' if upcast == 1 else 's'} upcast")
+        return ", ".join(parts)
+
+
+def _by_reason(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, reason in pairs:
+        groups.setdefault(str(reason), []).append(name)
+    return groups
+
+
+def collapse(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Folds module names that differ in an index or in their last part.
+
+    ``a.0.q``, ``a.0.k``, ``a.1.q``, ``a.1.k`` become ``[("a.{0..1}.{q,k}", 4)]``. Each pattern stands for exactly the
+    names it was made from, in the order of its first one.
+    """
+    counts = Counter(tuple(name.split(".")) for name in names)
+    depth = max((len(parts) for parts in counts), default=0)
+    # From the right, so that the layers that hold the same set of leaves are folded last, and completely.
+    for position in reversed(range(depth)):
+        groups: dict[tuple, list[tuple[str, ...]]] = {}
+        for parts in counts:
+            last = position == len(parts) - 1
+            foldable = last or (position < len(parts) and parts[position].isdecimal())
+            key = (parts[:position], parts[position + 1 :], last) if foldable else (parts,)
+            groups.setdefault(key, []).append(parts)
+        counts = Counter(
+            {_fold(members, position): sum(counts[m] for m in members) for members in groups.values()}
+        )
+    return [(".".join(parts), count) for parts, count in counts.items()]
+
+
+def _fold(members: list[tuple[str, ...]], position: int) -> tuple[str, ...]:
+    first = members[0]
+    if len(members) == 1:
+        return first
+    values = [m[position] for m in members]
+    inner = _ranges(sorted(map(int, values))) if all(v.isdecimal() for v in values) else ",".join(values)
+    return (*first[:position], "{" + inner + "}", *first[position + 1 :])
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0..3,7`` for [0, 1, 2, 3, 7]."""
+    spans: list[list[int]] = []
+    for n in numbers:
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in spans)
