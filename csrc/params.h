@@ -8,10 +8,12 @@
 namespace lk {
 
 // keep[m, k] = whether element (m, k) of a [rows, columns] matrix survives dropout.
+// The seed stays where it is: on a GPU, reading it on the host would wait for the device.
 struct DropoutMaskParams {
   bool* keep;
   int64_t rows, columns;
-  Dropout dropout;
+  const int64_t* seed;
+  uint32_t threshold;
 };
 
 // s[m, :] = dropout(x)[m, :] · Aᵀ for rows of x that start at row `first_row` of the whole matrix.
@@ -38,6 +40,66 @@ struct DropoutBackwardParams {
   float alpha;    // scaling times the dropout scale
   int64_t rows, k, rank, first_row;
   Dropout dropout;
+};
+
+// Element types of the kernels that convert between them.
+enum class FloatType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+// A contiguous int32 or int64 array; null where the argument was not given.
+struct IndexArray {
+  const void* data;
+  bool is_int64;
+};
+
+// What the rows of one sample of prompt_embedding's output hold: from row `first` on, `split` tokens, `length` prompt rows,
+// then the other tokens. The rows before and behind these are zero.
+struct PromptLayout {
+  int64_t first, split, length;
+};
+
+// vocabulary is 0 where embeddings were given instead of ids.
+struct PromptSizes {
+  int64_t batch, tokens, prompt_rows, hidden, tasks, vocabulary;
+};
+
+// Attention mask or labels: [batch, tokens] in, [batch, prompt_rows + tokens] out, both contiguous. Elements are bit patterns.
+struct TokenColumn {
+  const void* tokens;  // null: every token has `prompt_value`
+  void* out;           // null: not wanted
+  int64_t element_size;
+  uint64_t prompt_value, unused_value;
+};
+
+// out[b] = the prompt of b's task inserted into b's token embeddings, with the columns beside it.
+struct PromptEmbeddingParams {
+  PromptSizes sizes;
+  FloatType type, prompt_type;
+  const void* source;         // `ids`: table [vocabulary, hidden] of out's type; else token rows [batch, tokens, hidden]
+  int64_t source_batch_stride, source_stride;
+  IndexArray ids;             // [batch, tokens]
+  const void* prompt;         // [tasks, prompt_rows, hidden]
+  int64_t prompt_task_stride, prompt_stride;
+  IndexArray task_ids;        // [batch]; null: task 0
+  IndexArray prompt_lengths;  // [batch]; null: prompt_rows
+  bool left;                  // pads are on the left: the prompt goes in front of the first real token
+  TokenColumn mask, labels;
+  uint64_t mask_significant;  // bits of a mask element that make it non-zero: all but the sign of a float
+  int64_t* positions;         // [batch, prompt_rows + tokens]
+  PromptLayout* layout;       // [batch]
+  void* out;                  // [batch, prompt_rows + tokens, hidden], contiguous
+};
+
+// The gradients of the same; an output that is not wanted is null. Sums run over the batch in order.
+struct PromptEmbeddingBackwardParams {
+  PromptSizes sizes;
+  FloatType type, prompt_type;
+  const void* grad;  // [batch, prompt_rows + tokens, hidden]
+  int64_t grad_batch_stride, grad_stride;
+  const PromptLayout* layout;
+  IndexArray ids, task_ids;
+  void* grad_prompt;  // [tasks, prompt_rows, hidden]; this one and the next two are contiguous
+  void* grad_weight;  // [vocabulary, hidden] of grad's type, zero on entry
+  void* grad_embeds;  // [batch, tokens, hidden] of grad's type
 };
 
 }  // namespace lk

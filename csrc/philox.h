@@ -45,8 +45,10 @@ struct Dropout {
   float scale;         // 0 where nothing is kept
 };
 
+inline uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(65536.0 * p + 0.5); }
+
 inline Dropout make_dropout(int64_t seed, double p) {
-  const uint32_t threshold = static_cast<uint32_t>(65536.0 * p + 0.5);
+  const uint32_t threshold = dropout_threshold(p);
   const uint32_t kept = 65536u - threshold;
   return {static_cast<uint64_t>(seed), threshold, kept == 0 ? 0.0f : static_cast<float>(65536.0 / kept)};
 }

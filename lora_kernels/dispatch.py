@@ -19,6 +19,7 @@ _ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _REFERENCE_ONLY = ("reference",)
 
 _SPECS: dict[str, OpSpec] = {}
+_native_ops: dict[str, Any] = {}  # looked up once: attribute access on torch.ops costs a microsecond
 _public = torch.library.Library("lora_kernels", "DEF")
 _native_lib = torch.library.Library("lora_kernels_native", "DEF")
 
@@ -63,6 +64,7 @@ def register(spec: OpSpec) -> OpSpec:
     torch.library.register_fake(
         f"lora_kernels_native::{name}", lambda *args, **_: spec.fake(*args[:-1]), lib=_native_lib
     )
+    _native_ops[name] = getattr(torch.ops.lora_kernels_native, name).default
     return spec
 
 
@@ -75,6 +77,11 @@ def _autocast_rule(spec: OpSpec, device_type: str, key: str):
             return op(*autocast_args(spec, device_type, args))
 
     return rule
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """``torch.is_autocast_enabled``, False for devices that know no autocast (meta)."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def autocast_args(spec: OpSpec, device_type: str, args: tuple) -> tuple:
@@ -210,12 +217,15 @@ def run(spec: OpSpec, *args: Any) -> Any:
         for _, reason in passed:
             _fallback[spec.name, str(reason)] += 1
     if choice.backend == "reference":
-        with torch.autocast(args[0].device.type, enabled=False):
+        device_type = args[0].device.type
+        if not autocast_enabled(device_type):
             return spec.reference(*args)
-    custom = spec.kernels[choice.backend].run
-    if custom is not None:
-        return custom(choice.schedule, *args)
-    return getattr(torch.ops.lora_kernels_native, spec.name).default(*args, choice.schedule)
+        with torch.autocast(device_type, enabled=False):
+            return spec.reference(*args)
+    kernel = spec.kernels[choice.backend]
+    if kernel.run is not None:
+        return kernel.run(choice.schedule, *args)
+    return _native_ops[spec.name](*args, choice.schedule)
 
 
 # -------------------------------------------------------------------------------------------------- counters

@@ -67,7 +67,7 @@ def lora_linear(
     if torch.compiler.is_compiling():
         return torch.ops.lora_kernels.lora_linear.default(*args)[0]
     _refuse_transforms("lora_linear", args)
-    if torch.is_autocast_enabled(x.device.type):
+    if dispatch.autocast_enabled(x.device.type):
         args = dispatch.autocast_args(_lora_op.SPEC, x.device.type, args)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
         return LoRALinearFunction.apply(*args)
@@ -206,7 +206,7 @@ def _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, train
     _check_base(op, x, weight, bias)
     _check_adapter(op, weight, lora_A, lora_B)
     if lora_A.dtype != weight.dtype and not (lora_A.dtype == torch.float32 and weight.dtype in _LOW_PRECISION):
-        if not torch.is_autocast_enabled(x.device.type):
+        if not dispatch.autocast_enabled(x.device.type):
             raise TypeError(f"{op}: lora_A must be {weight.dtype} like weight (or float32 over a 16-bit weight), got {lora_A.dtype}")
     _check_scaling(op, scaling)
     _check_probability(op, "dropout_p", dropout_p)
@@ -227,7 +227,7 @@ def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None
         raise ValueError(f"{op}: x must be [..., {weight.shape[1]}] to fit weight {tuple(weight.shape)}, got shape {tuple(x.shape)}")
     if x.dtype not in _FLOATS:
         raise TypeError(f"{op}: x must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not dispatch.autocast_enabled(x.device.type):
         raise TypeError(f"{op}: weight must be {x.dtype} like x, got {weight.dtype}")
     if x.device != weight.device:
         raise ValueError(f"{op}: weight must be on {x.device} like x, got {weight.device}")
@@ -239,7 +239,7 @@ def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None
         raise ValueError(f"{op}: bias must be [{weight.shape[0]}] to fit weight {tuple(weight.shape)}, got shape {tuple(bias.shape)}")
     if bias.device != x.device:
         raise ValueError(f"{op}: bias must be on {x.device} like x, got {bias.device}")
-    if bias.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if bias.dtype != weight.dtype and not dispatch.autocast_enabled(x.device.type):
         raise TypeError(f"{op}: bias must be {weight.dtype} like weight, got {bias.dtype}")
 
 

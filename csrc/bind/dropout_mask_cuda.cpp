@@ -1,0 +1,31 @@
+// dropout_mask on CUDA.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+#include <vector>
+
+#include "../launch/launch.h"
+#include "cuda_device.h"
+
+namespace lk {
+namespace {
+
+using torch::stable::Tensor;
+
+Tensor dropout_mask(Tensor seed, int64_t rows, int64_t columns, double p, std::string) {
+  const CudaCall call(seed);
+  const Tensor keep =
+      torch::stable::new_empty(seed, std::vector<int64_t>{rows, columns}, torch::headeronly::ScalarType::Bool);
+  check_launch(launch_dropout_mask({static_cast<bool*>(keep.mutable_data_ptr()), rows, columns,
+                                    static_cast<const int64_t*>(seed.const_data_ptr()), dropout_threshold(p)},
+                                   call.stream),
+               "dropout_mask");
+  return keep;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CUDA, m) { m.impl("dropout_mask", TORCH_BOX(&dropout_mask)); }
+
+}  // namespace lk

@@ -1,0 +1,182 @@
+"""Builds ``lora_kernels._C`` (CPU kernels, always) and ``lora_kernels._cuda`` (CUDA kernels, where nvcc is found).
+
+Both are abi3 extensions on libtorch's stable ABI: built once, they run on every CPython >= 3.10 and torch >= 2.10, with or
+without CUDA. No GPU is needed to build. Environment:
+
+    CXX                      C++ compiler (default: g++)
+    CUDA_HOME                CUDA toolkit (default: the one nvcc on PATH belongs to, then /usr/local/cuda)
+    LORA_KERNELS_CUDA        0: do not build CUDA; 1: fail if it cannot be built (default: build it where nvcc is found)
+    TORCH_CUDA_ARCH_LIST     e.g. "8.0 9.0+PTX" (default: "8.0 9.0+PTX 12.0+PTX")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CSRC = Path("csrc")
+DEFAULT_ARCHS = "8.0 9.0+PTX 12.0+PTX"
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+# GCC 12 sees uninitialised reads in std::optional and in its own AVX-512 header that are not there.
+CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+ISA_FLAGS = {
+    "dropout_lora_avx2.cpp": ["-mavx2", "-mfma"],
+    "dropout_lora_avx512.cpp": ["-mavx512f", "-mfma"],
+}
+
+
+def find_nvcc() -> tuple[Path | None, str]:
+    """The CUDA toolkit to build with, or why there is none."""
+    wanted = os.environ.get("LORA_KERNELS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"LORA_KERNELS_CUDA must be 0, 1 or unset, got {wanted!r}")
+    if wanted == "0":
+        return None, "LORA_KERNELS_CUDA=0"
+    on_path = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), str(Path(on_path).parents[1]) if on_path else None, "/usr/local/cuda"]
+    for home in filter(None, candidates):
+        # An nvcc on PATH may be a wrapper: the toolkit is where the headers are.
+        if (Path(home) / "bin" / "nvcc").is_file() and (Path(home) / "include" / "cuda_runtime_api.h").is_file():
+            return Path(home), "nvcc found"
+    if wanted == "1":
+        raise SystemExit("LORA_KERNELS_CUDA=1, but nvcc is neither on PATH nor in CUDA_HOME nor in /usr/local/cuda")
+    return None, "nvcc not found: set CUDA_HOME to build the CUDA kernels"
+
+
+def gencode(arch_list: str) -> list[str]:
+    """nvcc flags for a list such as "8.0 9.0+PTX"."""
+    flags = []
+    for entry in arch_list.replace(";", " ").split():
+        number, _, ptx = entry.partition("+")
+        digits = number.replace(".", "")
+        if not digits.rstrip("af").isdigit() or ptx not in ("", "PTX"):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: cannot read {entry!r}, expected e.g. 8.0 or 9.0+PTX")
+        flags.append(f"-gencode=arch=compute_{digits},code=sm_{digits}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{digits},code=compute_{digits}")
+    return flags
+
+
+CUDA_HOME, CUDA_REASON = find_nvcc()
+ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+
+
+def sources(name: str) -> list[str]:
+    """The C++ and CUDA files of an extension, relative to the root."""
+    patterns = {"_C": ("bind/*_cpu.cpp", "cpu/*.cpp"), "_cuda": ("bind/*_cuda.cpp", "launch/*.cu")}[name]
+    return [str(p.relative_to(ROOT)) for pattern in patterns for p in sorted((ROOT / CSRC).glob(pattern))]
+
+
+class NinjaBuild(build_ext):
+    """Compiles an extension's sources with ninja: in parallel, and only what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import ninja
+
+        build_dir = Path(self.build_temp).resolve() / ext.name.rpartition(".")[2]
+        build_dir.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (build_dir / "build.ninja").write_text(self.ninja_file(ext, target))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        if subprocess.call([str(Path(ninja.BIN_DIR) / "ninja"), *jobs], cwd=build_dir) != 0:
+            hint = " (set LORA_KERNELS_CUDA=0 to build without CUDA)" if ext.name.endswith("_cuda") else ""
+            raise SystemExit(f"building {ext.name} failed{hint}")
+
+    def ninja_file(self, ext: Extension, target: Path) -> str:
+        import torch
+
+        torch_dir = Path(torch.__file__).parent
+        headers = [torch_dir / "include", torch_dir / "include/torch/csrc/api/include", sysconfig.get_path("include")]
+        include = [f"-I{path}" for path in headers]
+        cuda = ext.name.endswith("_cuda")
+        if cuda:
+            include.append(f"-I{CUDA_HOME}/include")
+        # libtorch, not libtorch_cuda: the CUDA build of torch brings the latter along, and the CPU build can load us too.
+        link = [f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        if cuda:
+            link += [f"-L{CUDA_HOME}/lib64", "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
+
+        def escape(flags: list[str]) -> str:
+            return " ".join(flag.replace("$", "$$").replace(" ", "\\ ") for flag in flags)
+
+        cxx_flags = [*CXX_FLAGS, *STABLE_ABI, *(["-DUSE_CUDA"] if cuda else []), *include]
+        nvcc_flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(ARCHS)]
+        lines = [
+            f"cxx = {os.environ.get('CXX', 'g++')}",
+            f"cxxflags = {escape(cxx_flags)}",
+            f"nvcc = {CUDA_HOME}/bin/nvcc",
+            f"nvccflags = {escape(nvcc_flags)}",
+            "rule cxx",
+            "  command = $cxx -MMD -MF $out.d $cxxflags $extra -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule nvcc",
+            "  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = $cxx -shared $in -o $out {escape(link)}",
+        ]
+        objects = []
+        for source in ext.sources:
+            rule = "nvcc" if source.endswith(".cu") else "cxx"
+            objects.append(Path(source).name + ".o")
+            lines.append(f"build {objects[-1]}: {rule} {str(ROOT.resolve() / source).replace(' ', '$ ')}")
+            lines.append(f"  extra = {escape(ISA_FLAGS.get(Path(source).name, []))}")
+        lines.append(f"build {str(target).replace(' ', '$ ')}: link {' '.join(objects)}")
+        return "\n".join([*lines, ""])
+
+    def run(self) -> None:
+        super().run()
+        record = Path(self.build_lib) / "lora_kernels" / "_build_info.json"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(build_record(), indent=2) + "\n")
+        if self.inplace:
+            shutil.copy(record, ROOT / "lora_kernels")
+        print("\n".join(f"lora_kernels: {key}: {value}" for key, value in build_record().items()), file=sys.stderr)
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), str(Path(self.build_lib) / "lora_kernels" / "_build_info.json")]
+
+
+def build_record() -> dict[str, str]:
+    """What is built here, for ``lora_kernels.build_info()``."""
+    import torch
+
+    def version(command: list[str]) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    cuda = f"not built: {CUDA_REASON}"
+    if CUDA_HOME is not None:
+        cuda = f"built for {ARCHS} with {version([f'{CUDA_HOME}/bin/nvcc', '--version']).splitlines()[-1]}"
+    return {
+        "C++": f"built with {version([os.environ.get('CXX', 'g++'), '--version']).splitlines()[0]}",
+        "CUDA": cuda,
+        "torch headers": torch.__version__,
+        "oldest torch": "2.10",
+    }
+
+
+def extension(name: str) -> Extension:
+    return Extension(f"lora_kernels.{name}", sources(name), py_limited_api=True)
+
+
+if CUDA_HOME is None:
+    # A stale module of an earlier build must not pass for this one.
+    (ROOT / "lora_kernels" / "_cuda.abi3.so").unlink(missing_ok=True)
+
+setup(
+    ext_modules=[extension("_C"), *([extension("_cuda")] if CUDA_HOME is not None else [])],
+    cmdclass={"build_ext": NinjaBuild},
+)

@@ -1,0 +1,27 @@
+"""The yardstick of every numerical test.
+
+Against a float64 reference, our error (largest element) is at most twice that of the unfused torch code in the same
+dtype, plus four ulp of the largest reference element.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def max_error(actual: Tensor, exact: Tensor) -> float:
+    assert actual.shape == exact.shape
+    assert not actual.isnan().any(), "NaN where the reference is finite"
+    return (actual.double() - exact.double()).abs().max().item() if exact.numel() else 0.0
+
+
+def assert_as_accurate(ours: Tensor, unfused: Tensor, exact: Tensor, name: str = "result") -> None:
+    """``ours`` is as close to ``exact`` (float64) as the bound allows; ``unfused`` is torch's own result."""
+    if exact.numel() == 0:
+        assert ours.shape == exact.shape
+        return
+    ulp = torch.finfo(ours.dtype).eps * exact.abs().max().item()
+    allowed = 2 * max_error(unfused, exact) + 4 * ulp
+    error = max_error(ours, exact)
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
