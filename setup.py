@@ -1,7 +1,7 @@
 """Builds ``lora_kernels._C`` (CPU kernels, always) and ``lora_kernels._cuda`` (CUDA kernels, where nvcc is found).
 
-Both are abi3 extensions on libtorch's stable ABI: built once, they run on every CPython >= 3.10 and torch >= 2.10, with or
-without CUDA. No GPU is needed to build. Environment:
+Both are abi3 extensions on libtorch's stable ABI: built once, they run on every CPython >= 3.10 and torch >= 2.10,
+with or without CUDA. No GPU is needed to build. Environment:
 
     CXX                      C++ compiler (default: g++)
     CUDA_HOME                CUDA toolkit (default: the one nvcc on PATH belongs to, then /usr/local/cuda)
@@ -30,8 +30,8 @@ CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 # GCC 12 sees uninitialised reads in std::optional and in its own AVX-512 header that are not there.
 CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 ISA_FLAGS = {
-    "dropout_lora_avx2.cpp": ["-mavx2", "-mfma"],
-    "dropout_lora_avx512.cpp": ["-mavx512f", "-mfma"],
+    "lora_branch_avx2.cpp": ["-mavx2", "-mfma"],
+    "lora_branch_avx512.cpp": ["-mavx512f", "-mfma"],
 }
 
 
@@ -102,7 +102,7 @@ class NinjaBuild(build_ext):
         cuda = ext.name.endswith("_cuda")
         if cuda:
             include.append(f"-I{CUDA_HOME}/include")
-        # libtorch, not libtorch_cuda: the CUDA build of torch brings the latter along, and the CPU build can load us too.
+        # libtorch, not libtorch_cuda: the CUDA build of torch brings the latter along, and the CPU build loads us too.
         link = [f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
         if cuda:
             link += [f"-L{CUDA_HOME}/lib64", "-lcudart_static", "-ldl", "-lpthread", "-lrt"]
@@ -111,7 +111,13 @@ class NinjaBuild(build_ext):
             return " ".join(flag.replace("$", "$$").replace(" ", "\\ ") for flag in flags)
 
         cxx_flags = [*CXX_FLAGS, *STABLE_ABI, *(["-DUSE_CUDA"] if cuda else []), *include]
-        nvcc_flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(ARCHS)]
+        nvcc_flags = [
+            "-O3",
+            "-std=c++20",
+            "--expt-relaxed-constexpr",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            *gencode(ARCHS),
+        ]
         lines = [
             f"cxx = {os.environ.get('CXX', 'g++')}",
             f"cxxflags = {escape(cxx_flags)}",

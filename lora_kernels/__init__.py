@@ -2,26 +2,52 @@
 
 from ._native import build_info
 from ._version import __version__
+from .adapters import load_adapter, save_adapter
 from .dispatch import BACKENDS, Choice, backends, reset_stats, stats, use_backend
 from .functional import dropout_mask, frozen_linear, lora_linear, merge_, unmerge_, why
+from .inject import inject
+from .integrations.peft import patch, patch_peft, unpatch, unpatch_peft
+from .merging import merge_adapter, unmerge_adapter
+from .modules import FrozenLinear, LoRALinear
 from .ops.lora_linear import LoRALinearFunction
+from .ops.prompt_embedding import PromptEmbeddingFunction
+from .prompt_functional import PromptEmbeddingOutput, prompt_embedding
+from .prompt_modules import PromptEmbedding, PromptEncoder
 from .reasons import Reason
+from .report import Report
 
 __all__ = [
     "BACKENDS",
     "Choice",
+    "FrozenLinear",
+    "LoRALinear",
     "LoRALinearFunction",
+    "PromptEmbedding",
+    "PromptEmbeddingFunction",
+    "PromptEmbeddingOutput",
+    "PromptEncoder",
     "Reason",
+    "Report",
     "__version__",
     "backends",
     "build_info",
     "dropout_mask",
     "frozen_linear",
+    "inject",
+    "load_adapter",
     "lora_linear",
     "merge_",
+    "merge_adapter",
+    "patch",
+    "patch_peft",
+    "prompt_embedding",
     "reset_stats",
+    "save_adapter",
     "stats",
     "unmerge_",
+    "unmerge_adapter",
+    "unpatch",
+    "unpatch_peft",
     "use_backend",
     "why",
 ]

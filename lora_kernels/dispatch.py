@@ -175,7 +175,7 @@ def _ask(spec: OpSpec, backend: str, args: tuple) -> Verdict:
     kernel = spec.kernels.get(backend)
     if kernel is None:
         return _NO_KERNEL
-    if backend == "cpu" and _native.cpu is None or backend == "cuda" and _native.cuda is None:
+    if (backend == "cpu" and _native.cpu is None) or (backend == "cuda" and _native.cuda is None):
         return _NOT_BUILT
     return kernel.supports(*args)
 
@@ -190,11 +190,17 @@ def choose(spec: OpSpec, args: tuple) -> tuple[Choice, list[tuple[str, Reason]]]
     forced = _forced.get()
     device = args[0].device.type
     if forced is not None:
-        if forced != "reference" and forced not in _ORDER.get(device, ()) and not (forced == "triton" and device == "cpu"):
+        if (
+            forced != "reference"
+            and forced not in _ORDER.get(device, ())
+            and not (forced == "triton" and device == "cpu")
+        ):
             raise RuntimeError(f"{spec.name}: backend {forced!r} was asked for, but the tensors are on {device!r}")
         verdict = _ask(spec, forced, args)
         if verdict.schedule is None:
-            raise RuntimeError(f"{spec.name}: backend {forced!r} was asked for but cannot serve this call: {verdict.reason}")
+            raise RuntimeError(
+                f"{spec.name}: backend {forced!r} was asked for but cannot serve this call: {verdict.reason}"
+            )
         return Choice(forced, verdict.schedule, f"asked for; {verdict.reason}"), []
 
     passed: list[tuple[str, Reason]] = []

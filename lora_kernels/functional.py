@@ -1,7 +1,7 @@
 """The ops as functions: arguments are checked here, then dispatched.
 
-In eager mode a call with gradients goes through a hand-written ``autograd.Function`` (the cheapest route), a call without
-goes straight to the backend, and under ``torch.compile`` both become the registered op.
+In eager mode a call with gradients goes through a hand-written ``autograd.Function`` (the cheapest route), a call
+without goes straight to the backend, and under ``torch.compile`` both become the registered op.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, prompt_functional
+from ._checks import refuse_transforms
 from .ops import dropout_mask as _mask_op
 from .ops import frozen_linear as _frozen_op
 from .ops import lora_linear as _lora_op
+from .ops import prompt_embedding as _prompt_op
 from .ops.lora_linear import LoRALinearFunction
-from .reasons import Reason
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -41,8 +42,8 @@ def lora_linear(
 
         F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, dropout_p, training), lora_A), lora_B)
 
-    except that the dropout mask comes from a counter-based generator: it is never stored, and backward computes it anew.
-    For backward only x, s = dropout(x) Aᵀ and the seed are saved.
+    except that the dropout mask comes from a counter-based generator: it is never stored, and backward computes it
+    anew. For backward only x, s = dropout(x) Aᵀ and the seed are saved.
 
     Args:
         x: [..., in_features]; float32, bfloat16, float16 or float64. Any strides.
@@ -53,8 +54,8 @@ def lora_linear(
         scaling: factor of the update, usually ``alpha / rank``.
         dropout_p: probability of zeroing an element of x on the LoRA branch, in [0, 1]. Active when ``training``.
         training: whether dropout is applied.
-        seed: the 64-bit key of the mask; an int, or an int64 tensor of one element on x's device. None draws one from torch's
-            generator, so that ``torch.manual_seed`` and activation checkpointing reproduce it.
+        seed: the 64-bit key of the mask; an int, or an int64 tensor of one element on x's device. None draws one from
+            torch's generator, so that ``torch.manual_seed`` and activation checkpointing reproduce it.
 
     Returns:
         [..., out_features], dtype of x.
@@ -66,7 +67,7 @@ def lora_linear(
     args = _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed)
     if torch.compiler.is_compiling():
         return torch.ops.lora_kernels.lora_linear.default(*args)[0]
-    _refuse_transforms("lora_linear", args)
+    refuse_transforms("lora_linear", args)
     if dispatch.autocast_enabled(x.device.type):
         args = dispatch.autocast_args(_lora_op.SPEC, x.device.type, args)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
@@ -176,9 +177,7 @@ def why(op: str, *args: Any, **kwargs: Any) -> dispatch.Choice:
 def _why_lora_linear(
     x, weight, lora_A, lora_B, bias=None, *, scaling=1.0, dropout_p=0.0, training=False, seed=None
 ) -> tuple:
-    return _lora_linear_args(
-        x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, 0 if seed is None else seed
-    )
+    return _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, 0 if seed is None else seed)
 
 
 def _why_frozen_linear(x, weight, bias=None) -> tuple:
@@ -195,6 +194,7 @@ _ARGUMENTS = {
     "lora_linear": (_lora_op.SPEC, _why_lora_linear),
     "frozen_linear": (_frozen_op.SPEC, _why_frozen_linear),
     "dropout_mask": (_mask_op.SPEC, _why_dropout_mask),
+    "prompt_embedding": (_prompt_op.SPEC, prompt_functional.arguments),
 }
 
 # ------------------------------------------------------------------------------------------------- checks
@@ -205,9 +205,11 @@ def _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, train
     op = "lora_linear"
     _check_base(op, x, weight, bias)
     _check_adapter(op, weight, lora_A, lora_B)
-    if lora_A.dtype != weight.dtype and not (lora_A.dtype == torch.float32 and weight.dtype in _LOW_PRECISION):
-        if not dispatch.autocast_enabled(x.device.type):
-            raise TypeError(f"{op}: lora_A must be {weight.dtype} like weight (or float32 over a 16-bit weight), got {lora_A.dtype}")
+    fits = lora_A.dtype == weight.dtype or (lora_A.dtype == torch.float32 and weight.dtype in _LOW_PRECISION)
+    if not fits and not dispatch.autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{op}: lora_A must be {weight.dtype} like weight (or float32 over a 16-bit weight), got {lora_A.dtype}"
+        )
     _check_scaling(op, scaling)
     _check_probability(op, "dropout_p", dropout_p)
     drops = training and dropout_p > 0.0
@@ -224,7 +226,9 @@ def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{op}: x must be [..., {weight.shape[1]}] to fit weight {tuple(weight.shape)}, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"{op}: x must be [..., {weight.shape[1]}] to fit weight {tuple(weight.shape)}, got shape {tuple(x.shape)}"
+        )
     if x.dtype not in _FLOATS:
         raise TypeError(f"{op}: x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.dtype != weight.dtype and not dispatch.autocast_enabled(x.device.type):
@@ -236,7 +240,9 @@ def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None
     if not isinstance(bias, Tensor):
         raise TypeError(f"{op}: bias must be a tensor or None, got {type(bias).__name__}")
     if bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: bias must be [{weight.shape[0]}] to fit weight {tuple(weight.shape)}, got shape {tuple(bias.shape)}")
+        raise ValueError(
+            f"{op}: bias must be [{weight.shape[0]}] to fit weight {tuple(weight.shape)}, got shape {tuple(bias.shape)}"
+        )
     if bias.device != x.device:
         raise ValueError(f"{op}: bias must be on {x.device} like x, got {bias.device}")
     if bias.dtype != weight.dtype and not dispatch.autocast_enabled(x.device.type):
@@ -255,7 +261,9 @@ def _check_adapter(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> N
     if lora_A.dim() != 2 or lora_A.shape[1] != k or lora_A.shape[0] < 1:
         raise ValueError(f"{op}: lora_A must be [rank, {k}] with rank >= 1, got shape {tuple(lora_A.shape)}")
     if lora_B.shape != (n, lora_A.shape[0]):
-        raise ValueError(f"{op}: lora_B must be [{n}, {lora_A.shape[0]}] to fit weight and lora_A, got shape {tuple(lora_B.shape)}")
+        raise ValueError(
+            f"{op}: lora_B must be [{n}, {lora_A.shape[0]}] to fit weight and lora_A, got shape {tuple(lora_B.shape)}"
+        )
     if lora_A.dtype != lora_B.dtype:
         raise TypeError(f"{op}: lora_B must be {lora_A.dtype} like lora_A, got {lora_B.dtype}")
 
@@ -286,13 +294,3 @@ def _seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Te
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{op}: seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
     return torch.tensor([(seed + 2**63) % 2**64 - 2**63], dtype=torch.int64, device=device)
-
-
-def _refuse_transforms(op: str, args: tuple) -> None:
-    """vmap and forward-mode AD have no rule: say so, instead of failing inside torch."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError(f"{op}: {Reason.TRANSFORM} (vmap, grad, jvp) is not supported; use plain autograd")
-    if torch.autograd.forward_ad._current_level >= 0 and any(
-        isinstance(t, Tensor) and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in args
-    ):
-        raise RuntimeError(f"{op}: {Reason.TRANSFORM} (vmap, grad, jvp) is not supported; use plain autograd")

@@ -31,29 +31,30 @@ def inject(
     layers_pattern: str | Sequence[str] | None = None,
     adapter_dtype: torch.dtype | None = None,
 ) -> Report:
-    """Turns the chosen ``nn.Linear`` layers of ``model`` into ``LoRALinear``, in place, and freezes everything else.
+    """Turns the chosen ``nn.Linear`` layers of ``model`` into ``LoRALinear``, in place, and freezes the rest.
 
-    Choosing follows PEFT's ``LoraConfig``. Parameters, names and hooks of the layers stay; only ``lora_A`` and ``lora_B``
-    are added. Nothing is changed if an error is raised.
+    Choosing follows PEFT's ``LoraConfig``. Parameters, names and hooks of the layers stay; only ``lora_A``
+    and ``lora_B`` are added. Nothing is changed if an error is raised.
 
     Args:
         model: any module.
-        target_modules: names, matched as a whole or at the end after a dot ("q_proj" chooses "layers.0.attn.q_proj"); a
-            string, matched as a regular expression against the whole name; or "all-linear", every linear layer except the
-            output embedding.
+        target_modules: names, matched as a whole or at the end after a dot ("q_proj" chooses
+            "layers.0.attn.q_proj"); a string, matched as a regular expression against the whole name; or
+            "all-linear", every linear layer except the output embedding.
         r, alpha, dropout, use_rslora, adapter_dtype: as in ``LoRALinear``.
-        rank_pattern, alpha_pattern: exceptions from r and alpha; keys are regular expressions for the end of a name, the
-            first that fits counts.
+        rank_pattern, alpha_pattern: exceptions from r and alpha; keys are regular expressions for the end of
+            a name, the first that fits counts.
         exclude_modules: layers to leave out, written like target_modules.
         layers_to_transform: indices of the layers to choose from; not with a string target_modules.
-        layers_pattern: name of the list those indices count in ("layers"); by default the first numbered part of a name.
+        layers_pattern: name of the list those indices count in ("layers"); by default the first numbered part
+            of a name.
 
     Returns:
         The layers that were changed, and, for "all-linear", those left alone and why.
 
     Raises:
-        TypeError, ValueError: bad numbers; nothing matches; a chosen module is no plain ``nn.Linear`` or its forward was
-            replaced; the model already has adapters.
+        TypeError, ValueError: bad numbers; nothing matches; a chosen module is no plain ``nn.Linear`` or its
+            forward was replaced; the model already has adapters.
     """
     targets = Targets(
         target_modules, r, alpha, dict(rank_pattern or {}), dict(alpha_pattern or {}),
@@ -84,7 +85,8 @@ class Targets:
     def plan(
         self, op: str, model: nn.Module, dropout: float
     ) -> tuple[dict[str, tuple[nn.Linear, int, float]], list[tuple[str, str]]]:
-        """``{name: (layer, rank, alpha)}`` and the (name, reason) pairs of layers that "all-linear" cannot serve.
+        """``{name: (layer, rank, alpha)}`` and the (name, reason) pairs of layers that "all-linear" cannot
+        serve.
 
         Raises as ``inject``; ``op`` begins the message.
         """
@@ -100,10 +102,10 @@ class Targets:
                 kept.append((name, reason))
                 continue
             if reason == Reason.INSTANCE_FORWARD:
-                raise ValueError(f"{op}: {name}: {reason}, which would bypass the adapter; remove its hooks first")
+                raise ValueError(f"{op}: {name}: {reason}, which would bypass the adapter")
             check_plain_linear(f"{op}: {name}", modules[name])
-            rank = _first_match(self.rank_pattern, name, self.r)
-            alpha = _first_match(self.alpha_pattern, name, self.alpha)
+            rank = first_match(self.rank_pattern, name, self.r)
+            alpha = first_match(self.alpha_pattern, name, self.alpha)
             check_hyperparameters(f"{op}: {name}", rank, alpha, dropout)
             plan[name] = (modules[name], rank, alpha)
         if not plan:
@@ -115,19 +117,23 @@ class Targets:
         return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
 
     def _check_arguments(self, op: str) -> None:
+        expressions = [("rank_pattern", key) for key in self.rank_pattern]
+        expressions += [("alpha_pattern", key) for key in self.alpha_pattern]
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise ValueError(f"{op}: {name} is not a regular expression: {value!r}: {error}") from None
-            elif value is None and name == "target_modules" or value is not None and not isinstance(value, Collection):
+                expressions.append((name, value))
+            elif value is None and name == "exclude_modules":
+                continue
+            elif not isinstance(value, Collection) or not all(isinstance(item, str) for item in value):
                 raise TypeError(f"{op}: {name} must be a string or a list of names, got {value!r}")
-            elif not all(isinstance(item, str) for item in value or ()):
-                raise TypeError(f"{op}: {name} must hold strings, got {value!r}")
+        for name, expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{op}: {name}: {expression!r} is no regular expression: {error}") from None
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(f"{op}: layers_to_transform needs target_modules as a list of names, got a string")
+            raise ValueError(f"{op}: layers_to_transform needs target_modules as a list of names")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"{op}: layers_pattern needs layers_to_transform")
 
@@ -139,7 +145,7 @@ class Targets:
 
     def _in_layers(self, name: str) -> bool:
         indices = self.layers_to_transform
-        if indices is None or (isinstance(indices, Collection) and not indices):
+        if indices is None or indices == [] or name in self.target_modules:  # a whole name stands for itself
             return True
         if not self.layers_pattern:
             match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
@@ -153,7 +159,8 @@ class Targets:
         return index == indices if isinstance(indices, int) else index in indices
 
     def _nothing_matches(self, modules: Mapping[str, nn.Module]) -> str:
-        leaves = dict.fromkeys(name.rpartition(".")[2] for name, module in modules.items() if _is_linear(module))
+        linears = (name for name, module in modules.items() if _is_linear(module))
+        leaves = dict.fromkeys(name.rpartition(".")[2] for name in linears)
         known = ", ".join(list(leaves)[:12]) + (", ..." if len(leaves) > 12 else "") if leaves else "none"
         wanted = self.target_modules if isinstance(self.target_modules, str) else sorted(self.target_modules)
         text = f"target_modules {wanted!r} match no linear layer; names of linear layers here: {known}"
@@ -169,7 +176,7 @@ def _listed(names: str | Collection[str] | None, name: str) -> bool:
     return name in names or any(name.endswith(f".{end}") for end in names)
 
 
-def _first_match(patterns: Mapping[str, float], name: str, default: float) -> float:
+def first_match(patterns: Mapping[str, float], name: str, default: float) -> float:
     """PEFT's rule for rank_pattern and alpha_pattern."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
@@ -178,7 +185,8 @@ def _first_match(patterns: Mapping[str, float], name: str, default: float) -> fl
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # transformers' transposed linear
+    # Conv1D is transformers' linear with a transposed weight; importing it to ask would import transformers.
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _unserved(module: nn.Module) -> str | None:

@@ -18,23 +18,29 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 def upcasts(weight: Tensor) -> bool:
     """True where ``frozen_linear`` beats torch for a frozen [N, K] weight: a CPU without a matmul for its dtype."""
-    return (
-        weight.dtype in _LOW_PRECISION and weight.device.type == "cpu" and not _cpu.has_native_matmul(weight.dtype)
-    )
+    return _is_low_precision_on_cpu(weight) and not _cpu.has_native_matmul(weight.dtype)
+
+
+def _is_low_precision_on_cpu(t: Tensor) -> bool:
+    return t.dtype in _LOW_PRECISION and t.device.type == "cpu"
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear``, through ``frozen_linear`` where that is faster and nothing but x needs a gradient."""
+    """``F.linear``, through ``frozen_linear`` where that may be faster and nothing but x needs a gradient.
+
+    The op asks the CPU at run time; asking here would be traced by torch.compile.
+    """
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trains or x.dtype != weight.dtype or not upcasts(weight) or torch.is_autocast_enabled("cpu"):
+    if trains or x.dtype != weight.dtype or not _is_low_precision_on_cpu(weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return functional.frozen_linear(x, weight, bias)
 
 
 class FrozenLinear(nn.Linear):
-    """``nn.Linear`` whose frozen low-precision weight is multiplied through fp32 on a CPU without native bf16/fp16.
+    """``nn.Linear`` whose frozen 16-bit weight is multiplied through fp32 on a CPU without native bf16/fp16.
 
-    ``patch(model, frozen_linears=True)`` swaps the class of existing layers; results equal ``nn.Linear``'s up to rounding.
+    ``patch(model, frozen_linears=True)`` swaps the class of existing layers; results equal ``nn.Linear``'s up to
+    rounding.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -48,9 +54,10 @@ class LoRALinear(nn.Module):
 
         F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, dropout, training), lora_A), lora_B)
 
-    ``weight`` and ``bias`` are frozen; ``lora_A`` starts Kaiming-uniform and ``lora_B`` zero, as in PEFT, so that the layer
-    starts as the plain linear. All are ordinary entries of ``state_dict``. A merged layer's ``weight`` holds the adapter:
-    unmerge it before saving a state dict that is to be loaded into an unmerged layer.
+    ``weight`` and ``bias`` are frozen; ``lora_A`` starts Kaiming-uniform and ``lora_B`` zero, as in PEFT, so
+    that the layer starts as the plain linear. All are ordinary entries of ``state_dict``. A merged layer's
+    ``weight`` holds the adapter: unmerge it before saving a state dict that is to be loaded into an unmerged
+    layer.
 
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
@@ -58,7 +65,8 @@ class LoRALinear(nn.Module):
         alpha: the update is scaled by ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
         dropout: probability of zeroing an element of x on the adapter's branch while training, in [0, 1).
         use_rslora: rank-stabilised scaling (Kalajdzievski, 2023).
-        adapter_dtype: dtype of lora_A and lora_B. None means float32 over a 16-bit weight, else the weight's dtype.
+        adapter_dtype: dtype of lora_A and lora_B. None means float32 over a 16-bit weight, else the weight's
+            dtype.
 
     Attributes:
         weight [out_features, in_features], bias [out_features] or None: frozen parameters.
@@ -102,8 +110,8 @@ class LoRALinear(nn.Module):
     ) -> LoRALinear:
         """A ``LoRALinear`` around the parameters of ``linear``, which are shared, not copied, and become frozen.
 
-        Hooks on ``linear`` are not carried over. Arguments and errors are those of the class; ``TypeError`` if ``linear``
-        is not a plain ``nn.Linear``.
+        Hooks on ``linear`` are not carried over. Arguments and errors are those of the class; ``TypeError``
+        if ``linear`` is not a plain ``nn.Linear``.
         """
         check_hyperparameters("from_linear", r, alpha, dropout)
         check_plain_linear("from_linear", linear)
@@ -113,7 +121,7 @@ class LoRALinear(nn.Module):
 
     @classmethod
     def from_peft(cls, peft_lora_linear: nn.Module, adapter: str | None = None) -> LoRALinear:
-        """A ``LoRALinear`` around the parameters of a PEFT ``lora.Linear``, all shared; ``requires_grad`` is left alone.
+        """A ``LoRALinear`` around the parameters of a PEFT ``lora.Linear``; all are shared and train as before.
 
         Args:
             peft_lora_linear: PEFT's layer.
@@ -121,7 +129,8 @@ class LoRALinear(nn.Module):
 
         Raises:
             TypeError: not a PEFT ``lora.Linear``.
-            ValueError: no such adapter, or the layer computes more than plain LoRA. The message gives the reason.
+            ValueError: no such adapter, or the layer computes more than plain LoRA. The message gives the
+                reason.
         """
         from .integrations.peft import plain_adapter
 
@@ -154,8 +163,10 @@ class LoRALinear(nn.Module):
 
     def _describe(self, r: int, alpha: float, dropout: float, use_rslora: bool) -> None:
         self.out_features, self.in_features = self.weight.shape
-        self.rank, self.alpha, self.dropout_p, self.use_rslora = int(r), alpha, dropout, use_rslora
-        self.scaling = scaling_of(r, alpha, use_rslora)
+        # Plain Python numbers, whatever kind came in: torch.compile and the adapter's JSON file want those.
+        self.rank, self.dropout_p, self.use_rslora = int(r), float(dropout), bool(use_rslora)
+        self.alpha = int(alpha) if isinstance(alpha, numbers.Integral) else float(alpha)
+        self.scaling = scaling_of(self.rank, self.alpha, self.use_rslora)
         self.merged = False
         self._base_copy: Tensor | None = None
 
@@ -175,8 +186,8 @@ class LoRALinear(nn.Module):
     def merge(self, keep_base: bool = False) -> None:
         """Adds the adapter to ``weight`` in place, so that the layer runs as a plain linear.
 
-        Whether another module holds the same weight (a tied embedding) cannot be seen from here: ``lk.merge_adapter``
-        merges a whole model and checks that.
+        Whether another module holds the same weight (a tied embedding) cannot be seen from here:
+        ``lk.merge_adapter`` merges a whole model and checks that.
 
         Args:
             keep_base: keep a copy of ``weight`` in host memory, from which ``unmerge`` restores it bitwise.
@@ -194,7 +205,8 @@ class LoRALinear(nn.Module):
     def unmerge(self) -> None:
         """Takes the adapter out of ``weight`` again.
 
-        Bitwise after ``merge(keep_base=True)``; otherwise the update is subtracted, which leaves a rounding error.
+        Bitwise after ``merge(keep_base=True)``; otherwise the update is subtracted, which leaves a rounding
+        error.
 
         Raises:
             RuntimeError: not merged.
@@ -208,9 +220,16 @@ class LoRALinear(nn.Module):
                 self.weight.copy_(self._base_copy)
         self._base_copy, self.merged = None, False
 
+    def discard_adapter(self) -> None:
+        """Turns this module back into a plain ``nn.Linear`` with its present ``weight``. Cannot be undone."""
+        del self.lora_A, self.lora_B
+        for name in ("rank", "alpha", "dropout_p", "use_rslora", "scaling", "merged", "_base_copy"):
+            delattr(self, name)
+        self.__class__ = nn.Linear
+
     def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-        text += f"r={self.rank}, alpha={self.alpha}, dropout={self.dropout_p}"
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        text += f", r={self.rank}, alpha={self.alpha}, dropout={self.dropout_p}"
         text += ", use_rslora=True" if self.use_rslora else ""
         return text + (", merged=True" if self.merged else "")
 
@@ -222,8 +241,9 @@ def scaling_of(r: int, alpha: float, use_rslora: bool) -> float:
 
 def check_plain_linear(op: str, linear: Any) -> None:
     """``TypeError`` unless ``linear`` computes what ``nn.Linear`` computes."""
-    if type(linear) not in (nn.Linear, FrozenLinear):
-        raise TypeError(f"{op}: expected a plain nn.Linear, got {type(linear).__module__}.{type(linear).__qualname__}")
+    kind = type(linear)
+    if kind not in (nn.Linear, FrozenLinear):
+        raise TypeError(f"{op}: expected a plain nn.Linear, got {kind.__module__}.{kind.__qualname__}")
 
 
 def check_hyperparameters(op: str, r: Any, alpha: Any, dropout: Any) -> None:

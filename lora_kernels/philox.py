@@ -1,9 +1,12 @@
-"""The dropout mask in plain torch: Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+"""The dropout mask in plain torch, from Philox 4x32-10.
+
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
 This is the definition that ``csrc/philox.h`` and the Triton kernels follow bit for bit. Element (m, k) of a [M, K]
 matrix belongs to group ``g = m * ceil(K / 8) + k // 8``. Philox with counter ``(lo32(g), hi32(g), 0, 0)`` and key
-``(lo32(seed), hi32(seed))`` gives four words for the group; element ``k % 8`` takes 16 bits of word ``k % 8 // 2``, low half
-first. With ``T = round(65536 * p)`` the element is kept iff its 16 bits are >= T, and scaled by ``65536 / (65536 - T)``.
+``(lo32(seed), hi32(seed))`` gives four words for the group; element ``k % 8`` takes 16 bits of word ``k % 8 // 2``,
+low half first. With ``T = round(65536 * p)`` the element is kept iff its 16 bits are >= T, and scaled by
+``65536 / (65536 - T)``.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def _by_reason(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 def collapse(names: Iterable[str]) -> list[tuple[str, int]]:
     """Folds module names that differ in an index or in their last part.
 
-    ``a.0.q``, ``a.0.k``, ``a.1.q``, ``a.1.k`` become ``[("a.{0..1}.{q,k}", 4)]``. Each pattern stands for exactly the
-    names it was made from, in the order of its first one.
+    ``a.0.q``, ``a.0.k``, ``a.1.q``, ``a.1.k`` become ``[("a.{0..1}.{q,k}", 4)]``. Each pattern stands for
+    exactly the names it was made from, in the order of its first one.
     """
     counts = Counter(tuple(name.split(".")) for name in names)
     depth = max((len(parts) for parts in counts), default=0)
@@ -75,9 +75,7 @@ def collapse(names: Iterable[str]) -> list[tuple[str, int]]:
             foldable = last or (position < len(parts) and parts[position].isdecimal())
             key = (parts[:position], parts[position + 1 :], last) if foldable else (parts,)
             groups.setdefault(key, []).append(parts)
-        counts = Counter(
-            {_fold(members, position): sum(counts[m] for m in members) for members in groups.values()}
-        )
+        counts = Counter({_fold(members, position): sum(counts[m] for m in members) for members in groups.values()})
     return [(".".join(parts), count) for parts, count in counts.items()]
 
 

@@ -18,10 +18,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // A [rows, columns] view with these strides, starting `offset` elements after t's first.
-inline Tensor view2d(const Tensor& t, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides, int64_t offset = 0) {
+inline Tensor view2d(const Tensor& t, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides,
+                     int64_t offset = 0) {
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(t.get(), 2, sizes.data(), strides.data(), offset, &out));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes.data(), strides.data(), offset, &out));
   return Tensor(out);
 }
 
@@ -38,9 +38,9 @@ inline Tensor column_block(const Tensor& t, int64_t begin, int64_t end) {
 // Contiguous, on like's device; dtype defaults to like's. The shim allocates without a trip through the dispatcher.
 inline Tensor new_empty_as(const Tensor& like, std::initializer_list<int64_t> sizes,
                            std::optional<ScalarType> dtype = {}) {
-  std::array<int64_t, 2> size{}, stride{1, 1};
+  std::array<int64_t, 3> size{}, stride{1, 1, 1};
   std::copy(sizes.begin(), sizes.end(), size.begin());
-  if (sizes.size() == 2) stride[0] = std::max<int64_t>(size[1], 1);
+  for (size_t d = sizes.size(); d-- > 1;) stride[d - 1] = stride[d] * std::max<int64_t>(size[d], 1);
   int32_t like_dtype, device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &like_dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -90,9 +90,9 @@ inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
 }
 
 // out = beta · self + alpha · a · b; self may be out.
-inline void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
+inline void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta,
+                      double alpha) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
 }
 
 inline Tensor cast(const Tensor& t, ScalarType dtype) {

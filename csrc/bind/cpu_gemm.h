@@ -1,7 +1,7 @@
 // The base GEMMs of the CPU ops, one block of rows at a time.
 //
-// Schedule "aten" hands the operands to the vendor library as they are. Schedule "upcast" is for 16-bit weights on a CPU
-// without 16-bit arithmetic: the caller passes fp32 rows, and W goes through fp32 a few megabytes at a time.
+// Schedule "aten" hands the operands to the vendor library as they are. Schedule "upcast" is for 16-bit weights on a
+// CPU without 16-bit arithmetic: the caller passes fp32 rows, and W goes through fp32 a few megabytes at a time.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace lk {
 
-constexpr int64_t kRowBlock = 1024;              // rows of a 16-bit matrix that are held in fp32 at a time
+constexpr int64_t kRowBlock = 1024;                 // rows of a 16-bit matrix that are held in fp32 at a time
 constexpr int64_t kUpcastWeightElements = 1 << 20;  // elements of W held in fp32 at a time: 4 MB
 
 // Calls f(row begin, row end): all rows at once where nothing is converted, else kRowBlock at a time.
@@ -30,7 +30,8 @@ void for_weight_blocks_fp32(const Tensor& weight, const F& f) {
   }
 }
 
-inline void linear_same_dtype(const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+inline void linear_same_dtype(const Tensor& y, const Tensor& x, const Tensor& weight,
+                              const std::optional<Tensor>& bias) {
   if (bias) {
     addmm_out(y, *bias, x, transposed(weight), 1.0, 1.0);
   } else {

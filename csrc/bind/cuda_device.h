@@ -1,5 +1,5 @@
-// Device and stream of a call, through the C shims of the stable ABI. The shims live in libtorch_cuda: declared weak, they are
-// null in a CPU build of torch, where this module still loads.
+// Device and stream of a call, through the C shims of the stable ABI. The shims live in libtorch_cuda: declared weak,
+// they are null in a CPU build of torch, where this module still loads.
 #pragma once
 
 #include <cuda_runtime_api.h>

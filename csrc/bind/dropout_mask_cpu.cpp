@@ -11,9 +11,8 @@ Tensor dropout_mask(Tensor seed, int64_t rows, int64_t columns, double p, std::s
   const Tensor keep = new_empty_as(seed, {rows, columns}, ScalarType::Bool);
   const DropoutMaskParams params{static_cast<bool*>(keep.mutable_data_ptr()), rows, columns,
                                  static_cast<const int64_t*>(seed.const_data_ptr()), dropout_threshold(p)};
-  torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-    cpu::kernels().dropout_mask(params, begin, end);
-  });
+  torch::stable::parallel_for(0, rows, 16,
+                              [&](int64_t begin, int64_t end) { cpu::kernels().dropout_mask(params, begin, end); });
   return keep;
 }
 

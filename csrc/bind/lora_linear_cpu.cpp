@@ -9,6 +9,8 @@
 namespace lk {
 namespace {
 
+constexpr Dropout kNoDropout{0, 0, 1.0f};
+
 Dropout read_dropout(const Tensor& seed, double p) {
   return make_dropout(*static_cast<const int64_t*>(seed.const_data_ptr()), p);
 }
@@ -22,49 +24,84 @@ Tensor as_float_rows(const Tensor& t) {
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 float* mutable_floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-// s = dropout(x) Aᵀ for rows of x; A is packed once for all of them.
-class DropoutShrink {
+// The kernels' own narrow products pay from this many rows on; below, packing the other operand costs more.
+constexpr int64_t kOwnProductRows = 64;
+
+bool is_fp32(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
+
+// s = dropout(x) Wᵀ for blocks of rows of x, W [rank, k] packed once for all of them.
+class Shrink {
  public:
-  DropoutShrink(const Tensor& lora_A, const Dropout& dropout) : a_(as_float_rows(lora_A)), dropout_(dropout) {
-    const int64_t rank = a_.size(0), k = a_.size(1);
-    packed_.reset(new float[cpu::kernels().packed_a_size(rank, k)]);
-    cpu::kernels().pack_a(params(nullptr, k, nullptr, 0, 0), packed_.get());
+  Shrink(const Tensor& w, const std::optional<Dropout>& dropout) : rank_(w.size(0)), k_(w.size(1)), dropout_(dropout) {
+    const Tensor wide = cast(w, ScalarType::Float);
+    packed_.reset(new float[cpu::kernels().packed_size(rank_, k_)]);
+    cpu::kernels().pack_transposed(floats(wide), wide.stride(0), wide.stride(1), rank_, k_, packed_.get());
   }
 
-  // x: rows from `first_row` of the whole matrix on. Returns fp32 [rows, rank].
-  Tensor operator()(const Tensor& x, int64_t first_row) const {
-    const Tensor s = new_empty_as(x, {x.size(0), a_.size(0)}, ScalarType::Float);
-    for_row_blocks(x.size(0), x.scalar_type() != ScalarType::Float, [&](int64_t m0, int64_t m1) {
+  // x: rows from `first_row` of the whole matrix on. s: fp32 [rows, rank], contiguous.
+  void operator()(const Tensor& s, const Tensor& x, int64_t first_row) const {
+    for_row_blocks(x.size(0), !is_fp32(x), [&](int64_t m0, int64_t m1) {
       const Tensor rows = as_float_rows(row_block(x, m0, m1));
-      const DropoutShrinkParams p =
-          params(floats(rows), rows.stride(0), mutable_floats(s) + m0 * a_.size(0), m1 - m0, first_row + m0);
-      torch::stable::parallel_for(0, m1 - m0, 16, [&](int64_t begin, int64_t end) {
-        cpu::kernels().dropout_shrink(p, packed_.get(), begin, end);
-      });
+      const LoraShrinkParams p{.x = floats(rows),
+                               .x_stride = rows.stride(0),
+                               .packed = packed_.get(),
+                               .s = mutable_floats(s) + m0 * rank_,
+                               .rows = m1 - m0,
+                               .k = k_,
+                               .rank = rank_,
+                               .has_dropout = dropout_.has_value(),
+                               .first_row = first_row + m0,
+                               .dropout = dropout_.value_or(kNoDropout)};
+      torch::stable::parallel_for(0, m1 - m0, 16,
+                                  [&](int64_t begin, int64_t end) { cpu::kernels().lora_shrink(p, begin, end); });
     });
-    return s;
   }
 
  private:
-  DropoutShrinkParams params(const float* x, int64_t x_stride, float* s, int64_t rows, int64_t first_row) const {
-    return {x, x_stride, floats(a_), a_.stride(0), s, rows, a_.size(1), a_.size(0), first_row, dropout_};
-  }
-
-  Tensor a_;
-  Dropout dropout_;
+  int64_t rank_, k_;
+  std::optional<Dropout> dropout_;
   std::unique_ptr<float[]> packed_;
 };
 
+void run_lora_grad(const LoraGradParams& p) {
+  const int64_t width = cpu::kernels().lora_grad_tile(p.has_dropout);
+  torch::stable::parallel_for(0, (p.k + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
+    std::unique_ptr<float[]> scratch(new float[cpu::kernels().lora_grad_scratch_size(p.rank, end - begin)]);
+    cpu::kernels().lora_grad(p, scratch.get(), begin, end);
+  });
+}
+
+// grad[rank, k] += alpha · sᵀ x, for blocks of rows; grad may be a transposed view.
+void add_grad(const Tensor& grad, const Tensor& s, const Tensor& x, double alpha) {
+  if (!is_fp32(grad) || x.size(0) < kOwnProductRows || x.stride(1) != 1) {
+    addmm_out(grad, grad, transposed(s), x, 1.0, alpha);
+    return;
+  }
+  LoraGradParams p{};
+  p.x = floats(x);
+  p.x_stride = x.stride(0);
+  p.s = floats(s);
+  p.grad = mutable_floats(grad);
+  p.grad_stride_j = grad.stride(0);
+  p.grad_stride_c = grad.stride(1);
+  p.alpha = static_cast<float>(alpha);
+  p.rows = x.size(0);
+  p.k = x.size(1);
+  p.rank = s.size(1);
+  run_lora_grad(p);
+}
+
 // Adds the branch's part to grad_x and grad_A (fp32, either may be absent) for rows from `first_row` on.
-void dropout_backward(const Tensor* grad_x, const Tensor* grad_A, const Tensor& x, const Tensor& a, const Tensor& grad_s,
-                      int64_t first_row, const Dropout& dropout, double scaling) {
+void add_dropout_grads(const Tensor* grad_x, const Tensor* grad_A, const Tensor& x, const Tensor& a,
+                       const Tensor& grad_s, int64_t first_row, const Dropout& dropout, double scaling) {
   const Tensor rows = grad_A ? as_float_rows(x) : x;
-  const int64_t k = x.size(1), rank = a.size(0);
-  DropoutBackwardParams p{};
+  LoraGradParams p{};
   if (grad_A) {
     p.x = floats(rows);
     p.x_stride = rows.stride(0);
-    p.grad_a = mutable_floats(*grad_A);
+    p.grad = mutable_floats(*grad_A);
+    p.grad_stride_j = grad_A->stride(0);
+    p.grad_stride_c = grad_A->stride(1);
   }
   if (grad_x) {
     p.a = floats(a);
@@ -72,43 +109,40 @@ void dropout_backward(const Tensor* grad_x, const Tensor* grad_A, const Tensor& 
     p.grad_x = mutable_floats(*grad_x);
     p.grad_x_stride = grad_x->stride(0);
   }
-  p.grad_s = floats(grad_s);
+  p.s = floats(grad_s);
   p.alpha = static_cast<float>(scaling) * dropout.scale;
   p.rows = x.size(0);
-  p.k = k;
-  p.rank = rank;
+  p.k = x.size(1);
+  p.rank = a.size(0);
+  p.has_dropout = true;
   p.first_row = first_row;
   p.dropout = dropout;
-  const int64_t width = cpu::kernels().backward_tile_columns;
-  torch::stable::parallel_for(0, (k + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<float[]> scratch(new float[cpu::kernels().backward_scratch_size(rank)]);
-    cpu::kernels().dropout_backward(p, scratch.get(), begin, end);
-  });
+  run_lora_grad(p);
 }
 
-std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, std::optional<Tensor> bias,
-                                       std::optional<Tensor> seed, double scaling, double dropout_p,
-                                       std::string schedule) {
+std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
+                                       std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
+                                       double dropout_p, std::string schedule) {
   const bool upcast = schedule == "upcast";
   const ScalarType compute = upcast ? ScalarType::Float : x.scalar_type();
   const Tensor rows = as_rows(x);
   const Tensor y = new_empty_as(x, {rows.size(0), weight.size(0)}), s = new_empty_as(x, {rows.size(0), lora_A.size(0)});
   const Tensor a_transposed = transposed(cast(lora_A, compute)), b_transposed = transposed(cast(lora_B, compute));
-  std::optional<DropoutShrink> shrink;
-  if (seed) shrink.emplace(lora_A, read_dropout(*seed, dropout_p));
+  std::optional<Dropout> dropout;
+  if (seed) dropout = read_dropout(*seed, dropout_p);
+  std::optional<Shrink> shrink;
+  if (dropout || (compute == ScalarType::Float && rows.size(0) >= kOwnProductRows)) shrink.emplace(lora_A, dropout);
 
   for_row_blocks(rows.size(0), upcast, [&](int64_t m0, int64_t m1) {
     const Tensor x_block = cast(row_block(rows, m0, m1), compute);
-    Tensor s_block = row_block(s, m0, m1);
+    Tensor s_block = row_block(s, m0, m1), s_wide = s_block;
+    if (!is_fp32(s) && (shrink || upcast)) s_wide = new_empty_as(s, {m1 - m0, s.size(1)}, ScalarType::Float);
     if (shrink) {
-      torch::stable::copy_(s_block, (*shrink)(x_block, m0));
-    } else if (upcast) {
-      const Tensor wide = new_empty_as(x_block, {m1 - m0, s.size(1)});
-      mm_out(wide, x_block, a_transposed);
-      torch::stable::copy_(s_block, wide);
+      (*shrink)(s_wide, x_block, m0);
     } else {
-      mm_out(s_block, x_block, a_transposed);
+      mm_out(s_wide, x_block, a_transposed);
     }
+    if (s_wide.get() != s_block.get()) torch::stable::copy_(s_block, s_wide);
     const Tensor s_compute = cast(s_block, compute);
     linear(row_block(y, m0, m1), x_block, weight, bias, [&](const Tensor& block, int64_t n0, int64_t n1) {
       addmm_out(block, block, s_compute, column_block(b_transposed, n0, n1), 1.0, scaling);
@@ -124,7 +158,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
   // The adapters' gradients and grad_s are summed in fp32 (fp64 for fp64) and rounded to the adapter's dtype once.
   const ScalarType dtype = x.scalar_type(), wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const bool native = schedule == "aten";
-  const Tensor grad_rows = as_rows(grad_y), x_rows = as_rows(x), s_rows = as_rows(s);
+  const Tensor grad_rows = as_rows(grad_y), x_rows = as_rows(x);
+  const Tensor s_rows = as_rows(torch::stable::contiguous(s));
   const Tensor a = as_rows(cast(lora_A, wide)), b = cast(lora_B, wide);
   const int64_t m = x_rows.size(0), n = weight.size(0), k = weight.size(1), rank = a.size(0);
   std::optional<Dropout> dropout;
@@ -134,19 +169,22 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
   Tensor grad_A = new_empty_as(x, {need_A ? rank : 0, k}, wide), grad_B = new_empty_as(x, {need_B ? n : 0, rank}, wide);
   torch::stable::zero_(grad_A);
   torch::stable::zero_(grad_B);
+  std::optional<Shrink> shrink;  // grad_s = grad_y · B
+  if ((need_x || need_A) && wide == ScalarType::Float && m >= kOwnProductRows)
+    shrink.emplace(transposed(b), std::nullopt);
 
   for_row_blocks(m, dtype != wide, [&](int64_t m0, int64_t m1) {
     const Tensor grad = cast(row_block(grad_rows, m0, m1), wide), x_block = row_block(x_rows, m0, m1);
     const Tensor grad_s = new_empty_as(grad, {m1 - m0, rank});
-    if (need_x || need_A) mm_out(grad_s, grad, b);
-    if (need_B) {
-      addmm_out(grad_B, grad_B, transposed(grad), cast(row_block(s_rows, m0, m1), wide), 1.0, scaling);
+    if (shrink) {
+      (*shrink)(grad_s, grad, m0);
+    } else if (need_x || need_A) {
+      mm_out(grad_s, grad, b);
     }
-    if (need_A && !dropout) {
-      addmm_out(grad_A, grad_A, transposed(grad_s), cast(x_block, wide), 1.0, scaling);
-    }
+    if (need_B) add_grad(transposed(grad_B), cast(row_block(s_rows, m0, m1), wide), grad, scaling);
+    if (need_A && !dropout) add_grad(grad_A, grad_s, cast(x_block, wide), scaling);
     if (!need_x) {
-      if (need_A && dropout) dropout_backward(nullptr, &grad_A, x_block, a, grad_s, m0, *dropout, scaling);
+      if (need_A && dropout) add_dropout_grads(nullptr, &grad_A, x_block, a, grad_s, m0, *dropout, scaling);
       return;
     }
 
@@ -164,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
       sum = cast(target, wide);
     }
     if (dropout) {
-      dropout_backward(&sum, need_A ? &grad_A : nullptr, x_block, a, grad_s, m0, *dropout, scaling);
+      add_dropout_grads(&sum, need_A ? &grad_A : nullptr, x_block, a, grad_s, m0, *dropout, scaling);
     } else {
       addmm_out(sum, sum, grad_s, a, 1.0, scaling);
     }

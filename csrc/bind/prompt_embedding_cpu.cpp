@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_embedding(
                       has_sizes(tasks, {batch}) && has_sizes(lengths, {batch}),
                   "prompt_embedding: shapes do not fit");
 
-  const Tensor out = torch::stable::new_empty(source, {batch, out_rows, hidden});
+  const Tensor out = new_empty_as(source, {batch, out_rows, hidden});
   const Tensor out_mask = new_empty_as(source, {batch, out_rows}, mask ? mask->scalar_type() : ScalarType::Long);
   const Tensor positions = new_empty_as(source, {batch, out_rows}, ScalarType::Long);
   const Tensor out_labels =
@@ -121,8 +121,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_embedding(
   p.out = out.mutable_data_ptr();
 
   STD_TORCH_CHECK(cpu::prompt_layout(p), "prompt_embedding: an id, a task or a prompt length is out of range");
-  for_rows(batch, out_rows * sizeof(int64_t) * 3,
-           [&](int64_t begin, int64_t end) { cpu::prompt_columns(p, begin, end); });
   for_rows(batch * out_rows, hidden * source.element_size(),
            [&](int64_t begin, int64_t end) { cpu::prompt_rows(p, begin, end); });
   return {out, out_mask, positions, out_labels, layout};
@@ -144,14 +142,14 @@ std::tuple<Tensor, Tensor, Tensor> prompt_embedding_backward(Tensor grad, Tensor
   Tensor grad_prompt = new_empty_as(rows, {0}, prompt_dtype), grad_weight = new_empty_as(rows, {0});
   Tensor grad_embeds = new_empty_as(rows, {0});
   if (need_prompt) {
-    grad_prompt = tasks > 0 ? torch::stable::new_empty(rows, {tasks, prompt_rows, hidden}, prompt_dtype)
+    grad_prompt = tasks > 0 ? new_empty_as(rows, {tasks, prompt_rows, hidden}, prompt_dtype)
                             : new_empty_as(rows, {prompt_rows, hidden}, prompt_dtype);
   }
   if (need_weight) {
     grad_weight = new_empty_as(rows, {vocabulary, hidden});
     torch::stable::zero_(grad_weight);
   }
-  if (need_embeds) grad_embeds = torch::stable::new_empty(rows, {batch, tokens, hidden});
+  if (need_embeds) grad_embeds = new_empty_as(rows, {batch, tokens, hidden});
 
   PromptEmbeddingBackwardParams p{};
   p.sizes = {batch, tokens, prompt_rows, hidden, std::max<int64_t>(tasks, 1), vocabulary};

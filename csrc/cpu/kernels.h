@@ -9,17 +9,22 @@ namespace lk::cpu {
 
 struct Kernels {
   const char* isa;
+
   // Rows [begin, end) of the mask.
   void (*dropout_mask)(const DropoutMaskParams&, int64_t begin, int64_t end);
-  // Rows [begin, end) of s. `packed_a` comes from pack_a and is shared by all threads.
-  void (*dropout_shrink)(const DropoutShrinkParams&, const float* packed_a, int64_t begin, int64_t end);
-  void (*pack_a)(const DropoutShrinkParams&, float* packed_a);
-  int64_t (*packed_a_size)(int64_t rank, int64_t k);
-  // Column tiles [begin, end): each belongs to one thread, which adds up its rows in order, so that grad_a does not
-  // depend on the number of threads.
-  void (*dropout_backward)(const DropoutBackwardParams&, float* scratch, int64_t begin, int64_t end);
-  int64_t (*backward_scratch_size)(int64_t rank);
-  int64_t backward_tile_columns;
+
+  // W [rank, k], element (j, c) at w[j * stride_j + c * stride_c], transposed to [k, rank] and padded with zeros.
+  void (*pack_transposed)(const float* w, int64_t stride_j, int64_t stride_c, int64_t rank, int64_t k, float* packed);
+  int64_t (*packed_size)(int64_t rank, int64_t k);
+
+  // Rows [begin, end) of s.
+  void (*lora_shrink)(const LoraShrinkParams&, int64_t begin, int64_t end);
+
+  // Column tiles [begin, end) of grad and grad_x, each lora_grad_tile columns wide. A tile belongs to one thread, which
+  // adds up its rows in order: the result does not depend on the number of threads.
+  void (*lora_grad)(const LoraGradParams&, float* scratch, int64_t begin, int64_t end);
+  int64_t (*lora_grad_tile)(bool has_dropout);
+  int64_t (*lora_grad_scratch_size)(int64_t rank, int64_t tiles);
 };
 
 const Kernels& kernels();

@@ -10,7 +10,10 @@
 namespace lk::cpu {
 namespace {
 
-constexpr int64_t kColumns = 512;  // columns that are summed at a time, in a buffer that stays in the first-level cache
+// Rows of the table lie anywhere in memory: the start of one is fetched this many rows ahead, the rest the CPU guesses.
+constexpr int64_t kPrefetchRows = 4, kPrefetchBytes = 256;
+// Columns that are summed at a time, in a buffer that stays in the first-level cache.
+constexpr int64_t kColumns = 2048;
 
 // ------------------------------------------------------------------------------------------------- types
 
@@ -137,6 +140,15 @@ void write_positions(const PromptEmbeddingParams& p, int64_t b) {
   }
 }
 
+void write_columns(const PromptEmbeddingParams& p, int64_t b) {
+  with_bits_type(p.mask.element_size, [&](auto zero) {
+    write_column<decltype(zero)>(p, p.mask, b);
+    write_positions<decltype(zero)>(p, b);
+  });
+  if (p.labels.out == nullptr) return;
+  with_bits_type(p.labels.element_size, [&](auto zero) { write_column<decltype(zero)>(p, p.labels, b); });
+}
+
 // --------------------------------------------------------------------------------------------------- sums
 
 // Row of the output that holds token t.
@@ -144,33 +156,41 @@ int64_t output_row(const PromptLayout& layout, int64_t t) {
   return layout.first + t + (t < layout.split ? 0 : layout.length);
 }
 
-const void* grad_row(const PromptEmbeddingBackwardParams& p, int64_t b, int64_t row) {
-  return bytes(p.grad) + (b * p.grad_batch_stride + row * p.grad_stride) * size_of(p.type);
+template <class T>
+const T* grad_row(const PromptEmbeddingBackwardParams& p, int64_t b, int64_t row) {
+  return static_cast<const T*>(p.grad) + b * p.grad_batch_stride + row * p.grad_stride;
 }
 
-template <class Sum, class T>
-void add_row(Sum* __restrict sum, const T* __restrict row, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) sum[i] += convert<Sum>(row[i]);
+// sum += rows[0] + ... + rows[kRows - 1], one after the other: several at a time only save trips to the buffer.
+template <int kRows, class Sum, class T>
+void add_rows(Sum* __restrict sum, const T* const* rows, int64_t n) {
+  const T* __restrict row[kRows];
+  std::copy_n(rows, kRows, row);
+  for (int64_t i = 0; i < n; ++i) {
+    Sum total = sum[i];
+    for (int k = 0; k < kRows; ++k) total += convert<Sum>(row[k][i]);
+    sum[i] = total;
+  }
 }
 
-// out = the sum of the rows that for_each_row(f) hands to f, in that order. Float64 is summed in float64, all else in
-// fp32.
-template <class ForEachRow>
-void sum_rows(void* out, FloatType out_type, FloatType type, int64_t n, const ForEachRow& for_each_row) {
-  with_float_type(type, [&](auto zero) {
-    with_float_type(out_type, [&](auto out_zero) {
-      using T = decltype(zero);
-      using Out = decltype(out_zero);
-      using Sum = std::conditional_t<std::is_same_v<T, double> || std::is_same_v<Out, double>, double, float>;
-      Sum sum[kColumns];
-      for (int64_t c = 0; c < n; c += kColumns) {
-        const int64_t width = std::min(kColumns, n - c);
-        std::fill_n(sum, width, Sum{0});
-        for_each_row([&](const void* row) { add_row(sum, static_cast<const T*>(row) + c, width); });
-        convert_row(static_cast<Out*>(out) + c, sum, width);
-      }
-    });
-  });
+template <class T>
+using Rows = std::vector<const T*>;
+
+// out = the sum of these rows in this order. Float64 is summed in float64, all else in float32.
+template <class T, class Out>
+void sum_rows(Out* out, Rows<T>& rows, int64_t n) {
+  using Sum = std::conditional_t<std::is_same_v<T, double> || std::is_same_v<Out, double>, double, float>;
+  Sum sum[kColumns];
+  for (int64_t c = 0; c < n; c += kColumns) {
+    const int64_t width = std::min(kColumns, n - c);
+    std::fill_n(sum, width, Sum{0});
+    const size_t count = rows.size();
+    size_t k = 0;
+    for (; k + 4 <= count; k += 4) add_rows<4>(sum, &rows[k], width);
+    for (; k < count; ++k) add_rows<1>(sum, &rows[k], width);
+    convert_row(out + c, sum, width);
+    for (const T*& row : rows) row += width;
+  }
 }
 
 }  // namespace
@@ -188,22 +208,16 @@ bool prompt_layout(const PromptEmbeddingParams& p) {
   return true;
 }
 
-void prompt_columns(const PromptEmbeddingParams& p, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b) {
-    with_bits_type(p.mask.element_size, [&](auto zero) {
-      write_column<decltype(zero)>(p, p.mask, b);
-      write_positions<decltype(zero)>(p, b);
-    });
-    if (p.labels.out == nullptr) continue;
-    with_bits_type(p.labels.element_size, [&](auto zero) { write_column<decltype(zero)>(p, p.labels, b); });
-  }
-}
-
 void prompt_rows(const PromptEmbeddingParams& p, int64_t begin, int64_t end) {
   const PromptSizes& s = p.sizes;
   const int64_t rows = s.prompt_rows + s.tokens, element = size_of(p.type), row_bytes = s.hidden * element;
+  const auto token_row = [&](int64_t b, int64_t t) {
+    const int64_t row = value_at(p.ids, b * s.tokens + t, t);
+    return bytes(p.source) + (b * p.source_batch_stride + row * p.source_stride) * element;
+  };
   for (int64_t i = begin; i < end; ++i) {
     const int64_t b = i / rows;
+    if (i % rows == 0) write_columns(p, b);
     const PromptLayout& layout = p.layout[b];
     const int64_t r = i % rows - layout.first;
     char* out = bytes(p.out) + i * row_bytes;
@@ -214,8 +228,9 @@ void prompt_rows(const PromptEmbeddingParams& p, int64_t begin, int64_t end) {
       copy_row(out, p.type, bytes(p.prompt) + offset * size_of(p.prompt_type), p.prompt_type, s.hidden);
     } else {
       const int64_t t = r < layout.split ? r : r - layout.length;
-      const int64_t row = value_at(p.ids, b * s.tokens + t, t);
-      memcpy(out, bytes(p.source) + (b * p.source_batch_stride + row * p.source_stride) * element, row_bytes);
+      const char* later = token_row(b, std::min(t + kPrefetchRows, s.tokens - 1));
+      for (int64_t at = 0; at < std::min(row_bytes, kPrefetchBytes); at += 64) __builtin_prefetch(later + at);
+      memcpy(out, token_row(b, t), row_bytes);
     }
   }
 }
@@ -234,27 +249,34 @@ bool prompt_backward_fits(const PromptEmbeddingBackwardParams& p) {
 }
 
 void prompt_grad_rows(const PromptEmbeddingBackwardParams& p, int64_t begin, int64_t end) {
-  const PromptSizes& s = p.sizes;
-  const int64_t row_bytes = s.hidden * size_of(p.prompt_type);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t task = i / s.prompt_rows, row = i % s.prompt_rows;
-    sum_rows(bytes(p.grad_prompt) + i * row_bytes, p.prompt_type, p.type, s.hidden, [&](const auto& add) {
-      for (int64_t b = 0; b < s.batch; ++b) {
-        const PromptLayout& layout = p.layout[b];
-        if (row < layout.length && value_at(p.task_ids, b, 0) == task)
-          add(grad_row(p, b, layout.first + layout.split + row));
+  with_float_type(p.type, [&](auto zero) {
+    with_float_type(p.prompt_type, [&](auto out_zero) {
+      const PromptSizes& s = p.sizes;
+      Rows<decltype(zero)> rows;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t task = i / s.prompt_rows, row = i % s.prompt_rows;
+        rows.clear();
+        for (int64_t b = 0; b < s.batch; ++b) {
+          const PromptLayout& layout = p.layout[b];
+          if (row >= layout.length || value_at(p.task_ids, b, 0) != task) continue;
+          rows.push_back(grad_row<decltype(zero)>(p, b, layout.first + layout.split + row));
+        }
+        sum_rows(static_cast<decltype(out_zero)*>(p.grad_prompt) + i * s.hidden, rows, s.hidden);
       }
     });
-  }
+  });
 }
 
 void token_grad_rows(const PromptEmbeddingBackwardParams& p, int64_t begin, int64_t end) {
-  const PromptSizes& s = p.sizes;
-  const int64_t row_bytes = s.hidden * size_of(p.type);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / s.tokens;
-    memcpy(bytes(p.grad_embeds) + i * row_bytes, grad_row(p, b, output_row(p.layout[b], i % s.tokens)), row_bytes);
-  }
+  with_bits_type(size_of(p.type), [&](auto zero) {
+    using T = decltype(zero);
+    const PromptSizes& s = p.sizes;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / s.tokens;
+      const T* row = grad_row<T>(p, b, output_row(p.layout[b], i % s.tokens));
+      std::copy_n(row, s.hidden, static_cast<T*>(p.grad_embeds) + i * s.hidden);
+    }
+  });
 }
 
 std::vector<TokenOccurrence> sorted_tokens(const PromptEmbeddingBackwardParams& p) {
@@ -268,18 +290,21 @@ std::vector<TokenOccurrence> sorted_tokens(const PromptEmbeddingBackwardParams& 
 
 void weight_grad_rows(const PromptEmbeddingBackwardParams& p, const std::vector<TokenOccurrence>& tokens, int64_t begin,
                       int64_t end) {
-  const PromptSizes& s = p.sizes;
-  const int64_t row_bytes = s.hidden * size_of(p.type);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t id = tokens[i].id;
-    if (i > 0 && tokens[i - 1].id == id) continue;
-    sum_rows(bytes(p.grad_weight) + id * row_bytes, p.type, p.type, s.hidden, [&](const auto& add) {
+  with_float_type(p.type, [&](auto zero) {
+    using T = decltype(zero);
+    const PromptSizes& s = p.sizes;
+    Rows<T> rows;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t id = tokens[i].id;
+      if (i > 0 && tokens[i - 1].id == id) continue;
+      rows.clear();
       for (int64_t j = i; j < static_cast<int64_t>(tokens.size()) && tokens[j].id == id; ++j) {
         const int64_t b = tokens[j].token / s.tokens;
-        add(grad_row(p, b, output_row(p.layout[b], tokens[j].token % s.tokens)));
+        rows.push_back(grad_row<T>(p, b, output_row(p.layout[b], tokens[j].token % s.tokens)));
       }
-    });
-  }
+      sum_rows(static_cast<T*>(p.grad_weight) + id * s.hidden, rows, s.hidden);
+    }
+  });
 }
 
 }  // namespace lk::cpu

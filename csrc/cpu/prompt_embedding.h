@@ -10,10 +10,8 @@ namespace lk::cpu {
 // Fills p.layout. False, with p.layout unspecified, where an id, a task or a prompt length is out of range.
 bool prompt_layout(const PromptEmbeddingParams& p);
 
-// Attention mask, labels and position ids of samples [begin, end).
-void prompt_columns(const PromptEmbeddingParams& p, int64_t begin, int64_t end);
-
-// Rows [begin, end) of out, taken as [batch * (prompt_rows + tokens), hidden].
+// Rows [begin, end) of out, taken as [batch * (prompt_rows + tokens), hidden]. Attention mask, position ids and labels
+// of a sample come with its first row.
 void prompt_rows(const PromptEmbeddingParams& p, int64_t begin, int64_t end);
 
 // False where p.layout, an id or a task does not fit the sizes.

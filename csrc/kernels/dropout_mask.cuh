@@ -11,7 +11,8 @@ __global__ void __launch_bounds__(kDropoutMaskThreads) dropout_mask_kernel(const
   const int64_t groups_per_row = dropout_groups_per_row(p.columns), groups = p.rows * groups_per_row;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kDropoutMaskThreads;
   const uint64_t seed = static_cast<uint64_t>(*p.seed);
-  for (int64_t group = static_cast<int64_t>(blockIdx.x) * kDropoutMaskThreads + threadIdx.x; group < groups; group += step) {
+  for (int64_t group = static_cast<int64_t>(blockIdx.x) * kDropoutMaskThreads + threadIdx.x; group < groups;
+       group += step) {
     const PhiloxWords words = philox4x32(static_cast<uint64_t>(group), seed);
     const int64_t row = group / groups_per_row, column = group % groups_per_row * kDropoutGroup;
     bool* keep_gmem = p.keep + row * p.columns + column;

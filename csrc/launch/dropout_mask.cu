@@ -1,6 +1,5 @@
-#include "launch.h"
-
 #include "../kernels/dropout_mask.cuh"
+#include "launch.h"
 
 namespace lk {
 
@@ -9,7 +8,8 @@ cudaError_t launch_dropout_mask(const DropoutMaskParams& p, cudaStream_t stream)
   const int64_t groups = p.rows * dropout_groups_per_row(p.columns);
   const int64_t blocks = (groups + kDropoutMaskThreads - 1) / kDropoutMaskThreads;
   if (blocks == 0) return cudaSuccess;
-  dropout_mask_kernel<<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kDropoutMaskThreads, 0, stream>>>(p);
+  dropout_mask_kernel<<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kDropoutMaskThreads, 0,
+                        stream>>>(p);
   return cudaGetLastError();
 }
 

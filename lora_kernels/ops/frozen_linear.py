@@ -1,7 +1,7 @@
 """``frozen_linear``: ``F.linear`` with a weight that does not train.
 
-On a CPU without native bf16/fp16 matmul it goes through fp32 in blocks, which is many times faster than torch's portable
-loop. It is also the floor that benchmarks of ``lora_linear`` divide by.
+On a CPU without native bf16/fp16 matmul it goes through fp32 in blocks, which is many times faster than torch's
+portable loop. It is also the floor that benchmarks of ``lora_linear`` divide by.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
 
 
+@torch.autograd.function.once_differentiable
 def _backward(ctx: Any, grad_y: Tensor | None) -> tuple:
     (weight,) = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad

@@ -111,8 +111,8 @@ BACKWARD = dispatch.register(
     OpSpec(
         name="lora_linear_backward",
         schema=(
-            "(Tensor grad_y, Tensor x, Tensor s, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, "
-            "float dropout_p, bool need_x, bool need_A, bool need_B) -> (Tensor, Tensor, Tensor)"
+            "(Tensor grad_y, Tensor x, Tensor s, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? seed, "
+            "float scaling, float dropout_p, bool need_x, bool need_A, bool need_B) -> (Tensor, Tensor, Tensor)"
         ),
         reference=_reference_backward,
         fake=_fake_backward,
@@ -150,6 +150,7 @@ def _gradients(ctx: Any, grad_y: Tensor | None, backward) -> tuple:
     return grad_x, grad_weight, grad_A, grad_B, grad_bias, None, None, None
 
 
+@torch.autograd.function.once_differentiable
 def _backward(ctx: Any, grad_y: Tensor | None, grad_s: None) -> tuple:
     return _gradients(ctx, grad_y, torch.ops.lora_kernels.lora_linear_backward.default)
 
@@ -183,12 +184,17 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(ctx, *args):  # type: ignore[override]
         output = dispatch.run(SPEC, *args)
         _setup_context(ctx, args, output)
+        ctx.forced_backend = dispatch.forced_backend()
         return output[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):  # type: ignore[override]
-        return _gradients(ctx, grad_y, _run_backward)
+        if ctx.forced_backend is None:
+            return _gradients(ctx, grad_y, _run_backward)
+        # Backward may run in another thread, or after `with use_backend(...)` has ended.
+        with dispatch.use_backend(ctx.forced_backend):
+            return _gradients(ctx, grad_y, _run_backward)
 
 
 def _run_backward(*args):

@@ -1,3 +1,3 @@
 #define LK_ISA "portable"
 #define LK_TABLE kPortable
-#include "dropout_lora.inl"
+#include "lora_branch.inl"

@@ -1,3 +1,3 @@
 #define LK_ISA "avx2"
 #define LK_TABLE kAvx2
-#include "dropout_lora.inl"
+#include "lora_branch.inl"

@@ -1,0 +1,285 @@
+// The narrow products of a LoRA branch, with the dropout mask made in registers on the way where there is one.
+// A vendor GEMM is built for wide outputs: where one side is the rank, it reaches little more than half of its speed.
+// Included once per instruction set; LK_TABLE names the table it defines.
+#include "kernels.h"
+#include "simd.h"
+
+namespace lk::cpu {
+namespace {
+
+// One vector of Philox calls serves this many consecutive elements of a row.
+constexpr int kMaskColumns = kLanes * kDropoutGroup;
+constexpr int kTileVectors = 2;
+constexpr int kTileColumns = kTileVectors * kLanes;  // six rows of two vectors hide the latency of two FMAs per cycle
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Words of the groups first, first + 1, ... of the whole matrix: words[4 * i ..] belong to group first + i.
+inline void philox_vector(uint64_t first, uint64_t seed, uint32_t* words) {
+  VecU c0, c1, c2 = {}, c3 = {};
+  for (int i = 0; i < kLanes; ++i) {
+    c0[i] = static_cast<uint32_t>(first + i);
+    c1[i] = static_cast<uint32_t>((first + i) >> 32);
+  }
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    VecU hi0, lo0, hi1, lo1;
+    multiply_wide(c0, kPhiloxMultiplier0, hi0, lo0);
+    multiply_wide(c2, kPhiloxMultiplier1, hi1, lo1);
+    c0 = hi1 ^ c1 ^ broadcast(k0);
+    c1 = lo1;
+    c2 = hi0 ^ c3 ^ broadcast(k1);
+    c3 = lo0;
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    words[4 * i] = c0[i];
+    words[4 * i + 1] = c1[i];
+    words[4 * i + 2] = c2[i];
+    words[4 * i + 3] = c3[i];
+  }
+}
+
+// keep[j] = all ones where element column + j of `row` survives, else 0, for j in [0, kMaskColumns).
+// `column` is a multiple of kDropoutGroup; lanes past the end of the row hold garbage.
+inline void keep_bits(const Dropout& dropout, int64_t row, int64_t column, int64_t columns, uint32_t* keep) {
+  uint32_t words[4 * kLanes];
+  philox_vector(row * dropout_groups_per_row(columns) + column / kDropoutGroup, dropout.seed, words);
+  for (int i = 0; i < 4 * kLanes; ++i) {
+    keep[2 * i] = (words[i] & 0xFFFFu) >= dropout.threshold ? ~0u : 0u;
+    keep[2 * i + 1] = (words[i] >> 16) >= dropout.threshold ? ~0u : 0u;
+  }
+}
+
+// out[j] = x[j] where kept, else 0, for j in [0, kMaskColumns); zero past `valid` columns.
+inline void keep_row(const float* x, const uint32_t* keep, int64_t valid, float* out) {
+  if (valid >= kMaskColumns) {
+    for (int j = 0; j < kMaskColumns; j += kLanes) store(out + j, and_bits(load(x + j), load(keep + j)));
+    return;
+  }
+  for (int j = 0; j < kMaskColumns; ++j) out[j] = j < valid && keep[j] != 0 ? x[j] : 0.0f;
+}
+
+// acc[i][:] += sum over p < depth of a[i * a_row + p * a_step] * b[p * b_step ...]: the product inside all of the
+// below.
+template <int kRows>
+inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t depth,
+                          VecF (&acc)[kRows][kTileVectors]) {
+  // Two pointers, so that every row is within reach of an addressing mode and no offset lives in a register.
+  const float* upper = a + 3 * a_row;
+  for (int64_t p = 0; p < depth; ++p, a += a_step, upper += a_step, b += b_step) {
+    const VecF b0 = load(b), b1 = load(b + kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      const VecF value = broadcast(i < 3 ? a[i * a_row] : upper[(i - 3) * a_row]);
+      acc[i][0] += value * b0;
+      acc[i][1] += value * b1;
+    }
+  }
+}
+
+template <int kRows>
+struct RowCount {
+  static constexpr int value = kRows;
+};
+
+// Calls f(RowCount, first row) over [0, rows), six, four, two and one at a time.
+template <class F>
+inline void for_row_tiles(int64_t rows, const F& f) {
+  int64_t i = 0;
+  for (; i + 6 <= rows; i += 6) f(RowCount<6>{}, i);
+  if (i + 4 <= rows) f(RowCount<4>{}, i), i += 4;
+  if (i + 2 <= rows) f(RowCount<2>{}, i), i += 2;
+  if (i < rows) f(RowCount<1>{}, i);
+}
+
+void dropout_mask(const DropoutMaskParams& p, int64_t begin, int64_t end) {
+  const Dropout dropout{static_cast<uint64_t>(*p.seed), p.threshold, 1.0f};
+  uint32_t keep[kMaskColumns];
+  for (int64_t m = begin; m < end; ++m) {
+    for (int64_t k = 0; k < p.columns; k += kMaskColumns) {
+      keep_bits(dropout, m, k, p.columns, keep);
+      for (int64_t j = 0; j < smaller(kMaskColumns, p.columns - k); ++j) p.keep[m * p.columns + k + j] = keep[j] != 0;
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- shrink
+
+int64_t packed_width(int64_t rank) { return round_up(rank, kTileColumns); }
+
+int64_t packed_size(int64_t rank, int64_t k) { return round_up(k, kMaskColumns) * packed_width(rank); }
+
+void pack_transposed(const float* w, int64_t stride_j, int64_t stride_c, int64_t rank, int64_t k, float* packed) {
+  const int64_t width = packed_width(rank);
+  for (int64_t c = 0; c < k; ++c) {
+    for (int64_t j = 0; j < rank; ++j) packed[c * width + j] = w[j * stride_j + c * stride_c];
+    for (int64_t j = rank; j < width; ++j) packed[c * width + j] = 0.0f;
+  }
+  memset(packed + k * width, 0, sizeof(float) * (round_up(k, kMaskColumns) - k) * width);
+}
+
+template <bool kHasDropout>
+void lora_shrink(const LoraShrinkParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t kDepth = 1024;  // columns of x at a time: 16 KB for 4 rows, and the packed chunk stays in L2
+  static_assert(kDepth % kMaskColumns == 0, "a chunk holds whole mask vectors");
+  const int64_t width = packed_width(p.rank);
+  for_row_tiles(end - begin, [&](auto count, int64_t offset) {
+    constexpr int kRows = decltype(count)::value;
+    const int64_t m = begin + offset;
+    alignas(64) float dropped[kRows][kDepth];
+    for (int64_t k0 = 0; k0 < p.k; k0 += kDepth) {
+      const float* x = p.x + m * p.x_stride + k0;
+      int64_t x_stride = p.x_stride, depth = smaller(kDepth, p.k - k0);
+      if constexpr (kHasDropout) {
+        for (int i = 0; i < kRows; ++i) {
+          for (int64_t k = 0; k < depth; k += kMaskColumns) {
+            uint32_t keep[kMaskColumns];
+            keep_bits(p.dropout, p.first_row + m + i, k0 + k, p.k, keep);
+            keep_row(x + i * p.x_stride + k, keep, depth - k, &dropped[i][k]);
+          }
+        }
+        x = &dropped[0][0];
+        x_stride = kDepth;
+      }
+      for (int64_t j = 0; j < p.rank; j += kTileColumns) {
+        VecF acc[kRows][kTileVectors] = {};
+        multiply_tile<kRows>(x, x_stride, 1, p.packed + k0 * width + j, width, depth, acc);
+        for (int i = 0; i < kRows; ++i) {
+          float* s = p.s + (m + i) * p.rank + j;
+          for (int64_t c = 0; c < smaller(kTileColumns, p.rank - j); ++c) {
+            s[c] = (k0 == 0 ? 0.0f : s[c]) + p.dropout.scale * acc[i][c / kLanes][c % kLanes];
+          }
+        }
+      }
+    }
+  });
+}
+
+void lora_shrink_any(const LoraShrinkParams& p, int64_t begin, int64_t end) {
+  (p.has_dropout ? lora_shrink<true> : lora_shrink<false>)(p, begin, end);
+}
+
+// ----------------------------------------------------------------------------------------------- gradients
+
+constexpr int64_t kGradRows = 32;  // rows whose mask and dropped x are held at a time
+
+// Without a mask the tile is narrower, so that the threads get even shares.
+template <bool kHasDropout>
+constexpr int64_t kGradColumns = kHasDropout ? kMaskColumns : 2 * kTileColumns;
+
+int64_t lora_grad_tile(bool has_dropout) { return has_dropout ? kGradColumns<true> : kGradColumns<false>; }
+
+// Per column tile: [rank, kColumns] of A and the same of grad.
+int64_t lora_grad_scratch_size(int64_t rank, int64_t tiles) { return 2 * rank * kMaskColumns * tiles; }
+
+template <bool kHasDropout>
+void lora_grad(const LoraGradParams& p, float* scratch, int64_t begin, int64_t end) {
+  constexpr int64_t kColumns = kGradColumns<kHasDropout>;
+  alignas(64) uint32_t keep[kGradRows][kMaskColumns];
+  alignas(64) float copied[kGradRows][kMaskColumns];
+  const int64_t tile_size = p.rank * kColumns;
+  float* a_tiles = scratch;
+  float* grad_tiles = scratch + (end - begin) * tile_size;
+  memset(scratch, 0, sizeof(float) * 2 * (end - begin) * tile_size);
+  if constexpr (!kHasDropout) memset(keep, 0xFF, sizeof keep);
+  if (p.a != nullptr) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t k0 = tile * kColumns;
+      for (int64_t j = 0; j < p.rank; ++j) {
+        memcpy(a_tiles + (tile - begin) * tile_size + j * kColumns, p.a + j * p.a_stride + k0,
+               sizeof(float) * smaller(kColumns, p.k - k0));
+      }
+    }
+  }
+
+  // Rows outside, tiles inside: the rows of x are then read in long runs, which the hardware prefetches.
+  for (int64_t m0 = 0; m0 < p.rows; m0 += kGradRows) {
+    const int64_t rows = smaller(kGradRows, p.rows - m0);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t k0 = tile * kColumns, valid = smaller(kColumns, p.k - k0);
+      const float* a_tile = a_tiles + (tile - begin) * tile_size;
+      float* grad_tile = grad_tiles + (tile - begin) * tile_size;
+      if constexpr (kHasDropout) {
+        for (int64_t i = 0; i < rows; ++i) keep_bits(p.dropout, p.first_row + m0 + i, k0, p.k, keep[i]);
+      }
+
+      if (p.a != nullptr) {
+        for_row_tiles(rows, [&](auto count, int64_t i0) {
+          constexpr int kRows = decltype(count)::value;
+          for (int64_t c0 = 0; c0 < valid; c0 += kTileColumns) {
+            VecF acc[kRows][kTileVectors] = {};
+            multiply_tile<kRows>(p.s + (m0 + i0) * p.rank, p.rank, 1, a_tile + c0, kColumns, p.rank, acc);
+            for (int i = 0; i < kRows; ++i) {
+              float* grad_x = p.grad_x + (m0 + i0 + i) * p.grad_x_stride + k0 + c0;
+              for (int v = 0; v < kTileVectors; ++v) {
+                const VecF add = and_bits(acc[i][v] * p.alpha, load(&keep[i0 + i][c0 + v * kLanes]));
+                const int64_t left = valid - c0 - v * kLanes;
+                if (left >= kLanes) {
+                  store(grad_x + v * kLanes, load(grad_x + v * kLanes) + add);
+                } else {
+                  for (int64_t c = 0; c < left; ++c) grad_x[v * kLanes + c] += add[c];
+                }
+              }
+            }
+          }
+        });
+      }
+
+      if (p.x != nullptr) {
+        const float* x = p.x + m0 * p.x_stride + k0;
+        int64_t x_stride = p.x_stride;
+        // A partial tile is copied too: whole vectors would read past the end of the row.
+        if (kHasDropout || valid < kColumns) {
+          for (int64_t i = 0; i < rows; ++i) keep_row(x + i * p.x_stride, keep[i], valid, copied[i]);
+          x = &copied[0][0];
+          x_stride = kMaskColumns;
+        }
+        for_row_tiles(p.rank, [&](auto count, int64_t j0) {
+          constexpr int kRows = decltype(count)::value;
+          for (int64_t c0 = 0; c0 < valid; c0 += kTileColumns) {
+            // A block of rows is summed on its own and then added: the rounding error grows with the number of blocks.
+            VecF acc[kRows][kTileVectors] = {};
+            multiply_tile<kRows>(p.s + m0 * p.rank + j0, 1, p.rank, x + c0, x_stride, rows, acc);
+            for (int i = 0; i < kRows; ++i) {
+              float* sum = grad_tile + (j0 + i) * kColumns + c0;
+              for (int v = 0; v < kTileVectors; ++v) store(sum + v * kLanes, load(sum + v * kLanes) + acc[i][v]);
+            }
+          }
+        });
+      }
+    }
+  }
+
+  if (p.x == nullptr) return;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t k0 = tile * kColumns;
+    const float* grad_tile = grad_tiles + (tile - begin) * tile_size;
+    for (int64_t c = 0; c < smaller(kColumns, p.k - k0); ++c) {
+      for (int64_t j = 0; j < p.rank; ++j) {
+        p.grad[j * p.grad_stride_j + (k0 + c) * p.grad_stride_c] += p.alpha * grad_tile[j * kColumns + c];
+      }
+    }
+  }
+}
+
+void lora_grad_any(const LoraGradParams& p, float* scratch, int64_t begin, int64_t end) {
+  (p.has_dropout ? lora_grad<true> : lora_grad<false>)(p, scratch, begin, end);
+}
+
+}  // namespace
+
+extern const Kernels LK_TABLE;
+const Kernels LK_TABLE = {
+    .isa = LK_ISA,
+    .dropout_mask = dropout_mask,
+    .pack_transposed = pack_transposed,
+    .packed_size = packed_size,
+    .lora_shrink = lora_shrink_any,
+    .lora_grad = lora_grad_any,
+    .lora_grad_tile = lora_grad_tile,
+    .lora_grad_scratch_size = lora_grad_scratch_size,
+};
+
+}  // namespace lk::cpu

@@ -1,0 +1,48 @@
+"""The ``lora-kernels`` command: info, finetune, merge, bench."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from . import bench, finetune, info, merge
+from ._console import CliError, error
+
+_COMMANDS = (info, finetune, merge, bench)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, except that a mistake is one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CliError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every subcommand."""
+    parser = _Parser(
+        prog="lora-kernels",
+        description="Fused kernels for LoRA and prompt tuning: inspect the installation, train, merge, measure.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in _COMMANDS:
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    0: done. 1: failed while running. 2: the request cannot be carried out as given. 130: interrupted.
+    """
+    try:
+        options = build_parser().parse_args(argv)
+        return options.run(options)
+    except CliError as problem:
+        error(str(problem))
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,125 @@
+"""``lora-kernels info``: what is installed, what was built, and what would run where."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+import lora_kernels as lk
+
+from ._console import table
+from ._models import DTYPES
+
+_PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "bitsandbytes")
+_SAMPLE = {"tokens": 512, "in_features": 576, "out_features": 1536, "rank": 16}
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand to the main parser."""
+    parser = commands.add_parser(
+        "info",
+        help="what is installed, what was built, which backend serves which op",
+        description="Show the installation: package versions, what was compiled, the backends and their state, and "
+        "which backend serves each op on this machine, with the reason.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out the command."""
+    facts = collect()
+    print(json.dumps(facts, indent=2) if options.json else _render(facts))
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """Everything the command reports, as plain data."""
+    return {
+        "lora_kernels": lk.__version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "machine": _machine(),
+        "build": lk.build_info(),
+        "backends": {name: status._asdict() for name, status in lk.backends().items()},
+        "ops": _choices(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> dict[str, Any]:
+    machine = {
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [],
+    }
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            machine["gpus"].append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+    return machine
+
+
+def _choices() -> list[dict[str, str]]:
+    """Dispatch's answer for each op on a sample call per device and dtype."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    m, k, n, r = _SAMPLE.values()
+    found = []
+    for device in devices:
+        for label, dtype in DTYPES.items():
+
+            def zeros(*shape: int) -> torch.Tensor:
+                return torch.zeros(shape, dtype=dtype, device=device)  # noqa: B023  called within this iteration
+
+            x, weight = zeros(m, k), zeros(n, k)
+            calls = {
+                "lora_linear": (x, weight, zeros(r, k), zeros(n, r)),
+                "frozen_linear": (x, weight),
+                "prompt_embedding": (torch.zeros((1, m), dtype=torch.long, device=device), weight, zeros(r, k)),
+            }
+            for op, args in calls.items():
+                choice = lk.why(op, *args)
+                found.append({"op": op, "device": device, "dtype": label, **choice._asdict()})
+    return [{key: str(value) for key, value in row.items()} for row in found]
+
+
+def _render(facts: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in facts["packages"].items())
+    machine = facts["machine"]
+    columns = ("op", "device", "dtype", "backend", "schedule", "reason")
+    lines = [
+        f"lora_kernels {facts['lora_kernels']}, Python {facts['python']} ({sys.executable})",
+        versions,
+        f"{machine['platform']}; CPU capability {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['threads']} threads; {', '.join(machine['gpus']) or 'no GPU'}",
+        "",
+        "Built",
+        *[f"  {key}: {value}" for key, value in facts["build"].items()],
+        "",
+        table(
+            ("backend", "available", "detail"),
+            [(name, "yes" if s["available"] else "no", s["detail"]) for name, s in facts["backends"].items()],
+        ),
+        "",
+        "A call with {tokens} tokens, {in_features} -> {out_features}, rank {rank}, would run on:".format(**_SAMPLE),
+        table(
+            columns,
+            [tuple(row[key] for key in columns) for row in facts["ops"]],
+        ),
+    ]
+    return "\n".join(lines)

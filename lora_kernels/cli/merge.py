@@ -1,0 +1,108 @@
+"""``lora-kernels merge``: fold an adapter into its base model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora_kernels as lk
+
+from . import _arguments as arguments
+from ._console import CliError, error
+from ._models import DTYPES, first_sentence, load_model, load_tokenizer
+
+_CHECK_TOKENS = 64
+_LOGITS_LIMIT = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Allowed relative difference of the logits: rounding the merged weight to 16 bits moves them."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand to the main parser."""
+    parser = commands.add_parser(
+        "merge",
+        help="fold an adapter into its base model",
+        description="Add an adapter to the weights of its base model (W += scaling * B A) and save a plain model, "
+        "which transformers loads like any other and which runs without added latency.",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="base model: a directory, or a name on the hub")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="adapter directory, from finetune or PEFT")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to write the merged model")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="dtype to load, merge and save in; auto keeps the base model's (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--untie",
+        action="store_true",
+        help="give a layer whose weight another one shares (a tied output head) a weight of its own; without this an "
+        "adapter on such a layer is refused",
+    )
+    parser.add_argument("--check", action="store_true", help="load the result and compare its logits before keeping it")
+    parser.add_argument("--overwrite", action="store_true", help="write into --out even if it holds files already")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out the command; see ``main`` for the exit status."""
+    out = arguments.output_directory(options.out, options.overwrite)
+    device = torch.device("cpu")
+    model = load_model(options.model, DTYPES.get(options.dtype, options.dtype), device)
+    try:
+        tokenizer = load_tokenizer(options.model)
+    except CliError:
+        tokenizer = None
+        print(f"{options.model} has no tokenizer that loads; none is saved with the merged model")
+    try:
+        lk.load_adapter(model, options.adapter)
+        layers = sum(isinstance(module, lk.LoRALinear) for module in model.modules())
+        tokens = _check_tokens(model)
+        expected = _logits(model, tokens) if options.check else None
+        lk.merge_adapter(model, untie=options.untie, unload=True)
+    except (ValueError, FileNotFoundError) as problem:
+        raise CliError(str(problem).replace("pass untie=True", "pass --untie")) from None
+    try:
+        return _write(model, tokenizer, out, layers, tokens, expected)
+    except OSError as problem:
+        error(f"could not save to {out}: {first_sentence(problem)}")
+        return 1
+
+
+def _write(model: nn.Module, tokenizer: Any, out: Path, layers: int, tokens: Tensor, expected: Tensor | None) -> int:
+    """Save beside the final place, check, then rename file by file."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".saving-") as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if expected is not None:
+            loaded = load_model(temporary, model.dtype, tokens.device)
+            difference = ((_logits(loaded, tokens) - expected).abs().max() / expected.abs().max()).item()
+            limit = _LOGITS_LIMIT[model.dtype]
+            print(f"logits, merged against base + adapter: relative difference {difference:.2e} (limit {limit:g})")
+            if not difference <= limit:
+                error("the merged model does not compute what base and adapter compute; it was not kept")
+                return 1
+        for file in sorted(Path(temporary).iterdir()):
+            os.replace(file, out / file.name)
+    print(f"merged {layers} layers; plain {str(model.dtype).removeprefix('torch.')} model saved in {out}")
+    return 0
+
+
+def _check_tokens(model: nn.Module) -> Tensor:
+    """Random tokens from the whole vocabulary [1, tokens]."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    length = min(_CHECK_TOKENS, getattr(model.config, "max_position_embeddings", _CHECK_TOKENS))
+    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, use_cache=False).logits.float()

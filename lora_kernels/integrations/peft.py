@@ -1,0 +1,193 @@
+"""Fused layers in PEFT models: ``patch`` one model in place, or ``patch_peft`` for every model made afterwards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..modules import FrozenLinear, upcasts
+from ..reasons import Reason
+from ..report import FROZEN_UPCAST, FUSED, Report
+from . import _layer_checks
+
+
+def patch(model: nn.Module, frozen_linears: bool = False) -> Report:
+    """Swaps the LoRA layers of a PEFT model for fused ones, in place; ``unpatch`` restores them.
+
+    Only the class of a layer changes, so parameters, ``state_dict``, hooks, optimizers, merging and adapter
+    switching stay as they are. What a fused layer cannot compute exactly runs PEFT's own code, and is counted
+    in ``lk.stats()``. Layers that ``model.add_adapter`` or ``model.load_adapter`` of this ``PeftModel``
+    create later are fused too. Patching again is allowed and reports the present state.
+
+    Args:
+        model: a PEFT model, or any module that contains PEFT layers.
+        frozen_linears: also swap frozen ``nn.Linear`` layers whose dtype this CPU has no matmul for (bfloat16
+            or float16 on many machines). Works without PEFT.
+
+    Returns:
+        What was swapped, and what was left alone and why. ``print`` it.
+
+    Raises:
+        ValueError: there is no PEFT layer in ``model`` and ``frozen_linears`` is False.
+    """
+    peft_layers = dict(_tuner_layers(model))
+    if not peft_layers and not frozen_linears:
+        raise ValueError(
+            f"patch: {type(model).__name__} holds no PEFT layer; make it a PEFT model first, use lk.inject, "
+            "or pass frozen_linears=True"
+        )
+    report = Report()
+    for name, layer in peft_layers.items():
+        reason = _fuse(layer)
+        (report.fused if reason == FUSED else report.kept).append((name, reason))
+    for tuner in _tuner_models(model):
+        tuner.__dict__["_create_new_module"] = _peft_linear().create_in_patched_model
+    if frozen_linears:
+        _patch_frozen(model, peft_layers, report)
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Restores the classes that ``patch`` or ``patch_peft`` changed in ``model``; without any, does nothing."""
+    for module in model.modules():
+        if type(module) is FrozenLinear:
+            module.__class__ = nn.Linear
+    if not _peft_imported():
+        return
+    fused = _peft_linear()
+    for module in model.modules():
+        if type(module) is fused.FusedLinear:
+            module.__class__ = fused.Linear
+            for name, value in list(module.__dict__.items()):
+                # An accelerate hook keeps the method that it wraps on the instance.
+                if getattr(value, "__func__", None) is fused.FusedLinear.forward:
+                    module.__dict__[name] = MethodType(fused.Linear.forward, module)
+    for tuner in _tuner_models(model):
+        tuner.__dict__.pop("_create_new_module", None)
+
+
+def patch_peft() -> None:
+    """Makes PEFT itself create fused layers, in every LoRA model made or loaded from now on.
+
+    Existing models are not touched; use ``patch`` for them.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    try:
+        import peft  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise ImportError("patch_peft needs PEFT; install it with: pip install lora_kernels[peft]") from error
+    fused, lora_model = _peft_linear(), _lora_model()
+    if lora_model._create_new_module is not fused.create_in_patched_peft:
+        fused.original_create_new_module = lora_model._create_new_module
+        lora_model._create_new_module = staticmethod(fused.create_in_patched_peft)
+
+
+def unpatch_peft() -> None:
+    """Undoes ``patch_peft``. Models made in between keep their fused layers; use ``unpatch`` for them."""
+    if not _peft_imported():
+        return
+    fused, lora_model = _peft_linear(), _lora_model()
+    if lora_model._create_new_module is fused.create_in_patched_peft:
+        lora_model._create_new_module = staticmethod(fused.original_create_new_module)
+
+
+def plain_adapter(layer: Any, adapter: str | None) -> tuple:
+    """What ``LoRALinear.from_peft`` needs: weight, bias, lora_A, lora_B, alpha, scaling, dropout, use_rslora."""
+    if not _peft_imported() or not isinstance(layer, _peft_linear().Linear):
+        kind = type(layer)
+        raise TypeError(f"from_peft: expected a PEFT lora.Linear, got {kind.__module__}.{kind.__qualname__}")
+    if adapter is None:
+        if len(layer.active_adapters) != 1:
+            raise ValueError(f"from_peft: name one of the active adapters {layer.active_adapters}")
+        adapter = layer.active_adapters[0]
+    if adapter not in layer.lora_A:
+        known = ", ".join(layer.lora_A) or "none"
+        raise ValueError(f"from_peft: no adapter {adapter!r} on this layer, it has {known}")
+    found = Reason.MERGED if layer.merged else _layer_checks.adapter_operands(layer, adapter)
+    if isinstance(found, Reason):
+        raise ValueError(f"from_peft: adapter {adapter!r} is not plain LoRA on a plain nn.Linear: {found}")
+    weight, lora_A, lora_B, bias, scaling, dropout, _ = found
+    return weight, bias, lora_A, lora_B, layer.lora_alpha[adapter], scaling, dropout, layer.use_rslora[adapter]
+
+
+# --------------------------------------------------------------------------------------------------- details
+
+
+def _peft_imported() -> bool:
+    """A model can only hold PEFT layers if somebody imported PEFT: no need to import it to find out."""
+    return sys.modules.get("peft") is not None
+
+
+def _peft_linear() -> ModuleType:
+    from . import _peft_linear
+
+    return _peft_linear
+
+
+def _lora_model() -> type:
+    from peft.tuners.lora import LoraModel
+
+    return LoraModel
+
+
+def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if not _peft_imported():
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+
+
+def _tuner_models(model: nn.Module) -> Iterator[nn.Module]:
+    if _peft_imported():
+        exact = _lora_model()
+        yield from (module for module in model.modules() if type(module) is exact)
+
+
+def _fuse(layer: nn.Module) -> str:
+    """Swaps the class of a PEFT layer where it can; returns ``FUSED``, or why its next call would not be fused."""
+    fused = _peft_linear()
+    if type(layer) not in (fused.Linear, fused.FusedLinear):
+        return f"{Reason.LAYER_TYPE}: {type(layer).__name__}"
+    if type(layer) is fused.Linear and "forward" in layer.__dict__:
+        # What the instance calls is bound to the old class: swapping would change nothing.
+        return Reason.INSTANCE_FORWARD
+    layer.__class__ = fused.FusedLinear
+    found = _layer_checks.operands(layer)
+    if isinstance(found, Reason):
+        return found
+    weight, lora_A, lora_B = found[:3]
+    usual_input = weight.new_empty(0)  # of the base's dtype
+    return _layer_checks.call_reason(usual_input, weight, lora_A, lora_B) or FUSED
+
+
+def _patch_frozen(model: nn.Module, peft_layers: dict[str, nn.Module], report: Report) -> None:
+    """Swaps frozen plain linears; those inside a fused layer have no row of their own."""
+    adapters = {
+        child for layer in peft_layers.values() for child in layer.modules() if child is not layer.get_base_layer()
+    }
+    fused = {layer.get_base_layer() for name, layer in peft_layers.items() if (name, FUSED) in report.fused}
+    for name, module in model.named_modules():
+        if type(module) not in (nn.Linear, FrozenLinear) or module in adapters:
+            continue
+        weight, bias = module._parameters["weight"], module._parameters["bias"]
+        if "forward" in module.__dict__ or type(weight) is not nn.Parameter:
+            continue
+        if weight.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad):
+            continue
+        slow = upcasts(weight)
+        if slow:
+            module.__class__ = FrozenLinear
+        if module not in fused:
+            pair = (name, FROZEN_UPCAST if slow else Reason.NOT_LOW_PRECISION)
+            (report.fused if slow else report.kept).append(pair)

@@ -1,0 +1,89 @@
+"""Merging the adapters of a whole model, which unlike a single layer knows where weights are shared."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .modules import LoRALinear
+
+
+def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = False, unload: bool = False) -> None:
+    """Adds the adapter of every ``LoRALinear`` in ``model`` to its weight; all of them or, on an error, none.
+
+    Args:
+        model: a model with ``LoRALinear`` layers.
+        keep_base: as ``LoRALinear.merge``; ``unmerge_adapter`` then restores bitwise.
+        untie: give a layer whose weight another module holds too (a tied embedding) a weight of its own. By
+            default such a model is refused, because merging would change the other module.
+        unload: also turn the layers back into plain ``nn.Linear``, without their adapters. Cannot be undone.
+
+    Raises:
+        RuntimeError: a layer is already merged.
+        ValueError: no ``LoRALinear``; a tied weight; an adapter that is not finite; keep_base together with
+            unload.
+    """
+    layers = _lora_layers("merge_adapter", model)
+    if keep_base and unload:
+        raise ValueError("merge_adapter: keep_base has no use with unload, which forgets the adapter")
+    for name, layer in layers.items():
+        if layer.merged:
+            raise RuntimeError(f"merge_adapter: {name} is already merged; call unmerge_adapter first")
+        if not all(bool(torch.isfinite(p).all()) for p in (layer.lora_A, layer.lora_B)):
+            raise ValueError(f"merge_adapter: the adapter of {name} is not finite; nothing was merged")
+    tied = _tied(model, layers)
+    if tied and not untie:
+        pairs = ", ".join(f"{name} with {other}" for name, other in tied.items())
+        raise ValueError(f"merge_adapter: tied weights: {pairs}; pass untie=True to give them their own")
+    for name in tied:
+        _untie(model, layers[name])
+    for layer in layers.values():
+        layer.merge(keep_base)
+        if unload:
+            layer.discard_adapter()
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Calls ``unmerge`` on every ``LoRALinear`` of ``model``. Weights that were untied stay so.
+
+    Raises:
+        RuntimeError: a layer is not merged; nothing is changed then.
+        ValueError: no ``LoRALinear``.
+    """
+    layers = _lora_layers("unmerge_adapter", model)
+    for name, layer in layers.items():
+        if not layer.merged:
+            raise RuntimeError(f"unmerge_adapter: {name} is not merged")
+    for layer in layers.values():
+        layer.unmerge()
+
+
+def _lora_layers(op: str, model: nn.Module) -> dict[str, LoRALinear]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if not layers:
+        raise ValueError(f"{op}: the model has no LoRALinear layer")
+    return layers
+
+
+def _tied(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, str]:
+    """``{layer: parameter}`` for layers whose weight shares memory with a parameter elsewhere."""
+    owners: dict[object, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(_memory(parameter), []).append(name)
+    tied = {}
+    for name, layer in layers.items():
+        others = [o for o in owners[_memory(layer.weight)] if o != (f"{name}.weight" if name else "weight")]
+        if others:
+            tied[name] = others[0]
+    return tied
+
+
+def _memory(parameter: nn.Parameter) -> object:
+    return id(parameter) if parameter.is_meta else (parameter.device, parameter.untyped_storage().data_ptr())
+
+
+def _untie(model: nn.Module, layer: LoRALinear) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False) and model.get_output_embeddings() is layer:
+        config.tie_word_embeddings = False  # transformers would tie them again when it saves or loads

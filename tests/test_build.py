@@ -1,0 +1,152 @@
+"""What setup.py builds: modules that load everywhere, a complete sdist, a wheel that works outside the checkout."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lora_kernels as lk
+from lora_kernels import _native
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(lk.__file__).parent
+
+
+def python(code, **environment):
+    """stdout of code in a fresh interpreter, outside the checkout."""
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, cwd="/", capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def needed_libraries(module):
+    out = subprocess.run(["readelf", "-d", module], capture_output=True, text=True, check=True).stdout
+    return {line.split("[")[1].rstrip("]") for line in out.splitlines() if "(NEEDED)" in line}
+
+
+def test_what_was_built_is_recorded_and_loads():
+    info = lk.build_info()
+    assert info["C++"].startswith("built with")
+    assert _native.cpu is not None
+    assert info["CUDA"].startswith(("built for", "not built: "))
+    # Also where torch is a CPU build: the CUDA module must load, the device is what is missing.
+    assert (_native.cuda is not None) == info["CUDA"].startswith("built for"), _native.cuda_error
+
+
+def test_modules_are_abi3_and_need_no_cuda_library():
+    modules = sorted(PACKAGE.glob("_c*.so")) + sorted(PACKAGE.glob("_C*.so"))
+    assert "_C.abi3.so" in {m.name for m in modules}
+    for module in modules:
+        assert module.name.endswith(".abi3.so")
+        assert not {lib for lib in needed_libraries(module) if "cuda" in lib or "cudart" in lib or "python" in lib}
+
+
+def test_import_is_light():
+    heavy = ("peft", "transformers", "triton", "matplotlib", "rich", "accelerate")
+    code = f"import sys, lora_kernels; print([m for m in {heavy} if m in sys.modules])"
+    baseline = python(f"import sys, torch; print([m for m in {heavy} if m in sys.modules])")
+    assert python(code) == baseline
+
+
+def test_works_without_the_extensions():
+    code = """
+import sys
+sys.modules["lora_kernels._C"] = sys.modules["lora_kernels._cuda"] = None
+import torch, lora_kernels as lk
+x, w, a, b = torch.randn(3, 8), torch.randn(6, 8), torch.randn(2, 8, requires_grad=True), torch.randn(6, 2)
+y = lk.lora_linear(x, w, a, b, dropout_p=0.5, training=True)
+y.sum().backward()
+print(lk.backends()["cpu"], lk.why("lora_linear", x, w, a, b), lk.stats(), sep="\\n")
+"""
+    out = python(code)
+    assert "available=False, detail='extension not built'" in out
+    assert "backend='reference'" in out
+    assert "('lora_linear', 'extension not built'): 1" in out
+
+
+def test_works_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import lora_kernels as lk; print(lk.backends()['triton'])"
+    assert python(code) == "BackendStatus(available=False, detail='triton not installed')"
+
+
+def test_triton_kernels_are_installed_under_the_package():
+    assert python("import lora_kernels.triton_kernels as t; print(t.__name__)") == "lora_kernels.triton_kernels"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the checkout without build products."""
+    copy = tmp_path_factory.mktemp("checkout") / "source"
+    skip = shutil.ignore_patterns(
+        ".venv*", "build", "dist", "*.so", "_build_info.json", "*.egg-info", "__pycache__", ".git"
+    )
+    shutil.copytree(ROOT, copy, ignore=skip)
+    return copy
+
+
+def backend_hook(checkout, hook, out, **environment):
+    """Runs a PEP 517 hook in the checkout; returns the file it made."""
+    code = f"import setuptools.build_meta as m; print('made', m.{hook}({str(out)!r}))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return out / run.stdout.strip().splitlines()[-1].removeprefix("made ")
+
+
+def test_sdist_holds_the_sources(checkout, tmp_path):
+    with tarfile.open(backend_hook(checkout, "build_sdist", tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("csrc", "tests", "examples", "triton_kernels", "lora_kernels"):
+        for path in (checkout / folder).rglob("*"):
+            if path.is_file():
+                assert str(path.relative_to(checkout)) in names
+    assert {"LICENSE", "README.md", "setup.py", "pyproject.toml"} <= names
+
+
+def test_wheel_works_outside_the_checkout(checkout, tmp_path):
+    wheel = backend_hook(checkout, "build_wheel", tmp_path, LORA_KERNELS_CUDA="0")
+    assert "-cp310-abi3-" in wheel.name
+    installed = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(installed)
+    assert "lora_kernels/_C.abi3.so" in names
+    assert "lora_kernels/triton_kernels/__init__.py" in names
+    assert "lora_kernels/py.typed" in names
+    assert not [n for n in names if n.startswith(("csrc/", "tests/", "triton_kernels/")) or "_emu" in n]
+    out = python(
+        "import json, torch, lora_kernels as lk, lora_kernels.triton_kernels;"
+        "x, w, a, b = torch.randn(3, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2);"
+        "print(json.dumps([lk.__file__, lk.why('lora_linear', x, w, a, b).backend, lk.build_info()['CUDA']]))",
+        PYTHONPATH=str(installed),
+    )
+    file, backend, cuda = json.loads(out)
+    assert Path(file).is_relative_to(installed)
+    assert backend == "cpu"
+    assert cuda == "not built: LORA_KERNELS_CUDA=0"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"LORA_KERNELS_CUDA": "yes"}, "LORA_KERNELS_CUDA must be 0, 1 or unset"),
+        ({"LORA_KERNELS_CUDA": "0", "TORCH_CUDA_ARCH_LIST": ""}, None),
+        ({"TORCH_CUDA_ARCH_LIST": "Ampere"}, "TORCH_CUDA_ARCH_LIST: cannot read 'Ampere'"),
+    ],
+)
+def test_build_settings_are_checked(checkout, environment, message):
+    code = "import setuptools; setuptools.setup = lambda **_: None; import setup; setup.gencode(setup.ARCHS)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert (message or "") in run.stderr
+    assert (run.returncode == 0) == (message is None)

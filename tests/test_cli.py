@@ -1,0 +1,360 @@
+"""The command line, on a tiny random Llama."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_kernels.cli import _training, main
+
+transformers = pytest.importorskip("transformers")
+
+SEQ = 16
+TRAIN = ["--rank", "4", "--alpha", "8", "--steps", "6", "--warmup", "2", "--batch", "2", "--seq", str(SEQ)]
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A Llama with tied embeddings, and a character-level tokenizer."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("model")
+    characters = ["<unk>", *"abcdefghijklmnopqrstuvwxyz .\n"]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the cat sat on the mat and the dog sat on the log. " * 20)
+    return path
+
+
+@pytest.fixture
+def finetune(model_dir, text_file, tmp_path):
+    """Runs ``finetune`` into tmp_path / name."""
+
+    def run(name, *extra):
+        out = str(tmp_path / name)
+        return main(["finetune", "--model", str(model_dir), "--text", str(text_file), "--out", out, *TRAIN, *extra])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(model_dir, text_file, tmp_path_factory):
+    """A trained adapter."""
+    out = tmp_path_factory.mktemp("adapter") / "run"
+    arguments = ["--model", str(model_dir), "--text", str(text_file), "--out", str(out), *TRAIN, "--lr", "0.05"]
+    assert main(["finetune", *arguments]) == 0
+    return out
+
+
+def log(folder):
+    return json.loads((folder / "training_log.json").read_text())
+
+
+def copy_adapter(source, target):
+    target.mkdir()
+    for name in ADAPTER_FILES:
+        (target / name).write_bytes((source / name).read_bytes())
+    return target
+
+
+def interrupt_after(monkeypatch, steps):
+    """Sends SIGINT to this process once ``steps`` training steps are done."""
+    original = _training.Trainer.step
+
+    def step(self):
+        loss = original(self)
+        if self.done == steps:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(_training.Trainer, "step", step)
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens, use_cache=False).logits
+
+
+# ---------------------------------------------------------------------------------------------------- finetune
+
+
+def test_finetune_learns_and_saves_an_adapter_for_peft(finetune, model_dir, tmp_path):
+    peft = pytest.importorskip("peft")
+    assert finetune("out", "--lr", "0.05", "--steps", "20", "--eval-every", "10") == 0
+    record = log(tmp_path / "out")
+    assert len(record["losses"]) == 20
+    assert [step for step, _ in record["held_out"]] == [0, 10, 20]
+    assert record["held_out"][-1][1] < record["held_out"][0][1] - 0.1
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+    state = load_file(tmp_path / "out" / _training.STATE_FILE)
+    trained = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert len(trained) == 2 * 7 * 2
+    name = "model.layers.1.mlp.down_proj.lora_B"
+    assert torch.equal(trained[f"base_model.model.{name}.default.weight"], state[f"parameter.{name}"])
+    assert state[f"parameter.{name}"].abs().max() > 0
+
+
+def test_fused_and_peft_runs_have_the_same_losses(finetune, tmp_path):
+    pytest.importorskip("peft")
+    assert finetune("fused") == 0
+    assert finetune("peft", "--peft") == 0
+    assert log(tmp_path / "fused")["losses"] == pytest.approx(log(tmp_path / "peft")["losses"], abs=1e-5)
+
+
+@pytest.mark.parametrize("extra", [[], ["--peft"], ["--dtype", "bf16", "--frozen-linears"]], ids=" ".join)
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(finetune, tmp_path, monkeypatch, capsys, extra):
+    if "--peft" in extra:
+        pytest.importorskip("peft")
+    settings = ["--dropout", "0.2", "--eval-every", "2", *extra]
+    assert finetune("whole", *settings) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert finetune("parts", *settings) == 130
+    out = tmp_path / "parts"
+    assert f"finetune --resume {out}" in capsys.readouterr().err
+    assert len(log(out)["losses"]) == 3
+    assert all((out / name).is_file() for name in ADAPTER_FILES)
+
+    torch.manual_seed(1234)  # the generator's state must come from the file
+    assert main(["finetune", "--resume", str(out)]) == 0
+    assert log(out)["losses"] == log(tmp_path / "whole")["losses"]
+    assert log(out)["held_out"] == log(tmp_path / "whole")["held_out"]
+    for a, b in zip(*(load_file(tmp_path / d / ADAPTER_FILES[1]).values() for d in ("whole", "parts")), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_resume_extends_a_finished_run(finetune, tmp_path):
+    assert finetune("long", "--steps", "8") == 0
+    assert finetune("short", "--steps", "5") == 0
+    assert main(["finetune", "--resume", str(tmp_path / "short"), "--steps", "8"]) == 0
+    assert log(tmp_path / "short")["losses"] == log(tmp_path / "long")["losses"]
+
+
+def test_interrupt_before_the_first_step_leaves_nothing(finetune, tmp_path, monkeypatch):
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("lora_kernels.cli.finetune.held_out_loss", interrupted)
+    assert finetune("out") == 130
+    assert not (tmp_path / "out").exists()
+
+
+def test_failed_save_keeps_the_older_checkpoint(finetune, tmp_path, monkeypatch, capsys):
+    assert finetune("out") == 0
+    out = tmp_path / "out"
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def full_disk(tensors, path, metadata=None):
+        path.write_bytes(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_training, "save_file", full_disk)
+    assert main(["finetune", "--resume", str(out), "--steps", "8"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_divergence_stops_and_saves_nothing(finetune, tmp_path, capsys):
+    assert finetune("out", "--lr", "1e30") == 1
+    assert "learning rate" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_finetune_without_peft(finetune, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert finetune("out") == 0
+    assert finetune("other", "--peft") == 2
+    assert "pip install peft" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--rank", "-4"], "--rank: must be at least 1"),
+        (["--rank", "four"], "not an integer"),
+        (["--alpha", "nan"], "--alpha: must be a finite number above 0"),
+        (["--dropout", "1.0"], "--dropout: must lie in [0, 1)"),
+        (["--lr", "inf"], "--lr: must be a finite number"),
+        (["--targets", "q_proj,w_proj"], "no linear layer is called w_proj"),
+        (["--targets", " , "], "--targets: expected at least one name"),
+        (["--text", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--model", "./nowhere"], "./nowhere is not a model directory"),
+        (["--seq", "65"], "longer than the model's context of 64"),
+        (["--seq", "2000"], "too short"),
+        (["--peft", "--frozen-linears"], "no meaning with --peft"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--backend", "cuda"], "--backend cuda is not available"),
+    ],
+)
+def test_finetune_refuses_in_one_line(finetune, tmp_path, capsys, extra, message):
+    if "cuda" in extra and torch.cuda.is_available():
+        pytest.skip("cuda is available")
+    assert finetune("out", *extra) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_finetune_asks_the_backend_before_it_trains(finetune, tmp_path, monkeypatch, capsys):
+    def declines(*args):
+        raise RuntimeError("lora_linear: backend 'reference' was asked for but cannot serve this call: rank")
+
+    monkeypatch.setattr("lora_kernels.why", declines)
+    assert finetune("out", "--backend", "reference") == 2
+    assert "cannot serve this call: rank" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_finetune_refuses_a_used_directory_and_another_run(
+    finetune, adapter_dir, model_dir, text_file, tmp_path, capsys
+):
+    def fails(message, *arguments):
+        assert main(["finetune", *map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
+
+    fresh = ["--model", model_dir, "--text", text_file, *TRAIN]
+    fails("is not empty", *fresh, "--out", adapter_dir)
+    fails("must be a directory", *fresh, "--out", text_file, "--overwrite")
+    fails("needs --model, --text, --out")
+    fails("--rank 8 differs from the 4", "--resume", adapter_dir, "--rank", "8", "--steps", "9")
+    fails("has 6 steps already", "--resume", adapter_dir)
+    fails("nothing to resume", "--resume", model_dir)
+    fails("is not a directory", "--resume", tmp_path / "nowhere")
+
+    other = tmp_path / "other.txt"
+    other.write_text("a different text altogether. " * 20)
+    fails("is not the text of the saved run", "--resume", adapter_dir, "--text", other, "--steps", "9")
+
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    content = (adapter_dir / _training.STATE_FILE).read_bytes()
+    (damaged / _training.STATE_FILE).write_bytes(content[: len(content) // 2])
+    fails("damaged", "--resume", damaged)
+    assert finetune("out") == 0
+    assert finetune("out", "--overwrite") == 0
+
+
+# ------------------------------------------------------------------------------------------------------- merge
+
+
+def test_merge_equals_base_plus_adapter(model_dir, adapter_dir, tmp_path, capsys):
+    out = tmp_path / "merged"
+    arguments = ["merge", "--model", str(model_dir), "--adapter", str(adapter_dir), "--out", str(out), "--check"]
+    assert main(arguments) == 0
+    assert "merged 14 layers" in capsys.readouterr().out
+    assert main(arguments) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+    tokens = torch.arange(20).view(1, 20)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    plain = logits(base, tokens)
+    weights, config = (
+        load_file(adapter_dir / ADAPTER_FILES[1]),
+        json.loads((adapter_dir / ADAPTER_FILES[0]).read_text()),
+    )
+    for name, module in base.named_modules():
+        key = f"base_model.model.{name}.lora_%s.weight"
+        if key % "A" in weights:
+            module.weight.data += config["lora_alpha"] / config["r"] * weights[key % "B"] @ weights[key % "A"]
+    expected = logits(base, tokens)
+    assert (expected - plain).abs().max() > 0.1
+    torch.testing.assert_close(logits(merged, tokens), expected, rtol=0, atol=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(out)("cat", add_special_tokens=False)["input_ids"] == [3, 1, 20]
+
+
+def test_merge_refuses_a_tied_weight_or_unties_it(finetune, model_dir, tmp_path, capsys):
+    assert finetune("head", "--targets", "q_proj,lm_head", "--lr", "0.05") == 0
+    out = tmp_path / "merged"
+    arguments = ["merge", "--model", str(model_dir), "--adapter", str(tmp_path / "head"), "--out", str(out), "--check"]
+    assert main(arguments) == 2
+    assert "--untie" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*arguments, "--untie"]) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+
+
+def test_merge_refuses_bad_adapters(model_dir, adapter_dir, tmp_path, capsys):
+    def fails(adapter, message):
+        out = tmp_path / "out"
+        assert main(["merge", "--model", str(model_dir), "--adapter", str(adapter), "--out", str(out)]) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+        assert not out.exists()
+
+    fails(tmp_path / "nowhere", "does not exist")
+    weights = load_file(adapter_dir / ADAPTER_FILES[1])
+
+    bad = copy_adapter(adapter_dir, tmp_path / "nan")
+    weights["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][0, 0] = float("nan")
+    save_file(weights, bad / ADAPTER_FILES[1])
+    fails(bad, "not finite")
+
+    bad = copy_adapter(adapter_dir, tmp_path / "truncated")
+    (bad / ADAPTER_FILES[1]).write_bytes((adapter_dir / ADAPTER_FILES[1]).read_bytes()[:1000])
+    fails(bad, "corrupt")
+
+    bad = copy_adapter(adapter_dir, tmp_path / "json")
+    (bad / ADAPTER_FILES[0]).write_text("{")
+    fails(bad, "not JSON")
+
+
+def test_merge_check_failure_keeps_nothing(model_dir, adapter_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lora_kernels.cli.merge._LOGITS_LIMIT", {torch.float32: -1.0})
+    out = tmp_path / "out"
+    assert main(["merge", "--model", str(model_dir), "--adapter", str(adapter_dir), "--out", str(out), "--check"]) == 1
+    assert "was not kept" in capsys.readouterr().err
+    assert not list(out.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- info, help
+
+
+def test_info_names_backends_and_choices(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backends"]["reference"]["available"] is True
+    assert (
+        facts["packages"]["torch"] == torch.__version__.split("+")[0] or facts["packages"]["torch"] == torch.__version__
+    )
+    choice = next(
+        row for row in facts["ops"] if (row["op"], row["device"], row["dtype"]) == ("lora_linear", "cpu", "fp32")
+    )
+    assert choice["backend"] in ("cpu", "reference")
+    assert choice["reason"]
+    assert main(["info"]) == 0
+    assert "reference" in capsys.readouterr().out
+
+
+def test_help_and_mistakes(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["finetune", "--help"])
+    assert stopped.value.code == 0
+    assert "default: 16" in capsys.readouterr().out
+    assert main(["frobnicate"]) == 2
+    assert main([]) == 2

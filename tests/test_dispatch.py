@@ -1,0 +1,168 @@
+"""Which backend serves a call, and that it can always be told why."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import lora_kernels as lk
+from lora_kernels import dispatch
+
+
+def tensors(dtype=torch.float32, m=3):
+    return (
+        torch.randn(m, 8, dtype=dtype),
+        torch.randn(6, 8, dtype=dtype),
+        torch.randn(2, 8, dtype=dtype),
+        torch.randn(6, 2, dtype=dtype),
+    )
+
+
+def test_every_backend_is_listed_with_a_reason():
+    backends = lk.backends()
+    assert tuple(backends) == lk.BACKENDS
+    assert backends["cpu"] == (True, "lora_kernels._C")
+    assert backends["reference"].available
+    for status in backends.values():
+        assert status.detail
+
+
+def test_why_says_what_then_happens():
+    t = tensors()
+    choice = lk.why("lora_linear", *t, dropout_p=0.5, training=True)
+    assert choice.backend == "cpu"
+    assert choice.schedule == "aten"
+    assert lk.stats()["served"] == {}, "why must compute nothing"
+    state = torch.get_rng_state()
+    lk.why("lora_linear", *t, dropout_p=0.5, training=True)
+    assert torch.equal(torch.get_rng_state(), state), "why must draw no random number"
+    lk.lora_linear(*t)
+    assert lk.stats()["served"] == {("lora_linear", choice.backend): 1}
+
+
+def test_why_names_the_faster_path_that_was_passed_over():
+    choice = lk.why("lora_linear", *tensors(torch.float64), dropout_p=0.5, training=True)
+    assert choice.backend == "reference"
+    assert "cpu: dtype not served" in choice.reason
+
+
+def test_why_checks_arguments_and_names():
+    with pytest.raises(ValueError, match="unknown op 'lora'"):
+        lk.why("lora")
+    with pytest.raises(ValueError, match="x must be"):
+        lk.why("lora_linear", torch.randn(3, 9), *tensors()[1:])
+
+
+def test_use_backend_nests_and_restores():
+    t = tensors()
+    assert dispatch.forced_backend() is None
+    with lk.use_backend("reference"):
+        assert lk.why("lora_linear", *t).backend == "reference"
+        with lk.use_backend("cpu"):
+            assert lk.why("lora_linear", *t).backend == "cpu"
+        with lk.use_backend(None):
+            assert lk.why("lora_linear", *t).backend == "cpu"
+        assert lk.why("lora_linear", *t).backend == "reference"
+    assert dispatch.forced_backend() is None
+
+
+def test_use_backend_as_a_call_lasts():
+    setting = lk.use_backend("reference")
+    try:
+        lk.lora_linear(*tensors())
+    finally:
+        setting.__exit__()
+    assert lk.stats()["served"] == {("lora_linear", "reference"): 1}
+
+
+def test_use_backend_belongs_to_its_thread():
+    seen = []
+    with lk.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(lk.why("lora_linear", *tensors()).backend))
+        thread.start()
+        thread.join()
+    assert seen == ["cpu"]
+
+
+def test_backward_runs_on_the_backend_of_the_forward():
+    x, weight, A, B = tensors()
+    with lk.use_backend("reference"):
+        y = lk.lora_linear(x, weight, A.requires_grad_(), B)
+    y.sum().backward()
+    assert lk.stats()["served"] == {("lora_linear", "reference"): 1, ("lora_linear_backward", "reference"): 1}
+
+
+def test_a_forced_backend_that_cannot_serve_raises_with_the_reason():
+    with pytest.raises(ValueError, match="use_backend: unknown backend 'gpu', expected one of cuda"):
+        lk.use_backend("gpu")
+    with (
+        lk.use_backend("cuda"),
+        pytest.raises(RuntimeError, match="'cuda' was asked for, but the tensors are on 'cpu'"),
+    ):
+        lk.lora_linear(*tensors())
+    with lk.use_backend("cpu"), pytest.raises(RuntimeError, match="cannot serve this call: dtype not served"):
+        lk.lora_linear(*tensors(torch.float64), dropout_p=0.5, training=True)
+
+
+@pytest.mark.parametrize(("value", "outcome"), [("reference", "reference"), ("quantum", "unknown backend 'quantum'")])
+def test_environment_variable(value, outcome):
+    code = "import torch, lora_kernels as lk; print(lk.why('dropout_mask', 2, 8, 0.5, 0).backend)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={"LORA_KERNELS_BACKEND": value, "PATH": ""}, capture_output=True, text=True
+    )
+    assert outcome in run.stdout + run.stderr
+    assert (run.returncode == 0) == (value == "reference")
+
+
+def test_stats_count_and_reset():
+    t = tensors()
+    for _ in range(3):
+        lk.lora_linear(*t)
+    lk.lora_linear(*tensors(torch.float64), dropout_p=0.5, training=True)
+    assert lk.stats() == {
+        "served": {("lora_linear", "cpu"): 3, ("lora_linear", "reference"): 1},
+        "fallback": {("lora_linear", str(lk.Reason.DTYPE)): 1},
+    }
+    lk.reset_stats()
+    assert lk.stats() == {"served": {}, "fallback": {}}
+
+
+def test_stats_lose_no_count_between_threads():
+    t = tensors()
+    threads = [threading.Thread(target=lambda: [lk.lora_linear(*t) for _ in range(200)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert lk.stats()["served"] == {("lora_linear", "cpu"): 800}
+
+
+@pytest.mark.parametrize("name", sorted(dispatch.specs()))
+def test_every_op_states_its_cost_and_its_shapes(name):
+    spec = dispatch.specs()[name]
+    assert spec.flops is not None
+    assert spec.bytes is not None
+    assert callable(spec.fake)
+    assert set(spec.kernels) <= set(lk.BACKENDS)
+
+
+def test_cost_model_of_lora_linear():
+    m, n, k, r = 128, 96, 64, 8
+    x, weight, A, B = torch.empty(m, k), torch.empty(n, k), torch.empty(r, k), torch.empty(n, r)
+    spec = dispatch.specs()["lora_linear"]
+    args = (x, weight, A, B, None, None, 1.0, 0.0)
+    with FlopCounterMode(display=False) as counter:
+        spec.reference(*args)
+    assert spec.flops(*args) == counter.get_total_flops() == 2 * m * k * (n + r) + 2 * m * n * r
+    assert spec.bytes(*args) == 4 * (m * k + n * k + m * n + m * r + r * k + r * n)
+    backward = dispatch.specs()["lora_linear_backward"]
+    for needs in ((True, True, True), (True, False, False), (False, True, True), (False, False, True)):
+        args = (torch.empty(m, n), x, torch.empty(m, r), weight, A, B, None, 1.0, 0.0, *needs)
+        with FlopCounterMode(display=False) as counter:
+            spec_flops = backward.flops(*args)
+            backward.reference(*args)
+        # The reference always forms grad_s; dB alone does not need it.
+        assert spec_flops == counter.get_total_flops() - (0 if needs[0] or needs[1] else 2 * m * n * r)
