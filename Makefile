@@ -1,6 +1,6 @@
 # Every target sets up $(VENV) by itself and reuses it.
 #
-#   make demo     fine-tune a real model, fused against stock PEFT, with a plot   (about 5 minutes after the set-up)
+#   make demo     fine-tune a real model, fused against stock PEFT, with a plot   (about 8 minutes after the set-up)
 #   make test     build and run the test suite
 #   make build    build the extensions and say what was built
 #   make lint     ruff, clang-format
