@@ -27,11 +27,10 @@ CSRC = Path("csrc")
 DEFAULT_ARCHS = "8.0 9.0+PTX 12.0+PTX"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-# GCC 12 sees uninitialised reads in std::optional and in its own AVX-512 header that are not there.
+# GCC 12 sees uninitialised reads in std::optional that are not there.
 CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 ISA_FLAGS = {
     "lora_branch_avx2.cpp": ["-mavx2", "-mfma"],
-    "lora_branch_avx512.cpp": ["-mavx512f", "-mfma"],
 }
 
 

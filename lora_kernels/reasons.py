@@ -15,9 +15,7 @@ class Reason(str, enum.Enum):
     EXTENSION_NOT_BUILT = "extension not built"
     TRITON_NOT_INSTALLED = "triton not installed"
     NO_KERNEL = "no kernel for this op"
-    DEVICE = "device not served"
     DTYPE = "dtype not served"
-    RANK = "rank above 256"
     LAYOUT = "tensor layout not served"
 
     # A layer keeps its own forward (integrations).
