@@ -225,7 +225,7 @@ def report_measurements(results: dict[float, tuple[Timings, dict[str, int]]]) ->
     """The measurements as a table."""
     rows = []
     for p, (times, saved) in results.items():
-        for name in (*VARIANTS, "null"):
+        for name in times.seconds:
             label = "null: PEFT again" if name == "null" else name
             ratio = "" if name == "PEFT" else str(times.ratio(name, "PEFT"))
             size = mebibytes(saved[name]) if name in saved else ""
@@ -259,10 +259,11 @@ def plot(path: Path, stock: Trainer, fused: Trainer, held: dict[str, float], res
 
     groups = list(results)
     for offset, name in zip((-0.27, 0.0, 0.27), VARIANTS, strict=True):
-        places = [index + offset for index in range(len(groups))]
+        measured = [p for p in groups if name in results[p][1]]
+        places = [groups.index(p) + offset for p in measured]
         for axis, values, label in (
-            (step_time, [results[p][0].median(name) for p in groups], "%.2f"),
-            (memory, [results[p][1][name] / 2**20 for p in groups], "%.0f"),
+            (step_time, [results[p][0].median(name) for p in measured], "%.2f"),
+            (memory, [results[p][1][name] / 2**20 for p in measured], "%.0f"),
         ):
             axis.bar_label(axis.bar(places, values, 0.25, color=colours[name], label=name), fmt=label, padding=2)
     for axis, title, unit in ((step_time, "loss + backward", "seconds"), (memory, "saved for backward", "MiB")):
@@ -354,6 +355,7 @@ def main() -> int:
         set_dropout(stock, p)
         set_dropout(fused, p)
         results[p] = measure(models, tokens, options.rounds)
+        models.pop("frozen", None)  # it has no dropout to change
     print(report_measurements(results))
     ceiling = results[0.0][1]["PEFT"] + 8 * len(report.fused)  # under dropout, each layer keeps an 8-byte seed
     for p, (times, saved) in results.items():

@@ -1,0 +1,147 @@
+"""A training step of SmolLM2-135M: frozen, PEFT, fused, and PEFT again, each model in a process of its own.
+
+    python bench/training_step.py --dropout 0.1
+
+Models that share a process share its allocator, and how often that hands memory back to the kernel between two steps
+depends on all of them. Here every model has the process that its user would give it: one model, default settings,
+AdamW included. One process at a time steps, in turn; the others wait at a pipe.
+
+Before the clock starts, the fused model's first loss must equal PEFT's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from lora_kernels.cli._arguments import integer, probability
+from lora_kernels.cli._console import table
+from lora_kernels.cli._measure import MAX_NULL, NOISE, Timings
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+VARIANTS = ("frozen", "PEFT", "fused", "null")
+RANK, ALPHA, BATCH, SEQ, SEED = 16, 32, 4, 128, 0
+MAX_LOSS_DIFFERENCE = 1e-4
+SETTLE_S = 0.05  # idle OpenMP threads of the process that stepped last spin for some milliseconds
+
+
+def worker(variant: str, dropout: float, cache: Path) -> None:
+    """Build one model, print its first loss, then time a step for every line on stdin."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not get among the answers
+    sys.path.insert(0, str(EXAMPLES))
+    import peft
+    import smollm2
+    import torch
+    import transformers
+
+    import lora_kernels as lk
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2.model_dir(cache), dtype=torch.float32)
+    if variant == "frozen":
+        model.requires_grad_(False).train()
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    else:
+        torch.manual_seed(SEED)
+        config = peft.LoraConfig(
+            r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = peft.get_peft_model(model, config).train()
+    if variant == "fused":
+        report = lk.patch(model)
+        if report.kept:
+            raise RuntimeError(f"not every layer is fused:\n{report}")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(0, model.config.vocab_size, (BATCH, SEQ), generator=generator)
+
+    def step() -> float:
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    first = step()
+    step()
+    print(first, file=answers, flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        print(time.perf_counter() - start, file=answers, flush=True)
+
+
+def start_worker(variant: str, options: argparse.Namespace) -> subprocess.Popen:
+    """A process that runs ``worker``."""
+    role = "PEFT" if variant == "null" else variant
+    command = [sys.executable, __file__, "--worker", role, "--dropout", str(options.dropout)]
+    return subprocess.Popen(
+        [*command, "--cache", str(options.cache)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def answer(process: subprocess.Popen) -> float:
+    """The next number that a worker prints."""
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit("error: a worker died; its message is above")
+    return float(line)
+
+
+def measure(options: argparse.Namespace) -> Timings:
+    """Seconds per step of every variant, one sample a round, in rotating order."""
+    workers, losses = {}, {}
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    try:
+        for name in VARIANTS:  # one at a time: starting up together, they would fight for the cores
+            workers[name] = start_worker(name, options)
+            losses[name] = answer(workers[name])
+        # At the start B is zero, so that dropout does not matter yet.
+        if abs(losses["fused"] - losses["PEFT"]) > MAX_LOSS_DIFFERENCE:
+            raise SystemExit(f"error: the first losses differ: PEFT {losses['PEFT']}, fused {losses['fused']}")
+        for done in range(options.rounds):
+            shift = (done // 2) % len(VARIANTS)
+            order = VARIANTS[shift:] + VARIANTS[:shift]
+            for name in order if done % 2 == 0 else reversed(order):
+                time.sleep(SETTLE_S)
+                workers[name].stdin.write("step\n")
+                workers[name].stdin.flush()
+                seconds[name].append(answer(workers[name]))
+    finally:
+        for process in workers.values():
+            process.stdin.close()
+            process.wait()
+    return Timings(seconds)
+
+
+def main() -> int:
+    """Print the table; the exit status is 1 if the null run says that the machine was not quiet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dropout", type=probability, default=0.0, help="lora_dropout (default: %(default)s)")
+    parser.add_argument("--rounds", type=integer(2), default=11, help="samples of each (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=Path("build/demo"), help="folder of the model's files")
+    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.worker, options.dropout, options.cache)
+        return 0
+    times = measure(options)
+    rows = [
+        ("null: PEFT again" if name == "null" else name, f"{times.median(name):.3f} s", str(times.ratio(name, "PEFT")))
+        for name in VARIANTS
+    ]
+    print(table((f"dropout {options.dropout:g}", "step", "/ PEFT, median [quartiles]"), rows, right=(1,)))
+    if abs(times.ratio("null", "PEFT").median - 1) > MAX_NULL:
+        print(NOISE)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
