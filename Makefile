@@ -41,10 +41,11 @@ $(VENV)/.packages: $(TORCH_STAMP)
 
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 	$(SAY) "building lora_kernels (CUDA too, where nvcc is found) and installing PEFT, transformers, pytest"
-	$(PIP) install --no-build-isolation -e '.[dev]'
+	LORA_KERNELS_STRICT=1 $(PIP) install --no-build-isolation -e '.[dev]'
 	@touch $@
 
 build: $(VENV)/.built
+	@cat build/kernel_resources.txt 2>/dev/null || true
 	@$(BIN)/lora-kernels info
 
 test: $(VENV)/.built

@@ -7,12 +7,14 @@ with or without CUDA. No GPU is needed to build. Environment:
     CUDA_HOME                CUDA toolkit (default: the one nvcc on PATH belongs to, then /usr/local/cuda)
     LORA_KERNELS_CUDA        0: do not build CUDA; 1: fail if it cannot be built (default: build it where nvcc is found)
     TORCH_CUDA_ARCH_LIST     e.g. "8.0 9.0+PTX" (default: "8.0 9.0+PTX 12.0+PTX")
+    LORA_KERNELS_STRICT      1: fail if the compiler spills registers of a kernel or gives it a stack (default: warn)
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +68,29 @@ def gencode(arch_list: str) -> list[str]:
     return flags
 
 
+def kernel_resources(log: str) -> list[tuple[str, str, int, int]]:
+    """(kernel, architecture, registers, bytes of stack and spills) of every kernel in the output of ``ptxas -v``."""
+    pattern = re.compile(
+        r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?"
+        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers",
+        re.DOTALL,
+    )
+    found = []
+    for match in pattern.finditer(log):
+        memory = sum(int(match[group]) for group in ("stack", "stores", "loads"))
+        found.append((match["kernel"], match["arch"], int(match["registers"]), memory))
+    return found
+
+
+def readable(kernel: str) -> str:
+    """A mangled kernel name for people, where c++filt is at hand."""
+    if shutil.which("c++filt") is None:
+        return kernel
+    name = subprocess.run(["c++filt", kernel], capture_output=True, text=True, check=True).stdout.strip()
+    return re.sub(r"^void |lk::|\(.*\)$", "", re.sub(r"\((?:int|bool)\)", "", name))
+
+
 CUDA_HOME, CUDA_REASON = find_nvcc()
 ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
 
@@ -91,6 +116,26 @@ class NinjaBuild(build_ext):
         if subprocess.call([str(Path(ninja.BIN_DIR) / "ninja"), *jobs], cwd=build_dir) != 0:
             hint = " (set LORA_KERNELS_CUDA=0 to build without CUDA)" if ext.name.endswith("_cuda") else ""
             raise SystemExit(f"building {ext.name} failed{hint}")
+        if ext.name.endswith("_cuda"):
+            self.check_resources(build_dir)
+
+    def check_resources(self, build_dir: Path) -> None:
+        """Print what each kernel uses; complain about memory that the compiler had to add."""
+        logs = [build_dir / f"{Path(source).name}.o.log" for source in sources("_cuda") if source.endswith(".cu")]
+        kernels = [row for log in logs for row in kernel_resources(log.read_text())]
+        lines = ["registers  stack+spills  arch    kernel"]
+        lines += [
+            f"{registers:9}  {memory:12}  {arch:6}  {readable(name)}" for name, arch, registers, memory in kernels
+        ]
+        table = "\n".join(lines) + "\n"
+        print(table, file=sys.stderr)
+        (ROOT / "build").mkdir(exist_ok=True)
+        (ROOT / "build" / "kernel_resources.txt").write_text(table)  # pip shows nothing of a build that succeeds
+        spilling = [f"{readable(kernel)} ({arch})" for kernel, arch, _, memory in kernels if memory]
+        if spilling and os.environ.get("LORA_KERNELS_STRICT") == "1":
+            raise SystemExit(f"registers are spilled, or a stack is used, by {'; '.join(spilling)}")
+        if spilling:
+            print(f"warning: {len(spilling)} kernels spill registers: they are correct, but slow", file=sys.stderr)
 
     def ninja_file(self, ext: Extension, target: Path) -> str:
         import torch
@@ -115,6 +160,7 @@ class NinjaBuild(build_ext):
             "-std=c++20",
             "--expt-relaxed-constexpr",
             "-Xcompiler=-fPIC,-fvisibility=hidden",
+            "-Xptxas=-v",
             *gencode(ARCHS),
         ]
         lines = [
@@ -127,7 +173,8 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvcc",
-            "  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out",
+            # What ptxas says about registers is read from the log, also when ninja has nothing to do.
+            "  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",

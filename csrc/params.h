@@ -16,6 +16,27 @@ struct DropoutMaskParams {
   uint32_t threshold;
 };
 
+// y = x wᵀ + bias + scaling · s bᵀ with s = dropout(x) aᵀ, on tensor cores. Elements are 16 bits wide, bf16 or fp16 as
+// the kernel says; rows are `stride` elements apart.
+struct LoraLinearParams {
+  const uint16_t* x;     // [m, k]
+  const uint16_t* w;     // [n, k]
+  const uint16_t* a;     // [rank, k]
+  const uint16_t* b;     // [n, rank]
+  const uint16_t* bias;  // [n]; null: none
+  uint16_t* y;           // [m, n]
+  uint16_t* s;           // [m, rank], contiguous
+  int64_t x_stride, w_stride, a_stride, b_stride, y_stride;
+  int32_t m, n, k, rank;
+  float scaling;
+  uint32_t dropout_threshold;
+  float dropout_scale;
+  const int64_t* seed;  // null: no dropout
+  // Zero before the launch and again after it: tickets drawn, blocks done, then one flag per block of rows.
+  uint32_t* counters;
+  int32_t group_rows;  // blocks of rows whose tiles are drawn together
+};
+
 // The narrow products of a LoRA branch on the CPU, in fp32. Without dropout `mask` is all ones and its scale 1.
 
 // s[m, :] = (mask ∘ x)[m, :] · Wᵀ, times the mask's scale; `packed` is W [rank, k] as pack_transposed lays it out.

@@ -4,10 +4,12 @@
 
 #include <cstdint>
 
+#if !defined(LK_HOST_DEVICE)
 #if defined(__CUDACC__)
 #define LK_HOST_DEVICE __host__ __device__ __forceinline__
 #else
 #define LK_HOST_DEVICE inline
+#endif
 #endif
 
 namespace lk {

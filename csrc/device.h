@@ -1,0 +1,23 @@
+// The sole include of a kernel: CUDA under nvcc, the emulator's twin under a host compiler.
+//
+// A kernel reaches the machine only through the functions of ptx.h (or of the twin, which has the same names), so that
+// the emulator sees every access to shared and global memory. Nothing here or in a kernel includes torch.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LK_HOST_DEVICE __host__ __device__ __forceinline__
+#define LK_DEVICE __device__ __forceinline__
+#define LK_KERNEL(threads, min_blocks) __global__ void __launch_bounds__(threads, min_blocks)
+#define LK_UNROLL _Pragma("unroll")
+#define LK_NO_UNROLL _Pragma("unroll 1")
+#include "ptx.h"
+#else
+#define LK_HOST_DEVICE inline
+#define LK_DEVICE inline
+#define LK_KERNEL(threads, min_blocks) inline void
+#define LK_UNROLL
+#define LK_NO_UNROLL
+#include "emu/machine.h"
+#endif

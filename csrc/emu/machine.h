@@ -1,0 +1,251 @@
+// The emulator's twin of ptx.h: the same names and meaning for a host compiler, so that the kernels' own sources run,
+// and are checked, without a GPU. Test only, never shipped.
+//
+// A launch throws std::runtime_error where a kernel
+//   - leaves the registered arrays or its shared memory, or uses a misaligned address;
+//   - touches a shared word that a barrier does not order against another thread's access, an asynchronous copy
+//   counting
+//     as an access from its issue until its wait;
+//   - reads or overwrites global memory that another thread wrote, without a barrier or a release and acquire between;
+//   - waits for what cannot come: a deadlock, an exited thread, a warp whose lanes are at different instructions.
+// Not seen: a global read that is unordered with a *later* write (arrays that the caller poisons show it), and a
+// release that publishes other lanes' writes by force of sync_warp alone, which is taken for an error.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <source_location>
+#include <string>
+#include <vector>
+
+namespace lk {
+
+struct alignas(16) Vec16 {
+  uint32_t word[4];
+};
+
+// ------------------------------------------------------------------------------------------------ for the tests
+
+namespace emu {
+
+using Site = std::source_location;
+
+// Memory that a kernel may touch.
+struct Range {
+  const void* begin;
+  size_t bytes;
+};
+
+// What a mutated launch leaves out. Call sites count from 0 in the order of their first use.
+struct Faults {
+  int drop_barrier = -1;
+  int drop_async_wait = -1;
+  bool drop_acquire = false;        // load_acquire orders nothing
+  bool drop_release_order = false;  // store_release and atomic_add_acquire_release publish nothing
+};
+
+struct Options {
+  uint64_t seed = 0;        // of the order in which blocks start and warps take turns
+  int resident_blocks = 4;  // blocks that run at the same time
+  Faults faults = {};
+  bool stall_release = false;  // a releasing thread stops before its store until nobody else can go on
+};
+
+struct Report {
+  uint64_t barriers = 0;                                     // block barriers completed
+  uint64_t mma = 0;                                          // multiply_add, once per warp
+  uint64_t async_copies = 0;                                 // copy_async_16, once per thread
+  std::vector<std::string> barrier_sites, async_wait_sites;  // in Faults' order
+};
+
+Report run(int blocks, int threads, int dynamic_shared_bytes, const std::vector<Range>& global, const Options& options,
+           const std::function<void()>& kernel);
+
+// `kernel` is called by every thread. Nothing in it may own memory: an error abandons the other threads' stacks.
+template <class F>
+Report launch(int blocks, int threads, int dynamic_shared_bytes, const std::vector<Range>& global,
+              const Options& options, F kernel) {
+  return run(blocks, threads, dynamic_shared_bytes, global, options, std::function<void()>(std::move(kernel)));
+}
+
+// -------------------------------------------------------------------------------- what the twins below are made of
+
+enum class Element { kBFloat16, kFloat16 };
+
+int thread_index();
+int block_count();
+uint32_t dynamic_shared();
+void sync_block(Site site);
+void sync_warp(Site site);
+void pause(Site site);
+
+// Checks a plain access to global memory; a write counts as done.
+void read_global(const void* p, size_t bytes, size_t alignment, Site site);
+void write_global(const void* p, size_t bytes, size_t alignment, Site site);
+
+void load_shared(uint32_t address, void* target, size_t bytes, Site site);
+void store_shared(uint32_t address, const void* source, size_t bytes, Site site);
+void copy_async(uint32_t address, const void* source, int bytes, Site site);
+void copy_async_commit();
+void copy_async_wait(int pending, Site site);
+
+uint32_t atomic_add(uint32_t* p, uint32_t value, bool acquire_release, Site site);
+void store_release(uint32_t* p, uint32_t value, Site site);
+uint32_t load_acquire(const uint32_t* p, Site site);
+
+void load_matrix(uint32_t* r, uint32_t row_address, bool transposed, Site site);
+void multiply_add(Element element, float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Site site);
+
+inline float float_of(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+inline uint32_t bits_of(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  return bits;
+}
+
+}  // namespace emu
+
+// ------------------------------------------------------------------------------------------------ the thread
+
+inline int thread_index() { return emu::thread_index(); }
+inline int block_count() { return emu::block_count(); }
+
+inline void sync_block(emu::Site site = emu::Site::current()) { emu::sync_block(site); }
+inline void sync_warp(emu::Site site = emu::Site::current()) { emu::sync_warp(site); }
+
+inline uint32_t dynamic_shared() { return emu::dynamic_shared(); }
+
+// ---------------------------------------------------------------------------------------------------- memory
+
+template <class T>
+inline T load_global(const T* p, emu::Site site = emu::Site::current()) {
+  emu::read_global(p, sizeof(T), alignof(T), site);
+  T value;
+  std::memcpy(&value, p, sizeof value);  // a kernel may see an array as wider elements than it was declared with
+  return value;
+}
+
+template <class T>
+inline void store_global(T* p, T value, emu::Site site = emu::Site::current()) {
+  emu::write_global(p, sizeof(T), alignof(T), site);
+  std::memcpy(p, &value, sizeof value);
+}
+
+inline Vec16 load_shared_16(uint32_t address, emu::Site site = emu::Site::current()) {
+  Vec16 v;
+  emu::load_shared(address, &v, sizeof v, site);
+  return v;
+}
+
+inline uint32_t load_shared_4(uint32_t address, emu::Site site = emu::Site::current()) {
+  uint32_t v;
+  emu::load_shared(address, &v, sizeof v, site);
+  return v;
+}
+
+inline void store_shared_16(uint32_t address, const Vec16& v, emu::Site site = emu::Site::current()) {
+  emu::store_shared(address, &v, sizeof v, site);
+}
+
+inline void store_shared_4(uint32_t address, uint32_t v, emu::Site site = emu::Site::current()) {
+  emu::store_shared(address, &v, sizeof v, site);
+}
+
+inline void copy_async_16(uint32_t address, const void* source, int bytes, emu::Site site = emu::Site::current()) {
+  emu::copy_async(address, source, bytes, site);
+}
+
+inline void copy_async_commit() { emu::copy_async_commit(); }
+
+template <int kPending>
+inline void copy_async_wait(emu::Site site = emu::Site::current()) {
+  emu::copy_async_wait(kPending, site);
+}
+
+// ------------------------------------------------------------------------------------- between blocks: flags
+
+inline uint32_t atomic_add(uint32_t* p, uint32_t value, emu::Site site = emu::Site::current()) {
+  return emu::atomic_add(p, value, false, site);
+}
+
+inline uint32_t atomic_add_acquire_release(uint32_t* p, uint32_t value, emu::Site site = emu::Site::current()) {
+  return emu::atomic_add(p, value, true, site);
+}
+
+inline void store_release(uint32_t* p, uint32_t value, emu::Site site = emu::Site::current()) {
+  emu::store_release(p, value, site);
+}
+
+inline uint32_t load_acquire(const uint32_t* p, emu::Site site = emu::Site::current()) {
+  return emu::load_acquire(p, site);
+}
+
+inline void pause(emu::Site site = emu::Site::current()) { emu::pause(site); }
+
+// ---------------------------------------------------------------------------------------------- tensor cores
+
+inline void load_matrix_x4(uint32_t (&r)[4], uint32_t row_address, emu::Site site = emu::Site::current()) {
+  emu::load_matrix(r, row_address, false, site);
+}
+
+inline void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t row_address, emu::Site site = emu::Site::current()) {
+  emu::load_matrix(r, row_address, true, site);
+}
+
+struct BFloat16 {
+  static uint32_t pack(float low, float high) { return round(low) | round(high) << 16; }
+  static float low(uint32_t packed) { return emu::float_of(packed << 16); }
+  static float high(uint32_t packed) { return emu::float_of(packed & 0xFFFF0000u); }
+
+  static void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                           emu::Site site = emu::Site::current()) {
+    emu::multiply_add(emu::Element::kBFloat16, d, a, b0, b1, site);
+  }
+
+ private:
+  static uint32_t round(float f) {
+    const uint32_t bits = emu::bits_of(f);
+    return std::isnan(f) ? 0x7FFFu : (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
+  }
+};
+
+struct Float16 {
+  static uint32_t pack(float low, float high) { return round(low) | round(high) << 16; }
+
+  static float low(uint32_t packed) {
+    const uint32_t sign = (packed & 0x8000u) << 16, magnitude = (packed & 0x7FFFu) << 13;
+    // As the bits of a float, subnormal or not, the magnitude lacks only the difference of the exponents' biases.
+    const bool finite = magnitude < 0x7C00u << 13;
+    const uint32_t bits = finite ? emu::bits_of(emu::float_of(magnitude) * 0x1p112f) : magnitude | 0x7F800000u;
+    return emu::float_of(sign | bits);
+  }
+
+  static float high(uint32_t packed) { return low(packed >> 16); }
+
+  static void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                           emu::Site site = emu::Site::current()) {
+    emu::multiply_add(emu::Element::kFloat16, d, a, b0, b1, site);
+  }
+
+ private:
+  static uint32_t round(float f) {
+    const uint32_t sign = emu::bits_of(f) >> 16 & 0x8000u;
+    const float magnitude = std::fabs(f);
+    const uint32_t bits = emu::bits_of(magnitude);
+    if (std::isnan(f)) return 0x7FFFu;
+    if (magnitude >= 65520.0f) return sign | 0x7C00u;
+    // The last bit of a float in [0.5, 1) is worth the smallest subnormal: the addition rounds.
+    if (magnitude < 0x1p-14f) return sign | (emu::bits_of(magnitude + 0.5f) - emu::bits_of(0.5f));
+    return sign | (bits - (112u << 23) + 0xFFFu + (bits >> 13 & 1)) >> 13;
+  }
+};
+
+}  // namespace lk

@@ -1,0 +1,22 @@
+// The launch of lora_linear for one element type; each type has a source file, so that they compile side by side.
+#pragma once
+
+#include "../kernels/lora_linear_variants.cuh"
+#include "launch.h"
+
+namespace lk {
+
+template <class Element>
+cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
+  return with_lora_linear_variant<Element>(config, [&](auto variant) {
+    using Variant = decltype(variant);
+    const auto kernel = lora_linear_kernel<Variant>;
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Variant::kSharedBytes);
+    if (error != cudaSuccess) return error;
+    kernel<<<static_cast<unsigned>(config.blocks), Variant::kThreads, Variant::kSharedBytes, stream>>>(p);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace lk
