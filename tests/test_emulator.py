@@ -1,4 +1,4 @@
-"""The emulator of the CUDA kernels catches what it promises to catch (csrc/emu/selftest.cpp), with clean memory itself."""
+"""The emulator of the CUDA kernels catches what it promises to (csrc/emu/selftest.cpp), itself clean under sanitizers."""
 
 from __future__ import annotations
 
