@@ -1,4 +1,4 @@
-"""The emulator of the CUDA kernels catches what it promises to (csrc/emu/selftest.cpp), itself clean under sanitizers."""
+"""The emulator of the CUDA kernels catches what it promises to (csrc/emu/selftest.cpp), under sanitizers too."""
 
 from __future__ import annotations
 

@@ -119,6 +119,27 @@ py::tuple lora_linear(const std::string& dtype, const Matrix& x, const Matrix& w
   return py::make_tuple(y, s, counters, report);
 }
 
+py::dict config(int64_t m, int64_t n, int64_t rank, bool aligned, int sms, int shared_per_block) {
+  const LoraLinearConfig c =
+      lora_linear_config(m, n, rank, aligned, {.sms = sms, .shared_per_block = shared_per_block});
+  const TileShape tile = tile_shape(c.tile);
+  py::dict d;
+  d["rows"] = tile.rows;
+  d["columns"] = tile.columns;
+  d["rank_tile"] = c.rank_tile;
+  d["blocks"] = c.blocks;
+  d["group_rows"] = c.group_rows;
+  d["counters"] = c.counters;
+  d["reason"] = c.reason;
+  return d;
+}
+
+// (is_shrink, row, column) of a ticket.
+py::tuple work(int ticket, int row_blocks, int shrink_columns, int base_columns, int group_rows) {
+  const WorkItem item = work_of_ticket(ticket, row_blocks, shrink_columns, base_columns, group_rows);
+  return py::make_tuple(item.is_shrink, item.row, item.column);
+}
+
 }  // namespace
 }  // namespace lk
 
@@ -128,4 +149,6 @@ PYBIND11_MODULE(_emu, m) {
       .def_readonly("barrier_sites", &lk::emu::Report::barrier_sites)
       .def_readonly("async_wait_sites", &lk::emu::Report::async_wait_sites);
   m.def("lora_linear", &lk::lora_linear);
+  m.def("lora_linear_config", &lk::config);
+  m.def("work_of_ticket", &lk::work);
 }
