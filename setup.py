@@ -80,6 +80,8 @@ def kernel_resources(log: str) -> list[tuple[str, str, int, int]]:
     for match in pattern.finditer(log):
         memory = sum(int(match[group]) for group in ("stack", "stores", "loads"))
         found.append((match["kernel"], match["arch"], int(match["registers"]), memory))
+    if not found or len(found) != log.count("Compiling entry function"):
+        raise SystemExit("the output of ptxas -v is not what it was: the registers of some kernel cannot be read")
     return found
 
 
@@ -227,6 +229,7 @@ def extension(name: str) -> Extension:
 if CUDA_HOME is None:
     # A stale module of an earlier build must not pass for this one.
     (ROOT / "lora_kernels" / "_cuda.abi3.so").unlink(missing_ok=True)
+    (ROOT / "build" / "kernel_resources.txt").unlink(missing_ok=True)
 
 setup(
     ext_modules=[extension("_C"), *([extension("_cuda")] if CUDA_HOME is not None else [])],

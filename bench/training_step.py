@@ -6,7 +6,8 @@ Models that share a process share its allocator, and how often that hands memory
 depends on all of them. Here every model has the process that its user would give it: one model, default settings,
 AdamW included. One process at a time steps, in turn; the others wait at a pipe.
 
-Before the clock starts, the fused model's first loss must equal PEFT's.
+Before the clock starts, the fused model's losses must equal PEFT's: the first, where B is zero, and without dropout
+(PEFT's mask is another) also the second, after one optimizer step.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SETTLE_S = 0.05  # idle OpenMP threads of the process that stepped last spin for
 
 
 def worker(variant: str, dropout: float, cache: Path) -> None:
-    """Build one model, print its first loss, then time a step for every line on stdin."""
+    """Build one model, print its first two losses, then time a step for every line on stdin."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get among the answers
     sys.path.insert(0, str(EXAMPLES))
@@ -68,9 +69,8 @@ def worker(variant: str, dropout: float, cache: Path) -> None:
             optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    first = step()
-    step()
-    print(first, file=answers, flush=True)
+    for _ in range(2):
+        print(step(), file=answers, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
@@ -96,15 +96,17 @@ def answer(process: subprocess.Popen) -> float:
 
 def measure(options: argparse.Namespace) -> Timings:
     """Seconds per step of every variant, one sample a round, in rotating order."""
-    workers, losses = {}, {}
+    workers: dict[str, subprocess.Popen] = {}
+    losses: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     try:
         for name in VARIANTS:  # one at a time: starting up together, they would fight for the cores
             workers[name] = start_worker(name, options)
-            losses[name] = answer(workers[name])
-        # At the start B is zero, so that dropout does not matter yet.
-        if abs(losses["fused"] - losses["PEFT"]) > MAX_LOSS_DIFFERENCE:
-            raise SystemExit(f"error: the first losses differ: PEFT {losses['PEFT']}, fused {losses['fused']}")
+            losses[name] = [answer(workers[name]) for _ in range(2)]
+        compared = losses["fused"], losses["PEFT"]
+        differences = [abs(a - b) for a, b in zip(*compared, strict=True)]
+        if max(differences[: 1 if options.dropout else 2]) > MAX_LOSS_DIFFERENCE:
+            raise SystemExit(f"error: the losses differ: PEFT {losses['PEFT']}, fused {losses['fused']}")
         for done in range(options.rounds):
             shift = (done // 2) % len(VARIANTS)
             order = VARIANTS[shift:] + VARIANTS[:shift]

@@ -13,7 +13,7 @@ struct DeviceLimits {
 };
 
 enum class LoraTile : int32_t {
-  kLarge,  // 128 x 128, two blocks per SM on an A100
+  kLarge,  // 128 x 128
   kSmall,  // 64 x 64, for problems that leave SMs idle with the large one, and for rows that are not aligned
 };
 

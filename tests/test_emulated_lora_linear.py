@@ -18,7 +18,7 @@ def operands(m, n, k, rank, dtype, *, bias=False):
     x = torch.randn(m, k).to(dtype)
     weight = (torch.randn(n, k) / k**0.5).to(dtype)
     lora_A = (torch.randn(rank, k) / k**0.5).to(dtype)
-    lora_B = torch.randn(n, rank).to(dtype)
+    lora_B = (torch.randn(n, rank) / rank**0.5).to(dtype)  # the branch must not drown the base product
     return x, weight, lora_A, lora_B, torch.randn(n).to(dtype) if bias else None
 
 
@@ -74,29 +74,57 @@ def _pairs(case, names):
     return {(a, case[a], b, case[b]) for i, a in enumerate(known) for b in known[i + 1 :]}
 
 
-CASES = covering_pairs(
-    name=("bf16", "fp16"),
-    m=(1, 33, 64, 150),
-    n=(1, 72, 200),
-    k=(1, 24, 70, 264),
-    rank=(1, 8, 16, 17, 64, 256),
-    p=(0.0, 0.3),
-    bias=(False, True),
-    sms=(EVERY_SM_BUSY, 1000),
+# Shapes that make the choice: (tile's rows, aligned, rank tile) -> m, n, k, rank, sms.
+SHAPES = {
+    (128, True, 16): dict(m=(65, 150, 256), n=(8, 136), k=(24, 264), rank=(8, 16), sms=(EVERY_SM_BUSY,)),
+    (128, True, 64): dict(m=(65, 150, 256), n=(8, 136), k=(24, 264), rank=(24, 64, 256), sms=(EVERY_SM_BUSY,)),
+    (64, True, 16): dict(m=(1, 64, 150), n=(8, 72), k=(24, 264), rank=(8, 16), sms=(1000,)),
+    (64, True, 64): dict(m=(1, 64, 150), n=(8, 72), k=(24, 264), rank=(24, 64, 256), sms=(1000,)),
+    (64, False, 16): dict(m=(1, 64, 150), n=(1, 75), k=(1, 70, 263), rank=(1, 7, 16), sms=(1,)),
+    (64, False, 64): dict(m=(1, 64, 150), n=(1, 75), k=(1, 70, 263), rank=(17, 64, 255), sms=(1,)),
+}
+CASES = [
+    (variant, case)
+    for variant, shapes in SHAPES.items()
+    for case in covering_pairs(**shapes, name=("bf16", "fp16"), p=(0.0, 0.3), bias=(False, True))
+]
+
+
+@pytest.mark.parametrize(
+    ("variant", "case"),
+    CASES,
+    ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()) if isinstance(c, dict) else str(c),
 )
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()))
-def test_forward_is_as_accurate_as_torch(case):
-    args = operands(case["m"], case["n"], case["k"], case["rank"], DTYPES[case["name"]], bias=case["bias"])
+def test_forward_is_as_accurate_as_torch(variant, case):
+    m, n, k, rank = case["m"], case["n"], case["k"], case["rank"]
+    rows, aligned, rank_tile = variant
+    chosen = emulator.load().lora_linear_config(m, n, rank, aligned, case["sms"], 99 << 10)
+    assert (chosen["rows"], chosen["rank_tile"]) == (rows, rank_tile)
+    assert (n % 8 == k % 8 == rank % 8 == 0) == aligned
+    args = operands(m, n, k, rank, DTYPES[case["name"]], bias=case["bias"])
     check(case["name"], args, p=case["p"], sms=case["sms"])
 
 
-def test_strided_rows():
-    x, weight, lora_A, lora_B, _ = operands(70, 64, 40, 8, torch.bfloat16)
-    wide = torch.full((70, 100), float("nan"), dtype=torch.bfloat16)
-    wide[:, 16:56] = x
-    check("bf16", (wide[:, 16:56], weight, lora_A, lora_B, None))
+def inside(t, columns):
+    """``t`` as part of a wider matrix of NaN."""
+    wide = torch.full((t.shape[0], columns), float("nan"), dtype=t.dtype)
+    wide[:, 16 : 16 + t.shape[1]] = t
+    return wide[:, 16 : 16 + t.shape[1]]
+
+
+@pytest.mark.parametrize("columns", [101, 104], ids=["unaligned", "aligned"])
+def test_strided_rows(columns):
+    x, weight, lora_A, lora_B, _ = operands(140, 64, 40, 8, torch.bfloat16)
+    check("bf16", (*(inside(t, columns) for t in (x, weight, lora_A, lora_B)), None))
+
+
+def test_the_comparison_sees_a_missing_base_product():
+    x, weight, lora_A, lora_B, _ = operands(256, 136, 272, 200, torch.bfloat16)
+    exact, _ = unfused(x.double(), weight.double(), lora_A.double(), lora_B.double(), None, 1.7, None, 1.0)
+    torch_y, _ = unfused(x, weight, lora_A, lora_B, None, 1.7, None, 1.0)
+    branch, _ = unfused(x, torch.zeros_like(weight), lora_A, lora_B, None, 1.7, None, 1.0)
+    with pytest.raises(AssertionError, match="error"):
+        assert_as_accurate(branch, torch_y, exact)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])

@@ -77,7 +77,9 @@ py::tuple lora_linear(const std::string& dtype, const Matrix& x, const Matrix& w
                       const std::optional<py::array_t<uint16_t>>& bias, double scaling, double dropout_p,
                       std::optional<int64_t> seed, int sms, const py::dict& options) {
   const auto m = x.shape(0), k = x.shape(1), n = w.shape(0), rank = a.shape(0);
-  const Matrix y = poisoned(m, n), s = poisoned(m, rank);
+  const Matrix y_rows = poisoned(m, n + kChunkElements);  // y's rows lie apart, as a caller's may
+  const Matrix y({m, n}, {y_rows.strides(0), y_rows.strides(1)}, y_rows.data(), y_rows);
+  const Matrix s = poisoned(m, rank);
   bool aligned = true;
   for (const Matrix* t : {&x, &w, &a, &b, &y, &s}) aligned = aligned && rows_aligned(*t);
   const LoraLinearConfig config = lora_linear_config(m, n, rank, aligned, {.sms = sms, .shared_per_block = 99 << 10});

@@ -3,13 +3,13 @@
 //
 // A launch throws std::runtime_error where a kernel
 //   - leaves the registered arrays or its shared memory, or uses a misaligned address;
-//   - touches a shared word that a barrier does not order against another thread's access, an asynchronous copy
-//   counting
-//     as an access from its issue until its wait;
+//   - touches a shared word that a barrier does not order against another thread's access; an asynchronous copy is one
+//     from its issue until its wait;
 //   - reads or overwrites global memory that another thread wrote, without a barrier or a release and acquire between;
 //   - waits for what cannot come: a deadlock, an exited thread, a warp whose lanes are at different instructions.
-// Not seen: a global read that is unordered with a *later* write (arrays that the caller poisons show it), and a
-// release that publishes other lanes' writes by force of sync_warp alone, which is taken for an error.
+// Not seen: a global read that is unordered with a *later* write (arrays that the caller poisons show it), and global
+// accesses of two lanes of one warp, which count as ordered. A release that publishes other lanes' writes by force of
+// sync_warp alone is taken for an error.
 #pragma once
 
 #include <cmath>

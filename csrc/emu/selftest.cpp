@@ -292,7 +292,7 @@ void test_missing_order_is_caught() {
   require_caught("unordered read",
                  [](uint64_t seed) { chain({.seed = seed, .resident_blocks = 1}, Wrong::kNoBarrierAfterAcquire); });
   // One block at a time has always written before the next one reads.
-  require_caught("read",
+  require_caught("unordered read",
                  [](uint64_t seed) { chain({.seed = seed, .resident_blocks = 1}, Wrong::kNoBarrierBeforeRelease); });
 }
 
@@ -354,7 +354,7 @@ void test_global_bounds() {
 
 void test_deadlock_is_reported() {
   std::vector<uint32_t> flag(1);
-  require_caught("thread", [&](uint64_t seed) {
+  require_caught("deadlock", [&](uint64_t seed) {
     emu::launch(2, kThreads, 0, {range_of(flag)}, {.seed = seed}, [&] {
       if (thread_index() == 0) {
         while (load_acquire(&flag[0]) == 0) pause();

@@ -15,6 +15,16 @@ using LoraLinearLarge64 = LoraLinear<Element, Gemm<128, 128, 32, 2, 4, 4>, 64, t
 template <class Element, int kRankTile, bool kAligned>
 using LoraLinearSmall = LoraLinear<Element, Gemm<64, 64, 64, 2, 2, 3>, kRankTile, kAligned>;
 
+// A config counts blocks by the shape that it was told; the kernel divides the work by its own.
+template <class Base>
+constexpr bool has_shape(TileShape tile) {
+  return Base::kM == tile.rows && Base::kN == tile.columns && Base::kDepth == tile.depth &&
+         Base::kStages == tile.stages && Base::kSharedBytes == tile.shared_bytes();
+}
+static_assert(has_shape<LoraLinearLarge16<BFloat16>::Base>(tile_shape(LoraTile::kLarge)));
+static_assert(has_shape<LoraLinearLarge64<BFloat16>::Base>(tile_shape(LoraTile::kLarge)));
+static_assert(has_shape<LoraLinearSmall<BFloat16, 16, true>::Base>(tile_shape(LoraTile::kSmall)));
+
 template <class Variant>
 LK_KERNEL(Variant::kThreads, Variant::kMinBlocks)
 lora_linear_kernel(const LoraLinearParams p) {

@@ -8,6 +8,8 @@ namespace lk {
 
 template <class Element>
 cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
+  if (config.blocks == 0) return cudaSuccess;
+  if (config.blocks > INT32_MAX) return cudaErrorInvalidValue;  // tickets are 32 bits wide
   return with_lora_linear_variant<Element>(config, [&](auto variant) {
     using Variant = decltype(variant);
     const auto kernel = lora_linear_kernel<Variant>;
