@@ -81,7 +81,10 @@ def kernel_resources(log: str) -> list[tuple[str, str, int, int]]:
         memory = sum(int(match[group]) for group in ("stack", "stores", "loads"))
         found.append((match["kernel"], match["arch"], int(match["registers"]), memory))
     if not found or len(found) != log.count("Compiling entry function"):
-        raise SystemExit("the output of ptxas -v is not what it was: the registers of some kernel cannot be read")
+        message = "the output of ptxas -v cannot be read: whether kernels spill registers is not known"
+        if os.environ.get("LORA_KERNELS_STRICT") == "1":
+            raise SystemExit(message)
+        print(f"warning: {message}", file=sys.stderr)
     return found
 
 
