@@ -12,9 +12,17 @@ struct DeviceLimits {
   int shared_per_block;  // what a block may opt in to, bytes
 };
 
+enum class Schedule : int32_t { kTicketed, kColumn0, kDual, kDecode };
+
+constexpr const char* name_of(Schedule schedule) {
+  constexpr const char* kNames[] = {"ticketed", "column-0", "dual", "decode"};
+  return kNames[static_cast<int>(schedule)];
+}
+
 enum class LoraTile : int32_t {
   kLarge,  // 128 x 128
   kSmall,  // 64 x 64, for problems that leave SMs idle with the large one, and for rows that are not aligned
+  kFlat,   // 16 x 64, for a few rows
 };
 
 struct TileShape {
@@ -23,53 +31,192 @@ struct TileShape {
 };
 
 constexpr TileShape tile_shape(LoraTile tile) {
-  return tile == LoraTile::kLarge ? TileShape{128, 128, 32, 4} : TileShape{64, 64, 64, 3};
+  constexpr TileShape kShapes[] = {{128, 128, 32, 4}, {64, 64, 64, 3}, {16, 64, 64, 4}};
+  return kShapes[static_cast<int>(tile)];
 }
 
 struct LoraLinearConfig {
+  Schedule schedule;
   LoraTile tile;
   bool aligned;      // rows begin at 16 bytes, and n, k and rank are multiples of 8
-  int rank_tile;     // columns of s in one shrink tile
-  int64_t blocks;    // one per tile of s and of y
+  int rank_tile;     // columns of s that a block computes at a time
+  int64_t blocks;    // one per tile of s and of y, and per split
   int group_rows;    // blocks of rows whose tickets follow each other
   int64_t counters;  // 32-bit words of workspace, zero before the launch
-  const char* reason;
+  int splits;        // parts of the depth (decode)
+  int split_depth;
+  int64_t partials;    // floats of workspace
+  const char* reason;  // of the schedule
+  const char* tile_reason;
 };
 
 // Rows of x that a group may span: its tiles share them through the L2 cache.
 constexpr int kGroupRows = 1024;
 
+// Where one block has all ranks of s, as in column-0, dual and decode.
+constexpr int kMaxRankBeside = 64;
+
 constexpr int64_t blocks_of(int64_t size, int tile) { return (size + tile - 1) / tile; }
 
-// How a forward of y [m, n] with this rank is launched.
-inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t rank, bool aligned,
-                                           const DeviceLimits& device) {
-  constexpr TileShape large = tile_shape(LoraTile::kLarge);
-  const int64_t large_tiles = blocks_of(m, large.rows) * blocks_of(n, large.columns);
-  LoraLinearConfig config{};
-  config.aligned = aligned;
+// Time to compute tiles that the SMs take one after the other, in units of a large tile's. A small tile reads twice as
+// much of x and w per multiply-add. A model: it orders, it does not predict.
+inline double modelled_time(int64_t m, int64_t n, LoraTile tile, const DeviceLimits& device) {
+  const TileShape shape = tile_shape(tile);
+  const int64_t tiles = blocks_of(m, shape.rows) * blocks_of(n, shape.columns);
+  return static_cast<double>(blocks_of(tiles, device.sms)) * (tile == LoraTile::kLarge ? 1.0 : 0.35);
+}
+
+inline LoraTile choose_tile(int64_t m, int64_t n, bool aligned, const DeviceLimits& device, const char*& reason) {
   if (!aligned) {
-    config.tile = LoraTile::kSmall;
-    config.reason = "rows are not aligned to 16 bytes";
-  } else if (large.shared_bytes() > device.shared_per_block) {
-    config.tile = LoraTile::kSmall;
-    config.reason = "the large tile does not fit into shared memory";
+    reason = "rows are not aligned to 16 bytes";
+  } else if (tile_shape(LoraTile::kLarge).shared_bytes() > device.shared_per_block) {
+    reason = "the large tile does not fit into shared memory";
   } else if (m <= 64) {
-    config.tile = LoraTile::kSmall;
-    config.reason = "few rows: half of a large tile would be idle";
-  } else if (large_tiles < device.sms) {
-    config.tile = LoraTile::kSmall;
-    config.reason = "fewer large tiles than SMs";
+    reason = "few rows: half of a large tile would be idle";
+  } else if (modelled_time(m, n, LoraTile::kLarge, device) > modelled_time(m, n, LoraTile::kSmall, device)) {
+    reason = "small tiles fill the waves of SMs better";
   } else {
-    config.tile = LoraTile::kLarge;
-    config.reason = "enough large tiles for every SM";
+    reason = "large tiles fill the waves of SMs well";
+    return LoraTile::kLarge;
   }
+  return LoraTile::kSmall;
+}
+
+// What ticketed and column-0 share: one ticket per tile.
+inline void plan_tickets(int64_t m, int64_t n, int64_t rank, LoraLinearConfig& config) {
   const TileShape tile = tile_shape(config.tile);
-  config.rank_tile = rank <= 16 ? 16 : 64;
   const int64_t rows = blocks_of(m, tile.rows);
-  config.blocks = rows * (blocks_of(rank, config.rank_tile) + blocks_of(n, tile.columns));
+  const int64_t shrink_columns = config.schedule == Schedule::kTicketed ? blocks_of(rank, config.rank_tile) : 0;
+  config.blocks = rows * (shrink_columns + blocks_of(n, tile.columns));
   config.group_rows = static_cast<int>(std::clamp<int64_t>(rows, 1, kGroupRows / tile.rows));
   config.counters = 2 + rows;
+}
+
+// What dual and decode share: blocks that need no other's s. The depth is split while SMs are idle.
+inline void plan_splits(int64_t m, int64_t n, int64_t k, const DeviceLimits& device, LoraLinearConfig& config) {
+  constexpr int kBlocksPerSm = 4, kMinSteps = 4;  // a split has at least so many stages to stream
+  const TileShape tile = tile_shape(config.tile);
+  const int64_t rows = blocks_of(m, tile.rows), tiles = rows * blocks_of(n, tile.columns);
+  int64_t splits = 1;
+  if (config.schedule == Schedule::kDecode && tiles > 0) {
+    const int64_t most = std::max<int64_t>(1, blocks_of(k, tile.depth) / kMinSteps);
+    splits = std::clamp<int64_t>(kBlocksPerSm * device.sms / tiles, 1, most);
+  }
+  config.split_depth = static_cast<int>(blocks_of(blocks_of(k, tile.depth), static_cast<int>(splits)) * tile.depth);
+  config.splits = static_cast<int>(blocks_of(k, config.split_depth));
+  config.blocks = tiles * config.splits;
+  if (config.splits == 1) return;
+  config.counters = tiles;
+  config.partials = config.splits * (tiles * tile.rows * tile.columns + rows * tile.rows * config.rank_tile);
+}
+
+// How a forward of y [m, n] from x [m, k] with this rank is launched.
+inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned,
+                                           bool has_dropout, const DeviceLimits& device) {
+  LoraLinearConfig config{};
+  config.aligned = aligned;
+  config.rank_tile = rank <= 16 ? 16 : 64;
+  config.splits = 1;
+  const bool may_be_beside = aligned && !has_dropout && rank <= kMaxRankBeside;
+  if (may_be_beside && m <= tile_shape(LoraTile::kFlat).rows) {
+    config.schedule = Schedule::kDecode;
+    config.reason = "few rows: reading w is all that counts, and blocks share out its columns and the depth";
+    config.tile = LoraTile::kFlat;
+    config.tile_reason = "few rows";
+  } else if (may_be_beside && n <= tile_shape(LoraTile::kSmall).columns) {
+    config.schedule = Schedule::kDual;
+    config.reason = "y is one tile wide: no other block needs these rows of s";
+    config.tile = LoraTile::kSmall;
+    config.tile_reason = "y is no wider";
+  } else {
+    config.tile = choose_tile(m, n, aligned, device, config.tile_reason);
+    if (may_be_beside && config.tile == LoraTile::kLarge && config.rank_tile == 64) {
+      config.schedule = Schedule::kColumn0;
+      config.reason = "one block per SM: nobody would fill the gap while it waits for a tile of s";
+    } else {
+      config.schedule = Schedule::kTicketed;
+      config.reason = has_dropout             ? "dropout is applied once, in tiles of s alone"
+                      : rank > kMaxRankBeside ? "the rank is too large for one block"
+                      : !aligned              ? "rows are not aligned to 16 bytes"
+                                              : "several blocks per SM: tiles of s run beside tiles of y";
+    }
+  }
+  if (config.schedule == Schedule::kDual || config.schedule == Schedule::kDecode) {
+    plan_splits(m, n, k, device, config);
+  } else {
+    plan_tickets(m, n, rank, config);
+  }
+  return config;
+}
+
+// The base product alone, for comparisons.
+inline LoraLinearConfig frozen_linear_config(int64_t m, int64_t n, bool aligned, const DeviceLimits& device) {
+  LoraLinearConfig config{};
+  config.aligned = aligned;
+  config.splits = 1;
+  config.tile = choose_tile(m, n, aligned, device, config.tile_reason);
+  config.schedule = Schedule::kColumn0;  // no tiles of s
+  plan_tickets(m, n, 0, config);
+  config.counters = 0;
+  return config;
+}
+
+struct LoraGradsConfig {
+  bool aligned;
+  int rank_tile;
+  int splits, split_rows;  // parts of the rows
+  int64_t blocks;
+  int64_t counters;  // 32-bit words of workspace, zero before the launch
+  int64_t partials;  // floats of workspace
+};
+
+// Two launches: dX = dY W + ... with s' = dY B (s' alone where dX is not wanted), then dA and dB.
+struct LoraBackwardConfig {
+  LoraLinearConfig grad_x;  // no blocks: neither dX nor dA is wanted
+  // Blocks of rows of which the first launch leaves parts of dB for the second to sum, or 0: the second reads dY again.
+  int64_t parts_of_grad_b;
+  int64_t partial_grad_b;  // floats of workspace
+  LoraGradsConfig grads;
+};
+
+// dA [rank, k] and dB [n, rank] over m rows. k or n is 0 where the gradient is not wanted.
+inline LoraGradsConfig lora_grads_config(int64_t m, int64_t n, int64_t k, int64_t rank, int64_t parts_of_grad_b,
+                                         bool aligned, const DeviceLimits& device) {
+  constexpr int kColumns = 128, kDepth = 32, kBlocksPerSm = 2, kMinRows = 256;
+  LoraGradsConfig config{};
+  config.aligned = aligned;
+  config.rank_tile = rank <= 16 ? 16 : 64;
+  const int64_t columns = blocks_of(k, kColumns) + (parts_of_grad_b > 0 ? 0 : blocks_of(n, kColumns));
+  const int64_t tiles = columns * blocks_of(rank, config.rank_tile);
+  const int64_t most = std::max<int64_t>(1, m / kMinRows);
+  const int64_t splits = tiles == 0 ? 1 : std::clamp<int64_t>(kBlocksPerSm * device.sms / tiles, 1, most);
+  config.split_rows = static_cast<int>(blocks_of(blocks_of(m, static_cast<int>(splits)), kDepth) * kDepth);
+  config.splits = config.split_rows == 0 ? 1 : static_cast<int>(blocks_of(m, config.split_rows));
+  config.blocks = tiles * config.splits + (parts_of_grad_b > 0 ? blocks_of(n, kColumns) : 0);
+  if (config.splits == 1) return config;
+  config.counters = tiles;
+  config.partials = tiles * config.splits * kColumns * config.rank_tile;
+  return config;
+}
+
+// How the gradients for dY [m, n] and x [m, k] are launched.
+inline LoraBackwardConfig lora_backward_config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, bool need_x,
+                                               bool need_a, bool need_b, const DeviceLimits& device) {
+  LoraBackwardConfig config{};
+  LoraLinearConfig& grad_x = config.grad_x;
+  grad_x.schedule = Schedule::kTicketed;
+  grad_x.aligned = aligned;
+  grad_x.rank_tile = rank <= 16 ? 16 : 64;
+  grad_x.splits = 1;
+  grad_x.reason = "tiles of s' also compute parts of dB while they have dY";
+  grad_x.tile = choose_tile(m, k, aligned, device, grad_x.tile_reason);
+  if (need_x || need_a) plan_tickets(m, need_x ? k : 0, rank, grad_x);
+  // Parts of dB take as much traffic per rank as 1/32 of dY: beyond a narrow rank tile it is cheaper to read dY twice.
+  if (need_b && grad_x.blocks > 0 && grad_x.rank_tile == 16) {
+    config.parts_of_grad_b = blocks_of(m, tile_shape(grad_x.tile).rows);
+    config.partial_grad_b = config.parts_of_grad_b * n * grad_x.rank_tile;
+  }
+  config.grads = lora_grads_config(m, need_b ? n : 0, need_a ? k : 0, rank, config.parts_of_grad_b, aligned, device);
   return config;
 }
 

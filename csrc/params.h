@@ -18,23 +18,59 @@ struct DropoutMaskParams {
 
 // y = x wᵀ + bias + scaling · s bᵀ with s = dropout(x) aᵀ, on tensor cores. Elements are 16 bits wide, bf16 or fp16 as
 // the kernel says; rows are `stride` elements apart.
+//
+// Also the gradient of x, dX = dY W + scaling · mask ∘ (s' A) with s' = dY B: then x is dY, w, a and b are W [k, n],
+// B [k, rank] and A [rank, n] in memory, y is dX, and dropout acts on the branch.
 struct LoraLinearParams {
   const uint16_t* x;     // [m, k]
   const uint16_t* w;     // [n, k]
-  const uint16_t* a;     // [rank, k]
-  const uint16_t* b;     // [n, rank]
+  const void* a;         // [rank, k]
+  const void* b;         // [n, rank]
   const uint16_t* bias;  // [n]; null: none
   uint16_t* y;           // [m, n]
   uint16_t* s;           // [m, rank], contiguous
   int64_t x_stride, w_stride, a_stride, b_stride, y_stride;
   int32_t m, n, k, rank;
+  bool adapters_are_float;  // a and b are fp32, and rounded to the element type on the way
   float scaling;
+  const float* scaling_factor;  // on the device; multiplies `scaling`
   uint32_t dropout_threshold;
   float dropout_scale;
   const int64_t* seed;  // null: no dropout
-  // Zero before the launch and again after it: tickets drawn, blocks done, then one flag per block of rows.
+  // Zero before the launch and again after it. Ticketed and column-0: tickets drawn, blocks done, then one flag per
+  // block of rows. Dual and decode, where splits > 1: one per tile.
   uint32_t* counters;
   int32_t group_rows;  // blocks of rows whose tiles are drawn together
+  // Dual and decode: the depth is cut into `splits` parts of split_depth.
+  int32_t splits, split_depth;
+  float* partials;
+  // Gradient of x: s of the forward [m, rank], and where parts of dB = dYᵀ s go, one [k, 16] per block of rows. Null:
+  // not wanted.
+  const uint16_t* saved_s;
+  float* partial_grad_b;
+};
+
+// dA = scaling · s'ᵀ dropout(x) and dB = scaling · dYᵀ s, on tensor cores. Null gradients are not wanted.
+struct LoraGradsParams {
+  const uint16_t* x;       // [m, k]
+  const uint16_t* grad_y;  // [m, n]
+  const uint16_t* s;       // [m, rank], contiguous; and s' = dY B
+  const uint16_t* grad_s;
+  void* grad_a;  // [rank, k], contiguous, 16-bit elements or, if grads_are_float, float
+  void* grad_b;  // [n, rank]
+  int64_t x_stride, grad_y_stride;
+  int32_t m, n, k, rank;
+  bool grads_are_float;
+  float scaling;
+  const float* scaling_factor;  // on the device; multiplies `scaling`
+  uint32_t dropout_threshold;
+  float dropout_scale;
+  const int64_t* seed;          // null: no dropout
+  int32_t splits, split_rows;   // the rows are cut into `splits` parts of split_rows
+  float* partials;              // null if splits is 1
+  uint32_t* counters;           // one per tile, zero before the launch and again after it
+  const float* partial_grad_b;  // [parts_of_grad_b, n, 16]: dB is scaling · their sum; null: dB is computed here
+  int32_t parts_of_grad_b;
 };
 
 // The narrow products of a LoRA branch on the CPU, in fp32. Without dropout `mask` is all ones and its scale 1.

@@ -12,9 +12,17 @@ struct alignas(16) Vec16 {
   uint32_t word[4];
 };
 
+struct alignas(8) Float2 {
+  float x, y;
+};
+
+LK_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+LK_DEVICE uint32_t bits_of(float f) { return __float_as_uint(f); }
+
 // ------------------------------------------------------------------------------------------------ the thread
 
 LK_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+LK_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 LK_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
 
 LK_DEVICE void sync_block() { __syncthreads(); }

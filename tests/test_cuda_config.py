@@ -8,23 +8,60 @@ import pytest
 A100 = (108, 163 << 10)
 
 
-def config(m, n, rank=16, *, aligned=True, device=A100):
-    return emulator.load().lora_linear_config(m, n, rank, aligned, *device)
+def config(m, n, rank=16, *, k=4096, aligned=True, has_dropout=False, device=A100):
+    return emulator.load().lora_linear_config(m, n, k, rank, aligned, has_dropout, *device)
 
 
 @pytest.mark.parametrize(
     ("problem", "rows", "reason"),
     [
-        (dict(m=8192, n=4096), 128, "enough large tiles for every SM"),
+        (dict(m=8192, n=4096), 128, "large tiles fill the waves of SMs well"),
         (dict(m=64, n=65536), 64, "few rows: half of a large tile would be idle"),
-        (dict(m=512, n=512), 64, "fewer large tiles than SMs"),
+        (dict(m=512, n=512), 64, "small tiles fill the waves of SMs better"),
+        (dict(m=1408, n=1408), 64, "small tiles fill the waves of SMs better"),  # 121 large tiles: 2 waves for 1.1
         (dict(m=8192, n=4096, aligned=False), 64, "rows are not aligned to 16 bytes"),
         (dict(m=8192, n=4096, device=(20, 48 << 10)), 64, "the large tile does not fit into shared memory"),
     ],
 )
 def test_tile_and_its_reason(problem, rows, reason):
     chosen = config(**problem)
-    assert (chosen["rows"], chosen["reason"]) == (rows, reason)
+    assert (chosen["rows"], chosen["tile_reason"]) == (rows, reason)
+
+
+@pytest.mark.parametrize(
+    ("problem", "schedule"),
+    [
+        (dict(m=8192, n=4096), "ticketed"),
+        (dict(m=8192, n=4096, rank=64), "column-0"),
+        (dict(m=8192, n=4096, rank=64, has_dropout=True), "ticketed"),
+        (dict(m=8192, n=4096, rank=72), "ticketed"),
+        (dict(m=8192, n=64), "dual"),
+        (dict(m=16, n=4096), "decode"),
+        (dict(m=17, n=4096), "ticketed"),
+        (dict(m=1, n=4096, rank=128), "ticketed"),
+        (dict(m=1, n=4096, aligned=False), "ticketed"),
+    ],
+)
+def test_schedule(problem, schedule):
+    chosen = config(**problem)
+    assert chosen["schedule"] == schedule
+    assert chosen["reason"]
+
+
+@pytest.mark.parametrize("k", [64, 264, 1024, 4096, 14336])
+@pytest.mark.parametrize("n", [64, 4096, 28672])
+def test_splits_of_decode_cover_the_depth(n, k):
+    chosen = config(4, n, k=k)
+    assert (chosen["splits"] - 1) * chosen["split_depth"] < k <= chosen["splits"] * chosen["split_depth"]
+    assert chosen["blocks"] == -(-n // chosen["columns"]) * chosen["splits"]
+    assert chosen["counters"] == (-(-n // chosen["columns"]) if chosen["splits"] > 1 else 0)
+
+
+@pytest.mark.parametrize("m", [1, 255, 256, 1000, 8192])
+@pytest.mark.parametrize("rank", [16, 64])
+def test_splits_of_the_adapter_gradients_cover_the_rows(m, rank):
+    chosen = emulator.load().lora_backward_config(m, 4096, 1024, rank, True, True, True, True, *A100)
+    assert (chosen["splits"] - 1) * chosen["split_rows"] < m <= chosen["splits"] * chosen["split_rows"]
 
 
 @pytest.mark.parametrize("rank", [1, 16, 17, 64, 65, 256])
@@ -32,9 +69,9 @@ def test_rank_tile(rank):
     assert config(8192, 4096, rank)["rank_tile"] == (16 if rank <= 16 else 64)
 
 
-@pytest.mark.parametrize(("m", "n", "rank"), [(1, 1, 1), (130, 72, 17), (1025, 513, 256), (5000, 300, 64)])
+@pytest.mark.parametrize(("m", "n", "rank"), [(1, 1, 1), (130, 72, 17), (1025, 513, 256), (5000, 300, 72)])
 def test_every_tile_has_one_ticket_and_waits_only_for_lower_ones(m, n, rank):
-    chosen = config(m, n, rank)
+    chosen = config(m, n, rank, has_dropout=True)
     row_blocks = -(-m // chosen["rows"])
     shrink_columns, base_columns = -(-rank // chosen["rank_tile"]), -(-n // chosen["columns"])
     assert chosen["blocks"] == row_blocks * (shrink_columns + base_columns)

@@ -315,6 +315,7 @@ class Machine {
   Report run();
 
   int thread_index() const { return current_->index; }
+  int block_index() const { return current_->block->index; }
   int block_count() const { return block_count_; }
 
   void sync_block(Site site);
@@ -322,7 +323,7 @@ class Machine {
   void pause(Site site);
 
   void read_global(const void* p, size_t bytes, size_t alignment, Site site);
-  void write_global(const void* p, size_t bytes, size_t alignment, Site site);
+  bool write_global(const void* p, size_t bytes, size_t alignment, Site site);
   void load_shared(uint32_t address, void* target, size_t bytes, Site site);
   void store_shared(uint32_t address, const void* source, size_t bytes, Site site);
 
@@ -386,7 +387,7 @@ class Machine {
   Thread* current_ = nullptr;
   std::exception_ptr error_;
   uint64_t progress_ = 0;  // changes that may end somebody's polling
-  std::vector<Site> barrier_sites_, async_wait_sites_;
+  std::vector<Site> barrier_sites_, async_wait_sites_, global_store_sites_;
   Report report_;
 };
 
@@ -803,6 +804,7 @@ void Machine::store_shared(uint32_t address, const void* source, size_t bytes, S
 
 void Machine::copy_async(uint32_t address, const void* source, int bytes, Site site) {
   Thread& t = *current_;
+  if (options_.faults.ignore_copy_size) bytes = kCopyBytes;
   if (bytes < 0 || bytes > static_cast<int>(kCopyBytes)) fail(t, site, concatenate("copies ", bytes, " of 16 bytes"));
   check_shared(t, address, kCopyBytes, kCopyBytes, site);
   if (bytes > 0) {
@@ -909,14 +911,17 @@ void Machine::read_global(const void* p, size_t bytes, size_t alignment, Site si
   check_known(range, t, p, bytes, false, "unordered read of", site);
 }
 
-void Machine::write_global(const void* p, size_t bytes, size_t alignment, Site site) {
+bool Machine::write_global(const void* p, size_t bytes, size_t alignment, Site site) {
+  if (is_dropped(report_.global_store_sites, global_store_sites_, options_.faults.drop_global_store, site))
+    return false;
   const Thread& t = *current_;
   GlobalRange& range = range_of(t, p, bytes, alignment, "writes", site);
   check_known(range, t, p, bytes, false, "unordered write of", site);
   record_write(range, t, p, bytes, false);
-  if (flags_.empty()) return;
+  if (flags_.empty()) return true;
   const auto begin = reinterpret_cast<uintptr_t>(p);
   for (uintptr_t word = begin & ~uintptr_t{3}; word < begin + bytes; word += 4) flags_.erase(word);
+  return true;
 }
 
 // ---- flags
@@ -937,7 +942,8 @@ void Machine::publish(const void* flag, bool pass_on) {
   Clock& clock = flags_.try_emplace(address, block_count_).first->second;
   clock.join(*t.block->known);
   if (t.acquired) clock.join(*t.acquired);
-  clock.epoch[t.block->index] = std::max(clock.epoch[t.block->index], t.block->epoch);
+  const uint32_t epoch = t.block->epoch - (options_.faults.early_release ? 1 : 0);
+  clock.epoch[t.block->index] = std::max(clock.epoch[t.block->index], epoch);
   clock.published[id_of(t)] = ++t.releases;
 }
 
@@ -990,6 +996,7 @@ Report run(int blocks, int threads, int dynamic_shared_bytes, const std::vector<
 }
 
 int thread_index() { return running().thread_index(); }
+int block_index() { return running().block_index(); }
 int block_count() { return running().block_count(); }
 uint32_t dynamic_shared() { return kSharedBase; }
 void sync_block(Site site) { running().sync_block(site); }
@@ -1000,8 +1007,8 @@ void read_global(const void* p, size_t bytes, size_t alignment, Site site) {
   running().read_global(p, bytes, alignment, site);
 }
 
-void write_global(const void* p, size_t bytes, size_t alignment, Site site) {
-  running().write_global(p, bytes, alignment, site);
+bool write_global(const void* p, size_t bytes, size_t alignment, Site site) {
+  return running().write_global(p, bytes, alignment, site);
 }
 
 void load_shared(uint32_t address, void* target, size_t bytes, Site site) {

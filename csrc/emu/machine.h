@@ -27,6 +27,22 @@ struct alignas(16) Vec16 {
   uint32_t word[4];
 };
 
+struct alignas(8) Float2 {
+  float x, y;
+};
+
+inline float float_of(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+inline uint32_t bits_of(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  return bits;
+}
+
 // ------------------------------------------------------------------------------------------------ for the tests
 
 namespace emu {
@@ -43,8 +59,11 @@ struct Range {
 struct Faults {
   int drop_barrier = -1;
   int drop_async_wait = -1;
+  int drop_global_store = -1;
   bool drop_acquire = false;        // load_acquire orders nothing
   bool drop_release_order = false;  // store_release and atomic_add_acquire_release publish nothing
+  bool early_release = false;       // they publish what they would before the last barrier
+  bool ignore_copy_size = false;    // copy_async_16 always copies 16 bytes: no tail is zero
 };
 
 struct Options {
@@ -55,10 +74,10 @@ struct Options {
 };
 
 struct Report {
-  uint64_t barriers = 0;                                     // block barriers completed
-  uint64_t mma = 0;                                          // multiply_add, once per warp
-  uint64_t async_copies = 0;                                 // copy_async_16, once per thread
-  std::vector<std::string> barrier_sites, async_wait_sites;  // in Faults' order
+  uint64_t barriers = 0;                                                         // block barriers completed
+  uint64_t mma = 0;                                                              // multiply_add, once per warp
+  uint64_t async_copies = 0;                                                     // copy_async_16, once per thread
+  std::vector<std::string> barrier_sites, async_wait_sites, global_store_sites;  // in Faults' order
 };
 
 Report run(int blocks, int threads, int dynamic_shared_bytes, const std::vector<Range>& global, const Options& options,
@@ -76,15 +95,16 @@ Report launch(int blocks, int threads, int dynamic_shared_bytes, const std::vect
 enum class Element { kBFloat16, kFloat16 };
 
 int thread_index();
+int block_index();
 int block_count();
 uint32_t dynamic_shared();
 void sync_block(Site site);
 void sync_warp(Site site);
 void pause(Site site);
 
-// Checks a plain access to global memory; a write counts as done.
+// Checks a plain access to global memory; a write counts as done. Whether it is to be done.
 void read_global(const void* p, size_t bytes, size_t alignment, Site site);
-void write_global(const void* p, size_t bytes, size_t alignment, Site site);
+bool write_global(const void* p, size_t bytes, size_t alignment, Site site);
 
 void load_shared(uint32_t address, void* target, size_t bytes, Site site);
 void store_shared(uint32_t address, const void* source, size_t bytes, Site site);
@@ -99,23 +119,12 @@ uint32_t load_acquire(const uint32_t* p, Site site);
 void load_matrix(uint32_t* r, uint32_t row_address, bool transposed, Site site);
 void multiply_add(Element element, float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Site site);
 
-inline float float_of(uint32_t bits) {
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-inline uint32_t bits_of(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, sizeof bits);
-  return bits;
-}
-
 }  // namespace emu
 
 // ------------------------------------------------------------------------------------------------ the thread
 
 inline int thread_index() { return emu::thread_index(); }
+inline int block_index() { return emu::block_index(); }
 inline int block_count() { return emu::block_count(); }
 
 inline void sync_block(emu::Site site = emu::Site::current()) { emu::sync_block(site); }
@@ -135,8 +144,7 @@ inline T load_global(const T* p, emu::Site site = emu::Site::current()) {
 
 template <class T>
 inline void store_global(T* p, T value, emu::Site site = emu::Site::current()) {
-  emu::write_global(p, sizeof(T), alignof(T), site);
-  std::memcpy(p, &value, sizeof value);
+  if (emu::write_global(p, sizeof(T), alignof(T), site)) std::memcpy(p, &value, sizeof value);
 }
 
 inline Vec16 load_shared_16(uint32_t address, emu::Site site = emu::Site::current()) {
@@ -202,8 +210,8 @@ inline void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t row_address, em
 
 struct BFloat16 {
   static uint32_t pack(float low, float high) { return round(low) | round(high) << 16; }
-  static float low(uint32_t packed) { return emu::float_of(packed << 16); }
-  static float high(uint32_t packed) { return emu::float_of(packed & 0xFFFF0000u); }
+  static float low(uint32_t packed) { return float_of(packed << 16); }
+  static float high(uint32_t packed) { return float_of(packed & 0xFFFF0000u); }
 
   static void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                            emu::Site site = emu::Site::current()) {
@@ -212,7 +220,7 @@ struct BFloat16 {
 
  private:
   static uint32_t round(float f) {
-    const uint32_t bits = emu::bits_of(f);
+    const uint32_t bits = bits_of(f);
     return std::isnan(f) ? 0x7FFFu : (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
   }
 };
@@ -224,8 +232,8 @@ struct Float16 {
     const uint32_t sign = (packed & 0x8000u) << 16, magnitude = (packed & 0x7FFFu) << 13;
     // As the bits of a float, subnormal or not, the magnitude lacks only the difference of the exponents' biases.
     const bool finite = magnitude < 0x7C00u << 13;
-    const uint32_t bits = finite ? emu::bits_of(emu::float_of(magnitude) * 0x1p112f) : magnitude | 0x7F800000u;
-    return emu::float_of(sign | bits);
+    const uint32_t bits = finite ? bits_of(float_of(magnitude) * 0x1p112f) : magnitude | 0x7F800000u;
+    return float_of(sign | bits);
   }
 
   static float high(uint32_t packed) { return low(packed >> 16); }
@@ -237,13 +245,13 @@ struct Float16 {
 
  private:
   static uint32_t round(float f) {
-    const uint32_t sign = emu::bits_of(f) >> 16 & 0x8000u;
+    const uint32_t sign = bits_of(f) >> 16 & 0x8000u;
     const float magnitude = std::fabs(f);
-    const uint32_t bits = emu::bits_of(magnitude);
+    const uint32_t bits = bits_of(magnitude);
     if (std::isnan(f)) return 0x7FFFu;
     if (magnitude >= 65520.0f) return sign | 0x7C00u;
     // The last bit of a float in [0.5, 1) is worth the smallest subnormal: the addition rounds.
-    if (magnitude < 0x1p-14f) return sign | (emu::bits_of(magnitude + 0.5f) - emu::bits_of(0.5f));
+    if (magnitude < 0x1p-14f) return sign | (bits_of(magnitude + 0.5f) - bits_of(0.5f));
     return sign | (bits - (112u << 23) + 0xFFFu + (bits >> 13 & 1)) >> 13;
   }
 };

@@ -1,80 +1,168 @@
 // The main loop that all LoRA kernels share: acc += P Qᵀ for a [kM, kN] tile, operands streamed through shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "../tile.h"
 
 namespace lk {
 
-// kRows x kDepth of a row-major matrix, 16-bit elements.
+// One of the two factors: [rows, depth], or in Layout::kColumns [depth, rows]. `stride` lies between the rows of
+// memory.
 struct Operand {
-  const uint16_t* data;
+  const void* data;
   int64_t stride;
   int32_t rows, depth;
+  bool is_float = false;  // elements are fp32 (AdapterLoader), else 16 bits wide
 };
 
-// Brings rows [row0, row0 + kRows) of an operand into shared memory, kDepth columns at a time. Rows past the end repeat
-// the last one, whose products nobody stores; columns past the end are zero, in both operands, because NaN · 0 is NaN.
-template <int kRows, int kDepth, int kThreads, bool kAligned>
+// A tile of an operand, kRows x kDepth, in shared memory. `Lanes` says how a fragment is spread over the lanes.
+template <int kRows, int kDepth, Layout kLayout, class Lanes>
+struct OperandTile {
+  static constexpr bool kTransposed = kLayout == Layout::kColumns;
+  using Tile = SharedTile<kTransposed ? kRows : kDepth>;
+  static constexpr int kBytes = Tile::bytes(kTransposed ? kDepth : kRows);
+
+  // Where this lane reads for the fragments from `row` on.
+  LK_DEVICE static uint32_t lane_offset(int row) {
+    const int lane = thread_index() % kWarp;
+    return kTransposed ? Tile::offset(Lanes::row(lane), row / kChunkElements + Lanes::chunk(lane))
+                       : Tile::offset(row + Lanes::row(lane), Lanes::chunk(lane));
+  }
+
+  // Rows [16 i, 16 i + 16) from there, depth [16 step, 16 step + 16). Sixteen rows of memory on, the turn of a row is
+  // the same; two chunks on, the address differs by an exclusive or.
+  LK_DEVICE static void load(uint32_t (&fragment)[4], uint32_t lane_address, int i, int step) {
+    if constexpr (kTransposed) {
+      load_matrix_x4_transposed(fragment, (lane_address ^ (i * 2 * kChunkBytes)) + step * 16 * Tile::kRowBytes);
+    } else {
+      load_matrix_x4(fragment, (lane_address ^ (step * 2 * kChunkBytes)) + i * 16 * Tile::kRowBytes);
+    }
+  }
+};
+
+// Brings rows [row0, row0 + kRows) of an operand into shared memory, kDepth of the depth at a time. What lies past the
+// depth is zero, in both operands, because NaN · 0 is NaN; the products of rows past the end nobody stores. Where
+// `Rounded` is an element type, the operand may be fp32 and is rounded to that type on the way.
+template <int kRows, int kDepth, Layout kLayout, int kThreads, bool kAligned, class Rounded = void>
 class TileLoader {
-  using Tile = SharedTile<kDepth>;
-  static constexpr int kRowStep =
-      kThreads / Tile::kChunks;  // a thread's chunks lie in one column, this many rows apart
-  static constexpr int kSteps = (kRows + kRowStep - 1) / kRowStep;
+  static constexpr bool kTransposed = kLayout == Layout::kColumns, kMayBeFloat = !std::is_void_v<Rounded>;
+  using Tile = SharedTile<kTransposed ? kRows : kDepth>;
+  static constexpr int kTileRows = kTransposed ? kDepth : kRows;
+  // A thread's chunks lie in one column of chunks, so many rows of the tile apart.
+  static constexpr int kRowStep = kThreads / Tile::kChunks;
+  static constexpr int kSteps = (kTileRows + kRowStep - 1) / kRowStep;
   static_assert(kThreads % Tile::kChunks == 0 && kRowStep % 8 == 0, "a thread's rows have the same turn");
 
  public:
-  LK_DEVICE TileLoader(const Operand& m, int row0, int k0)
-      : k_(k0 + thread_index() % Tile::kChunks * kChunkElements), depth_(m.depth) {
-    const int row = thread_index() / Tile::kChunks;
+  LK_DEVICE TileLoader(const Operand& m, int row0, int k0) : is_float_(m.is_float) {
+    const int row = thread_index() / Tile::kChunks, column = thread_index() % Tile::kChunks * kChunkElements;
     target_ = Tile::offset(row, thread_index() % Tile::kChunks);
-    LK_UNROLL
-    for (int i = 0; i < kSteps; ++i) {
-      const int row_gmem = row0 + row + i * kRowStep;
-      source_[i] = m.data + (row_gmem < m.rows ? row_gmem : m.rows - 1) * m.stride + k_;
+    if constexpr (kTransposed) {
+      static_assert(kTileRows % kRowStep == 0 || kSteps == 1, "steps lead from one tile to the next");
+      const int column_gmem = row0 + column;
+      valid_ = m.rows - column_gmem;
+      left_ = m.depth - k0 - row;
+      // Aligned, a row of memory ends with a whole chunk; past it, that chunk once more.
+      source_[0] = place(m, k0 + row, !kAligned || valid_ > 0 ? column_gmem : m.rows - kChunkElements);
+      step_ = (kSteps == 1 ? kDepth : kRowStep) * m.stride * element_size();
+    } else {
+      left_ = m.depth - k0 - column;
+      LK_UNROLL
+      for (int i = 0; i < kSteps; ++i) {
+        const int row_gmem = row0 + row + i * kRowStep;
+        source_[i] = place(m, row_gmem < m.rows ? row_gmem : m.rows - 1, k0 + column);
+      }
     }
   }
 
-  // The next kDepth columns.
+  // The next kDepth of the depth.
   LK_DEVICE void load(uint32_t smem) {
-    const int bytes = k_ < depth_ ? kChunkBytes : 0;  // aligned: depth is a multiple of a chunk
     LK_UNROLL
     for (int i = 0; i < kSteps; ++i) {
-      if (kRows % kRowStep != 0 && thread_index() / Tile::kChunks + i * kRowStep >= kRows) break;
+      if (kTileRows % kRowStep != 0 && thread_index() / Tile::kChunks + i * kRowStep >= kTileRows) break;
+      const unsigned char*& source = source_[kTransposed ? 0 : i];
+      const bool inside = kTransposed ? i * kRowStep < left_ : 0 < left_;
       const uint32_t address = smem + target_ + i * kRowStep * Tile::kRowBytes;
-      if constexpr (kAligned) {
-        copy_async_16(address, source_[i], bytes);
+      if (kMayBeFloat && is_float_) {
+        if constexpr (kMayBeFloat) store_shared_16(address, round(source, valid(inside)));
+      } else if constexpr (kAligned) {
+        copy_async_16(address, source, inside ? kChunkBytes : 0);  // a chunk is inside as a whole or not at all
       } else {
-        store_shared_16(address, gather(source_[i], depth_ - k_));
+        store_shared_16(address, gather(source, valid(inside)));
       }
-      source_[i] += kDepth;
+      source += kTransposed ? step_ : kDepth * element_size();
     }
-    k_ += kDepth;
+    left_ -= kDepth;
   }
 
  private:
+  LK_DEVICE int element_size() const { return kMayBeFloat && is_float_ ? 4 : 2; }
+
+  LK_DEVICE const unsigned char* place(const Operand& m, int row, int column) const {
+    return static_cast<const unsigned char*>(m.data) + (row * m.stride + column) * element_size();
+  }
+
+  // How many elements of a chunk exist; with kAligned, a whole chunk or none.
+  LK_DEVICE int valid(bool inside) const {
+    if (!inside) return 0;
+    return kAligned ? kChunkElements : kTransposed ? valid_ : left_;
+  }
+
   // A chunk at any address, element by element; zero from element `valid` on.
-  LK_DEVICE static Vec16 gather(const uint16_t* source, int valid) {
+  LK_DEVICE static Vec16 gather(const unsigned char* source, int valid) {
     Vec16 v = {};
     LK_UNROLL
     for (int j = 0; j < kChunkElements; ++j) {
-      const uint32_t bits = j < valid ? load_global(source + j) : 0u;
+      const uint32_t bits = j < valid ? load_global(reinterpret_cast<const uint16_t*>(source) + j) : 0u;
       v.word[j / 2] |= bits << (16 * (j % 2));
     }
     return v;
   }
 
-  const uint16_t* source_[kSteps];
+  // The same from fp32.
+  LK_DEVICE static Vec16 round(const unsigned char* source, int valid) {
+    float f[kChunkElements];
+    if (kAligned && valid > 0) {
+      LK_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const Vec16 v = load_global(reinterpret_cast<const Vec16*>(source) + half);
+        LK_UNROLL
+        for (int j = 0; j < 4; ++j) f[half * 4 + j] = float_of(v.word[j]);
+      }
+    } else {
+      LK_UNROLL
+      for (int j = 0; j < kChunkElements; ++j) {
+        f[j] = j < valid ? load_global(reinterpret_cast<const float*>(source) + j) : 0.0f;
+      }
+    }
+    return {
+        {Rounded::pack(f[0], f[1]), Rounded::pack(f[2], f[3]), Rounded::pack(f[4], f[5]), Rounded::pack(f[6], f[7])}};
+  }
+
+  const unsigned char* source_[kTransposed ? 1 : kSteps];
   uint32_t target_;
-  int k_, depth_;
+  int left_;      // of the depth, from this thread's first chunk on
+  int valid_;     // elements of a chunk (kColumns)
+  int64_t step_;  // bytes between the chunks of this thread (kColumns)
+  bool is_float_;
 };
+
+// The factor of the branch.
+template <class Params>
+LK_DEVICE float scaling_of(const Params& p) {
+  return p.scaling * load_global(p.scaling_factor);
+}
+
+LK_DEVICE Vec16 vec16_of(const float (&f)[4]) { return {{bits_of(f[0]), bits_of(f[1]), bits_of(f[2]), bits_of(f[3])}}; }
 
 // Writes a [kRows, kColumns] tile, staged in shared memory by all threads, to rows and columns of `out` that exist.
 template <int kRows, int kColumns, int kThreads, bool kAligned>
 LK_DEVICE void store_tile(uint32_t smem, uint16_t* out, int64_t stride, int rows, int columns, int row0, int column0) {
-  using Tile = SharedTile<(kColumns < 32 ? 32 : kColumns)>;
-  constexpr int kChunks = kColumns / kChunkElements, kTotal = kRows * kChunks;
+  using Tile = SharedTile<kColumns>;
+  constexpr int kTotal = kRows * Tile::kChunks;
   for (int i = thread_index(); i < kTotal; i += kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks, column = column0 + chunk * kChunkElements;
+    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks, column = column0 + chunk * kChunkElements;
     if (row0 + row >= rows || column >= columns) continue;
     const Vec16 v = load_shared_16(smem + Tile::offset(row, chunk));
     uint16_t* target = out + (row0 + row) * stride + column;
@@ -88,16 +176,36 @@ LK_DEVICE void store_tile(uint32_t smem, uint16_t* out, int64_t stride, int rows
   }
 }
 
-// One block's tile: kM x kN, kDepth of the reduction at a time, kStages of them under way.
-template <int kM_, int kN_, int kDepth_, int kWarpsM, int kWarpsN, int kStages_>
+// What a main loop does besides its product: nothing. Others may bring something along with a stage that is being
+// filled, and use a stage that has arrived, or change it (kChanges: then all threads see the change).
+struct Alone {
+  static constexpr bool kChanges = false;
+  LK_DEVICE void load(uint32_t) const {}
+  LK_DEVICE void arrived(uint32_t, int) const {}
+};
+
+// One block's tile: kM x kN, kDepth of the reduction at a time, kStages of them under way. A stage has kBesideBytes for
+// what is brought along.
+template <int kM_, int kN_, int kDepth_, int kWarpsM_, int kWarpsN_, int kStages_, Layout kLayoutP = Layout::kRows,
+          Layout kLayoutQ = Layout::kRows, int kBesideBytes = 0>
 struct Gemm {
   static constexpr int kM = kM_, kN = kN_, kDepth = kDepth_, kStages = kStages_;
-  static constexpr int kThreads = kWarpsM * kWarpsN * kWarp;
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kThreads = kWarpsM * kWarpsN * kWarp;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
   static constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "a warp loads fragments of 16 rows of either operand");
-  using Tile = SharedTile<kDepth>;
-  static constexpr int kBytesP = Tile::bytes(kM), kBytesStage = kBytesP + Tile::bytes(kN);
+
+  using TileP =
+      OperandTile<kM, kDepth, kLayoutP, std::conditional_t<kLayoutP == Layout::kRows, RowsFirst, ChunksFirst>>;
+  using TileQ =
+      OperandTile<kN, kDepth, kLayoutQ, std::conditional_t<kLayoutQ == Layout::kRows, ChunksFirst, RowsFirst>>;
+  template <bool kAligned>
+  using LoaderP = TileLoader<kM, kDepth, kLayoutP, kThreads, kAligned>;
+  template <bool kAligned, class Rounded = void>
+  using LoaderQ = TileLoader<kN, kDepth, kLayoutQ, kThreads, kAligned, Rounded>;
+
+  static constexpr int kOffsetQ = TileP::kBytes, kOffsetBeside = kOffsetQ + TileQ::kBytes;
+  static constexpr int kBytesStage = kOffsetBeside + kBesideBytes;
   static constexpr int kSharedBytes = kStages * kBytesStage;
 
   using Accumulator = float[kFragmentsM][kFragmentsN][4];
@@ -105,27 +213,17 @@ struct Gemm {
   LK_DEVICE static int warp_row() { return thread_index() / kWarp / kWarpsN * kWarpM; }
   LK_DEVICE static int warp_column() { return thread_index() / kWarp % kWarpsN * kWarpN; }
 
-  // Address of this lane's row of the warp's first fragment, in P's and Q's part of a stage.
-  LK_DEVICE static uint32_t lane_offset_P() {
-    const int lane = thread_index() % kWarp;
-    return Tile::offset(warp_row() + FragmentA::row(lane), FragmentA::chunk(lane));
-  }
-  LK_DEVICE static uint32_t lane_offset_Q() {
-    const int lane = thread_index() % kWarp;
-    return kBytesP + Tile::offset(warp_column() + FragmentB::row(lane), FragmentB::chunk(lane));
-  }
+  LK_DEVICE static uint32_t lane_offset_P() { return TileP::lane_offset(warp_row()); }
+  LK_DEVICE static uint32_t lane_offset_Q() { return kOffsetQ + TileQ::lane_offset(warp_column()); }
 
-  // f(mi, ni, a, b0, b1) for every fragment product in columns [16 step, 16 step + 16) of one stage.
+  // f(mi, ni, a, b0, b1) for every fragment product of depth [16 step, 16 step + 16) of one stage.
   template <class F>
   LK_DEVICE static void for_fragments(uint32_t stage, uint32_t offset_P, uint32_t offset_Q, int step, const F& f) {
-    // Sixteen rows on, a row's turn is the same; two chunks on, it is an exclusive or.
-    const uint32_t from_P = (stage + offset_P) ^ (step * 2 * kChunkBytes);
-    const uint32_t from_Q = (stage + offset_Q) ^ (step * 2 * kChunkBytes);
     uint32_t a[kFragmentsM][4], b[kFragmentsN / 2][4];
     LK_UNROLL
-    for (int i = 0; i < kFragmentsM; ++i) load_matrix_x4(a[i], from_P + i * 16 * Tile::kRowBytes);
+    for (int i = 0; i < kFragmentsM; ++i) TileP::load(a[i], stage + offset_P, i, step);
     LK_UNROLL
-    for (int i = 0; i < kFragmentsN / 2; ++i) load_matrix_x4(b[i], from_Q + i * 16 * Tile::kRowBytes);
+    for (int i = 0; i < kFragmentsN / 2; ++i) TileQ::load(b[i], stage + offset_Q, i, step);
     LK_UNROLL
     for (int mi = 0; mi < kFragmentsM; ++mi) {
       LK_UNROLL
@@ -133,18 +231,19 @@ struct Gemm {
     }
   }
 
-  // acc += P[row0 ...] Q[column0 ...]ᵀ. `prepare(stage, k0)` may change a stage that has arrived; if kPrepares, every
-  // thread sees the change. The last stages may still be read by other warps on return.
-  template <class Element, bool kAligned, bool kPrepares, class Prepare>
-  LK_DEVICE static void run(uint32_t smem, const Operand& p, int row0, const Operand& q, int column0, Accumulator& acc,
-                            const Prepare& prepare) {
-    TileLoader<kM, kDepth, kThreads, kAligned> load_P(p, row0, 0);
-    TileLoader<kN, kDepth, kThreads, kAligned> load_Q(q, column0, 0);
+  // acc += P[row0 ...] Q[column0 ...]ᵀ over depth [k0, k1). Q may be fp32 where RoundedQ is Element. The last stages
+  // may still be read by other warps on return.
+  template <class Element, bool kAligned, class RoundedQ = void, class Beside>
+  LK_DEVICE static void run(uint32_t smem, const Operand& p, int row0, const Operand& q, int column0, int k0, int k1,
+                            Accumulator& acc, Beside&& beside) {
+    LoaderP<kAligned> load_P({p.data, p.stride, p.rows, k1}, row0, k0);
+    LoaderQ<kAligned, RoundedQ> load_Q({q.data, q.stride, q.rows, k1, q.is_float}, column0, k0);
     const auto load_stage = [&](uint32_t stage) {
       load_P.load(stage);
-      load_Q.load(stage + kBytesP);
+      load_Q.load(stage + kOffsetQ);
+      beside.load(stage + kOffsetBeside);
     };
-    const int tiles = (p.depth + kDepth - 1) / kDepth;
+    const int tiles = (k1 - k0 + kDepth - 1) / kDepth;
     LK_UNROLL
     for (int t = 0; t < kStages - 1; ++t) {
       if (t < tiles) load_stage(smem + t * kBytesStage);
@@ -157,10 +256,8 @@ struct Gemm {
       sync_block();  // this stage is here for all, and all have left the stage that is filled next
       if (left >= kStages) load_stage(free_stage);
       copy_async_commit();
-      if constexpr (kPrepares) {
-        prepare(stage, (tiles - left) * kDepth);
-        sync_block();
-      }
+      beside.arrived(stage, k0 + (tiles - left) * kDepth);
+      if constexpr (std::remove_reference_t<Beside>::kChanges) sync_block();
       LK_UNROLL
       for (int step = 0; step < kDepth / 16; ++step) {
         for_fragments(stage, offset_P, offset_Q, step,
@@ -173,10 +270,40 @@ struct Gemm {
     }
   }
 
+  // Unrounded sums of part of the depth, in memory: kPartial floats, each thread's where it alone looks for them.
+  static constexpr int kPartial = kM * kN;
+
+  LK_DEVICE static void store_partial(float* partial, const Accumulator& acc) {
+    LK_UNROLL
+    for (int mi = 0; mi < kFragmentsM; ++mi) {
+      LK_UNROLL
+      for (int ni = 0; ni < kFragmentsN; ++ni) {
+        store_global(place_in_partial(partial, mi, ni), vec16_of(acc[mi][ni]));
+      }
+    }
+  }
+
+  // acc = the sum of `count` partials that follow each other, always in the same order.
+  LK_DEVICE static void sum_partials(float* partials, int count, Accumulator& acc) {
+    LK_UNROLL
+    for (int mi = 0; mi < kFragmentsM; ++mi) {
+      LK_UNROLL
+      for (int ni = 0; ni < kFragmentsN; ++ni) {
+        LK_UNROLL
+        for (int j = 0; j < 4; ++j) acc[mi][ni][j] = 0.0f;
+        for (int i = 0; i < count; ++i) {
+          const Vec16 part = load_global(place_in_partial(partials + i * kPartial, mi, ni));
+          LK_UNROLL
+          for (int j = 0; j < 4; ++j) acc[mi][ni][j] += float_of(part.word[j]);
+        }
+      }
+    }
+  }
+
   // Stages value(mi, ni, pair) of every accumulator pair in shared memory, as 16-bit elements of a [kM, kN] tile.
   template <class Element, class Value>
   LK_DEVICE static void stage_accumulators(uint32_t smem, const Value& value) {
-    using Out = SharedTile<(kN < 32 ? 32 : kN)>;
+    using Out = SharedTile<kN>;
     const int lane = thread_index() % kWarp;
     LK_UNROLL
     for (int mi = 0; mi < kFragmentsM; ++mi) {
@@ -192,6 +319,11 @@ struct Gemm {
         }
       }
     }
+  }
+
+ private:
+  LK_DEVICE static Vec16* place_in_partial(float* partial, int mi, int ni) {
+    return reinterpret_cast<Vec16*>(partial) + (mi * kFragmentsN + ni) * kThreads + thread_index();
   }
 };
 

@@ -1,9 +1,24 @@
-#include "lora_linear.h"
+#include "variant.h"
 
 namespace lk {
 
-cudaError_t launch_lora_linear_fp16(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
-  return launch_lora_linear<Float16>(p, config, stream);
+// Each element type has a source file of its own, so that they compile side by side.
+template <>
+cudaError_t launch_lora_linear<Float16>(const LoraLinearParams& p, const LoraLinearConfig& config,
+                                        cudaStream_t stream) {
+  return with_lora_linear_variant<Float16>(config, [&](auto variant) {
+    using Variant = decltype(variant);
+    return launch_variant<Variant>(&lora_linear_kernel<Variant>, config.blocks, p, stream);
+  });
+}
+
+template <>
+cudaError_t launch_frozen_linear<Float16>(const LoraLinearParams& p, const LoraLinearConfig& config,
+                                          cudaStream_t stream) {
+  return with_frozen_linear_variant<Float16>(config, [&](auto variant) {
+    using Variant = decltype(variant);
+    return launch_variant<Variant>(&lora_linear_kernel<Variant>, config.blocks, p, stream);
+  });
 }
 
 }  // namespace lk

@@ -1,0 +1,74 @@
+// The dropout mask within kernels. A mask is never stored: whoever needs it computes it from the seed.
+#pragma once
+
+#include "../params.h"
+#include "../tile.h"
+
+namespace lk {
+
+static_assert(kDropoutGroup == kChunkElements, "a chunk is one Philox group");
+
+// The mask of a matrix with `columns` columns.
+struct DropoutMask {
+  int64_t groups_per_row;
+  uint64_t seed;
+  uint32_t threshold;
+
+  LK_DEVICE DropoutMask(const int64_t* seed_, uint32_t threshold_, int columns)
+      : groups_per_row(dropout_groups_per_row(columns)),
+        seed(static_cast<uint64_t>(load_global(seed_))),
+        threshold(threshold_) {}
+
+  LK_DEVICE PhiloxWords words(int row, int column) const {
+    return philox4x32(static_cast<uint64_t>(row * groups_per_row + column / kDropoutGroup), seed);
+  }
+};
+
+// Zeroes what is dropped in a tile in shared memory, whose first element is (row0, column0) of the matrix.
+template <class Tile, int kRows, int kThreads>
+LK_DEVICE void drop_tile(uint32_t smem, int row0, int column0, const DropoutMask& mask) {
+  for (int i = thread_index(); i < kRows * Tile::kChunks; i += kThreads) {
+    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
+    const PhiloxWords words = mask.words(row0 + row, column0 + chunk * kChunkElements);
+    const uint32_t address = smem + Tile::offset(row, chunk);
+    Vec16 v = load_shared_16(address);
+    LK_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t low = dropout_bits(words, 2 * j) >= mask.threshold ? 0x0000FFFFu : 0u;
+      const uint32_t high = dropout_bits(words, 2 * j + 1) >= mask.threshold ? 0xFFFF0000u : 0u;
+      v.word[j] &= low | high;
+    }
+    store_shared_16(address, v);
+  }
+}
+
+// The mask of a [kRows, kColumns] tile in shared memory, one bit per element: 1 is kept.
+template <int kRows, int kColumns>
+struct KeepBits {
+  static constexpr int kWords = kColumns / 32;
+  static constexpr int kBytes = kRows * kWords * 4;
+
+  LK_DEVICE static uint32_t word(uint32_t smem, int row, int column) {
+    return load_shared_4(smem + (row * kWords + column / 32) * 4);
+  }
+
+  template <int kThreads>
+  LK_DEVICE static void compute(uint32_t smem, int row0, int column0, const DropoutMask& mask) {
+    LK_NO_UNROLL
+    for (int i = thread_index(); i < kRows * kWords; i += kThreads) {
+      uint32_t bits = 0;
+      LK_NO_UNROLL
+      for (int group = 0; group < 32 / kDropoutGroup; ++group) {
+        const int column = column0 + i % kWords * 32 + group * kDropoutGroup;
+        const PhiloxWords words = mask.words(row0 + i / kWords, column);
+        LK_UNROLL
+        for (int j = 0; j < kDropoutGroup; ++j) {
+          bits |= (dropout_bits(words, j) >= mask.threshold ? 1u : 0u) << (group * kDropoutGroup + j);
+        }
+      }
+      store_shared_4(smem + i * 4, bits);
+    }
+  }
+};
+
+}  // namespace lk

@@ -1,0 +1,253 @@
+// The low-rank branch of a tile of y: acc += scaling · s bᵀ, and the ways to get s.
+#pragma once
+
+#include "dropout.cuh"
+#include "gemm.cuh"
+
+namespace lk {
+
+// How a product of 16 ranks enters the accumulator. Scaled in fp32: s and b are rounded already, their product must not
+// be.
+struct ScaledSum {
+  float scale;
+
+  LK_DEVICE void add(float (&acc)[4], const float (&product)[4], int, int) {
+    LK_UNROLL
+    for (int i = 0; i < 4; ++i) acc[i] += scale * product[i];
+  }
+};
+
+// The same under a mask: bits in shared memory (KeepBits), one per element of the tile.
+template <class Base>
+struct MaskedSum {
+  using Keep = KeepBits<Base::kM, Base::kN>;
+  float scale;
+  uint32_t bits;
+  uint32_t word[2] = {};  // of the rows and the 32 columns in work
+
+  LK_DEVICE void add(float (&acc)[4], const float (&product)[4], int mi, int ni) {
+    const int lane = thread_index() % kWarp;
+    const int column = Base::warp_column() + ni * 8;
+    LK_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = Base::warp_row() + mi * 16 + half * 8 + FragmentC::row(lane);
+      if (ni % 4 == 0) word[half] = Keep::word(bits, row, column);
+      LK_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const bool kept = word[half] >> (column % 32 + FragmentC::column(lane) + i) & 1;
+        acc[half * 2 + i] += kept ? scale * product[half * 2 + i] : 0.0f;
+      }
+    }
+  }
+};
+
+template <class Element, class Base, bool kAligned>
+struct LoraBranch {
+  // As many ranks at a time as the stages hold; s lies where a stage has P, b where it has Q.
+  static constexpr int kThreads = Base::kThreads, kM = Base::kM, kDepth = Base::kDepth;
+  static constexpr int kBatch = Base::kStages * kDepth;
+
+  LK_DEVICE static uint32_t stage_of(uint32_t smem, int depth) { return smem + depth / kDepth * Base::kBytesStage; }
+
+  // s comes from other blocks: it is there when their flag has the value `expected`.
+  template <class Sum>
+  LK_DEVICE static void add(const LoraLinearParams& p, uint32_t smem, int row0, int column0, const uint32_t* flag,
+                            uint32_t expected, typename Base::Accumulator& acc, Sum sum) {
+    const Operand s{p.s, p.rank, p.m, p.rank};
+    LK_NO_UNROLL
+    for (int batch = 0; batch < p.rank; batch += kBatch) {
+      const int end = smaller(p.rank, batch + kBatch);
+      load_b(p, smem, column0, batch, end);
+      if (batch == 0) {  // b is on its way while this waits
+        if (thread_index() == 0) {
+          while (load_acquire(flag) != expected) pause();
+        }
+        sync_block();
+      }
+      typename Base::template LoaderP<kAligned> load_s(s, row0, batch);
+      LK_NO_UNROLL
+      for (int r = batch; r < end; r += kDepth) load_s.load(stage_of(smem, r - batch));
+      copy_async_commit();
+      copy_async_wait<0>();
+      sync_block();
+      multiply(smem, end - batch, acc, sum);
+      if (end < p.rank) sync_block();
+    }
+  }
+
+  // s is what `shrink` (ShrinkBeside) has computed beside this tile. `staged` is called when it lies in shared memory.
+  template <class Shrink, class Staged>
+  LK_DEVICE static void add_beside(const LoraLinearParams& p, uint32_t smem, int column0, Shrink& shrink,
+                                   float* partial_s, typename Base::Accumulator& acc, const Staged& staged) {
+    load_b(p, smem, column0, 0, p.rank);
+    copy_async_commit();
+    shrink.stage(smem, p.rank, partial_s);
+    copy_async_wait<0>();
+    sync_block();
+    staged();
+    multiply(smem, p.rank, acc, ScaledSum{scaling_of(p)});
+  }
+
+  // Writes s, staged by this block, to memory.
+  LK_DEVICE static void store_s(const LoraLinearParams& p, uint32_t smem, int row0) {
+    LK_NO_UNROLL
+    for (int r = 0; r < p.rank; r += kDepth) {
+      store_tile<kM, kDepth, kThreads, kAligned>(stage_of(smem, r), p.s, p.rank, p.m, p.rank, row0, r);
+    }
+  }
+
+ private:
+  LK_DEVICE static void load_b(const LoraLinearParams& p, uint32_t smem, int column0, int begin, int end) {
+    // The choice lies outside of the loop: within, it costs the large tile a register too many on sm_90.
+    if (p.adapters_are_float) {
+      load_b<Element>({p.b, p.b_stride, p.n, p.rank, true}, smem, column0, begin, end);
+    } else {
+      load_b<void>({p.b, p.b_stride, p.n, p.rank}, smem, column0, begin, end);
+    }
+  }
+
+  template <class Rounded>
+  LK_DEVICE static void load_b(const Operand& b, uint32_t smem, int column0, int begin, int end) {
+    typename Base::template LoaderQ<kAligned, Rounded> load(b, column0, begin);
+    LK_NO_UNROLL
+    for (int r = begin; r < end; r += kDepth) load.load(stage_of(smem, r - begin) + Base::kOffsetQ);
+  }
+
+  template <class Sum>
+  LK_DEVICE static void multiply(uint32_t smem, int ranks, typename Base::Accumulator& acc, Sum sum) {
+    const uint32_t offset_P = Base::lane_offset_P(), offset_Q = Base::lane_offset_Q();
+    LK_NO_UNROLL
+    for (int r = 0; r < ranks; r += 16) {
+      Base::for_fragments(stage_of(smem, r), offset_P, offset_Q, r % kDepth / 16,
+                          [&](int mi, int ni, const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {
+                            float product[4] = {};
+                            Element::multiply_add(product, a, b0, b1);
+                            sum.add(acc[mi][ni], product, mi, ni);
+                          });
+    }
+  }
+};
+
+// Beside the product with w: s = x aᵀ for the tile's rows, without dropout, all ranks (at most kRankTile). The warps
+// that share rows of x divide the work: by rows if there are enough, else by depth, and add up at the end.
+template <class Element, class Base, int kRankTile, bool kAligned>
+class ShrinkBeside {
+  static constexpr int kDepth = Base::kDepth, kSteps = kDepth / 16;
+  static constexpr bool kSplitsDepth = Base::kFragmentsM < Base::kWarpsN;
+  static constexpr int kFragmentsN = kRankTile / 8;
+  static constexpr int kRowFragments = kSplitsDepth ? Base::kFragmentsM : Base::kFragmentsM / Base::kWarpsN;
+  static_assert(kSplitsDepth ? kSteps % Base::kWarpsN == 0 : Base::kFragmentsM % Base::kWarpsN == 0);
+  using TileA = OperandTile<kRankTile, kDepth, Layout::kRows, ChunksFirst>;
+  using Loader = TileLoader<kRankTile, kDepth, Layout::kRows, Base::kThreads, kAligned, Element>;
+
+ public:
+  static constexpr bool kChanges = false;
+  static constexpr int kBytes = TileA::kBytes;
+  static_assert(Base::kBytesStage - Base::kOffsetBeside == kBytes, "a stage has a place for a");
+
+  LK_DEVICE ShrinkBeside(const LoraLinearParams& p, int k0, int k1)
+      : loader_({p.a, p.a_stride, p.rank, k1, p.adapters_are_float}, 0, k0) {}
+
+  LK_DEVICE void load(uint32_t beside) { loader_.load(beside); }
+
+  LK_DEVICE void arrived(uint32_t stage, int) {
+    const uint32_t x = stage + Base::lane_offset_P(), a = stage + Base::kOffsetBeside + TileA::lane_offset(0);
+    LK_UNROLL
+    for (int i = 0; i < kSteps / (kSplitsDepth ? Base::kWarpsN : 1); ++i) {
+      const int step = kSplitsDepth ? i * Base::kWarpsN + warp_n() : i;
+      uint32_t a_part[kRankTile / 16][4];
+      LK_UNROLL
+      for (int j = 0; j < kRankTile / 16; ++j) TileA::load(a_part[j], a, j, step);
+      LK_UNROLL
+      for (int mi = 0; mi < kRowFragments; ++mi) {
+        uint32_t x_part[4];
+        Base::TileP::load(x_part, x, first_fragment() + mi, step);
+        LK_UNROLL
+        for (int ni = 0; ni < kFragmentsN; ++ni) {
+          Element::multiply_add(acc_[mi][ni], x_part, a_part[ni / 2][ni % 2 * 2], a_part[ni / 2][ni % 2 * 2 + 1]);
+        }
+      }
+    }
+  }
+
+  // Puts s where LoraBranch wants it, zero past the rank; the stages must be free. `partial` (null: none) gets
+  // the unrounded sums of this block, [kM, kRankTile].
+  LK_DEVICE void stage(uint32_t smem, int rank, float* partial) {
+    if constexpr (kSplitsDepth) add_up(smem);
+    const int lane = thread_index() % kWarp;
+    LK_UNROLL
+    for (int mi = 0; mi < kRowFragments; ++mi) {
+      LK_UNROLL
+      for (int ni = 0; ni < kFragmentsN; ++ni) {
+        if (kSplitsDepth && ni % Base::kWarpsN != warp_n()) continue;
+        LK_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int row = Base::warp_row() + (first_fragment() + mi) * 16 + half * 8 + FragmentC::row(lane);
+          const int column = ni * 8 + FragmentC::column(lane);
+          const float low = column < rank ? acc_[mi][ni][half * 2] : 0.0f;
+          const float high = column + 1 < rank ? acc_[mi][ni][half * 2 + 1] : 0.0f;
+          const uint32_t address = LoraBranch<Element, Base, kAligned>::stage_of(smem, column) +
+                                   Base::TileP::Tile::offset(row, column % kDepth / kChunkElements) +
+                                   column % kChunkElements * 2;
+          store_shared_4(address, Element::pack(low, high));
+          if (partial != nullptr) {
+            store_global(reinterpret_cast<Float2*>(partial + row * kRankTile + column), Float2{low, high});
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  LK_DEVICE static int warp_n() { return thread_index() / kWarp % Base::kWarpsN; }
+  LK_DEVICE static int first_fragment() { return kSplitsDepth ? 0 : warp_n() * kRowFragments; }
+
+  // Sums over the warps that share rows, in their order; warp i then has every i-th fragment.
+  LK_DEVICE void add_up(uint32_t smem) {
+    static_assert(Base::kWarpsM == 1);
+    constexpr int kFragments = kRowFragments * kFragmentsN;
+    constexpr int kBytesWarp = kFragments * kWarp * 16;
+    constexpr int kBehindBranch = (kRankTile + kDepth - 1) / kDepth * Base::kBytesStage;
+    static_assert(kBehindBranch + Base::kWarpsN * kBytesWarp <= Base::kSharedBytes);
+    const uint32_t scratch = smem + kBehindBranch;
+    const int lane = thread_index() % kWarp;
+    LK_UNROLL
+    for (int i = 0; i < kFragments; ++i) {
+      store_shared_16(scratch + warp_n() * kBytesWarp + (i * kWarp + lane) * 16,
+                      vec16_of(acc_[i / kFragmentsN][i % kFragmentsN]));
+    }
+    sync_block();
+    LK_UNROLL
+    for (int i = 0; i < kFragments; ++i) {
+      if (i % kFragmentsN % Base::kWarpsN != warp_n()) continue;
+      float(&sum)[4] = acc_[i / kFragmentsN][i % kFragmentsN];
+      LK_UNROLL
+      for (int j = 0; j < 4; ++j) sum[j] = 0.0f;
+      LK_UNROLL
+      for (int w = 0; w < Base::kWarpsN; ++w) {
+        const Vec16 part = load_shared_16(scratch + w * kBytesWarp + (i * kWarp + lane) * 16);
+        LK_UNROLL
+        for (int j = 0; j < 4; ++j) sum[j] += float_of(part.word[j]);
+      }
+    }
+  }
+
+  Loader loader_;
+  float acc_[kRowFragments][kFragmentsN][4] = {};
+};
+
+// y = acc + bias, by way of shared memory, where all threads have finished.
+template <class Element, class Base, bool kAligned>
+LK_DEVICE void store_result(const LoraLinearParams& p, uint32_t smem, int row0, int column0,
+                            const typename Base::Accumulator& acc) {
+  sync_block();
+  Base::template stage_accumulators<Element>(smem, [&](int mi, int ni, int i, int column) {
+    const bool has_bias = p.bias != nullptr && column0 + column < p.n;
+    const float bias = has_bias ? Element::low(load_global(p.bias + column0 + column)) : 0.0f;
+    return acc[mi][ni][i] + bias;
+  });
+  sync_block();
+  store_tile<Base::kM, Base::kN, Base::kThreads, kAligned>(smem, p.y, p.y_stride, p.m, p.n, row0, column0);
+}
+
+}  // namespace lk

@@ -1,0 +1,159 @@
+// dA = scaling · s'ᵀ dropout(x) and dB = scaling · dYᵀ s, the sums over the rows of x, in one launch.
+//
+// The rows are split among blocks. Each stores its sums, and the last block of a tile to arrive adds them up, in their
+// order: no bit depends on who comes when. Where the launch for dX has met dY already, it has left parts of dB
+// (PartOfGradB), and only their sum is wanted.
+#pragma once
+
+#include "between_blocks.cuh"
+#include "dropout.cuh"
+#include "gemm.cuh"
+
+namespace lk {
+
+constexpr int kGradColumns = 128;  // of A, or rows of B, in one tile
+constexpr int kPartOfGradBRank = 16;
+
+template <class Element_, int kRankTile, bool kAligned_>
+struct LoraGrads {
+  using Element = Element_;
+  static constexpr bool kAligned = kAligned_;
+  static constexpr int kThreads = 128, kMinBlocks = 2, kDepth = 32, kStages = 4;
+  using TileA = Gemm<kRankTile, kGradColumns, kDepth, 1, 4, kStages, Layout::kColumns, Layout::kColumns>;
+  using TileB = Gemm<kGradColumns, kRankTile, kDepth, 4, 1, kStages, Layout::kColumns, Layout::kColumns>;
+  static constexpr int kSharedBytes = larger(TileA::kSharedBytes, larger(SharedTile<kGradColumns>::bytes(kRankTile),
+                                                                         SharedTile<kRankTile>::bytes(kGradColumns)));
+  static_assert(TileA::kPartial == TileB::kPartial && TileA::kSharedBytes == TileB::kSharedBytes);
+
+  LK_DEVICE static void run(const LoraGradsParams& p) {
+    const uint32_t smem = dynamic_shared();
+    const int rank_blocks = ceil_div(p.rank, kRankTile);
+    const int blocks_A = p.grad_a == nullptr ? 0 : ceil_div(p.k, kGradColumns) * rank_blocks * p.splits;
+    if (block_index() < blocks_A) {
+      const int tile = block_index() / p.splits;
+      product_A(p, smem, tile, block_index() % p.splits, tile % rank_blocks * kRankTile,
+                tile / rank_blocks * kGradColumns);
+    } else if (p.partial_grad_b == nullptr) {
+      const int block = block_index() - blocks_A, tile = block / p.splits;
+      product_B(p, smem, blocks_A / p.splits + tile, block % p.splits, tile / rank_blocks * kGradColumns,
+                tile % rank_blocks * kRankTile);
+    } else {
+      sum_B(p, (block_index() - blocks_A) * kGradColumns);
+    }
+  }
+
+ private:
+  // While x is in shared memory.
+  struct DropX {
+    static constexpr bool kChanges = true;
+    int column0;
+    DropoutMask mask;
+
+    LK_DEVICE void load(uint32_t) const {}
+    LK_DEVICE void arrived(uint32_t stage, int row0) const {
+      drop_tile<typename TileA::TileQ::Tile, kDepth, kThreads>(stage + TileA::kOffsetQ, row0, column0, mask);
+    }
+  };
+
+  LK_DEVICE static void product_A(const LoraGradsParams& p, uint32_t smem, int tile, int split, int rank0,
+                                  int column0) {
+    const Operand grad_s{p.grad_s, p.rank, p.rank, p.m}, x{p.x, p.x_stride, p.k, p.m};
+    typename TileA::Accumulator acc = {};
+    const auto run = [&](auto&& beside) {
+      TileA::template run<Element, kAligned>(smem, grad_s, rank0, x, column0, first_row(p, split),
+                                             first_row(p, split + 1), acc, beside);
+    };
+    float scale = scaling_of(p);
+    if (p.seed != nullptr) {
+      run(DropX{column0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
+      scale *= p.dropout_scale;
+    } else {
+      run(Alone{});
+    }
+    finish<TileA>(p, smem, tile, split, acc, scale, p.grad_a, p.k, p.rank, p.k, rank0, column0);
+  }
+
+  LK_DEVICE static void product_B(const LoraGradsParams& p, uint32_t smem, int tile, int split, int row0, int rank0) {
+    const Operand grad_y{p.grad_y, p.grad_y_stride, p.n, p.m}, s{p.s, p.rank, p.rank, p.m};
+    typename TileB::Accumulator acc = {};
+    TileB::template run<Element, kAligned>(smem, grad_y, row0, s, rank0, first_row(p, split), first_row(p, split + 1),
+                                           acc, Alone{});
+    finish<TileB>(p, smem, tile, split, acc, scaling_of(p), p.grad_b, p.rank, p.n, p.rank, row0, rank0);
+  }
+
+  LK_DEVICE static int first_row(const LoraGradsParams& p, int split) {
+    const int64_t row = static_cast<int64_t>(split) * p.split_rows;
+    return row < p.m ? static_cast<int>(row) : p.m;
+  }
+
+  // out[row0 ..., column0 ...] = scale · the sum of all splits.
+  template <class Tile>
+  LK_DEVICE static void finish(const LoraGradsParams& p, uint32_t smem, int tile, int split,
+                               typename Tile::Accumulator& acc, float scale, void* out, int64_t stride, int rows,
+                               int columns, int row0, int column0) {
+    if (p.splits > 1) {
+      float* const partials = p.partials + static_cast<int64_t>(tile) * p.splits * Tile::kPartial;
+      Tile::store_partial(partials + split * Tile::kPartial, acc);
+      if (!arrive_last(p.counters + tile, p.splits, smem)) return;
+      Tile::sum_partials(partials, p.splits, acc);
+    }
+    if (p.grads_are_float) {
+      store_floats<Tile>(static_cast<float*>(out), stride, rows, columns, row0, column0, acc, scale);
+      return;
+    }
+    sync_block();  // the stages are free
+    Tile::template stage_accumulators<Element>(smem,
+                                               [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
+    sync_block();
+    store_tile<Tile::kM, Tile::kN, kThreads, kAligned>(smem, static_cast<uint16_t*>(out), stride, rows, columns, row0,
+                                                       column0);
+  }
+
+  template <class Tile>
+  LK_DEVICE static void store_floats(float* out, int64_t stride, int rows, int columns, int row0, int column0,
+                                     const typename Tile::Accumulator& acc, float scale) {
+    const int lane = thread_index() % kWarp;
+    LK_UNROLL
+    for (int mi = 0; mi < Tile::kFragmentsM; ++mi) {
+      LK_UNROLL
+      for (int ni = 0; ni < Tile::kFragmentsN; ++ni) {
+        LK_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int row = row0 + Tile::warp_row() + mi * 16 + i / 2 * 8 + FragmentC::row(lane);
+          const int column = column0 + Tile::warp_column() + ni * 8 + FragmentC::column(lane) + i % 2;
+          if (row < rows && column < columns) store_global(out + row * stride + column, scale * acc[mi][ni][i]);
+        }
+      }
+    }
+  }
+
+  // dB[row0 ...] = scaling · the sum over the blocks of rows of [n, kPartOfGradBRank].
+  LK_DEVICE static void sum_B(const LoraGradsParams& p, int row0) {
+    const float scale = scaling_of(p);
+    for (int i = thread_index(); i < kGradColumns * kPartOfGradBRank / 4; i += kThreads) {
+      const int row = row0 + i / (kPartOfGradBRank / 4), column = i % (kPartOfGradBRank / 4) * 4;
+      if (row >= p.n || column >= p.rank) continue;
+      float sum[4] = {};
+      for (int part = 0; part < p.parts_of_grad_b; ++part) {
+        const float* const from =
+            p.partial_grad_b + (static_cast<int64_t>(part) * p.n + row) * kPartOfGradBRank + column;
+        const Vec16 v = load_global(reinterpret_cast<const Vec16*>(from));
+        LK_UNROLL
+        for (int j = 0; j < 4; ++j) sum[j] += float_of(v.word[j]);
+      }
+      LK_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if (column + j >= p.rank) continue;
+        const int64_t target = static_cast<int64_t>(row) * p.rank + column + j;
+        if (p.grads_are_float) {
+          store_global(static_cast<float*>(p.grad_b) + target, scale * sum[j]);
+        } else {
+          store_global(static_cast<uint16_t*>(p.grad_b) + target,
+                       static_cast<uint16_t>(Element::pack(scale * sum[j], 0.0f)));
+        }
+      }
+    }
+  }
+};
+
+}  // namespace lk

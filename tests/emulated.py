@@ -1,0 +1,155 @@
+"""Runs the emulated CUDA kernels on tensors and compares them with float64 and with torch's separate calls."""
+
+from __future__ import annotations
+
+import emulator
+import torch
+from numerics import assert_as_accurate
+
+from lora_kernels import philox
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SEED = -987654321012345
+SCALING = 1.7
+
+
+def matrices(m, n, k, rank, name, *, bias=False, float_adapters=False):
+    """(x, weight, lora_A, lora_B, bias) with entries of the order of 1 in every product."""
+    dtype = DTYPES[name]
+    adapter = torch.float32 if float_adapters else dtype
+    x = torch.randn(m, k).to(dtype)
+    weight = (torch.randn(n, k) / k**0.5).to(dtype)
+    lora_A = (torch.randn(rank, k) / k**0.5).to(adapter)
+    lora_B = (torch.randn(n, rank) / rank**0.5).to(adapter)  # the branch must not drown the base product
+    return x, weight, lora_A, lora_B, torch.randn(n).to(dtype) if bias else None
+
+
+def _array(t):
+    if t is None:
+        return None
+    return t.numpy() if t.dtype == torch.float32 else emulator.bits(t)
+
+
+def _tensor(array, dtype):
+    return torch.from_numpy(array) if array.dtype == "float32" else emulator.values(array, dtype)
+
+
+def _name(dtype):
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def _mask(x, p):
+    """(keep or None, scale) of dropout with SEED."""
+    keep = philox.keep_mask(torch.tensor([SEED]), *x.shape, p) if p > 0 else None
+    return keep, philox.keep_scale(p)
+
+
+def _dropped(x, keep, scale):
+    return x if keep is None else torch.where(keep, x * scale, torch.zeros((), dtype=x.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------- forward
+
+
+def run_forward(x, weight, lora_A, lora_B, bias, *, p=0.0, sms=1, **options):
+    """(y, s, schedule, the emulator's report); the counters must be zero again."""
+    options = {"resident_blocks": 3, **options}
+    arrays = [_array(t) for t in (x, weight, lora_A, lora_B, bias)]
+    seed = SEED if p > 0 else None
+    y, s, schedule, counters, report = emulator.load().lora_linear(
+        _name(x.dtype), *arrays, SCALING, p, seed, sms, options
+    )
+    assert not counters.any(), "the counters are not zero after the launch"
+    return emulator.values(y, x.dtype), emulator.values(s, x.dtype), schedule, report
+
+
+def unfused_forward(x, weight, lora_A, lora_B, bias, keep, scale):
+    """(y, s) by separate torch calls, in the dtype of x."""
+    s = _dropped(x, keep, scale) @ lora_A.to(x.dtype).t()
+    return torch.nn.functional.linear(x, weight, bias) + (s @ lora_B.to(x.dtype).t()) * SCALING, s
+
+
+def check_forward(args, *, p=0.0, **options):
+    """Runs and compares; returns what ``run_forward`` does."""
+    keep, scale = _mask(args[0], p)
+    exact_y, exact_s = unfused_forward(*(None if t is None else t.double() for t in args), keep, scale)
+    torch_y, torch_s = unfused_forward(*args, keep, scale)
+    y, s, schedule, report = run_forward(*args, p=p, **options)
+    assert_as_accurate(s, torch_s, exact_s, "s")
+    assert_as_accurate(y, torch_y, exact_y, "y")
+    return y, s, schedule, report
+
+
+# --------------------------------------------------------------------------------------------------- backward
+
+ALL = (True, True, True)
+
+
+def grad_y_of(x, weight):
+    return torch.randn(x.shape[0], weight.shape[0]).to(x.dtype)
+
+
+def saved_s(x, lora_A, p=0.0):
+    """s as a forward has left it."""
+    return (_dropped(x.double(), *_mask(x, p)) @ lora_A.double().t()).to(x.dtype)
+
+
+def run_backward(grad_y, x, s, weight, lora_A, lora_B, *, p=0.0, needs=ALL, sms=1, **options):
+    """([dX, dA, dB], reports of the two launches); a gradient that is not needed is empty."""
+    options = {"resident_blocks": 3, **options}
+    arrays = [_array(t) for t in (grad_y, x, s, weight, lora_A, lora_B)]
+    seed = SEED if p > 0 else None
+    *grads, counters, reports = emulator.load().lora_linear_backward(
+        _name(x.dtype), *arrays, SCALING, p, seed, *needs, sms, options
+    )
+    assert not any(c.any() for c in counters), "the counters are not zero after the launch"
+    return [_tensor(g, x.dtype) for g in grads], reports
+
+
+def unfused_backward(grad_y, x, s, weight, lora_A, lora_B, keep, scale):
+    """[dX, dA, dB] by separate torch calls, in the dtype of x."""
+    grad_s = grad_y @ lora_B.to(x.dtype) * SCALING
+    grad_x = grad_y @ weight + _dropped(grad_s @ lora_A.to(x.dtype), keep, scale)
+    return [grad_x, grad_s.t() @ _dropped(x, keep, scale), grad_y.t() @ s * SCALING]
+
+
+def check_backward(args, *, p=0.0, needs=ALL, **options):
+    """Runs and compares; ``args`` are (grad_y, x, s, weight, lora_A, lora_B)."""
+    keep, scale = _mask(args[1], p)
+    exact = unfused_backward(*(t.double() for t in args), keep, scale)
+    torch_grads = unfused_backward(*args, keep, scale)
+    grads, reports = run_backward(*args, p=p, needs=needs, **options)
+    for need, ours, unfused, reference, name in zip(needs, grads, torch_grads, exact, ("dX", "dA", "dB"), strict=True):
+        if need:
+            assert_as_accurate(ours, unfused, reference, name)
+        else:
+            assert ours.numel() == 0
+    return grads, reports
+
+
+# ----------------------------------------------------------------------------------------- covering sets of cases
+
+
+def covering_pairs(**axes):
+    """Few combinations that hold every pair of values of every two axes, chosen greedily."""
+    names = list(axes)
+    open_pairs = {(a, x, b, y) for i, a in enumerate(names) for b in names[i + 1 :] for x in axes[a] for y in axes[b]}
+    chosen = []
+    while open_pairs:
+        a, x, b, y = min(open_pairs, key=repr)
+        case = {a: x, b: y}
+        for name in names:
+            if name not in case:
+                case[name] = max(axes[name], key=lambda v: len(_pairs({**case, name: v}, names) & open_pairs))
+        open_pairs -= _pairs(case, names)
+        chosen.append(case)
+    return chosen
+
+
+def _pairs(case, names):
+    known = [n for n in names if n in case]
+    return {(a, case[a], b, case[b]) for i, a in enumerate(known) for b in known[i + 1 :]}
+
+
+def case_id(value):
+    return "-".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value)

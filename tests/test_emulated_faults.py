@@ -1,0 +1,112 @@
+"""The emulator's checks and the comparisons of results notice what a faulty kernel leaves out.
+
+Each scenario is a launch that needs everything in it: with one barrier, wait, store, order or tail fewer, either the
+emulator or the comparison with float64 must complain. Random scheduling alone misses faults between blocks; releases
+are stalled, outputs poisoned, and the order of all accesses is tracked.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulated import check_backward, check_forward, grad_y_of, matrices, saved_s
+
+MANY = 1000
+
+
+def forward(problem, **options):
+    def run(**fault):
+        *_, schedule, report = check_forward(matrices(*problem, "bf16"), **options, **fault)
+        return schedule, [report]
+
+    return run
+
+
+def backward(problem, **options):
+    def run(**fault):
+        x, weight, lora_A, lora_B, _ = matrices(*problem, "bf16")
+        s = saved_s(x, lora_A, options.get("p", 0.0))
+        _, reports = check_backward((grad_y_of(x, weight), x, s, weight, lora_A, lora_B), **options, **fault)
+        return "backward", reports
+
+    return run
+
+
+# More k-tiles than stages, so that the last one lies where a result is staged first; two batches of ranks where there
+# can be.
+SCENARIOS = {
+    "ticketed": forward((256, 136, 272, 200), p=0.3),
+    "ticketed-unaligned": forward((150, 75, 443, 200), p=0.3),
+    "column-0": forward((256, 136, 272, 40)),
+    "dual": forward((150, 64, 424, 24)),
+    "decode": forward((5, 136, 1544, 16), sms=40),
+    "backward": backward((200, 264, 136, 16), p=0.3),
+    "backward-wide": backward((600, 272, 136, 200), p=0.3, sms=MANY),
+}
+
+
+def attempt(scenario, seed=0, **fault):
+    """The scenario's result under one schedule."""
+    torch.manual_seed(0)
+    return SCENARIOS[scenario](seed=seed, resident_blocks=4, stall_release=True, **fault)
+
+
+def survives(scenario, **fault):
+    """Whether a faulty kernel passes every check under a few schedules."""
+    try:
+        for seed in range(3):
+            attempt(scenario, seed, **fault)
+    except (AssertionError, RuntimeError):
+        return False
+    return True
+
+
+def sites(scenario, kind):
+    """Call sites in the order of the faults' numbers; a launch after another one has its own numbers."""
+    return [getattr(report, kind) for report in attempt(scenario)[1]]
+
+
+@pytest.mark.parametrize("scenario", list(SCENARIOS))
+def test_the_unchanged_kernel_survives(scenario):
+    schedule, _ = attempt(scenario)
+    assert scenario.startswith(schedule)
+    assert survives(scenario)
+
+
+LEFT_OUT = {
+    "drop_barrier": "barrier_sites",
+    "drop_async_wait": "async_wait_sites",
+    "drop_global_store": "global_store_sites",
+}
+
+
+@pytest.mark.parametrize(
+    ("scenario", "fault"),
+    # Rows that are not aligned are not copied asynchronously.
+    [(s, f) for s in SCENARIOS for f in LEFT_OUT if (s, f) != ("ticketed-unaligned", "drop_async_wait")],
+)
+def test_everything_left_out_is_caught(scenario, fault):
+    names = sites(scenario, LEFT_OUT[fault])
+    count = max(len(launch) for launch in names)
+    assert count >= 1
+    missed = [i for i in range(count) if survives(scenario, **{fault: i})]
+    assert not missed, [[launch[i] for launch in names if i < len(launch)] for i in missed]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "fault"),
+    # The blocks of decode meet in one atomic addition: there is no flag to load.
+    [
+        (s, f)
+        for s in ("ticketed", "column-0", "decode", "backward", "backward-wide")
+        for f in ("drop_acquire", "drop_release_order", "early_release")
+        if (s, f) != ("decode", "drop_acquire")
+    ],
+)
+def test_a_missing_order_between_blocks_is_caught(scenario, fault):
+    assert not survives(scenario, **{fault: True})
+
+
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if not name.endswith("unaligned")])
+def test_a_tail_that_is_not_zero_is_caught(scenario):
+    assert not survives(scenario, ignore_copy_size=True)

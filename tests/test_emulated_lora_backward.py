@@ -1,0 +1,98 @@
+"""The CUDA kernels of lora_linear's gradients, their sources compiled for the host and run by the emulator."""
+
+from __future__ import annotations
+
+import itertools
+
+import emulator
+import pytest
+import torch
+from emulated import case_id, check_backward, covering_pairs, grad_y_of, matrices, run_backward, saved_s
+
+MANY = 1000  # SMs: more than there are tiles
+
+# Problems for which each kernel of dX is chosen: (rows of a tile, aligned, rank tile) -> axes. Many SMs split the rows
+# of dA and dB.
+KERNELS = {
+    (128, True, 16): dict(m=(65, 200, 600), n=(24, 264), k=(72, 136), rank=(8, 16), sms=(1,)),
+    (128, True, 64): dict(m=(65, 200, 600), n=(24, 264), k=(72, 136), rank=(24, 64, 256), sms=(1,)),
+    (64, True, 16): dict(m=(1, 64, 520), n=(24, 264), k=(8, 136), rank=(8, 16), sms=(MANY,)),
+    (64, True, 64): dict(m=(1, 64, 520), n=(24, 264), k=(8, 136), rank=(24, 64, 256), sms=(MANY,)),
+    (64, False, 16): dict(m=(1, 64, 530), n=(1, 75), k=(1, 133), rank=(1, 7, 16), sms=(1, MANY)),
+    (64, False, 64): dict(m=(1, 64, 530), n=(1, 75), k=(1, 133), rank=(17, 64, 255), sms=(1, MANY)),
+}
+CASES = [
+    (kernel, case)
+    for kernel, axes in KERNELS.items()
+    for case in covering_pairs(**axes, name=("bf16", "fp16"), p=(0.0, 0.3), float_adapters=(False, True))
+]
+
+
+def problem(m, n, k, rank, name="bf16", *, p=0.0, float_adapters=False):
+    """(grad_y, x, s, weight, lora_A, lora_B)."""
+    x, weight, lora_A, lora_B, _ = matrices(m, n, k, rank, name, float_adapters=float_adapters)
+    return grad_y_of(x, weight), x, saved_s(x, lora_A, p), weight, lora_A, lora_B
+
+
+@pytest.mark.parametrize(("kernel", "case"), CASES, ids=case_id)
+def test_gradients_are_as_accurate_as_torch(kernel, case):
+    rows, aligned, rank_tile = kernel
+    m, n, k, rank, sms = (case[name] for name in ("m", "n", "k", "rank", "sms"))
+    chosen = emulator.load().lora_backward_config(m, n, k, rank, aligned, True, True, True, sms, 99 << 10)
+    assert (chosen["rows"], chosen["rank_tile"]) == (rows, rank_tile)
+    assert (n % 8 == k % 8 == rank % 8 == 0) == aligned
+    args = problem(m, n, k, rank, case["name"], p=case["p"], float_adapters=case["float_adapters"])
+    grads, _ = check_backward(args, p=case["p"], sms=sms)
+    assert grads[1].dtype == grads[2].dtype == args[4].dtype
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3))[1:], ids=str)
+@pytest.mark.parametrize("rank", [16, 24])
+def test_only_what_is_needed_is_computed(needs, rank):
+    check_backward(problem(150, 72, 136, rank, p=0.3), p=0.3, needs=needs, sms=MANY)
+
+
+def test_narrow_ranks_share_the_pass_over_grad_y():
+    config = emulator.load().lora_backward_config
+    shared = config(8192, 4096, 4096, 16, True, True, True, True, 108, 163 << 10)
+    assert shared["parts_of_grad_b"] == 8192 // shared["rows"]
+    assert config(8192, 4096, 4096, 64, True, True, True, True, 108, 163 << 10)["parts_of_grad_b"] == 0
+    assert config(8192, 4096, 4096, 16, True, False, False, True, 108, 163 << 10)["parts_of_grad_b"] == 0
+
+
+@pytest.mark.parametrize("columns", [157, 160], ids=["unaligned", "aligned"])
+def test_strided_rows(columns):
+    def inside(t):
+        wide = torch.full((t.shape[0], columns), float("nan"), dtype=t.dtype)
+        wide[:, 8 : 8 + t.shape[1]] = t
+        return wide[:, 8 : 8 + t.shape[1]]
+
+    grad_y, x, s, weight, lora_A, lora_B = problem(150, 72, 136, 16)
+    check_backward((inside(grad_y), inside(x), s, inside(weight), inside(lora_A), inside(lora_B)))
+
+
+@pytest.mark.parametrize("rank", [16, 24])
+def test_order_of_blocks_and_warps_does_not_change_a_bit(rank):
+    args = problem(600, 72, 136, rank, p=0.4)
+    first, _ = run_backward(*args, p=0.4, sms=MANY, seed=1, resident_blocks=1)
+    for seed, resident in ((2, 2), (3, 5), (4, 100)):
+        stall = seed % 2 == 0
+        again, _ = run_backward(*args, p=0.4, sms=MANY, seed=seed, resident_blocks=resident, stall_release=stall)
+        for ours, reference in zip(again, first, strict=True):
+            assert torch.equal(ours.view(torch.int16), reference.view(torch.int16))
+
+
+def test_everything_dropped_leaves_the_base_gradient():
+    args = problem(65, 72, 64, 16, p=1.0)
+    grads, _ = run_backward(*args, p=1.0)
+    base, _ = run_backward(*args[:4], torch.zeros_like(args[4]), args[5])
+    assert torch.equal(grads[0].view(torch.int16), base[0].view(torch.int16))
+    assert not grads[1].float().any()
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_no_redundant_multiply_adds(rank):
+    m, n, k = 256, 128, 256
+    _, (first, second) = run_backward(*problem(m, n, k, rank))
+    grad_x = m * k * (n + rank) + m * n * rank
+    assert (first.multiply_adds + second.multiply_adds) * 16 * 8 * 16 == grad_x + m * k * rank + m * n * rank
