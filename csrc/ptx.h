@@ -46,6 +46,11 @@ LK_DEVICE void store_global(T* p, T value) {
   *p = value;
 }
 
+// The compiler would store the two one by one.
+LK_DEVICE void store_global(Float2* p, Float2 value) {
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(value.x), "f"(value.y) : "memory");
+}
+
 LK_DEVICE Vec16 load_shared_16(uint32_t address) {
   Vec16 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

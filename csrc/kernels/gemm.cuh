@@ -64,14 +64,18 @@ class TileLoader {
       valid_ = m.rows - column_gmem;
       left_ = m.depth - k0 - row;
       // Aligned, a row of memory ends with a whole chunk; past it, that chunk once more.
-      source_[0] = place(m, k0 + row, !kAligned || valid_ > 0 ? column_gmem : m.rows - kChunkElements);
+      source_ = place(m, k0 + row, !kAligned || valid_ > 0 ? column_gmem : m.rows - kChunkElements);
       step_ = (kSteps == 1 ? kDepth : kRowStep) * m.stride * element_size();
     } else {
       left_ = m.depth - k0 - column;
+      const int last = m.rows - 1, first = smaller(row0 + row, last);
+      source_ = place(m, first, k0 + column);
       LK_UNROLL
-      for (int i = 0; i < kSteps; ++i) {
-        const int row_gmem = row0 + row + i * kRowStep;
-        source_[i] = place(m, row_gmem < m.rows ? row_gmem : m.rows - 1, k0 + column);
+      for (int i = 1; i < kSteps; ++i) {
+        // Known to fit in 32 bits as a count of units, an offset takes one register of the main loop, not two.
+        constexpr uint64_t kUnit = kAligned ? kChunkBytes : 2;
+        const int64_t rows = smaller(row0 + row + i * kRowStep, last) - first;
+        offset_[i - 1] = static_cast<uint32_t>(static_cast<uint64_t>(rows * m.stride * element_size()) / kUnit) * kUnit;
       }
     }
   }
@@ -81,7 +85,7 @@ class TileLoader {
     LK_UNROLL
     for (int i = 0; i < kSteps; ++i) {
       if (kTileRows % kRowStep != 0 && thread_index() / Tile::kChunks + i * kRowStep >= kTileRows) break;
-      const unsigned char*& source = source_[kTransposed ? 0 : i];
+      const unsigned char* const source = kTransposed || i == 0 ? source_ : source_ + offset_[i - 1];
       const bool inside = kTransposed ? i * kRowStep < left_ : 0 < left_;
       const uint32_t address = smem + target_ + i * kRowStep * Tile::kRowBytes;
       if (kMayBeFloat && is_float_) {
@@ -91,8 +95,9 @@ class TileLoader {
       } else {
         store_shared_16(address, gather(source, valid(inside)));
       }
-      source += kTransposed ? step_ : kDepth * element_size();
+      if (kTransposed) source_ += step_;
     }
+    if (!kTransposed) source_ += kDepth * element_size();
     left_ -= kDepth;
   }
 
@@ -140,7 +145,10 @@ class TileLoader {
         {Rounded::pack(f[0], f[1]), Rounded::pack(f[2], f[3]), Rounded::pack(f[4], f[5]), Rounded::pack(f[6], f[7])}};
   }
 
-  const unsigned char* source_[kTransposed ? 1 : kSteps];
+  static constexpr int kOffsets = kTransposed || kSteps == 1 ? 1 : kSteps - 1;
+
+  const unsigned char* source_;
+  uint64_t offset_[kOffsets];  // bytes from there to the thread's other rows (kRows)
   uint32_t target_;
   int left_;      // of the depth, from this thread's first chunk on
   int valid_;     // elements of a chunk (kColumns)

@@ -118,10 +118,18 @@ struct LoraGrads {
       LK_UNROLL
       for (int ni = 0; ni < Tile::kFragmentsN; ++ni) {
         LK_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int row = row0 + Tile::warp_row() + mi * 16 + i / 2 * 8 + FragmentC::row(lane);
-          const int column = column0 + Tile::warp_column() + ni * 8 + FragmentC::column(lane) + i % 2;
-          if (row < rows && column < columns) store_global(out + row * stride + column, scale * acc[mi][ni][i]);
+        for (int half = 0; half < 2; ++half) {
+          const int row = row0 + Tile::warp_row() + mi * 16 + half * 8 + FragmentC::row(lane);
+          const int column = column0 + Tile::warp_column() + ni * 8 + FragmentC::column(lane);
+          if (row >= rows || column >= columns) continue;
+          const Float2 pair = {scale * acc[mi][ni][half * 2], scale * acc[mi][ni][half * 2 + 1]};
+          float* const target = out + row * stride + column;
+          if constexpr (kAligned) {
+            store_global(reinterpret_cast<Float2*>(target), pair);
+          } else {
+            store_global(target, pair.x);
+            if (column + 1 < columns) store_global(target + 1, pair.y);
+          }
         }
       }
     }
@@ -129,27 +137,43 @@ struct LoraGrads {
 
   // dB[row0 ...] = scaling · the sum over the blocks of rows of [n, kPartOfGradBRank].
   LK_DEVICE static void sum_B(const LoraGradsParams& p, int row0) {
+    constexpr int kGroups = kPartOfGradBRank / 4;
     const float scale = scaling_of(p);
-    for (int i = thread_index(); i < kGradColumns * kPartOfGradBRank / 4; i += kThreads) {
-      const int row = row0 + i / (kPartOfGradBRank / 4), column = i % (kPartOfGradBRank / 4) * 4;
+    for (int i = thread_index(); i < kGradColumns * kGroups; i += kThreads) {
+      const int row = row0 + i / kGroups, column = i % kGroups * 4;
       if (row >= p.n || column >= p.rank) continue;
       float sum[4] = {};
       for (int part = 0; part < p.parts_of_grad_b; ++part) {
-        const float* const from =
-            p.partial_grad_b + (static_cast<int64_t>(part) * p.n + row) * kPartOfGradBRank + column;
-        const Vec16 v = load_global(reinterpret_cast<const Vec16*>(from));
+        const int64_t first = (static_cast<int64_t>(part) * p.n + row) * kPartOfGradBRank + column;
+        const Vec16 v = load_global(reinterpret_cast<const Vec16*>(p.partial_grad_b + first));
         LK_UNROLL
         for (int j = 0; j < 4; ++j) sum[j] += float_of(v.word[j]);
       }
       LK_UNROLL
+      for (int j = 0; j < 4; ++j) sum[j] *= scale;
+      store_four(p, static_cast<int64_t>(row) * p.rank + column, sum, p.rank - column);
+    }
+  }
+
+  // Elements [first, first + 4) of dB, of which `valid` exist; with kAligned, all.
+  LK_DEVICE static void store_four(const LoraGradsParams& p, int64_t first, const float (&f)[4], int valid) {
+    float* const floats = static_cast<float*>(p.grad_b) + first;
+    uint16_t* const halves = static_cast<uint16_t*>(p.grad_b) + first;
+    if constexpr (kAligned) {
+      if (p.grads_are_float) {
+        store_global(reinterpret_cast<Vec16*>(floats), vec16_of(f));
+      } else {
+        const Float2 both = {float_of(Element::pack(f[0], f[1])), float_of(Element::pack(f[2], f[3]))};
+        store_global(reinterpret_cast<Float2*>(halves), both);
+      }
+    } else {
+      LK_UNROLL
       for (int j = 0; j < 4; ++j) {
-        if (column + j >= p.rank) continue;
-        const int64_t target = static_cast<int64_t>(row) * p.rank + column + j;
+        if (j >= valid) continue;
         if (p.grads_are_float) {
-          store_global(static_cast<float*>(p.grad_b) + target, scale * sum[j]);
+          store_global(floats + j, f[j]);
         } else {
-          store_global(static_cast<uint16_t*>(p.grad_b) + target,
-                       static_cast<uint16_t>(Element::pack(scale * sum[j], 0.0f)));
+          store_global(halves + j, static_cast<uint16_t>(Element::pack(f[j], 0.0f)));
         }
       }
     }

@@ -128,17 +128,16 @@ struct LoraLinear {
   // Behind the stages: saved s in a shrink tile, the mask in a base tile.
   static constexpr int kOffsetBehind = larger(Base::kSharedBytes, SharedTile<Base::kN>::bytes(kM));
   static constexpr int kBehind = !kBackward ? 0 : kComputesGradB ? larger(kM * 16 * 2, Keep::kBytes) : Keep::kBytes;
-  static constexpr int kSharedBytes = kOffsetBehind + kBehind;
+  static constexpr int kOffsetWork = kOffsetBehind + kBehind, kSharedBytes = kOffsetWork + 16;
   static_assert(Shrink::kSharedBytes <= kOffsetBehind, "a rank tile is no wider than a base tile");
 
   LK_DEVICE static void run(const LoraLinearParams& p) {
     const uint32_t smem = dynamic_shared();
-    const WorkItem work = work_of_ticket(draw_ticket(p, smem), ceil_div(p.m, kM), shrink_columns(p),
-                                         ceil_div(p.n, Base::kN), p.group_rows);
-    if (work.is_shrink) {
-      shrink_tile(p, smem, work.row, work.column);
+    draw(p, smem);
+    if (drawn(smem).is_shrink) {
+      shrink_tile(p, smem);
     } else {
-      base_tile(p, smem, work.row, work.column);
+      base_tile(p, smem);
     }
     leave(p);
   }
@@ -146,12 +145,21 @@ struct LoraLinear {
  private:
   LK_DEVICE static int shrink_columns(const LoraLinearParams& p) { return kColumn0 ? 0 : ceil_div(p.rank, kRankTile); }
 
-  LK_DEVICE static int draw_ticket(const LoraLinearParams& p, uint32_t smem) {
-    if (thread_index() == 0) store_shared_4(smem, atomic_add(p.counters + kTicketCounter, 1));
+  // The block's work lies in shared memory and is read where it is needed: over a main loop, registers are scarce.
+  LK_DEVICE static void draw(const LoraLinearParams& p, uint32_t smem) {
+    if (thread_index() == 0) {
+      const int ticket = static_cast<int>(atomic_add(p.counters + kTicketCounter, 1));
+      const WorkItem work =
+          work_of_ticket(ticket, ceil_div(p.m, kM), shrink_columns(p), ceil_div(p.n, Base::kN), p.group_rows);
+      store_shared_16(smem + kOffsetWork, {{static_cast<uint32_t>(work.row), static_cast<uint32_t>(work.column),
+                                            work.is_shrink ? 1u : 0u}});
+    }
     sync_block();
-    const int ticket = static_cast<int>(load_shared_4(smem));
-    sync_block();
-    return ticket;
+  }
+
+  LK_DEVICE static WorkItem drawn(uint32_t smem) {
+    const Vec16 v = load_shared_16(smem + kOffsetWork);
+    return {v.word[2] != 0, static_cast<int>(v.word[0]), static_cast<int>(v.word[1])};
   }
 
   // The last block makes the counters fit for the next launch.
@@ -166,16 +174,22 @@ struct LoraLinear {
     return p.counters + kFirstFlag + row_block;
   }
 
-  LK_DEVICE static void shrink_tile(const LoraLinearParams& p, uint32_t smem, int row_block, int column_block) {
-    const int row0 = row_block * kM, column0 = column_block * kRankTile;
+  LK_DEVICE static void shrink_tile(const LoraLinearParams& p, uint32_t smem) {
+    const WorkItem work = drawn(smem);
+    const int row0 = work.row * kM, column0 = work.column * kRankTile;
     const Operand x{p.x, p.x_stride, p.m, p.k}, a{p.a, p.a_stride, p.rank, p.k, p.adapters_are_float};
     typename Shrink::Accumulator acc = {};
     const auto run = [&](auto&& beside) {
-      Shrink::template run<Element, kAligned, Element>(smem, x, row0, a, column0, 0, p.k, acc, beside);
+      // Asked once, not for every stage.
+      if (p.adapters_are_float) {
+        Shrink::template run<Element, kAligned, Element>(smem, x, row0, a, column0, 0, p.k, acc, beside);
+      } else {
+        Shrink::template run<Element, kAligned>(smem, x, row0, a, column0, 0, p.k, acc, beside);
+      }
     };
     float scale = 1.0f;
     if (kComputesGradB && p.partial_grad_b != nullptr) {
-      if constexpr (kComputesGradB) run(PartOfGradB<Element, Shrink, kAligned>(p, smem + kOffsetBehind, row_block));
+      if constexpr (kComputesGradB) run(PartOfGradB<Element, Shrink, kAligned>(p, smem + kOffsetBehind, work.row));
     } else if (!kBackward && p.seed != nullptr) {
       run(DropX<Shrink>{row0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
       scale = p.dropout_scale;
@@ -188,45 +202,50 @@ struct LoraLinear {
     sync_block();
     store_tile<kM, kRankTile, kThreads, kAligned>(smem, p.s, p.rank, p.m, p.rank, row0, column0);
     sync_block();
-    if (thread_index() == 0) atomic_add_acquire_release(flag_of(p, row_block), 1);
+    if (thread_index() == 0) atomic_add_acquire_release(flag_of(p, work.row), 1);
   }
 
-  LK_DEVICE static void base_tile(const LoraLinearParams& p, uint32_t smem, int row_block, int column_block) {
-    const int row0 = row_block * kM, column0 = column_block * Base::kN;
-    const Operand x{p.x, p.x_stride, p.m, p.k}, w{p.w, p.w_stride, p.n, p.k};
+  LK_DEVICE static void base_tile(const LoraLinearParams& p, uint32_t smem) {
     typename Base::Accumulator acc = {};
     const auto run = [&](auto&& beside) {
-      Base::template run<Element, kAligned>(smem, x, row0, w, column0, 0, p.k, acc, beside);
+      const WorkItem work = drawn(smem);
+      Base::template run<Element, kAligned>(smem, {p.x, p.x_stride, p.m, p.k}, work.row * kM,
+                                            {p.w, p.w_stride, p.n, p.k}, work.column * Base::kN, 0, p.k, acc, beside);
+      sync_block();  // the stages are free
     };
-    if (kColumn0 && column_block == 0) {
+    if (kColumn0 && drawn(smem).column == 0) {
       if constexpr (kColumn0) {
         ShrinkBeside<Element, Base, kRankTile, kAligned> shrink(p, 0, p.k);
         run(shrink);
-        sync_block();  // the stages are free
-        Branch::add_beside(p, smem, column0, shrink, nullptr, acc, [&] {
-          Branch::store_s(p, smem, row0);
+        Branch::add_beside(p, smem, 0, shrink, nullptr, acc, [&] {
+          const int row_block = drawn(smem).row;
+          Branch::store_s(p, smem, row_block * kM);
           sync_block();
           if (thread_index() == 0) store_release(flag_of(p, row_block), 1);
         });
       }
     } else {
       run(Alone{});
-      sync_block();  // the stages are free
-      const uint32_t* flag = flag_of(p, row_block);
-      const uint32_t expected = kColumn0 ? 1 : shrink_columns(p);
-      bool is_masked = false;
-      if constexpr (kBackward) {
-        is_masked = p.seed != nullptr;
-        if (is_masked) {
-          const DropoutMask mask(p.seed, p.dropout_threshold, p.n);
-          Keep::template compute<kThreads>(smem + kOffsetBehind, row0, column0, mask);
-          const MaskedSum<Base> sum{scaling_of(p) * p.dropout_scale, smem + kOffsetBehind};
-          Branch::add(p, smem, row0, column0, flag, expected, acc, sum);
-        }
-      }
-      if (!is_masked) Branch::add(p, smem, row0, column0, flag, expected, acc, ScaledSum{scaling_of(p)});
+      add_branch(p, smem, acc);
     }
-    store_result<Element, Base, kAligned>(p, smem, row0, column0, acc);
+    const WorkItem work = drawn(smem);
+    store_result<Element, Base, kAligned>(p, smem, work.row * kM, work.column * Base::kN, acc);
+  }
+
+  // With s from the shrink tiles, or from column 0.
+  LK_DEVICE static void add_branch(const LoraLinearParams& p, uint32_t smem, typename Base::Accumulator& acc) {
+    const WorkItem work = drawn(smem);
+    const int row0 = work.row * kM, column0 = work.column * Base::kN;
+    const auto add = [&](auto sum) {
+      Branch::add(p, smem, row0, column0, flag_of(p, work.row), kColumn0 ? 1 : shrink_columns(p), acc, sum);
+    };
+    if (kBackward && p.seed != nullptr) {
+      const uint32_t bits = smem + kOffsetBehind;
+      Keep::template compute<kThreads>(bits, row0, column0, DropoutMask(p.seed, p.dropout_threshold, p.n));
+      add(MaskedSum<Base>{scaling_of(p) * p.dropout_scale, bits});
+    } else {
+      add(ScaledSum{scaling_of(p)});
+    }
   }
 };
 
