@@ -12,6 +12,9 @@ struct DeviceLimits {
   int shared_per_block;  // what a block may opt in to, bytes
 };
 
+constexpr int kChunkBytes = 16;    // what one cp.async, one ldmatrix row and one wide store move
+constexpr int kChunkElements = 8;  // of 16 bits each
+
 enum class LoraTile : int32_t {
   kLarge,  // 128 x 128
   kSmall,  // 64 x 64, for problems that leave SMs idle with the large one, and for rows that are not aligned
@@ -40,6 +43,11 @@ struct LoraLinearConfig {
 constexpr int kGroupRows = 1024;
 
 constexpr int64_t blocks_of(int64_t size, int tile) { return (size + tile - 1) / tile; }
+
+// Whether rows of these lengths are whole chunks, which `aligned` needs besides pointers and strides.
+constexpr bool whole_chunks(int64_t n, int64_t k, int64_t rank) {
+  return n % kChunkElements == 0 && k % kChunkElements == 0 && rank % kChunkElements == 0;
+}
 
 // How a forward of y [m, n] with this rank is launched.
 inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t rank, bool aligned,
