@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import dispatch, philox
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from . import _cpu
+from . import _cpu, _cuda
 
 # ---------------------------------------------------------------------------------------------------- forward
 
@@ -43,6 +43,10 @@ def _cpu_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> 
     if seed is not None and x.dtype == torch.float64:
         return _cpu.REFUSED_DTYPE
     return _cpu.matmul_verdict(x)
+
+
+def _cuda_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
+    return _cuda.tensor_core_verdict(x, weight, lora_A.shape[0])
 
 
 def _sizes(x: Tensor, weight: Tensor, lora_A: Tensor) -> tuple[int, int, int, int]:
@@ -164,7 +168,7 @@ SPEC = dispatch.register(
         ),
         reference=_reference,
         fake=_fake,
-        kernels={"cpu": Kernel(_cpu_supports)},
+        kernels={"cuda": Kernel(_cuda_supports), "cpu": Kernel(_cpu_supports)},
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 1, 4),
         flops=_flops,
