@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../kernels/lora_linear_variants.cuh"
+#include "describe.h"
 #include "launch.h"
 
 namespace lk {
@@ -19,6 +20,12 @@ cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig
     kernel<<<static_cast<unsigned>(config.blocks), Variant::kThreads, Variant::kSharedBytes, stream>>>(p);
     return cudaGetLastError();
   });
+}
+
+template <class Element>
+KernelInfo describe_lora_linear(const LoraLinearConfig& config) {
+  return with_lora_linear_variant<Element>(
+      config, [](auto variant) { return describe_variant<decltype(variant), LoraLinearParams>("lora_linear_kernel"); });
 }
 
 }  // namespace lk
