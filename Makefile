@@ -1,12 +1,12 @@
 # Every target sets up $(VENV) by itself and reuses it.
 #
-#   make demo       fine-tune a real model, fused against stock PEFT, with a plot(about 8 minutes after the set-up)
+#   make demo       fine-tune a real model, fused against stock PEFT, with a plot  (about 8 minutes after the set-up)
 #   make test       build and run the test suite
-#   make test-full  the same, then the exhaustive tests                         (about 2 minutes more on two cores)
+#   make test-full  the same, then the exhaustive tests                           (about 2 minutes more on two cores)
 #   make build      build the extensions and say what was built
 #   make lint       ruff, clang-format
 #   make bench      the layer benchmark: frozen, PEFT, fused
-#   make ptx        PTX of every CUDA kernel, in build/ptx/<arch>/              (needs nvcc, no GPU)
+#   make ptx        PTX of every CUDA kernel, in build/ptx/<arch>/                (needs nvcc, no GPU)
 #   make clean      remove build products; `make distclean` also removes $(VENV)
 #
 # Variables: PYTHON=python3, VENV=.venv, TORCH='torch' (what pip installs, e.g. TORCH=torch==2.13.0),

@@ -1,4 +1,4 @@
-"""Every combination of what the suite covers in pairs: the emulated forward of lora_linear. `make test-full` runs it."""
+"""Every combination of what the suite covers in pairs: the emulated forward of lora_linear (`make test-full`)."""
 
 from __future__ import annotations
 
