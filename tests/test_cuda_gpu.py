@@ -111,6 +111,12 @@ def test_two_streams_at_once():
         assert all(torch.equal(other, y) for other in ys)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    args = operands(300, 264, 136, 24)
+    assert torch.equal(run([t.to("cuda:1") for t in args]).cpu(), run(args).cpu())
+
+
 @pytest.mark.parametrize("columns", [1, 40, 263])
 def test_dropout_mask_equals_the_cpus(columns):
     seed = torch.tensor([-987654321012345])

@@ -72,7 +72,10 @@ inline Tensor as_rows(const Tensor& t) {
     expected = t.stride(d) * t.size(d);
   }
   // BLAS wants a row stride of at least one row: expanded rows (stride 0) are copied.
-  if (mergeable && row_stride >= columns) return view2d(t, {rows, columns}, {row_stride, 1});
+  if (mergeable && row_stride >= columns) {
+    const bool is_view = dim == 2 && t.stride(0) == row_stride && t.stride(1) == 1;
+    return is_view ? t : view2d(t, {rows, columns}, {row_stride, 1});
+  }
   return view2d(torch::stable::contiguous(t), {rows, columns}, {columns, 1});
 }
 
