@@ -144,7 +144,7 @@ def test_other_dtypes_are_refused():
 
 
 def counters_of(native, m):
-    check(*operands(m, 8, 8, 8, torch.bfloat16))
+    check(*operands(m, 8, 8, 8, torch.bfloat16), p=0.3)
     launch = native.last_launch()
     assert launch["counters_were_zero"]
     return launch["counters"]

@@ -59,11 +59,18 @@ class Counters {
   // that still use it; then torch's allocator hands its memory out again in the order of this same stream.
   Tensor cached(const Tensor& like, int64_t words) const {
     constexpr int64_t kFewest = 1024;
-    const std::lock_guard lock(cache().mutex);
-    const auto entry = cache().words.find(key_);
-    if (entry != cache().words.end() && entry->second.size(0) >= words) return entry->second;
+    {
+      const std::lock_guard lock(cache().mutex);
+      const auto entry = cache().words.find(key_);
+      if (entry != cache().words.end() && entry->second.size(0) >= words) return entry->second;
+    }
+    // Not under the lock: an allocator that runs out of memory may call Python. If two threads come here, each uses
+    // its own tensor, and the later one stays.
     const auto size = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max(words, kFewest))));
-    return cache().words.insert_or_assign(key_, fresh(like, size)).first->second;
+    const Tensor t = fresh(like, size);
+    const std::lock_guard lock(cache().mutex);
+    cache().words.insert_or_assign(key_, t);
+    return t;
   }
 
   Key key_;
