@@ -91,7 +91,11 @@ void for_each_kernel(const F& f) {
     for (const LoraTile tile : {LoraTile::kLarge, LoraTile::kSmall}) {
       for (const bool aligned : {true, false}) {
         for (const int rank_tile : {16, 64}) {
-          f(describe({.tile = tile, .aligned = aligned, .rank_tile = rank_tile}));
+          LoraLinearConfig config{};
+          config.tile = tile;
+          config.aligned = aligned;
+          config.rank_tile = rank_tile;
+          f(describe(config));
         }
       }
     }
