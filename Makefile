@@ -1,12 +1,13 @@
 # Every target sets up $(VENV) by itself and reuses it.
 #
-#   make demo     fine-tune a real model, fused against stock PEFT, with a plot   (about 8 minutes after the set-up)
-#   make test     build and run the test suite
-#   make build    build the extensions and say what was built
-#   make lint     ruff, clang-format
-#   make bench    the layer benchmark: frozen, PEFT, fused
-#   make ptx      PTX of every CUDA kernel, in build/ptx/<arch>/                  (needs nvcc, no GPU)
-#   make clean    remove build products; `make distclean` also removes $(VENV)
+#   make demo       fine-tune a real model, fused against stock PEFT, with a plot  (about 8 minutes after the set-up)
+#   make test       build and run the test suite
+#   make test-full  the same, then the exhaustive tests                           (about 2 minutes more on two cores)
+#   make build      build the extensions and say what was built
+#   make lint       ruff, clang-format
+#   make bench      the layer benchmark: frozen, PEFT, fused
+#   make ptx        PTX of every CUDA kernel, in build/ptx/<arch>/                (needs nvcc, no GPU)
+#   make clean      remove build products; `make distclean` also removes $(VENV)
 #
 # Variables: PYTHON=python3, VENV=.venv, TORCH='torch' (what pip installs, e.g. TORCH=torch==2.13.0),
 # PIP_ARGS (e.g. PIP_ARGS='--index-url https://download.pytorch.org/whl/cpu' for the CPU build of torch).
@@ -24,7 +25,7 @@ PIP    := $(BIN)/pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 SAY    := @printf '== %s\n'
 
-.PHONY: demo test build lint format bench ptx clean distclean
+.PHONY: demo test test-full build lint format bench ptx clean distclean
 
 $(TORCH_STAMP):
 	$(SAY) "creating $(VENV) and installing $(TORCH)"
@@ -51,6 +52,10 @@ build: $(VENV)/.built
 test: $(VENV)/.built
 	$(SAY) "running the test suite"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-full: test
+	$(SAY) "running the exhaustive tests"
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m full
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/demo.py

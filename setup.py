@@ -15,11 +15,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -68,24 +70,83 @@ def gencode(arch_list: str) -> list[str]:
     return flags
 
 
-def kernel_resources(log: str) -> list[tuple[str, str, int, int]]:
-    """(kernel, architecture, registers, bytes of stack and spills) of every kernel in the output of ``ptxas -v``."""
+class KernelUse(NamedTuple):
+    """What ptxas says of a kernel."""
+
+    kernel: str
+    arch: str
+    registers: int
+    memory: int
+    """Bytes of stack and spills, which the compiler had to add."""
+    shared: int
+    """Bytes of static shared memory."""
+
+
+def complain(message: str) -> None:
+    """Stops a strict build, warns in any other."""
+    if os.environ.get("LORA_KERNELS_STRICT") == "1":
+        raise SystemExit(message)
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def kernel_resources(log: str) -> list[KernelUse]:
+    """What every kernel in the output of ``ptxas -v`` uses."""
     pattern = re.compile(
         r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?"
         r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-        r"Used (?P<registers>\d+) registers",
+        r"Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
         re.DOTALL,
     )
     found = []
     for match in pattern.finditer(log):
         memory = sum(int(match[group]) for group in ("stack", "stores", "loads"))
-        found.append((match["kernel"], match["arch"], int(match["registers"]), memory))
+        shared = int(match["shared"] or 0)
+        found.append(KernelUse(match["kernel"], match["arch"], int(match["registers"]), memory, shared))
     if not found or len(found) != log.count("Compiling entry function"):
-        message = "the output of ptxas -v cannot be read: whether kernels spill registers is not known"
-        if os.environ.get("LORA_KERNELS_STRICT") == "1":
-            raise SystemExit(message)
-        print(f"warning: {message}", file=sys.stderr)
+        complain("the output of ptxas -v cannot be read: whether kernels spill registers is not known")
     return found
+
+
+def check_spills(kernels: list[KernelUse]) -> None:
+    """Complains about kernels that are correct, but slow."""
+    spilling = [f"{readable(use.kernel)} ({use.arch})" for use in kernels if use.memory]
+    if spilling:
+        complain(f"registers are spilled, or a stack is used, by {'; '.join(spilling)}")
+
+
+def described_kernels(module: Path) -> dict[str, tuple[int, int]]:
+    """Threads and bytes of dynamic shared memory per kernel, which no compiler knows: the built extension tells."""
+    code = f"""
+import importlib.util, json, torch
+spec = importlib.util.spec_from_file_location("_cuda", {str(module)!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(json.dumps(module.kernels()))
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if told.returncode != 0:
+        complain(f"{module.name} does not load: {told.stderr.strip()}")
+        return {}
+    return json.loads(told.stdout)
+
+
+def resource_table(kernels: list[KernelUse], described: dict[str, tuple[int, int]]) -> str:
+    """A line per kernel and architecture. blocks/SM: how many blocks are resident at once."""
+    gpus = runpy.run_path(str(ROOT / "lora_kernels" / "architectures.py"))
+    lines = ["registers  stack+spills  threads  shared  blocks/SM  arch    kernel"]
+    for use in kernels:
+        threads = shared = blocks = "?"
+        if use.kernel in described:
+            threads, dynamic = described[use.kernel]
+            shared = use.shared + dynamic
+            arch = gpus["ARCHITECTURES"].get(use.arch.rstrip("af"))
+            if arch is not None:
+                blocks = gpus["blocks_per_sm"](arch, use.registers, threads, shared)
+        lines.append(
+            f"{use.registers:9}  {use.memory:12}  {threads:>7}  {shared:>6}  {blocks:>9}  {use.arch:6}  "
+            f"{readable(use.kernel)}"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def readable(kernel: str) -> str:
@@ -122,25 +183,17 @@ class NinjaBuild(build_ext):
             hint = " (set LORA_KERNELS_CUDA=0 to build without CUDA)" if ext.name.endswith("_cuda") else ""
             raise SystemExit(f"building {ext.name} failed{hint}")
         if ext.name.endswith("_cuda"):
-            self.check_resources(build_dir)
+            self.check_resources(build_dir, target)
 
-    def check_resources(self, build_dir: Path) -> None:
+    def check_resources(self, build_dir: Path, module: Path) -> None:
         """Print what each kernel uses; complain about memory that the compiler had to add."""
         logs = [build_dir / f"{Path(source).name}.o.log" for source in sources("_cuda") if source.endswith(".cu")]
-        kernels = [row for log in logs for row in kernel_resources(log.read_text())]
-        lines = ["registers  stack+spills  arch    kernel"]
-        lines += [
-            f"{registers:9}  {memory:12}  {arch:6}  {readable(name)}" for name, arch, registers, memory in kernels
-        ]
-        table = "\n".join(lines) + "\n"
+        kernels = kernel_resources("".join(log.read_text() for log in logs))
+        table = resource_table(kernels, described_kernels(module))
         print(table, file=sys.stderr)
         (ROOT / "build").mkdir(exist_ok=True)
         (ROOT / "build" / "kernel_resources.txt").write_text(table)  # pip shows nothing of a build that succeeds
-        spilling = [f"{readable(kernel)} ({arch})" for kernel, arch, _, memory in kernels if memory]
-        if spilling and os.environ.get("LORA_KERNELS_STRICT") == "1":
-            raise SystemExit(f"registers are spilled, or a stack is used, by {'; '.join(spilling)}")
-        if spilling:
-            print(f"warning: {len(spilling)} kernels spill registers: they are correct, but slow", file=sys.stderr)
+        check_spills(kernels)
 
     def ninja_file(self, ext: Extension, target: Path) -> str:
         import torch
@@ -229,12 +282,17 @@ def extension(name: str) -> Extension:
     return Extension(f"lora_kernels.{name}", sources(name), py_limited_api=True)
 
 
-if CUDA_HOME is None:
-    # A stale module of an earlier build must not pass for this one.
-    (ROOT / "lora_kernels" / "_cuda.abi3.so").unlink(missing_ok=True)
-    (ROOT / "build" / "kernel_resources.txt").unlink(missing_ok=True)
+def main() -> None:
+    """Builds what this machine can build."""
+    if CUDA_HOME is None:
+        # A stale module of an earlier build must not pass for this one.
+        (ROOT / "lora_kernels" / "_cuda.abi3.so").unlink(missing_ok=True)
+        (ROOT / "build" / "kernel_resources.txt").unlink(missing_ok=True)
+    setup(
+        ext_modules=[extension("_C"), *([extension("_cuda")] if CUDA_HOME is not None else [])],
+        cmdclass={"build_ext": NinjaBuild},
+    )
 
-setup(
-    ext_modules=[extension("_C"), *([extension("_cuda")] if CUDA_HOME is not None else [])],
-    cmdclass={"build_ext": NinjaBuild},
-)
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,9 @@ struct DeviceLimits {
   int shared_per_block;  // what a block may opt in to, bytes
 };
 
+constexpr int kChunkBytes = 16;    // what one cp.async, one ldmatrix row and one wide store move
+constexpr int kChunkElements = 8;  // of 16 bits each
+
 enum class Schedule : int32_t { kTicketed, kColumn0, kDual, kDecode };
 
 constexpr const char* name_of(Schedule schedule) {
@@ -57,6 +60,11 @@ constexpr int kGroupRows = 1024;
 constexpr int kMaxRankBeside = 64;
 
 constexpr int64_t blocks_of(int64_t size, int tile) { return (size + tile - 1) / tile; }
+
+// Whether rows of these lengths are whole chunks, which `aligned` needs besides pointers and strides.
+constexpr bool whole_chunks(int64_t n, int64_t k, int64_t rank) {
+  return n % kChunkElements == 0 && k % kChunkElements == 0 && rank % kChunkElements == 0;
+}
 
 // Time to compute tiles that the SMs take one after the other, in units of a large tile's. A small tile reads twice as
 // much of x and w per multiply-add. A model: it orders, it does not predict.

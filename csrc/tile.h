@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "config.h"
 #include "device.h"
 
 namespace lk {
@@ -12,8 +13,6 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 LK_HOST_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
 constexpr int kWarp = 32;
-constexpr int kChunkBytes = 16;    // what one cp.async, one ldmatrix row and one wide store move
-constexpr int kChunkElements = 8;  // of 16 bits each
 
 // A [rows, columns] tile of 16-bit elements in shared memory. Chunks are permuted within their row, so that the eight
 // rows that ldmatrix reads together (and, transposed, eight rows of one chunk column) lie in different banks.

@@ -215,6 +215,16 @@ def choose(spec: OpSpec, args: tuple) -> tuple[Choice, list[tuple[str, Reason]]]
     raise AssertionError("the reference backend serves every call")
 
 
+def explain(spec: OpSpec, args: tuple) -> Choice:
+    """The choice for a call, with the schedule and reason of the launch itself where the backend can tell."""
+    choice, _ = choose(spec, args)
+    kernel = spec.kernels.get(choice.backend)
+    if kernel is None or kernel.explain is None:
+        return choice
+    verdict = kernel.explain(*args)
+    return choice._replace(schedule=verdict.schedule, reason=f"{choice.reason}; {verdict.reason}")
+
+
 def run(spec: OpSpec, *args: Any) -> Any:
     """Chooses a backend, counts the call and computes it. No autograd: that is the caller's."""
     choice, passed = choose(spec, args)

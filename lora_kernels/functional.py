@@ -171,7 +171,7 @@ def why(op: str, *args: Any, **kwargs: Any) -> dispatch.Choice:
     if op not in _ARGUMENTS:
         raise ValueError(f"why: unknown op {op!r}, expected one of {', '.join(sorted(_ARGUMENTS))}")
     spec, bind = _ARGUMENTS[op]
-    return dispatch.choose(spec, bind(*args, **kwargs))[0]
+    return dispatch.explain(spec, bind(*args, **kwargs))
 
 
 def _why_lora_linear(

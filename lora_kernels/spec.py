@@ -34,6 +34,8 @@ class Kernel:
 
     supports: Callable[..., Verdict]
     run: Callable[..., Any] | None = None
+    explain: Callable[..., Verdict] | None = None
+    """For ``lk.why``: a verdict in more detail, where ``supports`` has said yes and leaves the choice to the kernel."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ SCALING = 1.7
 
 
 def matrices(m, n, k, rank, name, *, bias=False, float_adapters=False):
-    """(x, weight, lora_A, lora_B, bias) with entries of the order of 1 in every product."""
-    dtype = DTYPES[name]
+    """(x, weight, lora_A, lora_B, bias) with entries of the order of 1 in every product; ``name`` may be a dtype."""
+    dtype = DTYPES.get(name, name)
     adapter = torch.float32 if float_adapters else dtype
     x = torch.randn(m, k).to(dtype)
     weight = (torch.randn(n, k) / k**0.5).to(dtype)

@@ -1,4 +1,4 @@
-"""Builds the emulator of the CUDA kernels (csrc/emu) into a Python module. It needs g++, not nvcc or a CUDA header."""
+"""Builds the emulator of the CUDA kernels (csrc/emu) into Python modules. That needs g++, not nvcc or a CUDA header."""
 
 from __future__ import annotations
 
@@ -13,34 +13,51 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+import setup_script
 import torch
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 BUILD = CSRC.parent / "build" / "emu"
-SOURCES = ("emu/machine.cpp", "emu/bind.cpp")
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 
 
 @functools.cache
 def load() -> ModuleType:
-    """The module, built once for the sources as they are, also when several test processes ask at once."""
+    """The kernels, called with numpy arrays."""
+    return _build("_emu", ("emu/machine.cpp", "emu/bind.cpp"), ())
+
+
+@functools.cache
+def load_torch() -> ModuleType:
+    """The CUDA bindings over CPU tensors: registers ``torch.ops.lora_kernels_emulated``, defined as the native ops."""
+    torch_dir = Path(torch.__file__).parent
+    abi = next(flag for flag in setup_script.load().STABLE_ABI if "TORCH_TARGET_VERSION" in flag)
+    compile_flags = (f"-I{CSRC}/emu/cuda", "-isystem", f"{torch_dir}/include", abi, "-DUSE_CUDA")
+    link_flags = (f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
+    flags = (*compile_flags, *link_flags)
+    return _build("_emu_torch", ("emu/machine.cpp", "emu/bind_torch.cpp"), flags)
+
+
+def _build(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ModuleType:
+    """A module, built once for the sources as they are, also when several test processes ask at once."""
     text = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cuh", ".cpp"))
-    digest = hashlib.sha256(text + repr(FLAGS).encode() + sysconfig.get_python_version().encode()).hexdigest()[:16]
-    module = BUILD / f"{digest}" / "_emu.so"
+    settings = repr((FLAGS, flags, torch.__version__, sysconfig.get_python_version()))
+    digest = hashlib.sha256(text + settings.encode()).hexdigest()[:16]
+    module = BUILD / f"{digest}" / f"{name}.so"
     BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
+    with open(BUILD / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not module.exists():
             module.parent.mkdir(exist_ok=True)
             unfinished = module.with_suffix(".tmp")
             includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-            sources = [str(CSRC / name) for name in SOURCES]
-            command = [os.environ.get("CXX", "g++"), *FLAGS, *includes, *sources, "-o", str(unfinished)]
+            paths = [str(CSRC / source) for source in sources]
+            command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *includes, *paths, "-o", str(unfinished)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 raise RuntimeError(f"the emulator does not compile:\n{done.stderr}")
             unfinished.replace(module)
-    spec = importlib.util.spec_from_file_location("_emu", module)
+    spec = importlib.util.spec_from_file_location(name, module)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded

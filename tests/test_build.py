@@ -10,12 +10,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setup_script
 
 import lora_kernels as lk
 from lora_kernels import _native
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(lk.__file__).parent
+KERNEL_TABLE = ROOT / "build" / "kernel_resources.txt"
 
 
 def python(code, **environment):
@@ -144,9 +146,64 @@ def test_wheel_works_outside_the_checkout(checkout, tmp_path):
     ],
 )
 def test_build_settings_are_checked(checkout, environment, message):
-    code = "import setuptools; setuptools.setup = lambda **_: None; import setup; setup.gencode(setup.ARCHS)"
+    code = "import setup; setup.gencode(setup.ARCHS)"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True
     )
     assert (message or "") in run.stderr
     assert (run.returncode == 0) == (message is None)
+
+
+PTXAS_LOG = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN2lk4tidyEv' for 'sm_80'
+ptxas info    : Function properties for _ZN2lk4tidyEv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 512 bytes smem, 504 bytes cmem[0]
+ptxas info    : Compile time = 1.0 ms
+ptxas info    : Compiling entry function '_ZN2lk6spillsEv' for 'sm_90a'
+ptxas info    : Function properties for _ZN2lk6spillsEv
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 504 bytes cmem[0]
+"""
+
+
+def test_kernel_resources_are_read_and_tabulated():
+    uses = setup_script.load().kernel_resources(PTXAS_LOG)
+    assert uses == [("_ZN2lk4tidyEv", "sm_80", 168, 0, 512), ("_ZN2lk6spillsEv", "sm_90a", 255, 24, 0)]
+    table = setup_script.load().resource_table(uses, {"_ZN2lk4tidyEv": (256, 1024)}).splitlines()
+    assert table[0].split()[:6] == ["registers", "stack+spills", "threads", "shared", "blocks/SM", "arch"]
+    assert table[1].split()[:6] == ["168", "0", "256", "1536", "1", "sm_80"]
+    assert table[2].split()[:6] == ["255", "24", "?", "?", "?", "sm_90a"]
+
+
+def test_spills_stop_a_strict_build_only(monkeypatch, capsys):
+    setup = setup_script.load()
+    uses = setup.kernel_resources(PTXAS_LOG)
+    monkeypatch.setenv("LORA_KERNELS_STRICT", "1")
+    setup.check_spills(uses[:1])
+    with pytest.raises(SystemExit, match=r"spilled.* by .*spills.* \(sm_90a\)"):
+        setup.check_spills(uses)
+    monkeypatch.delenv("LORA_KERNELS_STRICT")
+    setup.check_spills(uses)
+    assert "warning: registers are spilled" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("log", ["", PTXAS_LOG.replace("bytes stack frame", "bytes of stack", 1)])
+def test_output_of_ptxas_that_cannot_be_read_stops_a_strict_build(monkeypatch, capsys, log):
+    monkeypatch.setenv("LORA_KERNELS_STRICT", "1")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        setup_script.load().kernel_resources(log)
+    monkeypatch.delenv("LORA_KERNELS_STRICT")
+    setup_script.load().kernel_resources(log)
+    assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(_native.cuda is None, reason=f"lora_kernels._cuda: {_native.cuda_error}")
+@pytest.mark.skipif(not KERNEL_TABLE.is_file(), reason="lora_kernels was not built in this checkout")
+def test_every_built_kernel_is_in_the_table_with_its_occupancy():
+    lines = KERNEL_TABLE.read_text().splitlines()[1:]
+    assert {line.split(maxsplit=6)[6] for line in lines} == set(
+        map(setup_script.load().readable, _native.cuda.kernels())
+    )
+    assert all(int(line.split()[4]) >= 1 for line in lines)

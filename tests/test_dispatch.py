@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk
 from lora_kernels import dispatch
+from lora_kernels.ops import _cuda
 
 
 def tensors(dtype=torch.float32, m=3):
@@ -47,6 +48,40 @@ def test_why_names_the_faster_path_that_was_passed_over():
     choice = lk.why("lora_linear", *tensors(torch.float64), dropout_p=0.5, training=True)
     assert choice.backend == "reference"
     assert "cpu: dtype not served" in choice.reason
+
+
+def cuda_verdict(monkeypatch, *, m=3, n=6, k=8, rank=2, dtype=torch.bfloat16, capability=(8, 0)):
+    """What the CUDA kernel of lora_linear says to a call; meta tensors, so that sizes cost nothing."""
+    monkeypatch.setattr(_cuda, "capability", lambda device: capability)
+    shapes = ((m, k), (n, k), (rank, k), (n, rank))
+    x, weight, A, B = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+    return dispatch.specs()["lora_linear"].kernels["cuda"].supports(x, weight, A, B, None, None, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [{}, {"dtype": torch.float16}, {"rank": 256}, {"m": 0}, {"m": 2**22, "n": 2**17}, {"capability": (12, 0)}],
+    ids=str,
+)
+def test_cuda_serves(monkeypatch, call):
+    assert cuda_verdict(monkeypatch, **call) == _cuda.TENSOR_CORES
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"dtype": torch.float32}, lk.Reason.FP32_STRICT),
+        ({"dtype": torch.float64}, lk.Reason.DTYPE),
+        ({"rank": 257}, lk.Reason.RANK),
+        ({"m": 2**31 - 1}, lk.Reason.SIZE),
+        ({"k": 2**31 - 1}, lk.Reason.SIZE),
+        ({"m": 2**24, "n": 2**20}, lk.Reason.SIZE),
+        ({"capability": (7, 5)}, lk.Reason.ARCHITECTURE),
+    ],
+    ids=str,
+)
+def test_cuda_refuses_with_its_reason(monkeypatch, call, reason):
+    assert cuda_verdict(monkeypatch, **call) == (None, reason)
 
 
 def test_why_checks_arguments_and_names():

@@ -1,7 +1,6 @@
-// The few ATen calls of the CPU ops, on plain 2-D tensors, through the C shims of the stable ABI.
+// The few ATen calls of the ops of any device, on plain 2-D tensors, through the C shims of the stable ABI.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -73,7 +72,10 @@ inline Tensor as_rows(const Tensor& t) {
     expected = t.stride(d) * t.size(d);
   }
   // BLAS wants a row stride of at least one row: expanded rows (stride 0) are copied.
-  if (mergeable && row_stride >= columns) return view2d(t, {rows, columns}, {row_stride, 1});
+  if (mergeable && row_stride >= columns) {
+    const bool is_view = dim == 2 && t.stride(0) == row_stride && t.stride(1) == 1;
+    return is_view ? t : view2d(t, {rows, columns}, {row_stride, 1});
+  }
   return view2d(torch::stable::contiguous(t), {rows, columns}, {columns, 1});
 }
 
@@ -83,16 +85,6 @@ inline Tensor with_leading_sizes_of(const Tensor& rows, const Tensor& like) {
   std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
   sizes.back() = rows.size(1);
   return torch::stable::view(rows, sizes);
-}
-
-inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-}
-
-// out = beta · self + alpha · a · b; self may be out.
-inline void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta,
-                      double alpha) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
 }
 
 inline Tensor cast(const Tensor& t, ScalarType dtype) {

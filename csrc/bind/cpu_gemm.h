@@ -4,6 +4,8 @@
 // CPU without 16-bit arithmetic: the caller passes fp32 rows, and W goes through fp32 a few megabytes at a time.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <algorithm>
 
 #include "aten.h"
@@ -12,6 +14,16 @@ namespace lk {
 
 constexpr int64_t kRowBlock = 1024;                 // rows of a 16-bit matrix that are held in fp32 at a time
 constexpr int64_t kUpcastWeightElements = 1 << 20;  // elements of W held in fp32 at a time: 4 MB
+
+inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+// out = beta · self + alpha · a · b; self may be out.
+inline void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta,
+                      double alpha) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
+}
 
 // Calls f(row begin, row end): all rows at once where nothing is converted, else kRowBlock at a time.
 template <class F>

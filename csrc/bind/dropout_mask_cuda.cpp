@@ -17,10 +17,10 @@ Tensor dropout_mask(Tensor seed, int64_t rows, int64_t columns, double p, std::s
   const CudaCall call(seed);
   const Tensor keep =
       torch::stable::new_empty(seed, std::vector<int64_t>{rows, columns}, torch::headeronly::ScalarType::Bool);
-  check_launch(launch_dropout_mask({static_cast<bool*>(keep.mutable_data_ptr()), rows, columns,
-                                    static_cast<const int64_t*>(seed.const_data_ptr()), dropout_threshold(p)},
-                                   call.stream),
-               "dropout_mask");
+  check_cuda(launch_dropout_mask({static_cast<bool*>(keep.mutable_data_ptr()), rows, columns,
+                                  static_cast<const int64_t*>(seed.const_data_ptr()), dropout_threshold(p)},
+                                 call.stream),
+             "dropout_mask");
   return keep;
 }
 

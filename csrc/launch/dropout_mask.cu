@@ -1,4 +1,5 @@
 #include "../kernels/dropout_mask.cuh"
+#include "describe.h"
 #include "launch.h"
 
 namespace lk {
@@ -11,6 +12,12 @@ cudaError_t launch_dropout_mask(const DropoutMaskParams& p, cudaStream_t stream)
   dropout_mask_kernel<<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kDropoutMaskThreads, 0,
                         stream>>>(p);
   return cudaGetLastError();
+}
+
+KernelInfo describe_dropout_mask() {
+  return {.name = "_ZN2lk" + mangled_identifier("dropout_mask_kernel") + "ENS_" + mangled_in_lk<DropoutMaskParams>(),
+          .threads = kDropoutMaskThreads,
+          .shared_bytes = 0};
 }
 
 }  // namespace lk

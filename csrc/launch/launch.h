@@ -3,26 +3,49 @@
 
 #include <cuda_runtime_api.h>
 
+#include <string>
+
 #include "../config.h"
 #include "../params.h"
 
 namespace lk {
 
+// A kernel as far as a plan needs it.
+struct KernelInfo {
+  std::string name;  // mangled
+  int threads;
+  int shared_bytes;  // dynamic
+};
+
+// Where the current device keeps a 1, for factors that are not given.
+cudaError_t one_on_device(const float** address);
+
+cudaError_t launch_dropout_mask(const DropoutMaskParams& params, cudaStream_t stream);
+KernelInfo describe_dropout_mask();
+
+// Element types of what follows.
 struct BFloat16;
 struct Float16;
 
-cudaError_t launch_dropout_mask(const DropoutMaskParams& params, cudaStream_t stream);
-
-// `Element` is BFloat16 or Float16.
 template <class Element>
 cudaError_t launch_lora_linear(const LoraLinearParams& params, const LoraLinearConfig& config, cudaStream_t stream);
 template <class Element>
+KernelInfo describe_lora_linear(const LoraLinearConfig& config);
+
+// The base product alone.
+template <class Element>
 cudaError_t launch_frozen_linear(const LoraLinearParams& params, const LoraLinearConfig& config, cudaStream_t stream);
+template <class Element>
+KernelInfo describe_frozen_linear(const LoraLinearConfig& config);
 
 // The two launches of the backward, in this order.
 template <class Element>
 cudaError_t launch_lora_grad_x(const LoraLinearParams& params, const LoraLinearConfig& config, cudaStream_t stream);
 template <class Element>
 cudaError_t launch_lora_grads(const LoraGradsParams& params, const LoraGradsConfig& config, cudaStream_t stream);
+template <class Element>
+KernelInfo describe_lora_grad_x(const LoraLinearConfig& config);
+template <class Element>
+KernelInfo describe_lora_grads(const LoraGradsConfig& config);
 
 }  // namespace lk

@@ -2,21 +2,9 @@
 
 namespace lk {
 
-template <>
-cudaError_t launch_lora_grad_x<BFloat16>(const LoraLinearParams& p, const LoraLinearConfig& config,
-                                         cudaStream_t stream) {
-  return with_lora_grad_x_variant<BFloat16>(config, [&](auto variant) {
-    using Variant = decltype(variant);
-    return launch_variant<Variant>(&lora_linear_kernel<Variant>, config.blocks, p, stream);
-  });
-}
-
-template <>
-cudaError_t launch_lora_grads<BFloat16>(const LoraGradsParams& p, const LoraGradsConfig& config, cudaStream_t stream) {
-  return with_lora_grads_variant<BFloat16>(config, [&](auto variant) {
-    using Variant = decltype(variant);
-    return launch_variant<Variant>(&lora_grads_kernel<Variant>, config.blocks, p, stream);
-  });
-}
+template cudaError_t launch_lora_grad_x<BFloat16>(const LoraLinearParams&, const LoraLinearConfig&, cudaStream_t);
+template KernelInfo describe_lora_grad_x<BFloat16>(const LoraLinearConfig&);
+template cudaError_t launch_lora_grads<BFloat16>(const LoraGradsParams&, const LoraGradsConfig&, cudaStream_t);
+template KernelInfo describe_lora_grads<BFloat16>(const LoraGradsConfig&);
 
 }  // namespace lk

@@ -1,4 +1,4 @@
-"""The ``lora-kernels`` command: info, finetune, merge, bench."""
+"""The ``lora-kernels`` command: info, finetune, merge, bench, plan."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import bench, finetune, info, merge
+from . import bench, finetune, info, merge, plan
 from ._console import CliError, error
 
-_COMMANDS = (info, finetune, merge, bench)
+_COMMANDS = (info, finetune, merge, bench, plan)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, philox
+from .. import _native, dispatch, philox
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from . import _cpu
+from . import _cpu, _cuda
 
 # ---------------------------------------------------------------------------------------------------- forward
 
@@ -43,6 +43,14 @@ def _cpu_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> 
     if seed is not None and x.dtype == torch.float64:
         return _cpu.REFUSED_DTYPE
     return _cpu.matmul_verdict(x)
+
+
+def _cuda_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
+    return _cuda.tensor_core_verdict(x, weight, lora_A.shape[0])
+
+
+def _cuda_explain(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
+    return _cuda.planned(_native.cuda.plan_lora_linear, x, weight, (lora_A, lora_B), seed is not None)
 
 
 def _sizes(x: Tensor, weight: Tensor, lora_A: Tensor) -> tuple[int, int, int, int]:
@@ -93,6 +101,10 @@ def _cpu_supports_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, 
     return _cpu_supports(x, weight, lora_A, lora_B, None, seed, scaling, dropout_p)
 
 
+def _cuda_supports_backward(grad_y, x, s, weight, lora_A, lora_B, *rest) -> Verdict:
+    return _cuda.tensor_core_verdict(x, weight, lora_A.shape[0])
+
+
 def _flops_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, need_x, need_A, need_B) -> int:
     m, n, k, r = _sizes(x, weight, lora_A)
     flops = 2 * m * n * r if need_x or need_A else 0
@@ -116,7 +128,7 @@ BACKWARD = dispatch.register(
         ),
         reference=_reference_backward,
         fake=_fake_backward,
-        kernels={"cpu": Kernel(_cpu_supports_backward)},
+        kernels={"cuda": Kernel(_cuda_supports_backward), "cpu": Kernel(_cpu_supports_backward)},
         flops=_flops_backward,
         bytes=_bytes_backward,
     )
@@ -164,7 +176,7 @@ SPEC = dispatch.register(
         ),
         reference=_reference,
         fake=_fake,
-        kernels={"cpu": Kernel(_cpu_supports)},
+        kernels={"cuda": Kernel(_cuda_supports, explain=_cuda_explain), "cpu": Kernel(_cpu_supports)},
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 1, 4),
         flops=_flops,

@@ -1,0 +1,195 @@
+// Plans: the launch that a problem leads to, without a GPU, from the functions that the launch itself uses.
+#include <cstring>
+#include <span>
+#include <string>
+#include <type_traits>
+
+#include "../launch/launch.h"
+#include "../param_fields.h"
+#include "plan.h"
+
+namespace lk {
+namespace {
+
+struct Plan {
+  const char* schedule;
+  std::string reason;
+  KernelInfo kernel;
+  int64_t blocks, workspace_bytes;
+  size_t params_size;
+  std::span<const Field> fields;
+};
+
+// Steals `item`; false if it or the list is missing.
+bool append(PyObject* list, PyObject* item) {
+  const bool done = list != nullptr && item != nullptr && PyList_Append(list, item) == 0;
+  Py_XDECREF(item);
+  return done;
+}
+
+PyObject* to_python(std::span<const Field> fields) {
+  PyObject* list = PyList_New(0);
+  for (const Field& f : fields) {
+    PyObject* field = Py_BuildValue("{s:s,s:n,s:n}", "name", f.name, "offset", static_cast<Py_ssize_t>(f.offset),
+                                    "size", static_cast<Py_ssize_t>(f.size));
+    if (!append(list, field)) {
+      Py_XDECREF(list);
+      return nullptr;
+    }
+  }
+  return list;
+}
+
+// The format of the command `lora-kernels plan`.
+PyObject* to_python(const Plan& p) {
+  return Py_BuildValue("{s:s,s:s,s:s,s:[L,i,i],s:[i,i,i],s:[i,i,i],s:i,s:L,s:{s:n,s:N}}",  //
+                       "schedule", p.schedule,                                             //
+                       "reason", p.reason.c_str(),                                                //
+                       "kernel", p.kernel.name.c_str(),                                    //
+                       "grid", static_cast<long long>(p.blocks), 1, 1,                     //
+                       "block", p.kernel.threads, 1, 1,                                    //
+                       "cluster", 1, 1, 1,                                                 //
+                       "dynamic_smem", p.kernel.shared_bytes,                              //
+                       "workspace_bytes", static_cast<long long>(p.workspace_bytes),       //
+                       "params", "size", static_cast<Py_ssize_t>(p.params_size),           //
+                       "fields", to_python(p.fields));
+}
+
+constexpr int64_t kBytesWord = 4;  // a counter, a float
+
+// What the problem of an op and the device come as.
+struct Problem {
+  const char* dtype;
+  long long m, n, k, rank;
+  int rows_aligned, has_dropout;
+  DeviceLimits device;
+
+  bool aligned() const { return rows_aligned != 0 && whole_chunks(n, k, rank); }
+
+  // f(Element*), or null with a Python error.
+  template <class F>
+  PyObject* with_element(const F& f) const {
+    if (std::strcmp(dtype, "bf16") == 0) return f(static_cast<BFloat16*>(nullptr));
+    if (std::strcmp(dtype, "fp16") == 0) return f(static_cast<Float16*>(nullptr));
+    return PyErr_Format(PyExc_ValueError, "dtype must be bf16 or fp16, got %s", dtype);
+  }
+};
+
+bool parse(PyObject* args, PyObject* keywords, Problem& p) {
+  const char* const names[] = {"dtype", "m", "n", "k", "rank", "rows_aligned", "has_dropout", "sms", "shared_per_block",
+                               nullptr};
+  return PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLppii", const_cast<char**>(names), &p.dtype, &p.m, &p.n, &p.k,
+                                     &p.rank, &p.rows_aligned, &p.has_dropout, &p.device.sms,
+                                     &p.device.shared_per_block);
+}
+
+PyObject* too_many_tiles() { return PyErr_Format(PyExc_ValueError, "tickets are 32 bits wide: too many tiles"); }
+
+Plan plan_of(const LoraLinearConfig& config, const KernelInfo& kernel, int64_t more_words = 0) {
+  return {.schedule = name_of(config.schedule),
+          .reason = std::string(config.reason) + "; " + config.tile_reason,
+          .kernel = kernel,
+          .blocks = config.blocks,
+          .workspace_bytes = (config.counters + config.partials + more_words) * kBytesWord,
+          .params_size = sizeof(LoraLinearParams),
+          .fields = LoraLinearFields::kFields};
+}
+
+PyObject* plan_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
+  Problem p;
+  if (!parse(args, keywords, p)) return nullptr;
+  const LoraLinearConfig config = lora_linear_config(p.m, p.n, p.k, p.rank, p.aligned(), p.has_dropout != 0, p.device);
+  if (config.blocks > INT32_MAX) return too_many_tiles();
+  return p.with_element([&](auto* e) {
+    return to_python(plan_of(config, describe_lora_linear<std::remove_pointer_t<decltype(e)>>(config)));
+  });
+}
+
+// A list of the two launches.
+PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keywords) {
+  Problem p;
+  if (!parse(args, keywords, p)) return nullptr;
+  const LoraBackwardConfig config =
+      lora_backward_config(p.m, p.n, p.k, p.rank, p.aligned(), true, true, true, p.device);
+  if (config.grad_x.blocks > INT32_MAX || config.grads.blocks > INT32_MAX) return too_many_tiles();
+  return p.with_element([&](auto* e) -> PyObject* {
+    using Element = std::remove_pointer_t<decltype(e)>;
+    const Plan second = {.schedule = "split rows",
+                         .reason = config.parts_of_grad_b > 0 ? "parts of dB are there and only summed"
+                                                              : "dY is read again: parts of dB would be larger",
+                         .kernel = describe_lora_grads<Element>(config.grads),
+                         .blocks = config.grads.blocks,
+                         .workspace_bytes = (config.grads.counters + config.grads.partials) * kBytesWord,
+                         .params_size = sizeof(LoraGradsParams),
+                         .fields = LoraGradsFields::kFields};
+    PyObject* launches = PyList_New(0);
+    if (append(launches, to_python(plan_of(config.grad_x, describe_lora_grad_x<Element>(config.grad_x),
+                                           config.partial_grad_b))) &&
+        append(launches, to_python(second))) {
+      return launches;
+    }
+    Py_XDECREF(launches);
+    return nullptr;
+  });
+}
+
+// Calls f(KernelInfo) for every kernel, some more than once.
+template <class Element, class F>
+void for_each_lora_kernel(const F& f) {
+  for (const int rank_tile : {16, 64}) {
+    for (const bool aligned : {true, false}) {
+      LoraGradsConfig grads{};
+      grads.aligned = aligned;
+      grads.rank_tile = rank_tile;
+      f(describe_lora_grads<Element>(grads));
+      for (const LoraTile tile : {LoraTile::kLarge, LoraTile::kSmall}) {
+        for (const Schedule schedule : {Schedule::kTicketed, Schedule::kColumn0, Schedule::kDual, Schedule::kDecode}) {
+          LoraLinearConfig config{};
+          config.schedule = schedule;
+          config.tile = tile;
+          config.aligned = aligned;
+          config.rank_tile = rank_tile;
+          f(describe_lora_linear<Element>(config));
+          f(describe_frozen_linear<Element>(config));
+          f(describe_lora_grad_x<Element>(config));
+        }
+      }
+    }
+  }
+}
+
+template <class F>
+void for_each_kernel(const F& f) {
+  f(describe_dropout_mask());
+  for_each_lora_kernel<BFloat16>(f);
+  for_each_lora_kernel<Float16>(f);
+}
+
+PyObject* kernels(PyObject*, PyObject*) {
+  PyObject* found = PyDict_New();
+  if (found == nullptr) return nullptr;
+  for_each_kernel([&](const KernelInfo& kernel) {
+    PyObject* value = Py_BuildValue("(ii)", kernel.threads, kernel.shared_bytes);
+    if (value != nullptr) PyDict_SetItemString(found, kernel.name.c_str(), value);
+    Py_XDECREF(value);
+  });
+  if (PyErr_Occurred()) Py_CLEAR(found);
+  return found;
+}
+
+PyCFunction as_method(PyCFunctionWithKeywords f) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
+}
+
+}  // namespace
+
+PyMethodDef plan_methods[] = {
+    {"plan_lora_linear", as_method(plan_lora_linear), METH_VARARGS | METH_KEYWORDS,
+     "The launch of lora_linear for a problem and a device, as a dict."},
+    {"plan_lora_linear_backward", as_method(plan_lora_linear_backward), METH_VARARGS | METH_KEYWORDS,
+     "The two launches of its gradients."},
+    {"kernels", kernels, METH_NOARGS, "Every kernel's mangled name -> (threads, bytes of dynamic shared memory)."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace lk

@@ -1,0 +1,111 @@
+// The fields of each kernel's Params by name, for tools that run a kernel without compiling this code (a simulator, a
+// profiler). Host only.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <span>
+#include <utility>
+
+#include "params.h"
+
+namespace lk {
+
+struct Field {
+  const char* name;
+  size_t offset, size;
+};
+
+struct Anything {
+  template <class T>
+  constexpr operator T() const;
+};
+
+// Whether a struct can be initialised with this many values: no more than it has fields.
+template <class Params, size_t... I>
+consteval bool holds(std::index_sequence<I...>) {
+  return requires { Params{((void)I, Anything{})...}; };
+}
+
+// Whether every field of Params is listed, once and in order.
+template <class Params, size_t kCount>
+consteval bool lists_all(const std::array<Field, kCount>& fields) {
+  for (size_t i = 1; i < kCount; ++i) {
+    if (fields[i].offset < fields[i - 1].offset + fields[i - 1].size) return false;
+  }
+  return holds<Params>(std::make_index_sequence<kCount>{}) && !holds<Params>(std::make_index_sequence<kCount + 1>{});
+}
+
+#define LK_FIELD(name) \
+  Field { #name, offsetof(Params, name), sizeof(Params::name) }
+
+struct LoraLinearFields {
+  using Params = LoraLinearParams;
+  static constexpr std::array kFields = {
+      LK_FIELD(x),
+      LK_FIELD(w),
+      LK_FIELD(a),
+      LK_FIELD(b),
+      LK_FIELD(bias),
+      LK_FIELD(y),
+      LK_FIELD(s),
+      LK_FIELD(x_stride),
+      LK_FIELD(w_stride),
+      LK_FIELD(a_stride),
+      LK_FIELD(b_stride),
+      LK_FIELD(y_stride),
+      LK_FIELD(m),
+      LK_FIELD(n),
+      LK_FIELD(k),
+      LK_FIELD(rank),
+      LK_FIELD(adapters_are_float),
+      LK_FIELD(scaling),
+      LK_FIELD(scaling_factor),
+      LK_FIELD(dropout_threshold),
+      LK_FIELD(dropout_scale),
+      LK_FIELD(seed),
+      LK_FIELD(counters),
+      LK_FIELD(group_rows),
+      LK_FIELD(splits),
+      LK_FIELD(split_depth),
+      LK_FIELD(partials),
+      LK_FIELD(saved_s),
+      LK_FIELD(partial_grad_b),
+  };
+  static_assert(lists_all<Params>(kFields));
+};
+
+struct LoraGradsFields {
+  using Params = LoraGradsParams;
+  static constexpr std::array kFields = {
+      LK_FIELD(x),
+      LK_FIELD(grad_y),
+      LK_FIELD(s),
+      LK_FIELD(grad_s),
+      LK_FIELD(grad_a),
+      LK_FIELD(grad_b),
+      LK_FIELD(x_stride),
+      LK_FIELD(grad_y_stride),
+      LK_FIELD(m),
+      LK_FIELD(n),
+      LK_FIELD(k),
+      LK_FIELD(rank),
+      LK_FIELD(grads_are_float),
+      LK_FIELD(scaling),
+      LK_FIELD(scaling_factor),
+      LK_FIELD(dropout_threshold),
+      LK_FIELD(dropout_scale),
+      LK_FIELD(seed),
+      LK_FIELD(splits),
+      LK_FIELD(split_rows),
+      LK_FIELD(partials),
+      LK_FIELD(counters),
+      LK_FIELD(partial_grad_b),
+      LK_FIELD(parts_of_grad_b),
+  };
+  static_assert(lists_all<Params>(kFields));
+};
+
+#undef LK_FIELD
+
+}  // namespace lk

@@ -1,0 +1,68 @@
+"""What the CUDA kernels of several ops agree on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..reasons import Reason
+from ..spec import Verdict
+
+OLDEST = (8, 0)
+"""Compute capability: bf16 mma and cp.async."""
+MAX_RANK = 256
+MAX_SIZE = 2**31 - 1024
+"""Rows, columns and tiles are counted in int32; the margin is what the last, partly filled tiles reach beyond."""
+SMALLEST_TILE = 64
+SMALLEST_RANK_TILE = 16
+
+TENSOR_CORES = Verdict("tensor cores", "bf16 and fp16 on sm_80 and newer")
+"""The schedule depends on sizes and alignment, and is chosen when the launch is planned: see ``planned``."""
+
+_FP32_STRICT = Verdict(None, Reason.FP32_STRICT)
+_DTYPE = Verdict(None, Reason.DTYPE)
+_RANK = Verdict(None, Reason.RANK)
+_SIZE = Verdict(None, Reason.SIZE)
+_ARCHITECTURE = Verdict(None, Reason.ARCHITECTURE)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; torch takes longer to tell than a call has time for."""
+    return torch.cuda.get_device_capability(device)
+
+
+def tensor_core_verdict(x: torch.Tensor, weight: torch.Tensor, rank: int) -> Verdict:
+    """Whether the tensor-core kernels of a LoRA linear serve ``x`` [..., K] and ``weight`` [N, K]."""
+    if x.dtype == torch.float32:
+        return _FP32_STRICT
+    if x.dtype != torch.bfloat16 and x.dtype != torch.float16:
+        return _DTYPE
+    if rank > MAX_RANK:
+        return _RANK
+    n, k = weight.shape
+    m = x.numel() // k
+    tiles = (m // SMALLEST_TILE + 1) * (n // SMALLEST_TILE + 1 + MAX_RANK // SMALLEST_RANK_TILE)
+    if max(m, n, k, tiles) > MAX_SIZE:
+        return _SIZE
+    if capability(x.device) < OLDEST:
+        return _ARCHITECTURE
+    return TENSOR_CORES
+
+
+def planned(plan: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor, adapters: tuple[torch.Tensor, ...],
+            has_dropout: bool) -> Verdict:  # fmt: skip
+    """What ``plan``, a function of ``lora_kernels._cuda``, would launch; of several launches, the first."""
+    device = torch.cuda.get_device_properties(x.device)
+    n, k = weight.shape
+    aligned = all(t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1]) for t in (x, weight, *adapters))
+    launch = plan(
+        dtype="bf16" if x.dtype == torch.bfloat16 else "fp16", m=x.numel() // k, n=n, k=k, rank=adapters[0].shape[0],
+        rows_aligned=aligned, has_dropout=has_dropout, sms=device.multi_processor_count,
+        shared_per_block=device.shared_memory_per_block_optin,
+    )  # fmt: skip
+    launch = launch[0] if isinstance(launch, list) else launch
+    return Verdict(launch["schedule"], launch["reason"])

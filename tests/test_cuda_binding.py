@@ -1,0 +1,272 @@
+"""What stands between torch and the CUDA kernels: the binding's own source, over CPU tensors and emulated launches."""
+
+from __future__ import annotations
+
+import itertools
+
+import emulator
+import pytest
+import torch
+from emulated import matrices
+from numerics import assert_as_accurate
+
+from lora_kernels import philox
+from lora_kernels.ops import frozen_linear
+from lora_kernels.ops.lora_linear import BACKWARD, SPEC
+
+SEED = torch.tensor([77])
+
+
+@pytest.fixture(scope="module")
+def native():
+    """The module that tests steer the launches with."""
+    library = torch.library.Library("lora_kernels_emulated", "DEF")
+    for spec in (SPEC, BACKWARD, frozen_linear.SPEC):
+        arguments, returns = spec.schema.split(" -> ")
+        library.define(f"{spec.name}{arguments[:-1]}, str schedule) -> {returns}")
+    yield emulator.load_torch()
+    library._destroy()
+
+
+_streams = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_stream(native):
+    """Each test has a stream that no other used, so that its workspace is new."""
+    native.set_stream(next(_streams))
+    yield
+    native.capture(False)
+    native.fail_launches(False)
+
+
+def emulated(x, weight, lora_A, lora_B, bias=None, *, p=0.0, scaling=1.7):
+    seed = SEED if p > 0 else None
+    return torch.ops.lora_kernels_emulated.lora_linear(x, weight, lora_A, lora_B, bias, seed, scaling, p, "ticketed")
+
+
+def check(x, weight, lora_A, lora_B, bias=None, *, p=0.0):
+    """Run, and compare with float64 and with plain torch code."""
+    y, s = emulated(x, weight, lora_A, lora_B, bias, p=p)
+    args = (x, weight, lora_A, lora_B, bias)
+    seed = SEED if p > 0 else None
+    unfused = SPEC.reference(*args, seed, 1.7, p)
+    exact = SPEC.reference(*(None if t is None else t.double() for t in args), seed, 1.7, p)
+    for ours, theirs, true, name in zip((y, s), unfused, exact, "ys"):
+        assert ours.dtype == x.dtype
+        assert ours.is_contiguous()
+        assert_as_accurate(ours, theirs, true, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lead", [(), (1,), (70,), (2, 35), (2, 3, 11), (0,), (2, 0, 3)], ids=str)
+def test_leading_sizes(native, dtype, lead):
+    _, *rest = matrices(1, 72, 40, 8, dtype, bias=True)
+    check(torch.randn(*lead, 40).to(dtype), *rest, p=0.3)
+    if 0 not in lead:
+        assert native.last_launch()["aligned"]
+
+
+def wide(t):
+    """t as columns of a wider matrix of NaN: rows are strided."""
+    columns = t.shape[1]
+    return torch.nn.functional.pad(t, (columns, columns), value=float("nan"))[:, columns:-columns]
+
+
+def test_strided_rows_are_not_copied(native):
+    tensors = dict(zip(("x", "weight", "lora_A", "lora_B"), map(wide, matrices(70, 72, 40, 8, "bf16")[:4])))
+    check(*tensors.values())
+    launch = native.last_launch()
+    assert {name: launch[name] for name in tensors} == {name: t.data_ptr() for name, t in tensors.items()}
+    assert launch["aligned"]
+
+
+def test_other_layouts_are_copied(native):
+    x, weight, lora_A, lora_B, bias = matrices(70, 72, 40, 8, "bf16", bias=True)
+    tensors = [t.t().contiguous().t() for t in (x, weight, lora_A, lora_B)]
+    check(*tensors, torch.stack([bias, bias], 1)[:, 0])
+    launch = native.last_launch()
+    assert not {launch[name] for name in ("x", "weight", "lora_A", "lora_B")} & {t.data_ptr() for t in tensors}
+
+
+@pytest.mark.parametrize("layout", ["batch of slices", "expanded batch", "transposed batch"])
+def test_x_of_three_dimensions(layout):
+    _, *rest = matrices(1, 72, 40, 8, "bf16")
+    x = torch.randn(3, 25, 40).bfloat16()
+    views = {
+        "batch of slices": x[:, 2:20],
+        "expanded batch": x[:1].expand(3, -1, -1),
+        "transposed batch": x.transpose(0, 1),
+    }
+    check(views[layout], *rest)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_tensor_that_begins_off_16_bytes_is_seen(native, which):
+    tensors = list(matrices(70, 72, 40, 8, "fp16")[:4])
+    check(*tensors)
+    assert native.last_launch()["aligned"]
+    t = tensors[which]
+    tensors[which] = torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t)
+    check(*tensors)
+    assert not native.last_launch()["aligned"]
+
+
+@pytest.mark.parametrize(("n", "k", "rank"), [(71, 40, 8), (72, 41, 8), (72, 40, 7)])
+def test_ragged_sizes_are_seen(native, n, k, rank):
+    check(*matrices(70, n, k, rank, "bf16"))
+    assert not native.last_launch()["aligned"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp32_adapters(dtype):
+    x, weight, lora_A, lora_B, bias = matrices(70, 72, 40, 8, dtype, bias=True)
+    lora_A, lora_B = (torch.randn(t.shape) / t.shape[1] ** 0.5 for t in (lora_A, lora_B))
+    y, s = emulated(x, weight, lora_A, lora_B, bias)
+    rounded_y, rounded_s = emulated(x, weight, lora_A.to(dtype), lora_B.to(dtype), bias)
+    assert torch.equal(y, rounded_y)
+    assert torch.equal(s, rounded_s)
+
+
+def test_dropout_everywhere_and_mask():
+    x, weight, lora_A, lora_B, _ = matrices(70, 72, 40, 8, "bf16")
+    assert not emulated(x, weight, lora_A, lora_B, p=1.0)[1].any()
+    ones = torch.ones_like(x)
+    _, s = emulated(ones, weight, torch.ones_like(lora_A), lora_B, p=0.5)
+    kept = philox.keep_mask(SEED, *x.shape, 0.5).sum(1, keepdim=True)
+    assert torch.equal(s, (2.0 * kept).to(s.dtype).expand_as(s))
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(RuntimeError, match="bfloat16 and float16"):
+        emulated(*matrices(70, 72, 40, 8, torch.float32)[:4])
+
+
+@pytest.mark.parametrize(("m", "schedule"), [(3, "decode"), (70, "ticketed")])
+def test_schedules(native, m, schedule):
+    check(*matrices(m, 72, 520, 16, "bf16", bias=True))
+    assert native.last_launch()["schedule"] == schedule
+
+
+# ----------------------------------------------------------------------------------- gradients, and the base alone
+
+
+def backward(args, *, p=0.0, needs=(True, True, True)):
+    """Gradients by the emulated op, by plain torch code and in float64; args are (grad_y, x, s, weight, A, B)."""
+    seed = SEED if p > 0 else None
+    ours = torch.ops.lora_kernels_emulated.lora_linear_backward(*args, seed, 1.7, p, *needs, "")
+    unfused = BACKWARD.reference(*args, seed, 1.7, p, *needs)
+    exact = BACKWARD.reference(*(t.double() for t in args), seed, 1.7, p, *needs)
+    return ours, unfused, exact
+
+
+def problem(lead, n, k, rank, dtype, *, float_adapters=False):
+    _, weight, lora_A, lora_B, _ = matrices(1, n, k, rank, dtype, float_adapters=float_adapters)
+    x, grad_y = torch.randn(*lead, k).to(dtype), torch.randn(*lead, n).to(dtype)
+    return grad_y, x, (x.double() @ lora_A.double().t()).to(dtype), weight, lora_A, lora_B
+
+
+@pytest.mark.parametrize("rank", [16, 24, 7])
+@pytest.mark.parametrize("float_adapters", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("native")
+def test_gradients(dtype, float_adapters, rank):
+    args = problem((2, 3, 50), 72, 136, rank, dtype, float_adapters=float_adapters)
+    for ours, unfused, exact, like in zip(*backward(args, p=0.3), (args[1], args[4], args[5])):
+        assert (ours.shape, ours.dtype) == (like.shape, like.dtype)
+        assert_as_accurate(ours, unfused, exact)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3))[1:], ids=str)
+@pytest.mark.usefixtures("native")
+def test_gradients_that_are_not_needed_are_empty(needs):
+    for need, ours, unfused, exact in zip(needs, *backward(problem((70,), 72, 40, 8, torch.bfloat16), needs=needs)):
+        if need:
+            assert_as_accurate(ours, unfused, exact)
+        else:
+            assert ours.numel() == 0
+
+
+@pytest.mark.usefixtures("native")
+def test_gradients_of_other_layouts():
+    grad_y, x, s, weight, lora_A, lora_B = problem((70,), 72, 40, 8, torch.bfloat16)
+    args = (*(t.t().contiguous().t() for t in (grad_y, x, s, weight)), wide(lora_A), wide(lora_B))
+    for ours, unfused, exact in zip(*backward(args)):
+        assert_as_accurate(ours, unfused, exact)
+
+
+@pytest.mark.parametrize("float_adapters", [False, True])
+@pytest.mark.usefixtures("native")
+def test_gradients_without_rows_are_zero(float_adapters):
+    args = problem((0,), 72, 40, 8, torch.bfloat16, float_adapters=float_adapters)
+    (grad_x, grad_A, grad_B), *_ = backward(args)
+    assert grad_x.shape == (0, 40)
+    assert not grad_A.any()
+    assert not grad_B.any()
+
+
+@pytest.mark.usefixtures("native")
+def test_frozen_linear():
+    x, weight, _, _, bias = matrices(70, 72, 136, 8, "bf16", bias=True)
+    y = torch.ops.lora_kernels_emulated.frozen_linear(x.view(2, 35, 136), weight, bias, "")
+    reference = torch.nn.functional.linear
+    exact = reference(x.double(), weight.double(), bias.double())
+    assert_as_accurate(y.view(70, 72), reference(x, weight, bias), exact)
+
+
+# --------------------------------------------------------------------------------------------------- counters
+
+
+def counters_of(native, m):
+    check(*matrices(m, 8, 8, 8, "bf16"), p=0.3)
+    launch = native.last_launch()
+    assert launch["counters_were_zero"]
+    return launch["counters"]
+
+
+def test_launches_of_a_stream_share_their_counters(native):
+    first = counters_of(native, 100)
+    assert native.memsets() >= 1
+    before = native.memsets()
+    assert counters_of(native, 300) == first
+    assert native.memsets() == before
+    native.set_stream(next(_streams))
+    assert counters_of(native, 100) != first
+
+
+def test_counters_grow(native):
+    counters_of(native, 100)
+    before = native.memsets()
+    counters_of(native, 128 * 1023)  # a flag per 128 rows, and two more counters
+    assert native.memsets() == before + 1
+    counters_of(native, 100)
+    assert native.memsets() == before + 1
+
+
+def test_a_captured_launch_has_counters_that_the_graph_zeroes(native):
+    shared = counters_of(native, 100)
+    native.capture(True)
+    before = native.memsets()
+    for n in range(2):
+        assert counters_of(native, 100) != shared
+        assert native.memsets() == before + n + 1
+    native.capture(False)
+    assert counters_of(native, 100) == shared
+
+
+def test_counters_of_a_failed_launch_are_not_used_again(native):
+    counters_of(native, 100)
+    native.fail_launches(True)
+    with pytest.raises(RuntimeError, match="lora_linear: launch failure"):
+        counters_of(native, 100)
+    native.fail_launches(False)
+    before = native.memsets()
+    counters_of(native, 100)
+    assert native.memsets() == before + 1
+
+
+def test_no_rows_launch_nothing(native):
+    before = native.memsets()
+    y, s = emulated(torch.empty(0, 40).bfloat16(), *matrices(1, 72, 40, 8, "bf16")[1:4])
+    assert (y.shape, s.shape) == ((0, 72), (0, 8))
+    assert native.memsets() == before

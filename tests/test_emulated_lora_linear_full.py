@@ -1,0 +1,44 @@
+"""Every combination of what the suite covers in pairs: the emulated kernels of lora_linear (`make test-full`)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import test_emulated_lora_backward as backward
+import test_emulated_lora_linear as forward
+
+RANKS = (1, 8, 16, 17, 64, 256)
+
+
+def ranks_of(axes, rank_tile, aligned):
+    """The ranks that lead to a kernel, and those of its own that are not among RANKS."""
+    fitting = [r for r in RANKS if (r <= 16) == (rank_tile == 16) and (r % 8 == 0 or not aligned)]
+    return sorted({r for r in fitting if min(axes["rank"]) <= r <= max(axes["rank"])} | set(axes["rank"]))
+
+
+def combinations(kernels, **more):
+    """(kernel, case) with every value of every axis."""
+    for kernel, axes in kernels.items():
+        *_, aligned, rank_tile = kernel
+        axes = {**axes, **more, "rank": ranks_of(axes, rank_tile, aligned)}
+        for values in itertools.product(*axes.values()):
+            case = dict(zip(axes, values))
+            # The bound compares our largest error with torch's: of a single element, one draw with another.
+            if case["m"] * case["n"] * case["k"] > 1 and case["m"] * case["n"] > 1:
+                yield kernel, case
+
+
+COMMON = dict(name=("bf16", "fp16"), float_adapters=(False, True))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kernel", "case"), combinations(forward.KERNELS, **COMMON, bias=(False, True)), ids=str)
+def test_forward_is_as_accurate_as_torch(kernel, case):
+    forward.test_forward_is_as_accurate_as_torch(kernel, case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kernel", "case"), combinations(backward.KERNELS, **COMMON, p=(0.0, 0.3)), ids=str)
+def test_gradients_are_as_accurate_as_torch(kernel, case):
+    backward.test_gradients_are_as_accurate_as_torch(kernel, case)

@@ -1,0 +1,200 @@
+"""``lora-kernels plan``, and what the CUDA extension says of its kernels. No GPU is needed, a build with nvcc is."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import setup_script
+
+from lora_kernels import _native
+from lora_kernels.architectures import ARCHITECTURES, blocks_per_sm
+from lora_kernels.cli import main
+
+needs_extension = pytest.mark.skipif(_native.cuda is None, reason=f"lora_kernels._cuda: {_native.cuda_error}")
+PROBLEM = {"--m": 8192, "--n": 4096, "--k": 4096, "--r": 16, "--dtype": "bf16", "--arch": "sm_80"}
+
+
+def command(*flags, op="lora_linear", **changes):
+    options = {**PROBLEM, **{f"--{name}": value for name, value in changes.items()}}
+    return ["plan", op, *(str(part) for option in options.items() for part in option), *flags]
+
+
+@pytest.fixture
+def plan(capsys):
+    def run(*flags, **changes):
+        assert main(command(*flags, **changes)) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@needs_extension
+def test_plan_of_a_large_problem(plan):
+    launch = plan()
+    params = launch.pop("params")
+    kernel = launch.pop("kernel")
+    assert launch == {
+        "schedule": "ticketed",
+        "reason": "several blocks per SM: tiles of s run beside tiles of y; large tiles fill the waves of SMs well",
+        "grid": [64 * (1 + 32), 1, 1],
+        "block": [128, 1, 1],
+        "cluster": [1, 1, 1],
+        "dynamic_smem": (64 << 10) + 16,
+        "workspace_bytes": 4 * (2 + 64),
+    }
+    assert kernel.startswith("_ZN2lk18lora_linear_kernelINS_10LoraLinearINS_8BFloat16E")
+    fields = params["fields"]
+    assert [f["name"] for f in fields[:3]] == ["x", "w", "a"]
+    ends = [0, *(f["offset"] + f["size"] for f in fields)]
+    for field, end in zip(fields, ends):
+        assert field["offset"] == -(-end // field["size"]) * field["size"], (
+            "no field lies in the padding before this one"
+        )
+    assert params["size"] == -(-ends[-1] // 8) * 8
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changes", "flags", "schedule", "reason"),
+    [
+        ({}, ["--unaligned"], "ticketed", "rows are not aligned to 16 bytes"),
+        ({"k": 4095}, [], "ticketed", "rows are not aligned to 16 bytes"),
+        ({"m": 64}, [], "ticketed", "few rows: half of a large tile would be idle"),
+        ({"sms": 4096}, [], "ticketed", "small tiles fill the waves of SMs better"),
+        ({"m": 1}, [], "decode", "few rows: reading w is all that counts"),
+        ({"n": 64}, [], "dual", "y is one tile wide"),
+        ({"r": 64}, [], "column-0", "one block per SM"),
+        ({"r": 64, "dtype": "fp16", "arch": "sm_120"}, ["--dropout"], "ticketed", "dropout is applied once"),
+    ],
+)
+def test_plan_is_what_the_launch_chooses(plan, changes, flags, schedule, reason):
+    launch = plan(*flags, **changes)
+    assert launch["schedule"] == schedule
+    assert reason in launch["reason"]
+    assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
+
+
+@needs_extension
+@pytest.mark.parametrize("rank", [16, 64])
+def test_plan_of_the_gradients(plan, rank):
+    first, second = plan(op="lora_linear_backward", r=rank)
+    assert (first["schedule"], second["schedule"]) == ("ticketed", "split rows")
+    partial_grad_b = 64 * 4096 * 16 if rank == 16 else 0
+    assert first["workspace_bytes"] == 4 * (2 + 64 + partial_grad_b)
+    for launch in (first, second):
+        assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
+
+
+@needs_extension
+def test_no_rows_need_no_block(plan):
+    assert plan(m=0)["grid"] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arch": "sm_70"}, "--arch: invalid choice"),
+        ({"m": -1}, "--m: must be at least 0"),
+        ({"r": 257}, "--r: must be at most 256"),
+        ({"dtype": "fp32"}, "--dtype: invalid choice"),
+        pytest.param({"m": 2**24, "n": 2**24}, "tickets are 32 bits wide", marks=needs_extension),
+    ],
+    ids=str,
+)
+def test_plan_refuses_in_one_line(capsys, changes, message):
+    assert main(command(**changes)) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_plan_without_the_extension(capsys, monkeypatch):
+    monkeypatch.setattr(_native, "cuda", None)
+    monkeypatch.setattr(_native, "cuda_error", "extension not built")
+    assert main(command()) == 2
+    assert "lora_kernels._cuda, which cannot be loaded: extension not built" in capsys.readouterr().err
+
+
+@needs_extension
+def test_kernels_are_named_and_listed_as_they_were_compiled():
+    # The names under which the CUDA runtime finds the kernels of a module are strings in it.
+    compiled = re.findall(rb"\0(_ZN2lk\d+\w*_kernel\w*)(?=\0)", Path(_native.cuda.__file__).read_bytes())
+    assert {name.decode() for name in compiled} == set(_native.cuda.kernels())
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "threads", "shared", "blocks"),
+    [
+        ("sm_80", 255, 128, 64 << 10, 2),  # registers and shared memory
+        ("sm_80", 168, 256, 64 << 10, 1),  # registers
+        ("sm_86", 115, 128, 48 << 10, 2),  # shared memory
+        ("sm_90", 22, 256, 0, 8),  # threads
+        ("sm_86", 16, 32, 0, 16),  # blocks
+    ],
+)
+def test_blocks_per_sm(arch, registers, threads, shared, blocks):
+    assert blocks_per_sm(ARCHITECTURES[arch], registers, threads, shared) == blocks
+
+
+OCCUPANCY = """
+#include <cstdio>
+#include <cstring>
+#include "cuda_runtime_api.h"
+#include "cuda_occupancy.h"
+int main() {
+  int major, minor, sm_shared, opt_in, sm_threads, registers, threads, shared;
+  while (std::scanf("%d%d%d%d%d%d%d%d", &major, &minor, &sm_shared, &opt_in, &sm_threads, &registers, &threads,
+                    &shared) == 8) {
+    cudaOccDeviceProp device;
+    std::memset(static_cast<void*>(&device), 0, sizeof device);
+    device.computeMajor = major;
+    device.computeMinor = minor;
+    device.maxThreadsPerBlock = 1024;
+    device.maxThreadsPerMultiprocessor = sm_threads;
+    device.regsPerBlock = device.regsPerMultiprocessor = 65536;
+    device.warpSize = 32;
+    device.numSms = 1;
+    device.sharedMemPerBlock = 48 << 10;
+    device.sharedMemPerMultiprocessor = sm_shared;
+    device.sharedMemPerBlockOptin = opt_in;
+    device.reservedSharedMemPerBlock = 1024;
+    cudaOccFuncAttributes kernel;
+    std::memset(static_cast<void*>(&kernel), 0, sizeof kernel);
+    kernel.maxThreadsPerBlock = 1024;
+    kernel.numRegs = registers;
+    kernel.partitionedGCConfig = PARTITIONED_GC_OFF;
+    kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+    kernel.maxDynamicSharedSizeBytes = opt_in;
+    cudaOccDeviceState state;
+    std::memset(static_cast<void*>(&state), 0, sizeof state);
+    state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
+    cudaOccResult result;
+    if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, shared) != 0) return 1;
+    std::printf("%d\\n", result.activeBlocksPerMultiprocessor);
+  }
+}
+"""
+
+
+def test_blocks_per_sm_is_what_the_toolkit_computes(tmp_path):
+    toolkit = setup_script.load().CUDA_HOME
+    if toolkit is None or not (toolkit / "include" / "cuda_occupancy.h").is_file():
+        pytest.skip("no CUDA toolkit with cuda_occupancy.h")
+    source, program = tmp_path / "occupancy.cpp", tmp_path / "occupancy"
+    source.write_text(OCCUPANCY)
+    subprocess.run(["g++", f"-I{toolkit}/include", str(source), "-o", str(program)], check=True)
+    usages = (16, 64, 128, 168, 255), (32, 64, 128, 256), (0, 1000, 48 << 10, 64 << 10, 96 << 10)
+    cases = [(arch, *usage) for arch in ARCHITECTURES for usage in itertools.product(*usages)]
+    lines = []
+    for name, *usage in cases:
+        arch = ARCHITECTURES[name]
+        number = name.removeprefix("sm_")
+        limits = arch.shared_per_sm, arch.shared_per_block, arch.threads_per_sm
+        lines.append(" ".join(map(str, (number[:-1], number[-1], *limits, *usage))))
+    done = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True)
+    assert [blocks_per_sm(ARCHITECTURES[name], *usage) for name, *usage in cases] == list(map(int, done.stdout.split()))
