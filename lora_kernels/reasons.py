@@ -17,6 +17,12 @@ class Reason(str, enum.Enum):
     NO_KERNEL = "no kernel for this op"
     DTYPE = "dtype not served"
     LAYOUT = "tensor layout not served"
+    FP32_STRICT = "strict fp32: no tensor-core kernel"
+    RANK = "rank above 256"
+    SIZE = "more rows, columns or tiles than 32 bits count"
+    ARCHITECTURE = "GPU older than sm_80"
+    PREFERS_TRITON = "Triton reaches this GPU's faster matrix instructions"
+    NOT_INTERPRETED = "Triton needs a GPU, or TRITON_INTERPRET=1 and use_backend('triton')"
 
     # A layer keeps its own forward (integrations).
     LAYER_TYPE = "layer type not served"

@@ -1,7 +1,8 @@
 """Architecture and problem to tile and schedule. Pure Python: no Triton, no GPU.
 
-Tiles were chosen by what the compiler makes of them (no spilled registers, shared memory within the limit, room for two
-programs on a multiprocessor where that is possible), not by measurement.
+Tiles were chosen by what the compiler makes of them (no spilled registers, shared memory within the limit, two programs
+on a multiprocessor where both fit), not by measurement. The compiler holds ``num_stages`` tiles of both operands in shared
+memory for wgmma and tcgen05, and one less for mma.sync.
 """
 
 from __future__ import annotations
@@ -33,49 +34,50 @@ class Target(NamedTuple):
     """What one program may use."""
     schedule: str
     large: Tile
+    masked: Tile
+    """Large, where the low-rank branch needs an accumulator of its own until it is masked."""
     small: Tile
     few_rows: Tile
     reduce: Tile
+    """Of [columns, rank], ``rows`` deep."""
 
 
 class FusedConfig(NamedTuple):
-    """How ``out`` and ``inner`` are computed. ``reason`` is what ``lk.why`` shows."""
+    """How ``out`` and ``inner`` are computed."""
 
-    schedule: str
-    reason: str
-    rows: int
-    columns: int
-    depth: int
-    rank: int
+    tile: Tile
+    block_rank: int
+    """Columns of a tile of ``inner``."""
+    branch_depth: int
+    """Ranks that ``out`` takes from ``inner`` at a time."""
     group: int
-    num_warps: int
-    num_stages: int
+    """Row blocks whose tickets follow each other."""
 
 
 class ReduceConfig(NamedTuple):
     """How a sum over the rows is computed, in ``shares`` parts."""
 
-    rows: int
-    columns: int
-    rank: int
+    tile: Tile
+    block_rank: int
     shares: int
-    num_warps: int
-    num_stages: int
 
 
-# Two accumulators of 128 x 128 live at the end of a tile, the product and the low-rank branch: with four warps they
-# alone are 256 registers per thread, hence eight wherever they are registers.
-_SMALL = Tile(64, 64, 64, 4, 3, "48 KB, four programs per SM, for problems that leave SMs idle with the large tile")
-_FEW_ROWS = Tile(16, 64, 128, 4, 3, "one mma of rows; the deep tile keeps loads of the weight in flight")
-_REDUCE = Tile(64, 128, 0, 4, 3, "72 KB at rank 64; 128 columns are coalesced loads")
-_FLOAT32 = Tile(64, 64, 32, 4, 2, "elements are twice as wide, and without tf32 the products take registers")
-_FLOAT32_REDUCE = Tile(32, 64, 0, 4, 2, _FLOAT32.why)
+_SMALL = Tile(64, 64, 64, 4, 3, "for problems that leave SMs idle with the large tile; up to 48 KB")
+_FEW_ROWS = Tile(16, 64, 128, 4, 3, "one mma of rows; the deep tile keeps many loads of the weight in flight")
+_REDUCE = Tile(64, 128, 0, 8, 3, "128 columns are coalesced loads; eight warps leave registers for the mask; up to 72 KB")
+# The same for every architecture.
+_NARROW = Tile(64, 64, 32, 8, 4, "unaligned rows need a pointer per element, dual a second accumulator: all in registers")
+_UNALIGNED_REDUCE = Tile(32, 64, 0, 8, 3, _NARROW.why)
+_TF32 = Tile(64, 64, 32, 8, 3, "elements are twice as wide")
+_IEEE = Tile(32, 32, 32, 4, 3, "float32 without tf32 has no tensor cores: operands of every product are in registers")
+_FLOAT32_REDUCE = Tile(32, 32, 0, 4, 3, _IEEE.why)
 
 TARGETS = {
     "sm_80": Target(
         163 << 10,
         "ticketed",
-        large=Tile(128, 128, 32, 8, 4, "64 KB: two programs per SM hide each other's epilogue"),
+        large=Tile(128, 128, 32, 8, 4, "48 KB; with four warps the accumulator leaves too few registers for ragged shapes"),
+        masked=Tile(128, 128, 32, 8, 4, "two accumulators of 128 x 128 are 256 registers with four warps"),
         small=_SMALL,
         few_rows=_FEW_ROWS,
         reduce=_REDUCE,
@@ -83,7 +85,8 @@ TARGETS = {
     "sm_86": Target(
         99 << 10,
         "ticketed",
-        large=Tile(128, 128, 32, 8, 3, "48 KB: two programs per SM within 100 KB"),
+        large=Tile(128, 128, 32, 8, 4, "as sm_80"),
+        masked=Tile(128, 128, 32, 8, 4, "as sm_80"),
         small=_SMALL,
         few_rows=_FEW_ROWS,
         reduce=_REDUCE,
@@ -91,7 +94,8 @@ TARGETS = {
     "sm_90": Target(
         227 << 10,
         "ticketed",
-        large=Tile(128, 128, 64, 8, 3, "96 KB: two programs of two warpgroups per SM; wgmma reads 64 deep"),
+        large=Tile(128, 256, 64, 8, 4, "192 KB: the widest wgmma needs the least L2 traffic per product"),
+        masked=Tile(128, 128, 64, 8, 3, "two accumulators of 128 x 256 would spill"),
         small=_SMALL,
         few_rows=_FEW_ROWS,
         reduce=_REDUCE,
@@ -99,7 +103,8 @@ TARGETS = {
     "sm_100": Target(
         227 << 10,
         "ticketed",
-        large=Tile(128, 128, 64, 4, 3, "accumulators are in tensor memory: four warps suffice; two programs per SM"),
+        large=Tile(128, 128, 64, 8, 3, "96 KB: two programs per SM; 256 columns spill when tensor memory is read back"),
+        masked=Tile(128, 128, 64, 8, 3, "as large"),
         small=_SMALL,
         few_rows=_FEW_ROWS,
         reduce=_REDUCE,
@@ -107,7 +112,8 @@ TARGETS = {
     "sm_120": Target(
         99 << 10,
         "ticketed",
-        large=Tile(128, 128, 32, 8, 3, "48 KB: two programs per SM within 100 KB; mma.sync, no tensor memory"),
+        large=Tile(128, 128, 32, 8, 4, "mma.sync like sm_86, without its spare registers at four warps"),
+        masked=Tile(128, 128, 32, 8, 4, "as large"),
         small=_SMALL,
         few_rows=_FEW_ROWS,
         reduce=_REDUCE,
@@ -116,10 +122,11 @@ TARGETS = {
     "gfx942": Target(
         64 << 10,
         "split",
-        large=Tile(128, 128, 32, 4, 2, "16 KB per stage of 64 KB; wavefronts are 64 wide"),
-        small=Tile(64, 64, 64, 4, 2, "as the large tile, for problems that leave compute units idle"),
-        few_rows=Tile(16, 64, 128, 4, 2, "as elsewhere, two stages within 64 KB"),
-        reduce=Tile(64, 128, 0, 4, 2, "48 KB at rank 64"),
+        large=Tile(128, 128, 64, 8, 2, "32 KB of 64: two programs per compute unit; wavefronts are 64 wide"),
+        masked=Tile(128, 128, 64, 8, 2, "as large"),
+        small=Tile(64, 64, 64, 4, 2, "for problems that leave compute units idle"),
+        few_rows=Tile(16, 64, 128, 4, 2, "one mfma of rows"),
+        reduce=Tile(64, 128, 0, 8, 2, "24 KB at rank 64"),
     ),
 }
 
@@ -136,37 +143,62 @@ def target_of(capability: tuple[int, int] | None) -> str | None:
     )
 
 
-def fused(target: str, sms: int, rows: int, columns: int, rank: int, itemsize: int) -> FusedConfig:
-    """For ``out`` [rows, columns] and ``inner`` [rows, rank] of elements of ``itemsize`` bytes."""
+def schedule(target: str, columns: int, rank: int, float32: str | None) -> str:
+    """The schedule for ``out`` [rows, columns] and ``inner`` [rows, rank]; the other arguments are those of ``fused``."""
+    widest = _NARROW.columns if float32 is None else (_TF32 if float32 == "tf32" else _IEEE).columns
+    return "dual" if columns <= widest and rank <= _BLOCK_RANK else TARGETS[target].schedule
+
+
+def fused(
+    target: str, sms: int, schedule: str, rows: int, columns: int, rank: int, float32: str | None, aligned: bool,
+    separate_branch: bool,
+) -> FusedConfig:  # fmt: skip
+    """For ``out`` [rows, columns] and ``inner`` [rows, rank].
+
+    Args:
+        float32: how float32 is multiplied, "tf32" or "ieee"; None for 16-bit elements.
+        aligned: rows of all operands begin at multiples of 16 elements, and their elements follow each other.
+        separate_branch: the low-rank branch needs an accumulator of its own.
+    """
     row = TARGETS[target]
-    if itemsize == 4:
-        tile, reason = _FLOAT32, "float32 tile"
+    large = row.masked if separate_branch else row.large
+    if float32 is not None:
+        tile = _TF32 if float32 == "tf32" else _IEEE
+    elif schedule == "dual" or not aligned:
+        tile = _NARROW
     elif rows <= row.few_rows.rows:
-        tile, reason = row.few_rows, f"at most {row.few_rows.rows} rows"
-    elif rows <= row.small.rows:
-        tile, reason = row.small, "few rows: half of a large tile would be idle"
-    elif blocks(rows, row.large.rows) * blocks(columns, row.large.columns) < sms:
-        tile, reason = row.small, "fewer large tiles than SMs"
+        tile = row.few_rows
     else:
-        tile, reason = row.large, "enough large tiles for every SM"
-    block_rank = min(_BLOCK_RANK, max(16, _power_of_two(rank)))
-    schedule = row.schedule
-    if columns <= tile.columns and rank <= block_rank:
-        schedule, reason = "dual", f"{reason}; one tile column: s costs no second pass"
-    return FusedConfig(
-        schedule, reason, tile.rows, tile.columns, tile.depth, block_rank, max(1, _GROUP_ROWS // tile.rows),
-        tile.num_warps, tile.num_stages,
-    )  # fmt: skip
+        tile = large if fills(target, sms, rows, columns) else row.small
+    # Of a rank that is no multiple of 16 every element of A and B needs its own pointer.
+    branch_depth = _block_rank(rank) if rank % 16 == 0 else 16
+    return FusedConfig(tile, _block_rank(rank), branch_depth, max(1, _GROUP_ROWS // tile.rows))
 
 
-def reduce(target: str, sms: int, rows: int, columns: int, rank: int, itemsize: int) -> ReduceConfig:
-    """For a sum over ``rows`` that has [columns, rank] elements."""
-    tile = _FLOAT32_REDUCE if itemsize == 4 else TARGETS[target].reduce
-    block_rank = min(_BLOCK_RANK, max(16, _power_of_two(rank)))
+def fills(target: str, sms: int, rows: int, columns: int) -> bool:
+    """Whether there is a large tile for every SM, and no large tile is half empty."""
+    tile = TARGETS[target].large
+    return 2 * rows > tile.rows and blocks(rows, tile.rows) * blocks(columns, tile.columns) >= sms
+
+
+def most_programs(rows: int, columns: int) -> int:
+    """Bound on the programs of a launch, whatever the tile."""
+    return blocks(rows, _FEW_ROWS.rows) * (blocks(columns, _IEEE.columns) + MAX_RANK // 16)
+
+
+def reduce(
+    target: str, sms: int, rows: int, columns: int, rank: int, float32: str | None, aligned: bool
+) -> ReduceConfig:
+    """For a sum over ``rows`` that has [columns, rank] elements; the other arguments are those of ``fused``."""
+    if float32 is not None:
+        tile = _FLOAT32_REDUCE
+    else:
+        tile = TARGETS[target].reduce if aligned else _UNALIGNED_REDUCE
+    block_rank = _block_rank(rank)
     tiles = blocks(columns, tile.columns) * blocks(rank, block_rank)
     # Two programs per SM; a share has at least four steps, or writing its part costs more than it saves.
     shares = max(1, min(2 * sms // tiles, rows // (4 * tile.rows)))
-    return ReduceConfig(tile.rows, tile.columns, block_rank, shares, tile.num_warps, tile.num_stages)
+    return ReduceConfig(tile, block_rank, shares)
 
 
 def blocks(size: int, tile: int) -> int:
@@ -174,5 +206,6 @@ def blocks(size: int, tile: int) -> int:
     return -(-size // tile)
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def _block_rank(rank: int) -> int:
+    """The power of two that covers rank, as far as one tile may."""
+    return min(_BLOCK_RANK, max(16, 1 << (rank - 1).bit_length()))

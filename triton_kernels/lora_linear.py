@@ -31,7 +31,7 @@ from torch import Tensor
 from .. import philox
 from . import configs
 from .dropout_mask import keep_tile
-from .launching import Device, Launch, counters, device_of, on_device
+from .launching import Device, Launch, counters, device_of, float32_products, on_device
 
 # ------------------------------------------------------------------------------------------------ device code
 
@@ -64,9 +64,9 @@ class FusedTask(NamedTuple):
 
 
 class ReduceTask(NamedTuple):
-    """Operands of ``_reduce``: ``out = scale * dropout(big)ᵀ inner``."""
+    """Operands of ``_reduce``: ``out = scale * dropout(big) inner``."""
 
-    big: Matrix  # [rows, columns]
+    big: Matrix  # [columns, rows]
     inner: Matrix  # [rows, rank]
     out: Matrix  # [columns, rank], any float dtype
     seed: Any  # int64 [1] or None
@@ -83,21 +83,29 @@ _FIRST_FLAG = tl.constexpr(2)
 
 
 @triton.jit
-def _pointers(matrix, rows, columns):
-    rows = rows.to(tl.int64)[:, None] * matrix.row_stride
-    return matrix.data + rows + columns.to(tl.int64)[None, :] * matrix.column_stride
+def _pointers(matrix, row0, column0, rows, columns):
+    """Pointers to the elements (row0 + rows, column0 + columns).
+
+    Added up in this order, few of them are kept in registers: per row one pointer that a loop advances, to which the
+    columns are constant offsets.
+    """
+    origin = tl.cast(row0, tl.int64) * matrix.row_stride + tl.cast(column0, tl.int64) * matrix.column_stride
+    first = matrix.data + origin + rows.to(tl.int64) * matrix.row_stride
+    return first[:, None] + columns.to(tl.int64)[None, :] * matrix.column_stride
 
 
 @triton.jit
 def _load(pointers, rows_valid, columns_valid):
     """A tile, zero where a row or column is not valid; None means that all of them are."""
-    if rows_valid is None:
-        if columns_valid is None:
-            return tl.load(pointers)
-        return tl.load(pointers, mask=columns_valid[None, :], other=0.0)
-    if columns_valid is None:
-        return tl.load(pointers, mask=rows_valid[:, None], other=0.0)
-    return tl.load(pointers, mask=rows_valid[:, None] & columns_valid[None, :], other=0.0)
+    if rows_valid is None and columns_valid is None:
+        tile = tl.load(pointers)
+    elif rows_valid is None:
+        tile = tl.load(pointers, mask=columns_valid[None, :], other=0.0)
+    elif columns_valid is None:
+        tile = tl.load(pointers, mask=rows_valid[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers, mask=rows_valid[:, None] & columns_valid[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -124,22 +132,18 @@ def _inner_tile(task, rows, row_block, rank_block,
     clamped = tl.minimum(m, rows - 1)
     k = tl.arange(0, BLOCK_DEPTH)
     r = rank_block * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
-    p_pointers = _pointers(task.p, clamped, k)
-    down_pointers = _pointers(task.down, k, r)
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
     for k0 in range(0, task.depth, BLOCK_DEPTH):
         k_valid = None if EVEN_DEPTH else k < task.depth - k0
-        p = _load(p_pointers, None, k_valid)
+        p = _load(_pointers(task.p, 0, k0, clamped, k), None, k_valid)
         if DROPS_P:
             p = tl.where(keep_tile(task.seed, clamped, k0, task.depth, task.threshold, BLOCK_DEPTH), p, 0.0)
-        down = _load(down_pointers, k_valid, r < task.rank)
+        down = _load(_pointers(task.down, k0, 0, k, r), k_valid, r < task.rank)
         accumulator = tl.dot(p, down.to(p.dtype), accumulator, input_precision=PRECISION)
-        p_pointers += BLOCK_DEPTH * tl.cast(task.p.column_stride, tl.int64)
-        down_pointers += BLOCK_DEPTH * tl.cast(task.down.row_stride, tl.int64)
     if DROPS_P:
         accumulator *= task.keep_scale
     inner = accumulator.to(task.inner.data.dtype.element_ty)
-    tl.store(_pointers(task.inner, m, r), inner, mask=(m < rows)[:, None] & (r < task.rank)[None, :])
+    tl.store(_pointers(task.inner, 0, 0, m, r), inner, mask=(m < rows)[:, None] & (r < task.rank)[None, :])
 
 
 @triton.jit
@@ -147,7 +151,7 @@ def _add_branch(accumulator, branch, task, rows, columns, DROPS_BRANCH: tl.const
     """accumulator + scaling * dropout(branch), in float32: neither factor of the branch is rounded again."""
     if DROPS_BRANCH:
         keep = keep_tile(task.seed, rows, columns, task.columns, task.threshold, BLOCK_COLUMNS)
-        return accumulator + tl.where(keep, branch * (task.scaling * task.keep_scale), 0.0)
+        branch = tl.where(keep, branch * task.keep_scale, 0.0)
     return accumulator + branch * task.scaling
 
 
@@ -156,46 +160,48 @@ def _store_out(task, accumulator, rows, m, n):
     if task.bias is not None:
         accumulator += tl.load(task.bias + n, mask=n < task.columns, other=0.0).to(tl.float32)[None, :]
     out = accumulator.to(task.out.data.dtype.element_ty)
-    tl.store(_pointers(task.out, m, n), out, mask=(m < rows)[:, None] & (n < task.columns)[None, :])
+    tl.store(_pointers(task.out, 0, 0, m, n), out, mask=(m < rows)[:, None] & (n < task.columns)[None, :])
 
 
 @triton.jit
 def _out_tile(task, rows, row_block, column_block, flag,
               BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
-              BLOCK_RANK: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-              DROPS_BRANCH: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+              BLOCK_RANK: tl.constexpr, BRANCH_DEPTH: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+              DROPS_BRANCH: tl.constexpr, IN_PLACE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One tile of ``out``; waits for ``flag`` before it reads ``inner``, None where no other program writes that."""
     m = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     clamped = tl.minimum(m, rows - 1)
     n = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     n_valid = None if EVEN_COLUMNS else n < task.columns
     k = tl.arange(0, BLOCK_DEPTH)
-    p_pointers = _pointers(task.p, clamped, k)
-    q_pointers = _pointers(task.q, k, n)
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for k0 in range(0, task.depth, BLOCK_DEPTH):
         k_valid = None if EVEN_DEPTH else k < task.depth - k0
-        p = _load(p_pointers, None, k_valid)
-        q = _load(q_pointers, k_valid, n_valid)
+        p = _load(_pointers(task.p, 0, k0, clamped, k), None, k_valid)
+        q = _load(_pointers(task.q, k0, 0, k, n), k_valid, n_valid)
         accumulator = tl.dot(p, q, accumulator, input_precision=PRECISION)
-        p_pointers += BLOCK_DEPTH * tl.cast(task.p.column_stride, tl.int64)
-        q_pointers += BLOCK_DEPTH * tl.cast(task.q.row_stride, tl.int64)
 
     if flag is not None:
         while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < tl.cdiv(task.rank, BLOCK_RANK):
             pass
-    branch = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    if IN_PLACE:
+        branch = accumulator / task.scaling
+    else:
+        branch = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     # Mostly one step: stages would only cost shared memory.
-    for r0 in tl.range(0, task.rank, BLOCK_RANK, num_stages=1):
-        r = r0 + tl.arange(0, BLOCK_RANK)
+    for r0 in tl.range(0, task.rank, BRANCH_DEPTH, num_stages=1):
+        r = r0 + tl.arange(0, BRANCH_DEPTH)
         # Past the L1 cache, which is not coherent with the program that wrote it.
-        inner = tl.load(_pointers(task.inner, clamped, r), mask=(r < task.rank)[None, :], other=0.0,
+        inner = tl.load(_pointers(task.inner, 0, 0, clamped, r), mask=(r < task.rank)[None, :], other=0.0,
                         cache_modifier=".cg")  # fmt: skip
-        up = _load(_pointers(task.up, r, n), r < task.rank, n_valid)
+        up = _load(_pointers(task.up, 0, 0, r, n), r < task.rank, n_valid)
         branch = tl.dot(inner, up.to(inner.dtype), branch, input_precision=PRECISION)
-    accumulator = _add_branch(
-        accumulator, branch, task, clamped, column_block * BLOCK_COLUMNS, DROPS_BRANCH, BLOCK_COLUMNS
-    )
+    if IN_PLACE:
+        accumulator = branch * task.scaling
+    else:
+        accumulator = _add_branch(
+            accumulator, branch, task, clamped, column_block * BLOCK_COLUMNS, DROPS_BRANCH, BLOCK_COLUMNS
+        )
     _store_out(task, accumulator, rows, m, n)
 
 
@@ -211,28 +217,22 @@ def _dual_tile(task, rows, row_block,
     n_valid = None if EVEN_COLUMNS else n < task.columns
     r = tl.arange(0, BLOCK_RANK)
     k = tl.arange(0, BLOCK_DEPTH)
-    p_pointers = _pointers(task.p, clamped, k)
-    q_pointers = _pointers(task.q, k, n)
-    down_pointers = _pointers(task.down, k, r)
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     inner = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
     for k0 in range(0, task.depth, BLOCK_DEPTH):
         k_valid = None if EVEN_DEPTH else k < task.depth - k0
-        p = _load(p_pointers, None, k_valid)
-        q = _load(q_pointers, k_valid, n_valid)
-        down = _load(down_pointers, k_valid, r < task.rank)
+        p = _load(_pointers(task.p, 0, k0, clamped, k), None, k_valid)
+        q = _load(_pointers(task.q, k0, 0, k, n), k_valid, n_valid)
+        down = _load(_pointers(task.down, k0, 0, k, r), k_valid, r < task.rank)
         accumulator = tl.dot(p, q, accumulator, input_precision=PRECISION)
         if DROPS_P:
             p = tl.where(keep_tile(task.seed, clamped, k0, task.depth, task.threshold, BLOCK_DEPTH), p, 0.0)
         inner = tl.dot(p, down.to(p.dtype), inner, input_precision=PRECISION)
-        p_pointers += BLOCK_DEPTH * tl.cast(task.p.column_stride, tl.int64)
-        q_pointers += BLOCK_DEPTH * tl.cast(task.q.row_stride, tl.int64)
-        down_pointers += BLOCK_DEPTH * tl.cast(task.down.row_stride, tl.int64)
     if DROPS_P:
         inner *= task.keep_scale
     rounded = inner.to(task.inner.data.dtype.element_ty)
-    tl.store(_pointers(task.inner, m, r), rounded, mask=(m < rows)[:, None] & (r < task.rank)[None, :])
-    up = _load(_pointers(task.up, r, n), r < task.rank, n_valid)
+    tl.store(_pointers(task.inner, 0, 0, m, r), rounded, mask=(m < rows)[:, None] & (r < task.rank)[None, :])
+    up = _load(_pointers(task.up, 0, 0, r, n), r < task.rank, n_valid)
     branch = tl.dot(rounded, up.to(rounded.dtype), input_precision=PRECISION)
     accumulator = _add_branch(accumulator, branch, task, clamped, 0, DROPS_BRANCH, BLOCK_COLUMNS)
     _store_out(task, accumulator, rows, m, n)
@@ -242,8 +242,8 @@ def _dual_tile(task, rows, row_block,
 def _fused(task, rows, counters,
            PART: tl.constexpr, DROPOUT: tl.constexpr,
            BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
-           EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
+           BRANCH_DEPTH: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+           IN_PLACE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """PART: "all" (ticketed), "inner" or "out" (the launches of "split"), "dual". DROPOUT: "none", "p", "branch"."""
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
     inner_columns = tl.cdiv(task.rank, BLOCK_RANK)
@@ -256,8 +256,8 @@ def _fused(task, rows, counters,
         _inner_tile(task, rows, row, column, BLOCK_ROWS, BLOCK_DEPTH, BLOCK_RANK, EVEN_DEPTH, DROPOUT == "p", PRECISION)
     elif PART == "out":
         row, column = _work(tl.program_id(0), row_blocks, out_columns, GROUP)
-        _out_tile(task, rows, row, column, None, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_RANK, EVEN_DEPTH,
-                  EVEN_COLUMNS, DROPOUT == "branch", PRECISION)  # fmt: skip
+        _out_tile(task, rows, row, column, None, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_RANK, BRANCH_DEPTH,
+                  EVEN_DEPTH, EVEN_COLUMNS, DROPOUT == "branch", IN_PLACE, PRECISION)  # fmt: skip
     else:
         ticket = tl.atomic_add(counters + _TICKET, 1, sem="relaxed", scope="gpu")
         row, column = _work(ticket, row_blocks, inner_columns + out_columns, GROUP)
@@ -270,7 +270,7 @@ def _fused(task, rows, counters,
             tl.atomic_add(flag, 1, sem="release", scope="gpu")
         else:
             _out_tile(task, rows, row, column - inner_columns, flag, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_RANK,
-                      EVEN_DEPTH, EVEN_COLUMNS, DROPOUT == "branch", PRECISION)  # fmt: skip
+                      BRANCH_DEPTH, EVEN_DEPTH, EVEN_COLUMNS, DROPOUT == "branch", IN_PLACE, PRECISION)  # fmt: skip
         # The last program makes the counters fit for the next launch.
         if tl.atomic_add(counters + _DONE, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
             words = row_blocks + _FIRST_FLAG
@@ -293,16 +293,18 @@ def _reduce(task, rows, parts, counters,
     n = column0 + tl.arange(0, BLOCK_COLUMNS)
     r = tile // column_blocks * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     n_valid, r_valid = n < task.columns, r < task.rank
+    m = tl.arange(0, BLOCK_ROWS)
 
     per_share = tl.cdiv(tl.cdiv(rows, BLOCK_ROWS), shares) * BLOCK_ROWS
     accumulator = tl.zeros((BLOCK_COLUMNS, BLOCK_RANK), tl.float32)
     for m0 in range(share * per_share, tl.minimum((share + 1) * per_share, rows), BLOCK_ROWS):
-        m = m0 + tl.arange(0, BLOCK_ROWS)
-        big = _load(_pointers(task.big, m, n), m < rows, n_valid)
+        m_valid = m < rows - m0
+        big = _load(_pointers(task.big, 0, m0, n, m), n_valid, m_valid)
         if DROPS:
-            big = tl.where(keep_tile(task.seed, m, column0, task.columns, task.threshold, BLOCK_COLUMNS), big, 0.0)
-        inner = _load(_pointers(task.inner, m, r), m < rows, r_valid)
-        accumulator = tl.dot(tl.trans(big), inner, accumulator, input_precision=PRECISION)
+            keep = keep_tile(task.seed, m0 + m, column0, task.columns, task.threshold, BLOCK_COLUMNS)
+            big = tl.where(tl.trans(keep), big, 0.0)
+        inner = _load(_pointers(task.inner, m0, 0, m, r), m_valid, r_valid)
+        accumulator = tl.dot(big, inner, accumulator, input_precision=PRECISION)
 
     if parts is not None:
         i = tl.arange(0, BLOCK_COLUMNS)[:, None] * BLOCK_RANK + tl.arange(0, BLOCK_RANK)[None, :]
@@ -322,7 +324,7 @@ def _reduce(task, rows, parts, counters,
 @triton.jit
 def _store_gradient(task, accumulator, n, r):
     gradient = (accumulator * task.scale).to(task.out.data.dtype.element_ty)
-    tl.store(_pointers(task.out, n, r), gradient, mask=(n < task.columns)[:, None] & (r < task.rank)[None, :])
+    tl.store(_pointers(task.out, 0, 0, n, r), gradient, mask=(n < task.columns)[:, None] & (r < task.rank)[None, :])
 
 
 # -------------------------------------------------------------------------------------------------- host code
@@ -404,23 +406,31 @@ def fused_launches(device: Device, schedule: str, task: FusedTask, drops: str) -
 
     drops: what a seed applies to, "p" or "branch".
     """
-    rows, dtype = task.p.data.shape[0], task.p.data.dtype
-    config = configs.fused(device.target, device.sms, rows, task.columns, task.rank, dtype.itemsize)
-    row_blocks = configs.blocks(rows, config.rows)
-    tiles = {"inner": configs.blocks(task.rank, config.rank), "out": configs.blocks(task.columns, config.columns)}
-    if schedule == "dual" and max(tiles.values()) > 1:
-        raise ValueError(f"schedule 'dual' needs one tile column, got {tiles}")
-    columns_of = {**tiles, "all": sum(tiles.values()), "dual": 1}
+    rows, float32 = task.p.data.shape[0], float32_products(task.p.data.dtype)
+    masks_branch = drops == "branch" and task.seed is not None
+    in_place = adds_in_place(task.scaling, masks_branch)
+    config = configs.fused(
+        device.target, device.sms, schedule, rows, task.columns, task.rank, float32, _is_aligned(task), not in_place
+    )
+    tile = config.tile
+    row_blocks = configs.blocks(rows, tile.rows)
+    inner_columns = configs.blocks(task.rank, config.block_rank)
+    out_columns = configs.blocks(task.columns, tile.columns)
+    if schedule == "dual" and max(inner_columns, out_columns) > 1:
+        raise ValueError(f"schedule 'dual' is for one tile column, not {inner_columns} and {out_columns}")
+    columns_of = {"all": inner_columns + out_columns, "inner": inner_columns, "out": out_columns, "dual": 1}
     constants = {
         "DROPOUT": "none" if task.seed is None else drops,
-        "BLOCK_ROWS": config.rows,
-        "BLOCK_COLUMNS": config.columns,
-        "BLOCK_DEPTH": config.depth,
-        "BLOCK_RANK": config.rank,
-        "EVEN_DEPTH": task.depth % config.depth == 0,
-        "EVEN_COLUMNS": task.columns % config.columns == 0,
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLUMNS": tile.columns,
+        "BLOCK_DEPTH": tile.depth,
+        "BLOCK_RANK": config.block_rank,
+        "BRANCH_DEPTH": config.branch_depth,
+        "EVEN_DEPTH": task.depth % tile.depth == 0,
+        "EVEN_COLUMNS": task.columns % tile.columns == 0,
         "GROUP": config.group,
-        "PRECISION": _precision(dtype),
+        "IN_PLACE": in_place,
+        "PRECISION": float32,
     }
     return [
         Launch(
@@ -428,8 +438,8 @@ def fused_launches(device: Device, schedule: str, task: FusedTask, drops: str) -
             grid=(row_blocks * columns_of[part],),
             args=(task, rows, counters(task.p.data.device, 2 + row_blocks) if part == "all" else None),
             constants={"PART": part, **constants},
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
         for part in _PARTS.get(schedule, (schedule,))
     ]
@@ -448,15 +458,17 @@ def reduce_launch(
     columns, rank = out.shape
     big, inner = big.reshape(-1, columns), inner.reshape(-1, rank)
     rows = big.shape[0]
-    config = configs.reduce(device.target, device.sms, rows, columns, rank, big.dtype.itemsize)
-    tiles = configs.blocks(columns, config.columns) * configs.blocks(rank, config.rank)
+    float32, aligned = float32_products(big.dtype), columns % 16 == 0 and _are_rows_aligned(_matrix(big))
+    config = configs.reduce(device.target, device.sms, rows, columns, rank, float32, aligned)
+    tile = config.tile
+    tiles = configs.blocks(columns, tile.columns) * configs.blocks(rank, config.block_rank)
     parts = tile_counters = None
     if config.shares > 1:
-        shape = (tiles, config.shares, config.columns, config.rank)
+        shape = (tiles, config.shares, tile.columns, config.block_rank)
         parts = torch.empty(shape, dtype=torch.float32, device=big.device)
         tile_counters = counters(big.device, tiles)
     task = ReduceTask(
-        big=_matrix(big), inner=_matrix(inner), out=_matrix(out), seed=seed,
+        big=_matrix(big.t()), inner=_matrix(inner), out=_matrix(out), seed=seed,
         threshold=philox.keep_threshold(dropout_p),
         scale=scaling if seed is None else scaling * philox.keep_scale(dropout_p),
         columns=columns, rank=rank,
@@ -466,21 +478,36 @@ def reduce_launch(
         grid=(tiles, config.shares),
         args=(task, rows, parts, tile_counters),
         constants={
-            "BLOCK_ROWS": config.rows,
-            "BLOCK_COLUMNS": config.columns,
-            "BLOCK_RANK": config.rank,
+            "BLOCK_ROWS": tile.rows,
+            "BLOCK_COLUMNS": tile.columns,
+            "BLOCK_RANK": config.block_rank,
             "DROPS": seed is not None,
-            "PRECISION": _precision(big.dtype),
+            "PRECISION": float32,
         },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
+
+
+def adds_in_place(scaling: float, masks_branch: bool) -> bool:
+    """Whether ``inner @ up`` is accumulated onto ``p @ q / scaling``, which saves a second accumulator.
+
+    Two roundings in float32 more. Not where the branch is masked first, nor where the quotient could leave float32.
+    """
+    return not masks_branch and 2**-20 < abs(scaling) < 2**20
+
+
+def _is_aligned(task: FusedTask) -> bool:
+    """Whether Triton will find that 16-byte loads are possible, also at the edges."""
+    sizes_fit = task.depth % 16 == 0 and task.columns % 16 == 0
+    return sizes_fit and all(_are_rows_aligned(t) for t in (task.p, task.q, task.out))
+
+
+def _are_rows_aligned(matrix: Matrix) -> bool:
+    """Whether rows, or columns, are contiguous and begin at multiples of 16 elements."""
+    strides = (matrix.row_stride, matrix.column_stride)
+    return min(strides) == 1 and max(strides) % 16 == 0 and matrix.data.data_ptr() % 16 == 0
 
 
 def _matrix(t: Tensor) -> Matrix:
     return Matrix(t, *t.stride())
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Of products of float32; other dtypes are multiplied exactly."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import dispatch, philox
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from . import _cpu
+from . import _cpu, _triton
 
 # ---------------------------------------------------------------------------------------------------- forward
 
@@ -43,6 +43,17 @@ def _cpu_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> 
     if seed is not None and x.dtype == torch.float64:
         return _cpu.REFUSED_DTYPE
     return _cpu.matmul_verdict(x)
+
+
+def _triton_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
+    n, k = weight.shape
+    return _triton.lora_verdict(x, n, k, lora_A.shape[0])
+
+
+def _triton_run(schedule: str, *args) -> tuple[Tensor, Tensor]:
+    from ..triton_kernels import lora_linear
+
+    return lora_linear.forward(schedule, *args)
 
 
 def _sizes(x: Tensor, weight: Tensor, lora_A: Tensor) -> tuple[int, int, int, int]:
@@ -93,6 +104,17 @@ def _cpu_supports_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, 
     return _cpu_supports(x, weight, lora_A, lora_B, None, seed, scaling, dropout_p)
 
 
+def _triton_supports_backward(grad_y, x, s, weight, *_) -> Verdict:
+    n, k = weight.shape
+    return _triton.lora_verdict(x, k, n, s.shape[-1])
+
+
+def _triton_run_backward(schedule: str, *args) -> tuple[Tensor, Tensor, Tensor]:
+    from ..triton_kernels import lora_linear
+
+    return lora_linear.backward(schedule, *args)
+
+
 def _flops_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, need_x, need_A, need_B) -> int:
     m, n, k, r = _sizes(x, weight, lora_A)
     flops = 2 * m * n * r if need_x or need_A else 0
@@ -116,7 +138,10 @@ BACKWARD = dispatch.register(
         ),
         reference=_reference_backward,
         fake=_fake_backward,
-        kernels={"cpu": Kernel(_cpu_supports_backward)},
+        kernels={
+            "triton": Kernel(_triton_supports_backward, _triton_run_backward),
+            "cpu": Kernel(_cpu_supports_backward),
+        },
         flops=_flops_backward,
         bytes=_bytes_backward,
     )
@@ -164,7 +189,7 @@ SPEC = dispatch.register(
         ),
         reference=_reference,
         fake=_fake,
-        kernels={"cpu": Kernel(_cpu_supports)},
+        kernels={"triton": Kernel(_triton_supports, _triton_run), "cpu": Kernel(_cpu_supports)},
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 1, 4),
         flops=_flops,
