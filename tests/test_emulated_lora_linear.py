@@ -5,6 +5,7 @@ from __future__ import annotations
 import emulator
 import pytest
 import torch
+from covering import covering_pairs
 from numerics import assert_as_accurate
 
 from lora_kernels import philox
@@ -51,27 +52,6 @@ def check(name, args, *, scaling=1.7, p=0.0, **options):
     assert_as_accurate(s, torch_s, exact_s, "s")
     assert_as_accurate(y, torch_y, exact_y, "y")
     return y, s, report
-
-
-def covering_pairs(**axes):
-    """Few combinations that hold every pair of values of every two axes, chosen greedily."""
-    names = list(axes)
-    open_pairs = {(a, x, b, y) for i, a in enumerate(names) for b in names[i + 1 :] for x in axes[a] for y in axes[b]}
-    chosen = []
-    while open_pairs:
-        a, x, b, y = min(open_pairs, key=repr)
-        case = {a: x, b: y}
-        for name in names:
-            if name not in case:
-                case[name] = max(axes[name], key=lambda v: len(_pairs({**case, name: v}, names) & open_pairs))
-        open_pairs -= _pairs(case, names)
-        chosen.append(case)
-    return chosen
-
-
-def _pairs(case, names):
-    known = [n for n in names if n in case]
-    return {(a, case[a], b, case[b]) for i, a in enumerate(known) for b in known[i + 1 :]}
 
 
 # Shapes that make the choice: (tile's rows, aligned, rank tile) -> m, n, k, rank, sms.

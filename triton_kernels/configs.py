@@ -64,9 +64,13 @@ class ReduceConfig(NamedTuple):
 
 _SMALL = Tile(64, 64, 64, 4, 3, "for problems that leave SMs idle with the large tile; up to 48 KB")
 _FEW_ROWS = Tile(16, 64, 128, 4, 3, "one mma of rows; the deep tile keeps many loads of the weight in flight")
-_REDUCE = Tile(64, 128, 0, 8, 3, "128 columns are coalesced loads; eight warps leave registers for the mask; up to 72 KB")
+_REDUCE = Tile(
+    64, 128, 0, 8, 3, "128 columns are coalesced loads; eight warps leave registers for the mask; up to 72 KB"
+)
 # The same for every architecture.
-_NARROW = Tile(64, 64, 32, 8, 4, "unaligned rows need a pointer per element, dual a second accumulator: all in registers")
+_NARROW = Tile(
+    64, 64, 32, 8, 4, "unaligned rows need a pointer per element, dual a second accumulator: all in registers"
+)
 _UNALIGNED_REDUCE = Tile(32, 64, 0, 8, 3, _NARROW.why)
 _TF32 = Tile(64, 64, 32, 8, 3, "elements are twice as wide")
 _IEEE = Tile(32, 32, 32, 4, 3, "float32 without tf32 has no tensor cores: operands of every product are in registers")
@@ -76,7 +80,9 @@ TARGETS = {
     "sm_80": Target(
         163 << 10,
         "ticketed",
-        large=Tile(128, 128, 32, 8, 4, "48 KB; with four warps the accumulator leaves too few registers for ragged shapes"),
+        large=Tile(
+            128, 128, 32, 8, 4, "48 KB; with four warps the accumulator leaves too few registers for ragged shapes"
+        ),
         masked=Tile(128, 128, 32, 8, 4, "two accumulators of 128 x 128 are 256 registers with four warps"),
         small=_SMALL,
         few_rows=_FEW_ROWS,

@@ -48,9 +48,7 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         """Launch on the current stream of the device that the first tensor is on."""
-        self.kernel[self.grid](
-            *self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        self.kernel[self.grid](*self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -185,7 +185,7 @@ def _out_tile(task, rows, row_block, column_block, flag,
         while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < tl.cdiv(task.rank, BLOCK_RANK):
             pass
     if IN_PLACE:
-        branch = accumulator / task.scaling
+        branch = accumulator * (1.0 / task.scaling)
     else:
         branch = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     # Mostly one step: stages would only cost shared memory.
@@ -494,7 +494,7 @@ def adds_in_place(scaling: float, masks_branch: bool) -> bool:
 
     Two roundings in float32 more. Not where the branch is masked first, nor where the quotient could leave float32.
     """
-    return not masks_branch and 2**-20 < abs(scaling) < 2**20
+    return not masks_branch and 2**-10 < abs(scaling) < 2**10
 
 
 def _is_aligned(task: FusedTask) -> bool:

@@ -1,0 +1,105 @@
+"""The Triton kernels on the CPU: runs interpreted_lora_linear.py where Triton interprets kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels.ops import _triton
+from lora_kernels.spec import Verdict
+from lora_kernels.triton_kernels.launching import Device
+
+INTERPRETED = Path(__file__).with_name("interpreted_lora_linear.py")
+VALUES = "test_values_and_gradients"
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def run_interpreted(*options: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(INTERPRETED)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment.pop("LORA_KERNELS_BACKEND", None)
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
+
+
+@needs_triton
+@pytest.mark.parametrize("selected", [f"{VALUES}", f"not {VALUES}"])
+def test_interpreted(selected):
+    run_interpreted("-k", selected)
+
+
+@needs_triton
+@pytest.mark.full
+def test_interpreted_in_full():
+    run_interpreted("-m", "full")
+
+
+# What needs no interpreter: who is asked, and what is answered.
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(target): dispatch of tensors on the meta device sees such a GPU of 100 SMs."""
+
+    def pretend(target):
+        monkeypatch.setattr(_triton, "is_installed", lambda: True)
+        monkeypatch.setattr(_triton, "device_of", lambda _: None if target is None else Device(target, 100))
+
+    return pretend
+
+
+def verdict(m=512, n=4096, k=4096, rank=16, dtype=torch.bfloat16) -> Verdict:
+    return _triton.lora_verdict(torch.empty(m, k, dtype=dtype, device="meta"), n, k, rank)
+
+
+def test_schedule_of_each_architecture(gpu):
+    for target, schedule in (("sm_80", "ticketed"), ("sm_90", "ticketed"), ("sm_120", "ticketed"), ("gfx942", "split")):
+        gpu(target)
+        assert verdict().schedule == schedule
+        assert verdict(n=64).schedule == "dual"
+        assert verdict(n=64, rank=65).schedule == schedule
+
+
+def test_refusals(gpu, monkeypatch):
+    gpu("sm_80")
+    assert verdict(rank=256).schedule is not None
+    assert verdict(rank=257) == (None, lk.Reason.RANK)
+    assert verdict(m=2**31) == (None, lk.Reason.SIZE)
+    assert verdict(m=2**29, n=2**20) == (None, lk.Reason.SIZE)
+    assert verdict(dtype=torch.float64) == (None, lk.Reason.DTYPE)
+    assert verdict(dtype=torch.float32) == (None, lk.Reason.FP32_STRICT)
+    with lk.use_backend("triton"):
+        assert verdict(dtype=torch.float32).schedule == "ticketed"
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    assert verdict(dtype=torch.float32).schedule == "ticketed"
+    gpu(None)
+    assert verdict() == (None, lk.Reason.ARCHITECTURE)
+    monkeypatch.setattr(_triton, "is_installed", lambda: False)
+    assert verdict() == (None, lk.Reason.TRITON_NOT_INSTALLED)
+
+
+def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_triton, "is_installed", lambda: True)
+    x, weight, A, B = torch.randn(3, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    with lk.use_backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        lk.lora_linear(x, weight, A, B)
+    assert lk.why("lora_linear", x, weight, A, B).backend == "cpu"
+
+
+def test_wgmma_is_preferred_to_mma_sync_for_many_rows(gpu):
+    meta = torch.device("meta")
+    for target, rows, preferred in (("sm_90", 4096, True), ("sm_90", 128, False), ("sm_80", 4096, False)):
+        gpu(target)
+        assert _triton.is_preferred(verdict(), meta, rows, 4096) == preferred
+    gpu("sm_90")
+    assert not _triton.is_preferred(verdict(rank=300), meta, 4096, 4096), "Triton must be able to serve it"
+    with lk.use_backend("cuda"):
+        assert not _triton.is_preferred(verdict(), meta, 4096, 4096)
