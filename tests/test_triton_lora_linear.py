@@ -64,7 +64,7 @@ def test_schedule_of_each_architecture(gpu):
         gpu(target)
         assert verdict().schedule == schedule
         assert verdict(n=64).schedule == "dual"
-        assert verdict(n=64, rank=65).schedule == schedule
+        assert verdict(n=64, rank=33).schedule == schedule
 
 
 def test_refusals(gpu, monkeypatch):

@@ -1,8 +1,8 @@
 """Architecture and problem to tile and schedule. Pure Python: no Triton, no GPU.
 
 Tiles were chosen by what the compiler makes of them (no spilled registers, shared memory within the limit, two programs
-on a multiprocessor where both fit), not by measurement. The compiler holds ``num_stages`` tiles of both operands in shared
-memory for wgmma and tcgen05, and one less for mma.sync.
+on a multiprocessor where both fit), not by measurement. The compiler holds ``num_stages`` tiles of both operands in
+shared memory for wgmma and tcgen05, and one less for mma.sync.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import NamedTuple
 MAX_RANK = 256
 _BLOCK_RANK = 64
 """Ranks beyond it take several tile columns of ``inner``: its accumulators would not fit into registers."""
+_DUAL_RANK = 32
+"""Ranks beyond it make the accumulators of schedule "dual" too many registers."""
 _GROUP_ROWS = 1024
 """Rows of p whose tickets follow each other: its tiles share them through the L2 cache."""
 
@@ -64,13 +66,9 @@ class ReduceConfig(NamedTuple):
 
 _SMALL = Tile(64, 64, 64, 4, 3, "for problems that leave SMs idle with the large tile; up to 48 KB")
 _FEW_ROWS = Tile(16, 64, 128, 4, 3, "one mma of rows; the deep tile keeps many loads of the weight in flight")
-_REDUCE = Tile(
-    64, 128, 0, 8, 3, "128 columns are coalesced loads; eight warps leave registers for the mask; up to 72 KB"
-)
+_REDUCE = Tile(64, 128, 0, 8, 3, "128 columns are coalesced loads; eight warps leave registers for the mask")
 # The same for every architecture.
-_NARROW = Tile(
-    64, 64, 32, 8, 4, "unaligned rows need a pointer per element, dual a second accumulator: all in registers"
-)
+_NARROW = Tile(64, 64, 32, 8, 4, "unaligned rows need a pointer per element, dual a second accumulator: registers")
 _UNALIGNED_REDUCE = Tile(32, 64, 0, 8, 3, _NARROW.why)
 _TF32 = Tile(64, 64, 32, 8, 3, "elements are twice as wide")
 _IEEE = Tile(32, 32, 32, 4, 3, "float32 without tf32 has no tensor cores: operands of every product are in registers")
@@ -80,9 +78,7 @@ TARGETS = {
     "sm_80": Target(
         163 << 10,
         "ticketed",
-        large=Tile(
-            128, 128, 32, 8, 4, "48 KB; with four warps the accumulator leaves too few registers for ragged shapes"
-        ),
+        large=Tile(128, 128, 32, 8, 4, "48 KB; with four warps the accumulator leaves too few registers for the rest"),
         masked=Tile(128, 128, 32, 8, 4, "two accumulators of 128 x 128 are 256 registers with four warps"),
         small=_SMALL,
         few_rows=_FEW_ROWS,
@@ -150,9 +146,9 @@ def target_of(capability: tuple[int, int] | None) -> str | None:
 
 
 def schedule(target: str, columns: int, rank: int, float32: str | None) -> str:
-    """The schedule for ``out`` [rows, columns] and ``inner`` [rows, rank]; the other arguments are those of ``fused``."""
+    """The schedule for ``out`` [rows, columns] and ``inner`` [rows, rank]; ``float32`` as for ``fused``."""
     widest = _NARROW.columns if float32 is None else (_TF32 if float32 == "tf32" else _IEEE).columns
-    return "dual" if columns <= widest and rank <= _BLOCK_RANK else TARGETS[target].schedule
+    return "dual" if columns <= widest and rank <= _DUAL_RANK else TARGETS[target].schedule
 
 
 def fused(
@@ -196,10 +192,9 @@ def reduce(
     target: str, sms: int, rows: int, columns: int, rank: int, float32: str | None, aligned: bool
 ) -> ReduceConfig:
     """For a sum over ``rows`` that has [columns, rank] elements; the other arguments are those of ``fused``."""
+    tile = TARGETS[target].reduce if aligned else _UNALIGNED_REDUCE
     if float32 is not None:
         tile = _FLOAT32_REDUCE
-    else:
-        tile = TARGETS[target].reduce if aligned else _UNALIGNED_REDUCE
     block_rank = _block_rank(rank)
     tiles = blocks(columns, tile.columns) * blocks(rank, block_rank)
     # Two programs per SM; a share has at least four steps, or writing its part costs more than it saves.

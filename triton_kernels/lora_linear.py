@@ -2,8 +2,9 @@
 
 Forward and the gradient of x are the same computation with other operands (``inner`` is kept, rounded to p's dtype)::
 
-    inner = p @ down                            forward:  s      = dropout(x) Aᵀ       gradient of x:  grad_s = grad_y B
-    out   = p @ q + bias + scaling * inner @ up           y      = x Wᵀ + ...                          grad_x = grad_y W + ...
+                                          forward                  gradient of x
+    inner = p @ down                      s = dropout(x) Aᵀ        grad_s = grad_y B
+    out = p @ q + scaling * inner @ up    y = x Wᵀ + scaling s Bᵀ  grad_x = grad_y W + scaling dropout(grad_s A)
 
 Forward drops elements of p on the way to ``inner``; the gradient of x drops elements of ``inner @ up``. One kernel
 computes both products in one launch. Its schedules:
@@ -166,8 +167,9 @@ def _store_out(task, accumulator, rows, m, n):
 @triton.jit
 def _out_tile(task, rows, row_block, column_block, flag,
               BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
-              BLOCK_RANK: tl.constexpr, BRANCH_DEPTH: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-              DROPS_BRANCH: tl.constexpr, IN_PLACE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+              BLOCK_RANK: tl.constexpr, BRANCH_DEPTH: tl.constexpr,
+              EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, DROPS_BRANCH: tl.constexpr,
+              IN_PLACE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One tile of ``out``; waits for ``flag`` before it reads ``inner``, None where no other program writes that."""
     m = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     clamped = tl.minimum(m, rows - 1)
@@ -184,10 +186,9 @@ def _out_tile(task, rows, row_block, column_block, flag,
     if flag is not None:
         while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < tl.cdiv(task.rank, BLOCK_RANK):
             pass
+    branch = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     if IN_PLACE:
         branch = accumulator * (1.0 / task.scaling)
-    else:
-        branch = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     # Mostly one step: stages would only cost shared memory.
     for r0 in tl.range(0, task.rank, BRANCH_DEPTH, num_stages=1):
         r = r0 + tl.arange(0, BRANCH_DEPTH)

@@ -1,4 +1,4 @@
-"""What the Triton kernels of several ops agree on. Imports neither Triton nor the kernels: that happens at the first call."""
+"""What the Triton kernels of several ops agree on. Imports neither Triton nor the kernels: the first call does."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def lora_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) -> Verdic
 def is_preferred(verdict: Verdict, device: torch.device, rows: int, columns: int) -> bool:
     """Whether a CUDA kernel of mma.sync should leave a call to Triton, whose ``verdict`` on it is given.
 
-    On sm_90 and sm_100 ``tl.dot`` becomes wgmma and tcgen05, which mma.sync cannot keep up with once every SM has a large
-    tile to compute.
+    On sm_90 and sm_100 ``tl.dot`` becomes wgmma and tcgen05, which mma.sync cannot keep up with once every SM has a
+    large tile to compute.
     """
     if verdict.schedule is None or dispatch.forced_backend() == "cuda":
         return False
