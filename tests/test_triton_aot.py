@@ -170,13 +170,18 @@ def test_float32(arch, precision, tmp_path, monkeypatch):
     check(arch, tmp_path, m=4096, n=1000, k=1024, rank=64, dtype=FP32, adapter_dtype=FP32, p=0.1, bias=True)
 
 
-def test_two_architectures_fit_in_one_process(tmp_path):
-    # The waiting loop: an acquire that every thread of the program is behind.
-    for arch in ("sm_80", "sm_90"):
-        (launch,) = (launch for name, launch in launches(arch, **PROBLEMS["large"]) if name == "forward all")
-        code = compile_for(arch, launch).asm["ptx"]
-        assert re.search(r"acquire\.b32|acquire.*\.b32|acq", code)
-        assert "release" in code
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_order_between_programs(arch):
+    (launch,) = (launch for name, launch in launches(arch, **PROBLEMS["large"]) if name == "forward all")
+    code = compile_for(arch, launch).asm["ptx"].splitlines()
+    barriers = [i for i, line in enumerate(code) if "bar.sync" in line]
+    # One thread releases, after a barrier that is behind every thread's stores of s.
+    (release,) = (i for i, line in enumerate(code) if ".gpu.release." in line)
+    assert not [line for line in code[max(i for i in barriers if i < release) : release] if "st.global" in line]
+    # One thread acquires, before a barrier that is ahead of every thread's loads of s.
+    (acquire,) = (i for i, line in enumerate(code) if ".gpu.acquire." in line)
+    after = code[acquire + 1 : min(i for i in barriers if i > acquire)]
+    assert not [line for line in after if "ld.global" in line or "cp.async" in line]
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_120"])
