@@ -165,8 +165,8 @@ def test_machine_code_of_the_other_problems(arch, problem, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_float32(arch, precision, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+def test_float32(arch, precision, tmp_path, fp32_precision):
+    fp32_precision(precision)
     check(arch, tmp_path, m=4096, n=1000, k=1024, rank=64, dtype=FP32, adapter_dtype=FP32, p=0.1, bias=True)
 
 

@@ -14,6 +14,7 @@ import torch
 import lora_kernels as lk
 from lora_kernels.ops import _triton
 from lora_kernels.spec import Verdict
+from lora_kernels.triton_kernels import configs
 from lora_kernels.triton_kernels.launching import Device
 
 INTERPRETED = Path(__file__).with_name("interpreted_lora_linear.py")
@@ -67,7 +68,26 @@ def test_schedule_of_each_architecture(gpu):
         assert verdict(n=64, rank=33).schedule == schedule
 
 
-def test_refusals(gpu, monkeypatch):
+def test_architecture_of_a_capability():
+    expected = {(7, 5): None, (8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_80", (8, 9): "sm_86", (9, 0): "sm_90"}
+    expected |= {(10, 0): "sm_100", (10, 3): "sm_100", (12, 0): "sm_120", (12, 1): "sm_120", None: "gfx942"}
+    assert {capability: configs.target_of(capability) for capability in expected} == expected
+
+
+def test_tiles_shrink_with_the_problem():
+    def rows_and_columns(rows, columns, **options):
+        options = {"rank": 16, "float32": None, "aligned": True, "separate_branch": False, **options}
+        return configs.fused("sm_90", 132, "ticketed", rows, columns, **options).tile[:2]
+
+    assert rows_and_columns(4096, 4096) == (128, 256)
+    assert rows_and_columns(4096, 4096, separate_branch=True) == (128, 128)
+    assert rows_and_columns(1024, 4096) == (128, 128)
+    assert rows_and_columns(512, 4096) == rows_and_columns(64, 65536) == (64, 64)
+    assert rows_and_columns(16, 4096) == (16, 64)
+    assert rows_and_columns(4096, 4096, aligned=False) == (64, 64)
+
+
+def test_refusals(gpu, monkeypatch, fp32_precision):
     gpu("sm_80")
     assert verdict(rank=256).schedule is not None
     assert verdict(rank=257) == (None, lk.Reason.RANK)
@@ -77,7 +97,7 @@ def test_refusals(gpu, monkeypatch):
     assert verdict(dtype=torch.float32) == (None, lk.Reason.FP32_STRICT)
     with lk.use_backend("triton"):
         assert verdict(dtype=torch.float32).schedule == "ticketed"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    fp32_precision("tf32")
     assert verdict(dtype=torch.float32).schedule == "ticketed"
     gpu(None)
     assert verdict() == (None, lk.Reason.ARCHITECTURE)
@@ -96,7 +116,7 @@ def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
 
 def test_wgmma_is_preferred_to_mma_sync_for_many_rows(gpu):
     meta = torch.device("meta")
-    for target, rows, preferred in (("sm_90", 4096, True), ("sm_90", 128, False), ("sm_80", 4096, False)):
+    for target, rows, preferred in (("sm_90", 4096, True), ("sm_90", 256, False), ("sm_80", 4096, False)):
         gpu(target)
         assert _triton.is_preferred(verdict(), meta, rows, 4096) == preferred
     gpu("sm_90")

@@ -36,8 +36,8 @@ class Target(NamedTuple):
     """What one program may use."""
     schedule: str
     large: Tile
-    masked: Tile
-    """Large, where the low-rank branch needs an accumulator of its own until it is masked."""
+    medium: Tile
+    """For fewer tiles, and where the low-rank branch needs an accumulator of its own until it is masked."""
     small: Tile
     few_rows: Tile
     reduce: Tile
@@ -79,7 +79,7 @@ TARGETS = {
         163 << 10,
         "ticketed",
         large=Tile(128, 128, 32, 8, 4, "48 KB; with four warps the accumulator leaves too few registers for the rest"),
-        masked=Tile(128, 128, 32, 8, 4, "two accumulators of 128 x 128 are 256 registers with four warps"),
+        medium=Tile(128, 128, 32, 8, 4, "two accumulators of 128 x 128 are 256 registers with four warps"),
         small=_SMALL,
         few_rows=_FEW_ROWS,
         reduce=_REDUCE,
@@ -88,7 +88,7 @@ TARGETS = {
         99 << 10,
         "ticketed",
         large=Tile(128, 128, 32, 8, 4, "as sm_80"),
-        masked=Tile(128, 128, 32, 8, 4, "as sm_80"),
+        medium=Tile(128, 128, 32, 8, 4, "as sm_80"),
         small=_SMALL,
         few_rows=_FEW_ROWS,
         reduce=_REDUCE,
@@ -97,7 +97,7 @@ TARGETS = {
         227 << 10,
         "ticketed",
         large=Tile(128, 256, 64, 8, 4, "192 KB: the widest wgmma needs the least L2 traffic per product"),
-        masked=Tile(128, 128, 64, 8, 3, "two accumulators of 128 x 256 would spill"),
+        medium=Tile(128, 128, 64, 8, 3, "two accumulators of 128 x 256 would spill"),
         small=_SMALL,
         few_rows=_FEW_ROWS,
         reduce=_REDUCE,
@@ -106,7 +106,7 @@ TARGETS = {
         227 << 10,
         "ticketed",
         large=Tile(128, 128, 64, 8, 3, "96 KB: two programs per SM; 256 columns spill when tensor memory is read back"),
-        masked=Tile(128, 128, 64, 8, 3, "as large"),
+        medium=Tile(128, 128, 64, 8, 3, "as large"),
         small=_SMALL,
         few_rows=_FEW_ROWS,
         reduce=_REDUCE,
@@ -115,7 +115,7 @@ TARGETS = {
         99 << 10,
         "ticketed",
         large=Tile(128, 128, 32, 8, 4, "mma.sync like sm_86, without its spare registers at four warps"),
-        masked=Tile(128, 128, 32, 8, 4, "as large"),
+        medium=Tile(128, 128, 32, 8, 4, "as large"),
         small=_SMALL,
         few_rows=_FEW_ROWS,
         reduce=_REDUCE,
@@ -125,7 +125,7 @@ TARGETS = {
         64 << 10,
         "split",
         large=Tile(128, 128, 64, 8, 2, "32 KB of 64: two programs per compute unit; wavefronts are 64 wide"),
-        masked=Tile(128, 128, 64, 8, 2, "as large"),
+        medium=Tile(128, 128, 64, 8, 2, "as large"),
         small=Tile(64, 64, 64, 4, 2, "for problems that leave compute units idle"),
         few_rows=Tile(16, 64, 128, 4, 2, "one mfma of rows"),
         reduce=Tile(64, 128, 0, 8, 2, "24 KB at rank 64"),
@@ -163,7 +163,6 @@ def fused(
         separate_branch: the low-rank branch needs an accumulator of its own.
     """
     row = TARGETS[target]
-    large = row.masked if separate_branch else row.large
     if float32 is not None:
         tile = _TF32 if float32 == "tf32" else _IEEE
     elif schedule == "dual" or not aligned:
@@ -171,15 +170,15 @@ def fused(
     elif rows <= row.few_rows.rows:
         tile = row.few_rows
     else:
-        tile = large if fills(target, sms, rows, columns) else row.small
+        wide = (row.medium,) if separate_branch else (row.large, row.medium)
+        tile = next((tile for tile in wide if fills(tile, sms, rows, columns)), row.small)
     # Of a rank that is no multiple of 16 every element of A and B needs its own pointer.
     branch_depth = _block_rank(rank) if rank % 16 == 0 else 16
     return FusedConfig(tile, _block_rank(rank), branch_depth, max(1, _GROUP_ROWS // tile.rows))
 
 
-def fills(target: str, sms: int, rows: int, columns: int) -> bool:
-    """Whether there is a large tile for every SM, and no large tile is half empty."""
-    tile = TARGETS[target].large
+def fills(tile: Tile, sms: int, rows: int, columns: int) -> bool:
+    """Whether there is such a tile for every SM, and none has half of its rows empty."""
     return 2 * rows > tile.rows and blocks(rows, tile.rows) * blocks(columns, tile.columns) >= sms
 
 

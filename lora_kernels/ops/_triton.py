@@ -77,9 +77,10 @@ def is_preferred(verdict: Verdict, device: torch.device, rows: int, columns: int
     """Whether a CUDA kernel of mma.sync should leave a call to Triton, whose ``verdict`` on it is given.
 
     On sm_90 and sm_100 ``tl.dot`` becomes wgmma and tcgen05, which mma.sync cannot keep up with once every SM has a
-    large tile to compute.
+    wide tile to compute.
     """
     if verdict.schedule is None or dispatch.forced_backend() == "cuda":
         return False
     gpu = device_of(device)
-    return gpu.target in ("sm_90", "sm_100") and configs.fills(gpu.target, gpu.sms, rows, columns)
+    tile = configs.TARGETS[gpu.target].medium
+    return gpu.target in ("sm_90", "sm_100") and configs.fills(tile, gpu.sms, rows, columns)
