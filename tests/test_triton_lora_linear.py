@@ -51,6 +51,7 @@ def gpu(monkeypatch):
 
     def pretend(target):
         monkeypatch.setattr(_triton, "is_installed", lambda: True)
+        monkeypatch.setattr(_triton, "version", lambda: (3, 7))
         monkeypatch.setattr(_triton, "device_of", lambda _: None if target is None else Device(target, 100))
 
     return pretend
@@ -101,6 +102,8 @@ def test_refusals(gpu, monkeypatch, fp32_precision):
     assert verdict(dtype=torch.float32).schedule == "ticketed"
     gpu(None)
     assert verdict() == (None, lk.Reason.ARCHITECTURE)
+    monkeypatch.setattr(_triton, "version", lambda: (3, 6))
+    assert verdict() == (None, lk.Reason.TRITON_TOO_OLD)
     monkeypatch.setattr(_triton, "is_installed", lambda: False)
     assert verdict() == (None, lk.Reason.TRITON_NOT_INSTALLED)
 

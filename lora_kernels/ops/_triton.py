@@ -14,6 +14,8 @@ from ..spec import Verdict
 from ..triton_kernels import configs
 from ..triton_kernels.launching import device_of, float32_products
 
+OLDEST = (3, 7)
+"""Version of Triton: 3.6 does not compile the kernels under dropout."""
 MAX_SIZE = 2**31 - 1024
 """Rows, columns and tiles are counted in int32; the margin is what the last, partly filled tiles reach beyond."""
 
@@ -23,6 +25,7 @@ _SCHEDULES = {
     "dual": Verdict("dual", "one tile column: both products from one pass"),
 }
 _NOT_INSTALLED = Verdict(None, Reason.TRITON_NOT_INSTALLED)
+_TOO_OLD = Verdict(None, Reason.TRITON_TOO_OLD)
 _NOT_INTERPRETED = Verdict(None, Reason.NOT_INTERPRETED)
 _DTYPE = Verdict(None, Reason.DTYPE)
 _LAYOUT = Verdict(None, Reason.LAYOUT)
@@ -38,13 +41,24 @@ def is_installed() -> bool:
     return find_spec("triton") is not None
 
 
+@functools.cache
+def version() -> tuple[int, int]:
+    """Of the Triton that is installed."""
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)
+
+
 def refusal(device: torch.device) -> Verdict | None:
     """Why no Triton kernel runs for tensors on ``device``; None where one does."""
     if not is_installed():
         return _NOT_INSTALLED
-    if device.type == "cpu":
-        # Triton reads the variable when kernels are defined; asked for by force only, because it is very slow.
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else _NOT_INTERPRETED
+    # Triton reads the variable when kernels are defined. The CPU is only asked by force, because it is very slow.
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return _NOT_INTERPRETED
+    if version() < OLDEST:
+        return _TOO_OLD
     return _ARCHITECTURE if device_of(device) is None else None
 
 
