@@ -154,7 +154,7 @@ def readable(kernel: str) -> str:
     if shutil.which("c++filt") is None:
         return kernel
     name = subprocess.run(["c++filt", kernel], capture_output=True, text=True, check=True).stdout.strip()
-    return re.sub(r"^void |lk::|\(.*\)$", "", re.sub(r"\((?:int|bool)\)", "", name))
+    return re.sub(r"^void |lk::|\(.*\)$", "", re.sub(r"\((?:int|bool|lk::\w+)\)", "", name))
 
 
 CUDA_HOME, CUDA_REASON = find_nvcc()

@@ -154,12 +154,13 @@ def backends() -> dict[str, BackendStatus]:
     cuda = extension(_native.cuda, _native.cuda_error, "lora_kernels._cuda")
     if cuda.available and not torch.cuda.is_available():
         cuda = BackendStatus(False, "lora_kernels._cuda loads, but torch sees no CUDA device")
-    has_triton = find_spec("triton") is not None
-    served = [name for name, spec in _SPECS.items() if "triton" in spec.kernels]
-    if not has_triton:
+    served = ", ".join(name for name, spec in _SPECS.items() if "triton" in spec.kernels)
+    if find_spec("triton") is None:
         triton = BackendStatus(False, str(Reason.TRITON_NOT_INSTALLED))
+    elif not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        triton = BackendStatus(False, f"{Reason.NOT_INTERPRETED}; serves {served}")
     else:
-        triton = BackendStatus(bool(served), ", ".join(served) or "no op has a Triton kernel yet")
+        triton = BackendStatus(True, f"serves {served}")
     return {
         "cuda": cuda,
         "triton": triton,

@@ -14,3 +14,11 @@ def pytest_configure():
 def _clean_slate():
     torch.manual_seed(0)
     lk.reset_stats()
+
+
+@pytest.fixture
+def fp32_precision():
+    """fp32_precision("tf32"): how torch multiplies float32 on a GPU, until the test ends."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value)
+    torch.backends.cuda.matmul.fp32_precision = before

@@ -7,7 +7,8 @@ import itertools
 import emulator
 import pytest
 import torch
-from emulated import case_id, check_backward, covering_pairs, grad_y_of, matrices, run_backward, saved_s
+from covering import case_id, covering_pairs
+from emulated import check_backward, grad_y_of, matrices, run_backward, saved_s
 
 MANY = 1000  # SMs: more than there are tiles
 

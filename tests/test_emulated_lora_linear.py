@@ -5,7 +5,8 @@ from __future__ import annotations
 import emulator
 import pytest
 import torch
-from emulated import DTYPES, case_id, check_forward, covering_pairs, matrices, run_forward, unfused_forward
+from covering import case_id, covering_pairs
+from emulated import DTYPES, check_forward, matrices, run_forward, unfused_forward
 from numerics import assert_as_accurate
 
 MANY = 1000  # SMs: more than there are tiles

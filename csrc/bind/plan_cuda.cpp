@@ -44,7 +44,7 @@ PyObject* to_python(std::span<const Field> fields) {
 PyObject* to_python(const Plan& p) {
   return Py_BuildValue("{s:s,s:s,s:s,s:[L,i,i],s:[i,i,i],s:[i,i,i],s:i,s:L,s:{s:n,s:N}}",  //
                        "schedule", p.schedule,                                             //
-                       "reason", p.reason.c_str(),                                                //
+                       "reason", p.reason.c_str(),                                         //
                        "kernel", p.kernel.name.c_str(),                                    //
                        "grid", static_cast<long long>(p.blocks), 1, 1,                     //
                        "block", p.kernel.threads, 1, 1,                                    //

@@ -35,18 +35,17 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def tensor_core_verdict(x: torch.Tensor, weight: torch.Tensor, rank: int) -> Verdict:
-    """Whether the tensor-core kernels of a LoRA linear serve ``x`` [..., K] and ``weight`` [N, K]."""
+def tensor_core_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) -> Verdict:
+    """Whether the tensor-core kernels of a LoRA linear serve the rows of ``x``, for these sizes of the weight."""
     if x.dtype == torch.float32:
         return _FP32_STRICT
     if x.dtype != torch.bfloat16 and x.dtype != torch.float16:
         return _DTYPE
     if rank > MAX_RANK:
         return _RANK
-    n, k = weight.shape
-    m = x.numel() // k
-    tiles = (m // SMALLEST_TILE + 1) * (n // SMALLEST_TILE + 1 + MAX_RANK // SMALLEST_RANK_TILE)
-    if max(m, n, k, tiles) > MAX_SIZE:
+    rows = x.numel() // x.shape[-1]
+    tiles = (rows // SMALLEST_TILE + 1) * (columns // SMALLEST_TILE + 1 + MAX_RANK // SMALLEST_RANK_TILE)
+    if max(rows, columns, depth, tiles) > MAX_SIZE:
         return _SIZE
     if capability(x.device) < OLDEST:
         return _ARCHITECTURE

@@ -6,12 +6,23 @@ import torch
 
 from .. import dispatch, philox
 from ..spec import Kernel, OpSpec, Verdict
+from . import _triton
 
 _PHILOX = Verdict("philox", "one Philox call per 8 elements")
 
 
 def _reference(seed: torch.Tensor, rows: int, columns: int, p: float) -> torch.Tensor:
     return philox.keep_mask(seed, rows, columns, p)
+
+
+def _triton_supports(seed: torch.Tensor, rows: int, columns: int, p: float) -> Verdict:
+    return _triton.refusal(seed.device) or _PHILOX
+
+
+def _triton_run(schedule: str, *args) -> torch.Tensor:
+    from ..triton_kernels import dropout_mask
+
+    return dropout_mask.dropout_mask(*args)
 
 
 def _fake(seed: torch.Tensor, rows: int, columns: int, p: float) -> torch.Tensor:
@@ -24,7 +35,11 @@ SPEC = dispatch.register(
         schema="(Tensor seed, SymInt rows, SymInt columns, float p) -> Tensor",
         reference=_reference,
         fake=_fake,
-        kernels={"cpu": Kernel(lambda *_: _PHILOX), "cuda": Kernel(lambda *_: _PHILOX)},
+        kernels={
+            "cuda": Kernel(lambda *_: _PHILOX),
+            "triton": Kernel(_triton_supports, _triton_run),
+            "cpu": Kernel(lambda *_: _PHILOX),
+        },
         flops=lambda seed, rows, columns, p: 0,
         bytes=lambda seed, rows, columns, p: rows * columns,
     )

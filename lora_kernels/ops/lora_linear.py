@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _native, dispatch, philox
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from . import _cpu, _cuda
+from . import _cpu, _cuda, _gpu, _triton
 
 # ---------------------------------------------------------------------------------------------------- forward
 
@@ -45,8 +45,20 @@ def _cpu_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> 
     return _cpu.matmul_verdict(x)
 
 
+def _triton_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
+    n, k = weight.shape
+    return _triton.lora_verdict(x, n, k, lora_A.shape[0])
+
+
+def _triton_run(schedule: str, *args) -> tuple[Tensor, Tensor]:
+    from ..triton_kernels import lora_linear
+
+    return lora_linear.forward(schedule, *args)
+
+
 def _cuda_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
-    return _cuda.tensor_core_verdict(x, weight, lora_A.shape[0])
+    n, k = weight.shape
+    return _gpu.cuda_or_triton(x, n, k, lora_A.shape[0])
 
 
 def _cuda_explain(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
@@ -101,8 +113,20 @@ def _cpu_supports_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, 
     return _cpu_supports(x, weight, lora_A, lora_B, None, seed, scaling, dropout_p)
 
 
+def _triton_supports_backward(grad_y, x, s, weight, *_) -> Verdict:
+    n, k = weight.shape
+    return _triton.lora_verdict(x, k, n, s.shape[-1])
+
+
+def _triton_run_backward(schedule: str, *args) -> tuple[Tensor, Tensor, Tensor]:
+    from ..triton_kernels import lora_linear
+
+    return lora_linear.backward(schedule, *args)
+
+
 def _cuda_supports_backward(grad_y, x, s, weight, lora_A, lora_B, *rest) -> Verdict:
-    return _cuda.tensor_core_verdict(x, weight, lora_A.shape[0])
+    n, k = weight.shape
+    return _gpu.cuda_or_triton(x, k, n, s.shape[-1])
 
 
 def _flops_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, need_x, need_A, need_B) -> int:
@@ -128,7 +152,11 @@ BACKWARD = dispatch.register(
         ),
         reference=_reference_backward,
         fake=_fake_backward,
-        kernels={"cuda": Kernel(_cuda_supports_backward), "cpu": Kernel(_cpu_supports_backward)},
+        kernels={
+            "cuda": Kernel(_cuda_supports_backward),
+            "triton": Kernel(_triton_supports_backward, _triton_run_backward),
+            "cpu": Kernel(_cpu_supports_backward),
+        },
         flops=_flops_backward,
         bytes=_bytes_backward,
     )
@@ -176,7 +204,11 @@ SPEC = dispatch.register(
         ),
         reference=_reference,
         fake=_fake,
-        kernels={"cuda": Kernel(_cuda_supports, explain=_cuda_explain), "cpu": Kernel(_cpu_supports)},
+        kernels={
+            "cuda": Kernel(_cuda_supports, explain=_cuda_explain),
+            "triton": Kernel(_triton_supports, _triton_run),
+            "cpu": Kernel(_cpu_supports),
+        },
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 1, 4),
         flops=_flops,

@@ -1,0 +1,100 @@
+"""What the Triton kernels of several ops agree on. Imports neither Triton nor the kernels: the first call does."""
+
+from __future__ import annotations
+
+import functools
+import os
+from importlib.util import find_spec
+
+import torch
+
+from .. import dispatch
+from ..reasons import Reason
+from ..spec import Verdict
+from ..triton_kernels import configs
+from ..triton_kernels.launching import device_of, float32_products
+
+OLDEST = (3, 7)
+"""Version of Triton: 3.6 does not compile the kernels under dropout."""
+MAX_SIZE = 2**31 - 1024
+"""Rows, columns and tiles are counted in int32; the margin is what the last, partly filled tiles reach beyond."""
+
+_SCHEDULES = {
+    "ticketed": Verdict("ticketed", "one launch: tiles of the low-rank product first, other tiles wait for theirs"),
+    "split": Verdict("split", "two launches: programs of one launch may not wait for each other on this GPU"),
+    "dual": Verdict("dual", "one tile column: both products from one pass"),
+}
+_NOT_INSTALLED = Verdict(None, Reason.TRITON_NOT_INSTALLED)
+_TOO_OLD = Verdict(None, Reason.TRITON_TOO_OLD)
+_NOT_INTERPRETED = Verdict(None, Reason.NOT_INTERPRETED)
+_DTYPE = Verdict(None, Reason.DTYPE)
+_LAYOUT = Verdict(None, Reason.LAYOUT)
+_FP32_STRICT = Verdict(None, Reason.FP32_STRICT)
+_RANK = Verdict(None, Reason.RANK)
+_SIZE = Verdict(None, Reason.SIZE)
+_ARCHITECTURE = Verdict(None, Reason.ARCHITECTURE)
+
+
+@functools.cache
+def is_installed() -> bool:
+    """True where ``import triton`` finds a package."""
+    return find_spec("triton") is not None
+
+
+@functools.cache
+def version() -> tuple[int, int]:
+    """Of the Triton that is installed."""
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)
+
+
+def refusal(device: torch.device) -> Verdict | None:
+    """Why no Triton kernel runs for tensors on ``device``; None where one does."""
+    if not is_installed():
+        return _NOT_INSTALLED
+    # Triton reads the variable when kernels are defined. The CPU is only asked by force, because it is very slow.
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return _NOT_INTERPRETED
+    if version() < OLDEST:
+        return _TOO_OLD
+    return _ARCHITECTURE if device_of(device) is None else None
+
+
+def lora_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) -> Verdict:
+    """Whether, and in which schedule, ``out`` [M, columns] and ``inner`` [M, rank] of a LoRA linear are computed.
+
+    Args:
+        x: an activation of M rows, in the dtype of the products.
+        columns, depth: N and K in the forward, K and N in the backward.
+    """
+    refused = refusal(x.device)
+    if refused is not None:
+        return refused
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return _DTYPE
+    float32 = float32_products(x.dtype)
+    if float32 == "ieee" and dispatch.forced_backend() != "triton":
+        return _FP32_STRICT
+    if rank > configs.MAX_RANK:
+        return _RANK
+    if columns == 0 or depth == 0:
+        return _LAYOUT
+    rows = x.numel() // x.shape[-1]
+    if configs.most_programs(rows, columns) > MAX_SIZE or max(rows, columns, depth) > MAX_SIZE:
+        return _SIZE
+    return _SCHEDULES[configs.schedule(device_of(x.device).target, columns, rank, float32)]
+
+
+def is_preferred(verdict: Verdict, device: torch.device, rows: int, columns: int) -> bool:
+    """Whether a CUDA kernel of mma.sync should leave a call to Triton, whose ``verdict`` on it is given.
+
+    On sm_90 and sm_100 ``tl.dot`` becomes wgmma and tcgen05, which mma.sync cannot keep up with once every SM has a
+    wide tile to compute.
+    """
+    if verdict.schedule is None or dispatch.forced_backend() == "cuda":
+        return False
+    gpu = device_of(device)
+    tile = configs.TARGETS[gpu.target].medium
+    return gpu.target in ("sm_90", "sm_100") and configs.fills(tile, gpu.sms, rows, columns)

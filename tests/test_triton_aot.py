@@ -1,0 +1,191 @@
+"""What Triton's compiler makes of the kernels, for GPUs that need not be here: machine code, memory, registers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from lora_kernels.triton_kernels import configs
+from lora_kernels.triton_kernels.launching import Device, float32_products
+
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from lora_kernels.triton_kernels import dropout_mask, lora_linear
+
+BF16, FP32 = torch.bfloat16, torch.float32
+# Matrix instructions of 16-bit tiles, by their number of rows: the wide ones need 64.
+INSTRUCTIONS = {
+    "sm_80": "mma.sync",
+    "sm_86": "mma.sync",
+    "sm_89": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "sm_120": "mma.sync",
+    "gfx942": "v_mfma",
+}
+SPARE_STACK = 16
+"""Bytes. ptxas now and then keeps a register or two in memory to reach an occupancy it likes."""
+
+
+class AbsentGpu:
+    """A driver that names a GPU to compile for. Nothing can be launched."""
+
+    def __init__(self, arch: str) -> None:
+        self.target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return hash(self.target)  # kernels are cached by device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(arch):
+    previous = driver._active
+    driver.set_active(AbsentGpu(arch))
+    try:
+        yield
+    finally:
+        driver._active = previous
+
+
+def compile_for(arch, launch):
+    """The compiled kernel, specialised for its arguments as a real launch would be."""
+    with compiling_for(arch):
+        return launch.kernel.warmup(
+            *launch.args,
+            grid=launch.grid,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            **launch.constants,
+        )
+
+
+def stack_bytes(compiled, tmp_path):
+    """Stack frame and spilled registers of the machine code."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (stack,), (local,) = re.findall(r"STACK:(\d+)", usage), re.findall(r"LOCAL:(\d+)", usage)
+    return int(stack) + int(local)
+
+
+def launches(target, m, n, k, rank, dtype=BF16, adapter_dtype=BF16, p=0.0, bias=False):
+    """(name, launch) of a forward and a backward on a GPU of 108 SMs."""
+    x, weight, y = torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
+    lora_A, lora_B = torch.empty(rank, k, dtype=adapter_dtype), torch.empty(n, rank, dtype=adapter_dtype)
+    s = torch.empty(m, rank, dtype=dtype)
+    seed = torch.zeros(1, dtype=torch.int64) if p > 0 else None
+    device, float32 = Device(target, 108), float32_products(dtype)
+    forward = lora_linear.forward_task(
+        y, s, x, weight, lora_A, lora_B, torch.empty(n, dtype=dtype) if bias else None, seed, 1.7, p
+    )
+    backward = lora_linear.backward_task(x, s, y, weight, lora_A, lora_B, seed, 1.7, p)
+    for name, task, drops in (("forward", forward, "p"), ("backward", backward, "branch")):
+        schedule = configs.schedule(target, task.columns, rank, float32)
+        for launch in lora_linear.fused_launches(device, schedule, task, drops):
+            yield f"{name} {launch.constants['PART']}", launch
+    yield "dA", lora_linear.reduce_launch(device, lora_A.t(), x, s, seed, 1.7, p)
+    yield "dB", lora_linear.reduce_launch(device, lora_B, y, s, None, 1.7, 0.0)
+
+
+PROBLEMS = {
+    "large": dict(m=4096, n=4096, k=4096, rank=16, bias=True),
+    "large, dropout": dict(m=4096, n=4096, k=4096, rank=64, adapter_dtype=FP32, p=0.1),
+    "few rows": dict(m=12, n=4096, k=4096, rank=16),
+}
+REMAINING = {
+    "large, ragged rank": dict(m=4001, n=4112, k=4080, rank=72, adapter_dtype=FP32, p=0.1, bias=True),
+    "large, all ranks": dict(m=4096, n=4096, k=4096, rank=256, p=0.1),
+    "small": dict(m=128, n=1024, k=1024, rank=64, adapter_dtype=FP32, bias=True),
+    "small, dropout": dict(m=128, n=1024, k=1024, rank=8, p=0.1),
+    "few rows, dropout": dict(m=12, n=4096, k=4096, rank=72, adapter_dtype=FP32, p=0.1, bias=True),
+    "unaligned": dict(m=4001, n=4097, k=3847, rank=17, adapter_dtype=FP32, bias=True),
+    "unaligned, dropout": dict(m=4001, n=4097, k=3847, rank=17, adapter_dtype=FP32, p=0.1, bias=True),
+    "dual": dict(m=4096, n=64, k=64, rank=32, adapter_dtype=FP32, p=0.1, bias=True),
+    "dual, unaligned": dict(m=4096, n=63, k=63, rank=17, adapter_dtype=FP32, p=0.1, bias=True),
+}
+
+
+def target_name(arch):
+    return arch if arch.startswith("gfx") else configs.target_of((int(arch[3:-1]), int(arch[-1])))
+
+
+def check(arch, tmp_path, **problem):
+    target = target_name(arch)
+    for name, launch in launches(target, **problem):
+        compiled = compile_for(arch, launch)
+        assert compiled.metadata.shared <= configs.TARGETS[target].shared_bytes, name
+        code = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
+        is_wide = launch.constants["BLOCK_ROWS"] >= 64 or name in ("dA", "dB")
+        if problem.get("dtype", BF16) == BF16 and is_wide:
+            assert INSTRUCTIONS[arch] in code, name
+        if not arch.startswith("gfx"):
+            assert stack_bytes(compiled, tmp_path) <= SPARE_STACK, name
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_machine_code(arch, problem, tmp_path):
+    check(arch, tmp_path, **PROBLEMS[problem])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "gfx942"])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_machine_code_of_the_other_architectures(arch, problem, tmp_path):
+    check(arch, tmp_path, **PROBLEMS[problem])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", list(INSTRUCTIONS))
+@pytest.mark.parametrize("problem", REMAINING)
+def test_machine_code_of_the_other_problems(arch, problem, tmp_path):
+    check(arch, tmp_path, **REMAINING[problem])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_float32(arch, precision, tmp_path, fp32_precision):
+    fp32_precision(precision)
+    check(arch, tmp_path, m=4096, n=1000, k=1024, rank=64, dtype=FP32, adapter_dtype=FP32, p=0.1, bias=True)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_order_between_programs(arch):
+    (launch,) = (launch for name, launch in launches(arch, **PROBLEMS["large"]) if name == "forward all")
+    code = compile_for(arch, launch).asm["ptx"].splitlines()
+    barriers = [i for i, line in enumerate(code) if "bar.sync" in line]
+    # One thread releases, after a barrier that is behind every thread's stores of s.
+    (release,) = (i for i, line in enumerate(code) if ".gpu.release." in line)
+    assert not [line for line in code[max(i for i in barriers if i < release) : release] if "st.global" in line]
+    # One thread acquires, before a barrier that is ahead of every thread's loads of s.
+    (acquire,) = (i for i, line in enumerate(code) if ".gpu.acquire." in line)
+    after = code[acquire + 1 : min(i for i in barriers if i > acquire)]
+    assert not [line for line in after if "ld.global" in line or "cp.async" in line]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_120"])
+def test_dropout_mask_compiles(arch, tmp_path):
+    mask = torch.empty(100, 300, dtype=torch.bool)
+    launch = dropout_mask.dropout_mask_launch(torch.zeros(1, dtype=torch.int64), mask, 0.3)
+    assert stack_bytes(compile_for(arch, launch), tmp_path) == 0

@@ -1,0 +1,140 @@
+"""The Triton kernels on the CPU: runs interpreted_lora_linear.py where Triton interprets kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels import dispatch
+from lora_kernels.ops import _cuda, _triton
+from lora_kernels.spec import Verdict
+from lora_kernels.triton_kernels import configs
+from lora_kernels.triton_kernels.launching import Device
+
+INTERPRETED = Path(__file__).with_name("interpreted_lora_linear.py")
+VALUES = "test_values_and_gradients"
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def run_interpreted(*options: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(INTERPRETED)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment.pop("LORA_KERNELS_BACKEND", None)
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
+
+
+@needs_triton
+@pytest.mark.parametrize("selected", [f"{VALUES}", f"not {VALUES}"])
+def test_interpreted(selected):
+    run_interpreted("-k", selected)
+
+
+@needs_triton
+@pytest.mark.full
+def test_interpreted_in_full():
+    run_interpreted("-m", "full")
+
+
+# What needs no interpreter: who is asked, and what is answered.
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(target): dispatch of tensors on the meta device sees such a GPU of 100 SMs."""
+
+    def pretend(target):
+        monkeypatch.setattr(_triton, "is_installed", lambda: True)
+        monkeypatch.setattr(_triton, "version", lambda: (3, 7))
+        monkeypatch.setattr(_triton, "device_of", lambda _: None if target is None else Device(target, 100))
+
+    return pretend
+
+
+def verdict(m=512, n=4096, k=4096, rank=16, dtype=torch.bfloat16) -> Verdict:
+    return _triton.lora_verdict(torch.empty(m, k, dtype=dtype, device="meta"), n, k, rank)
+
+
+def test_schedule_of_each_architecture(gpu):
+    for target, schedule in (("sm_80", "ticketed"), ("sm_90", "ticketed"), ("sm_120", "ticketed"), ("gfx942", "split")):
+        gpu(target)
+        assert verdict().schedule == schedule
+        assert verdict(n=64).schedule == "dual"
+        assert verdict(n=64, rank=33).schedule == schedule
+
+
+def test_architecture_of_a_capability():
+    expected = {(7, 5): None, (8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_80", (8, 9): "sm_86", (9, 0): "sm_90"}
+    expected |= {(10, 0): "sm_100", (10, 3): "sm_100", (12, 0): "sm_120", (12, 1): "sm_120", None: "gfx942"}
+    assert {capability: configs.target_of(capability) for capability in expected} == expected
+
+
+def test_tiles_shrink_with_the_problem():
+    def rows_and_columns(rows, columns, **options):
+        options = {"rank": 16, "float32": None, "aligned": True, "separate_branch": False, **options}
+        return configs.fused("sm_90", 132, "ticketed", rows, columns, **options).tile[:2]
+
+    assert rows_and_columns(4096, 4096) == (128, 256)
+    assert rows_and_columns(4096, 4096, separate_branch=True) == (128, 128)
+    assert rows_and_columns(1024, 4096) == (128, 128)
+    assert rows_and_columns(512, 4096) == rows_and_columns(64, 65536) == (64, 64)
+    assert rows_and_columns(16, 4096) == (16, 64)
+    assert rows_and_columns(4096, 4096, aligned=False) == (64, 64)
+
+
+def test_refusals(gpu, monkeypatch, fp32_precision):
+    gpu("sm_80")
+    assert verdict(rank=256).schedule is not None
+    assert verdict(rank=257) == (None, lk.Reason.RANK)
+    assert verdict(m=2**31) == (None, lk.Reason.SIZE)
+    assert verdict(m=2**29, n=2**20) == (None, lk.Reason.SIZE)
+    assert verdict(dtype=torch.float64) == (None, lk.Reason.DTYPE)
+    assert verdict(dtype=torch.float32) == (None, lk.Reason.FP32_STRICT)
+    with lk.use_backend("triton"):
+        assert verdict(dtype=torch.float32).schedule == "ticketed"
+    fp32_precision("tf32")
+    assert verdict(dtype=torch.float32).schedule == "ticketed"
+    gpu(None)
+    assert verdict() == (None, lk.Reason.ARCHITECTURE)
+    monkeypatch.setattr(_triton, "version", lambda: (3, 6))
+    assert verdict() == (None, lk.Reason.TRITON_TOO_OLD)
+    monkeypatch.setattr(_triton, "is_installed", lambda: False)
+    assert verdict() == (None, lk.Reason.TRITON_NOT_INSTALLED)
+
+
+def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_triton, "is_installed", lambda: True)
+    x, weight, A, B = torch.randn(3, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    with lk.use_backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        lk.lora_linear(x, weight, A, B)
+    assert lk.why("lora_linear", x, weight, A, B).backend == "cpu"
+
+
+def test_wgmma_is_preferred_to_mma_sync_for_many_rows(gpu):
+    meta = torch.device("meta")
+    for target, rows, preferred in (("sm_90", 4096, True), ("sm_90", 256, False), ("sm_80", 4096, False)):
+        gpu(target)
+        assert _triton.is_preferred(verdict(), meta, rows, 4096) == preferred
+    gpu("sm_90")
+    assert not _triton.is_preferred(verdict(rank=300), meta, 4096, 4096), "Triton must be able to serve it"
+    with lk.use_backend("cuda"):
+        assert not _triton.is_preferred(verdict(), meta, 4096, 4096)
+
+
+def test_dispatch_leaves_such_calls_to_triton(gpu, monkeypatch):
+    sizes = ((4096, 512), (4096, 512), (16, 512), (4096, 16))
+    x, weight, A, B = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in sizes)
+    supports = dispatch.specs()["lora_linear"].kernels["cuda"].supports
+    for target, capability, reason in (("sm_90", (9, 0), lk.Reason.PREFERS_TRITON), ("sm_80", (8, 0), None)):
+        gpu(target)
+        monkeypatch.setattr(_cuda, "capability", lambda device, capability=capability: capability)
+        verdict = supports(x, weight, A, B, None, None, 1.0, 0.0)
+        assert verdict.reason == reason if reason else verdict.schedule

@@ -1,0 +1,211 @@
+"""Architecture and problem to tile and schedule. Pure Python: no Triton, no GPU.
+
+Tiles were chosen by what the compiler makes of them (no spilled registers, shared memory within the limit, two programs
+on a multiprocessor where both fit), not by measurement. The compiler holds ``num_stages`` tiles of both operands in
+shared memory for wgmma and tcgen05, and one less for mma.sync.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAX_RANK = 256
+_BLOCK_RANK = 64
+"""Ranks beyond it take several tile columns of ``inner``: its accumulators would not fit into registers."""
+_DUAL_RANK = 32
+"""Ranks beyond it make the accumulators of schedule "dual" too many registers."""
+_GROUP_ROWS = 1024
+"""Rows of p whose tickets follow each other: its tiles share them through the L2 cache."""
+
+
+class Tile(NamedTuple):
+    """The tile of one program, and why."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+    why: str
+
+
+class Target(NamedTuple):
+    """An architecture."""
+
+    shared_bytes: int
+    """What one program may use."""
+    schedule: str
+    large: Tile
+    medium: Tile
+    """For fewer tiles, and where the low-rank branch needs an accumulator of its own until it is masked."""
+    small: Tile
+    few_rows: Tile
+    reduce: Tile
+    """Of [columns, rank], ``rows`` deep."""
+
+
+class FusedConfig(NamedTuple):
+    """How ``out`` and ``inner`` are computed."""
+
+    tile: Tile
+    block_rank: int
+    """Columns of a tile of ``inner``."""
+    branch_depth: int
+    """Ranks that ``out`` takes from ``inner`` at a time."""
+    group: int
+    """Row blocks whose tickets follow each other."""
+
+
+class ReduceConfig(NamedTuple):
+    """How a sum over the rows is computed, in ``shares`` parts."""
+
+    tile: Tile
+    block_rank: int
+    shares: int
+
+
+_SMALL = Tile(64, 64, 64, 4, 3, "for problems that leave SMs idle with the large tile; up to 48 KB")
+_FEW_ROWS = Tile(16, 64, 128, 4, 3, "one mma of rows; the deep tile keeps many loads of the weight in flight")
+_REDUCE = Tile(64, 128, 0, 8, 3, "128 columns are coalesced loads; eight warps leave registers for the mask")
+# The same for every architecture.
+_NARROW = Tile(64, 64, 32, 8, 4, "unaligned rows need a pointer per element, dual a second accumulator: registers")
+_UNALIGNED_REDUCE = Tile(32, 64, 0, 8, 3, _NARROW.why)
+_TF32 = Tile(64, 64, 32, 8, 3, "elements are twice as wide")
+_IEEE = Tile(32, 32, 32, 4, 3, "float32 without tf32 has no tensor cores: operands of every product are in registers")
+_FLOAT32_REDUCE = Tile(32, 32, 0, 4, 3, _IEEE.why)
+
+TARGETS = {
+    "sm_80": Target(
+        163 << 10,
+        "ticketed",
+        large=Tile(128, 128, 32, 8, 4, "48 KB; with four warps the accumulator leaves too few registers for the rest"),
+        medium=Tile(128, 128, 32, 8, 4, "two accumulators of 128 x 128 are 256 registers with four warps"),
+        small=_SMALL,
+        few_rows=_FEW_ROWS,
+        reduce=_REDUCE,
+    ),
+    "sm_86": Target(
+        99 << 10,
+        "ticketed",
+        large=Tile(128, 128, 32, 8, 4, "as sm_80"),
+        medium=Tile(128, 128, 32, 8, 4, "as sm_80"),
+        small=_SMALL,
+        few_rows=_FEW_ROWS,
+        reduce=_REDUCE,
+    ),
+    "sm_90": Target(
+        227 << 10,
+        "ticketed",
+        large=Tile(128, 256, 64, 8, 4, "192 KB: the widest wgmma needs the least L2 traffic per product"),
+        medium=Tile(128, 128, 64, 8, 3, "two accumulators of 128 x 256 would spill"),
+        small=_SMALL,
+        few_rows=_FEW_ROWS,
+        reduce=_REDUCE,
+    ),
+    "sm_100": Target(
+        227 << 10,
+        "ticketed",
+        large=Tile(128, 128, 64, 8, 3, "96 KB: two programs per SM; 256 columns spill when tensor memory is read back"),
+        medium=Tile(128, 128, 64, 8, 3, "as large"),
+        small=_SMALL,
+        few_rows=_FEW_ROWS,
+        reduce=_REDUCE,
+    ),
+    "sm_120": Target(
+        99 << 10,
+        "ticketed",
+        large=Tile(128, 128, 32, 8, 4, "mma.sync like sm_86, without its spare registers at four warps"),
+        medium=Tile(128, 128, 32, 8, 4, "as large"),
+        small=_SMALL,
+        few_rows=_FEW_ROWS,
+        reduce=_REDUCE,
+    ),
+    # Programs of one launch that wait for each other are not what HIP promises to run: two launches.
+    "gfx942": Target(
+        64 << 10,
+        "split",
+        large=Tile(128, 128, 64, 8, 2, "32 KB of 64: two programs per compute unit; wavefronts are 64 wide"),
+        medium=Tile(128, 128, 64, 8, 2, "as large"),
+        small=Tile(64, 64, 64, 4, 2, "for problems that leave compute units idle"),
+        few_rows=Tile(16, 64, 128, 4, 2, "one mfma of rows"),
+        reduce=Tile(64, 128, 0, 8, 2, "24 KB at rank 64"),
+    ),
+}
+
+
+def target_of(capability: tuple[int, int] | None) -> str | None:
+    """The row of ``TARGETS`` for a CUDA compute capability, None (ROCm) for AMD's; None below sm_80."""
+    if capability is None:
+        return "gfx942"
+    if capability < (8, 0):
+        return None
+    # sm_87 has sm_80's shared memory, sm_103 and sm_110 have tensor memory like sm_100.
+    return {8: "sm_80" if capability in ((8, 0), (8, 7)) else "sm_86", 9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(
+        capability[0], "sm_120"
+    )
+
+
+def schedule(target: str, columns: int, rank: int, float32: str | None) -> str:
+    """The schedule for ``out`` [rows, columns] and ``inner`` [rows, rank]; ``float32`` as for ``fused``."""
+    widest = _NARROW.columns if float32 is None else (_TF32 if float32 == "tf32" else _IEEE).columns
+    return "dual" if columns <= widest and rank <= _DUAL_RANK else TARGETS[target].schedule
+
+
+def fused(
+    target: str, sms: int, schedule: str, rows: int, columns: int, rank: int, float32: str | None, aligned: bool,
+    separate_branch: bool,
+) -> FusedConfig:  # fmt: skip
+    """For ``out`` [rows, columns] and ``inner`` [rows, rank].
+
+    Args:
+        float32: how float32 is multiplied, "tf32" or "ieee"; None for 16-bit elements.
+        aligned: rows of all operands begin at multiples of 16 elements, and their elements follow each other.
+        separate_branch: the low-rank branch needs an accumulator of its own.
+    """
+    row = TARGETS[target]
+    if float32 is not None:
+        tile = _TF32 if float32 == "tf32" else _IEEE
+    elif schedule == "dual" or not aligned:
+        tile = _NARROW
+    elif rows <= row.few_rows.rows:
+        tile = row.few_rows
+    else:
+        wide = (row.medium,) if separate_branch else (row.large, row.medium)
+        tile = next((tile for tile in wide if fills(tile, sms, rows, columns)), row.small)
+    # Of a rank that is no multiple of 16 every element of A and B needs its own pointer.
+    branch_depth = _block_rank(rank) if rank % 16 == 0 else 16
+    return FusedConfig(tile, _block_rank(rank), branch_depth, max(1, _GROUP_ROWS // tile.rows))
+
+
+def fills(tile: Tile, sms: int, rows: int, columns: int) -> bool:
+    """Whether there is such a tile for every SM, and none has half of its rows empty."""
+    return 2 * rows > tile.rows and blocks(rows, tile.rows) * blocks(columns, tile.columns) >= sms
+
+
+def most_programs(rows: int, columns: int) -> int:
+    """Bound on the programs of a launch, whatever the tile."""
+    return blocks(rows, _FEW_ROWS.rows) * (blocks(columns, _IEEE.columns) + MAX_RANK // 16)
+
+
+def reduce(
+    target: str, sms: int, rows: int, columns: int, rank: int, float32: str | None, aligned: bool
+) -> ReduceConfig:
+    """For a sum over ``rows`` that has [columns, rank] elements; the other arguments are those of ``fused``."""
+    tile = TARGETS[target].reduce if aligned else _UNALIGNED_REDUCE
+    if float32 is not None:
+        tile = _FLOAT32_REDUCE
+    block_rank = _block_rank(rank)
+    tiles = blocks(columns, tile.columns) * blocks(rank, block_rank)
+    # Two programs per SM; a share has at least four steps, or writing its part costs more than it saves.
+    shares = max(1, min(2 * sms // tiles, rows // (4 * tile.rows)))
+    return ReduceConfig(tile, block_rank, shares)
+
+
+def blocks(size: int, tile: int) -> int:
+    """Tiles that cover ``size``."""
+    return -(-size // tile)
+
+
+def _block_rank(rank: int) -> int:
+    """The power of two that covers rank, as far as one tile may."""
+    return min(_BLOCK_RANK, max(16, 1 << (rank - 1).bit_length()))
