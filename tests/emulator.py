@@ -18,13 +18,14 @@ import torch
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 BUILD = CSRC.parent / "build" / "emu"
+KERNELS = ("emu/machine.cpp", "emu/bind.cpp")
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 
 
 @functools.cache
 def load() -> ModuleType:
     """The kernels, called with numpy arrays."""
-    return _build("_emu", ("emu/machine.cpp", "emu/bind.cpp"), ())
+    return _build("_emu", KERNELS, ())
 
 
 @functools.cache
@@ -39,7 +40,14 @@ def load_torch() -> ModuleType:
 
 
 def _build(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ModuleType:
-    """A module, built once for the sources as they are, also when several test processes ask at once."""
+    spec = importlib.util.spec_from_file_location(name, compiled(name, sources, flags))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compiled(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Path:
+    """A module's file, built once for the sources as they are, also when several test processes ask at once."""
     text = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cuh", ".cpp"))
     settings = repr((FLAGS, flags, torch.__version__, sysconfig.get_python_version()))
     digest = hashlib.sha256(text + settings.encode()).hexdigest()[:16]
@@ -57,10 +65,7 @@ def _build(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Modul
             if done.returncode != 0:
                 raise RuntimeError(f"the emulator does not compile:\n{done.stderr}")
             unfinished.replace(module)
-    spec = importlib.util.spec_from_file_location(name, module)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return module
 
 
 def bits(tensor: torch.Tensor):

@@ -1,0 +1,98 @@
+"""What the compiler makes of the main loops: LoRA costs the loop of a large tile nothing beside the frozen product's.
+
+The machine code is read with the disassembler that Triton brings along.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from lora_kernels import _native
+
+ARCHS = ("sm_80", "sm_90")
+NAMES = ("HMMA", "LDSM", "LDGSTS", "BAR.SYNC")
+"""As Loop has them, from the second on."""
+
+
+class Loop(NamedTuple):
+    """Instructions of one iteration."""
+
+    total: int
+    products: int
+    fragment_loads: int
+    copies: int
+    barriers: int
+
+
+def disassembler() -> Path | None:
+    spec = find_spec("triton")
+    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if spec and spec.origin else None
+    return tool if tool is not None and tool.is_file() else None
+
+
+pytestmark = [
+    pytest.mark.skipif(_native.cuda is None, reason=f"lora_kernels._cuda: {_native.cuda_error}"),
+    pytest.mark.skipif(disassembler() is None, reason="triton, whose disassembler is used, is not installed"),
+]
+
+
+def loops(kernel: str, arch: str) -> list[Loop]:
+    """Every loop of a kernel: the instructions from a backward branch's target to the branch."""
+    tool = disassembler()
+    environment = {**os.environ, "PATH": f"{tool.parent}:{os.environ['PATH']}"}
+    command = [str(tool), "-sass", "-arch", arch, "-fun", kernel, _native.cuda.__file__]
+    text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    code = [(int(address, 16), line) for address, line in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", text)]
+    assert code, f"{kernel} is not built for {arch}"
+    found = []
+    for end, line in code:
+        branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)", line)
+        begin = int(branch[1], 16) if branch else end
+        if begin < end:
+            body = [text for address, text in code if begin <= address <= end]
+            found.append(Loop(len(body), *(sum(name in text for text in body) for name in NAMES)))
+    return found
+
+
+def main_loop(kernel: str, arch: str) -> Loop:
+    """The loop over the depth of the base product: it copies, and has the most products from barrier to barrier."""
+    candidates = (loop for loop in loops(kernel, arch) if loop.copies and loop.barriers)
+    return max(candidates, key=lambda loop: loop.products / loop.barriers)
+
+
+def kernel_named(*parts: str) -> str:
+    (name,) = [name for name in _native.cuda.kernels() if all(part in name for part in parts)]
+    return name
+
+
+LARGE_4_WARPS, LARGE_8_WARPS = "GemmILi128ELi128ELi32ELi2ELi2E", "GemmILi128ELi128ELi32ELi2ELi4E"
+
+
+@pytest.mark.parametrize("element", ["8BFloat16", "7Float16"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_forward_has_the_loop_of_the_frozen_product(arch, element):
+    frozen = main_loop(kernel_named("FrozenLinear", element, LARGE_4_WARPS), arch)
+    ours = main_loop(kernel_named("10LoraLinearI", element, LARGE_4_WARPS), arch)
+    assert (frozen.products, frozen.fragment_loads, frozen.copies, frozen.barriers) == (64, 16, 8, 1)
+    assert ours[1:] == frozen[1:]
+    assert ours.total <= frozen.total + 1
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("rank_tile", [16, 64])
+def test_the_gradient_of_x_has_that_loop_with_w_transposed(arch, rank_tile):
+    # The forward with as many warps; its base product is the frozen one.
+    plain = main_loop(kernel_named("10LoraLinearI", "8BFloat16", LARGE_8_WARPS, "Li64ELb1ELNS_9DirectionE0ELb0E"), arch)
+    ours = main_loop(
+        kernel_named("10LoraLinearI", "8BFloat16", LARGE_8_WARPS, f"Li{rank_tile}ELb1ELNS_9DirectionE1ELb0E"), arch
+    )
+    assert (plain.products, plain.fragment_loads, plain.copies, plain.barriers) == (32, 12, 4, 1)
+    assert ours[1:] == plain[1:]
+    assert ours.total <= plain.total + 7
