@@ -13,14 +13,15 @@ from emulated import check_backward, grad_y_of, matrices, run_backward, saved_s
 MANY = 1000  # SMs: more than there are tiles
 
 # Problems for which each kernel of dX is chosen: (rows of a tile, aligned, rank tile) -> axes. Many SMs split the rows
-# of dA and dB.
+# of dA and dB. No result has but a few elements: the bound compares our largest error with torch's, there one draw with
+# another.
 KERNELS = {
     (128, True, 16): dict(m=(65, 200, 600), n=(24, 264), k=(72, 136), rank=(8, 16), sms=(1,)),
     (128, True, 64): dict(m=(65, 200, 600), n=(24, 264), k=(72, 136), rank=(24, 64, 256), sms=(1,)),
     (64, True, 16): dict(m=(1, 64, 520), n=(24, 264), k=(8, 136), rank=(8, 16), sms=(MANY,)),
     (64, True, 64): dict(m=(1, 64, 520), n=(24, 264), k=(8, 136), rank=(24, 64, 256), sms=(MANY,)),
-    (64, False, 16): dict(m=(1, 64, 530), n=(1, 75), k=(1, 133), rank=(1, 7, 16), sms=(1, MANY)),
-    (64, False, 64): dict(m=(1, 64, 530), n=(1, 75), k=(1, 133), rank=(17, 64, 255), sms=(1, MANY)),
+    (64, False, 16): dict(m=(1, 64, 530), n=(9, 75), k=(9, 133), rank=(1, 7, 16), sms=(1, MANY)),
+    (64, False, 64): dict(m=(1, 64, 530), n=(9, 75), k=(9, 133), rank=(17, 64, 255), sms=(1, MANY)),
 }
 CASES = [
     (kernel, case)

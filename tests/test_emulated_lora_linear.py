@@ -18,9 +18,9 @@ KERNELS = {
     ("ticketed", 128, True, 64): dict(m=(65, 200, 256), n=(72, 136), k=(24, 264), rank=(72, 256), sms=(1,), p=DROPOUT),
     ("ticketed", 64, True, 16): dict(m=(17, 64, 150), n=(72, 200), k=(24, 264), rank=(8, 16), sms=(MANY,), p=DROPOUT),
     ("ticketed", 64, True, 64): dict(m=(17, 64, 150), n=(72, 200), k=(24, 264), rank=(64, 256), sms=(MANY,), p=DROPOUT),
-    ("ticketed", 64, False, 16): dict(m=(1, 64, 150), n=(1, 75), k=(1, 70, 263), rank=(1, 7, 16), sms=(1,), p=DROPOUT),
+    ("ticketed", 64, False, 16): dict(m=(1, 64, 150), n=(9, 75), k=(1, 70, 263), rank=(1, 7, 16), sms=(1,), p=DROPOUT),
     ("ticketed", 64, False, 64): dict(
-        m=(1, 64, 150), n=(1, 75), k=(1, 70, 263), rank=(17, 64, 255), sms=(1,), p=DROPOUT
+        m=(1, 64, 150), n=(9, 75), k=(1, 70, 263), rank=(17, 64, 255), sms=(1,), p=DROPOUT
     ),
     ("column-0", 128, True, 64): dict(
         m=(65, 200, 256), n=(72, 136), k=(24, 264), rank=(24, 64), sms=(1,), p=NO_DROPOUT
