@@ -1,10 +1,12 @@
-"""A training step of SmolLM2-135M: frozen, PEFT, fused, and PEFT again, each model in a process of its own.
+"""A training step of SmolLM2-135M: frozen, PEFT, fused, and PEFT again.
 
     python bench/training_step.py --dropout 0.1
+    python bench/training_step.py --dropout 0.1 --one-process
 
 Models that share a process share its allocator, and how often that hands memory back to the kernel between two steps
-depends on all of them. Here every model has the process that its user would give it: one model, default settings,
-AdamW included. One process at a time steps, in turn; the others wait at a pipe.
+depends on all of them. By default every model has a process of its own, as its user would give it: one model, default
+settings. One process at a time steps, in turn; the others wait at a pipe. With --one-process the models take turns in
+one. AdamW is included.
 
 Before the clock starts, the fused model's losses must equal PEFT's: the first, where B is zero, and without dropout
 (PEFT's mask is another) also the second, after one optimizer step.
@@ -17,11 +19,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lora_kernels.cli._arguments import integer, probability
 from lora_kernels.cli._console import table
-from lora_kernels.cli._measure import MAX_NULL, NOISE, Timings
+from lora_kernels.cli._measure import MAX_NULL, NOISE, Timings, interleave
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 VARIANTS = ("frozen", "PEFT", "fused", "null")
@@ -30,10 +33,8 @@ MAX_LOSS_DIFFERENCE = 1e-4
 SETTLE_S = 0.05  # idle OpenMP threads of the process that stepped last spin for some milliseconds
 
 
-def worker(variant: str, dropout: float, cache: Path) -> None:
-    """Build one model, print its first two losses, then time a step for every line on stdin."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not get among the answers
+def make_step(variant: str, dropout: float, cache: Path) -> Callable[[], float]:
+    """Build one model; the result is its training step, which returns the loss."""
     sys.path.insert(0, str(EXAMPLES))
     import peft
     import smollm2
@@ -69,6 +70,14 @@ def worker(variant: str, dropout: float, cache: Path) -> None:
             optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
+    return step
+
+
+def worker(variant: str, dropout: float, cache: Path) -> None:
+    """Print a model's first two losses, then time a step for every line on stdin."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not get among the answers
+    step = make_step(variant, dropout, cache)
     for _ in range(2):
         print(step(), file=answers, flush=True)
     for _ in sys.stdin:
@@ -94,6 +103,21 @@ def answer(process: subprocess.Popen) -> float:
     return float(line)
 
 
+def check_losses(losses: dict[str, list[float]], dropout: float) -> None:
+    """Stop if the fused model does not compute what PEFT's does."""
+    compared = losses["fused"], losses["PEFT"]
+    differences = [abs(a - b) for a, b in zip(*compared, strict=True)]
+    if max(differences[: 1 if dropout else 2]) > MAX_LOSS_DIFFERENCE:
+        raise SystemExit(f"error: the losses differ: PEFT {losses['PEFT']}, fused {losses['fused']}")
+
+
+def measure_in_one_process(options: argparse.Namespace) -> Timings:
+    """As ``measure``, with all models in this process."""
+    steps = {name: make_step("PEFT" if name == "null" else name, options.dropout, options.cache) for name in VARIANTS}
+    check_losses({name: [step() for _ in range(2)] for name, step in steps.items()}, options.dropout)
+    return interleave(steps, options.rounds)
+
+
 def measure(options: argparse.Namespace) -> Timings:
     """Seconds per step of every variant, one sample a round, in rotating order."""
     workers: dict[str, subprocess.Popen] = {}
@@ -103,10 +127,7 @@ def measure(options: argparse.Namespace) -> Timings:
         for name in VARIANTS:  # one at a time: starting up together, they would fight for the cores
             workers[name] = start_worker(name, options)
             losses[name] = [answer(workers[name]) for _ in range(2)]
-        compared = losses["fused"], losses["PEFT"]
-        differences = [abs(a - b) for a, b in zip(*compared, strict=True)]
-        if max(differences[: 1 if options.dropout else 2]) > MAX_LOSS_DIFFERENCE:
-            raise SystemExit(f"error: the losses differ: PEFT {losses['PEFT']}, fused {losses['fused']}")
+        check_losses(losses, options.dropout)
         for done in range(options.rounds):
             shift = (done // 2) % len(VARIANTS)
             order = VARIANTS[shift:] + VARIANTS[:shift]
@@ -128,12 +149,13 @@ def main() -> int:
     parser.add_argument("--dropout", type=probability, default=0.0, help="lora_dropout (default: %(default)s)")
     parser.add_argument("--rounds", type=integer(2), default=11, help="samples of each (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=Path("build/demo"), help="folder of the model's files")
+    parser.add_argument("--one-process", action="store_true", help="all models in one process")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(options.worker, options.dropout, options.cache)
         return 0
-    times = measure(options)
+    times = (measure_in_one_process if options.one_process else measure)(options)
     rows = [
         ("null: PEFT again" if name == "null" else name, f"{times.median(name):.3f} s", str(times.ratio(name, "PEFT")))
         for name in VARIANTS
