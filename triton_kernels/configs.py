@@ -201,6 +201,39 @@ def reduce(
     return ReduceConfig(tile, block_rank, shares)
 
 
+class RowTile(NamedTuple):
+    """The tile of a program that copies or adds up rows."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+MIN_COPY_COLUMNS = 64
+
+
+def copy_tile(hidden: int, element_size: int) -> RowTile:
+    """For copies of rows: 64 bytes per thread, four loads of 16 bytes in flight."""
+    return _row_tile(hidden, 8192 // element_size)
+
+
+def sum_tile(hidden: int, element_size: int) -> RowTile:
+    """For sums of rows: 16 bytes per thread of each row, because a prompt is small and several rows are in flight."""
+    return _row_tile(hidden, 2048 // element_size)
+
+
+def most_copying_programs(batch: int, rows: int, hidden: int) -> int:
+    """Bound on the programs of a launch that copies or adds up rows of a [batch, rows, hidden] tensor."""
+    return batch * (1 + rows * blocks(hidden, MIN_COPY_COLUMNS))
+
+
+def _row_tile(hidden: int, elements: int) -> RowTile:
+    """As wide as it can be without more idle threads than a narrower one has."""
+    widths = [width for width in (1024, 512, 256, 128, MIN_COPY_COLUMNS) if width <= elements]
+    columns = min(widths, key=lambda width: blocks(hidden, width) * width)
+    return RowTile(elements // columns, columns, 4)
+
+
 def blocks(size: int, tile: int) -> int:
     """Tiles that cover ``size``."""
     return -(-size // tile)
