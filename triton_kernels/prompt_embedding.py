@@ -97,7 +97,10 @@ def _first_real_token(mask, b, tokens, SIGNIFICANT: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _place(task, b, tokens, prompt_rows, LEFT: tl.constexpr, SIGNIFICANT: tl.constexpr, BLOCK: tl.constexpr):
-    """(first, split, length) of a sample: from row ``first`` on ``split`` tokens, ``length`` prompt rows, other tokens."""
+    """(first, split, length) of a sample: from row ``first`` on there are ``split`` tokens, then ``length`` prompt rows.
+
+    In int32, like all counts of rows; offsets are int64.
+    """
     length = prompt_rows
     if task.lengths is not None:
         given = tl.load(task.lengths.data + b * task.lengths.stride)
@@ -396,8 +399,8 @@ def weight_gradient_launch(
     grad_weight: Tensor, grad: Tensor, layout: Tensor, ids: Tensor, order: Tensor, prompt_rows: int
 ) -> Launch:
     """How the rows of ``grad_weight`` [vocabulary, hidden] that have an id are computed; ``ids`` is sorted."""
-    batch, rows, hidden = grad.shape
-    columns = configs.sum_tile(hidden, grad.element_size()).columns
+    rows, hidden = grad.shape[1:]
+    columns = min(triton.next_power_of_2(max(hidden, 1)), 1024)
     task = GradientTask(_rows(grad), layout.contiguous(), None, grad_weight, hidden)
     args = (task, ids, order, grad_weight.shape[0], ids.numel(), rows - prompt_rows, prompt_rows)
     programs = ids.numel() * configs.blocks(hidden, columns)
