@@ -97,7 +97,7 @@ def _first_real_token(mask, b, tokens, SIGNIFICANT: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _place(task, b, tokens, prompt_rows, LEFT: tl.constexpr, SIGNIFICANT: tl.constexpr, BLOCK: tl.constexpr):
-    """(first, split, length) of a sample: from row ``first`` on there are ``split`` tokens, then ``length`` prompt rows.
+    """(first, split, length) of a sample: from row ``first`` on there are ``split`` tokens, ``length`` prompt rows ...
 
     In int32, like all counts of rows; offsets are int64.
     """
