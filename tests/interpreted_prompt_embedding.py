@@ -191,6 +191,15 @@ def test_a_layout_out_of_range_reads_nothing():
     assert gradients[1][:, 0].tolist() == [TOKENS, 0, 0, 0, 0]
 
 
+def test_backward_runs_where_forward_was_told_to():
+    problem, _ = trainable(make())
+    with lk.use_backend("triton"):
+        output = call(problem).inputs_embeds
+    with lk.use_backend(None):
+        output.sum().backward()
+    assert set(lk.stats()["served"]) == SERVED
+
+
 def test_why_and_refusals():
     problem = make(dtype=FP16)
     choice = lk.why("prompt_embedding", *problem[:3], **problem.keywords())

@@ -351,12 +351,17 @@ class PromptEmbeddingFunction(torch.autograd.Function):
     def forward(ctx, *args):  # type: ignore[override]
         output = dispatch.run(SPEC, *args)
         _setup_context(ctx, args, output)
+        ctx.forced_backend = dispatch.forced_backend()
         return output[:4]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):  # type: ignore[override]
-        return _gradients(ctx, grad, _run_backward)
+        if ctx.forced_backend is None:
+            return _gradients(ctx, grad, _run_backward)
+        # Backward may run in another thread, or after `with use_backend(...)` has ended.
+        with dispatch.use_backend(ctx.forced_backend):
+            return _gradients(ctx, grad, _run_backward)
 
 
 def _run_backward(*args):
