@@ -1,10 +1,12 @@
 """The kernels of ``prompt_embedding`` and ``prompt_embedding_backward``.
 
 Forward is one launch. Its first programs, one per sample, write what stands beside the embeddings: mask, positions (a
-running sum over the sample), labels and the sample's place (first, split, length), see ``_reference`` of the op. The
-others copy a tile of the output's rows each, from the embedding table or ``inputs_embeds`` and from the prompt. No
-program waits for another: where the pads are on the left, each looks for the first real token itself, which reads the
-mask as far as that, out of the L2 cache.
+running sum over the sample), labels, and the sample's row of ``layout``. The others copy a tile of the output's rows
+each, from the embedding table or ``inputs_embeds`` and from the prompt. No program waits for another: where the pads are
+on the left, each looks for the first real token itself, which reads the mask as far as that, out of the L2 cache.
+
+An id or task out of range is never read: its rows are NaN, so that the loss shows it, and with ``TRITON_DEBUG=1`` the
+kernel stops there. A prompt length out of range is clamped.
 
 The gradients of the prompt and of the table are sums of rows, added up one after the other in float32 in the order of
 the samples, and of the tokens in them: the bits are those of the CPU kernels, on every run. No float atomics.
@@ -97,10 +99,7 @@ def _first_real_token(mask, b, tokens, SIGNIFICANT: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _place(task, b, tokens, prompt_rows, LEFT: tl.constexpr, SIGNIFICANT: tl.constexpr, BLOCK: tl.constexpr):
-    """(first, split, length) of a sample: from row ``first`` on there are ``split`` tokens, ``length`` prompt rows ...
-
-    In int32, like all counts of rows; offsets are int64.
-    """
+    """(first, split, length) of a sample, which the op's ``_layout`` defines. Int32, like all counts of rows."""
     length = prompt_rows
     if task.lengths is not None:
         given = tl.load(task.lengths.data + b * task.lengths.stride)
@@ -166,30 +165,34 @@ def _pointers(rows, b, r, h):
 def _write_rows(task, b, row_block, hidden_block, tokens, prompt_rows,
                 LEFT: tl.constexpr, SIGNIFICANT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
                 BLOCK_HIDDEN: tl.constexpr, BLOCK_SCAN: tl.constexpr):  # fmt: skip
-    """A tile of the embeddings. An index out of range makes a row of NaN, for the loss to show; nothing is read."""
+    """A tile of the embeddings."""
     first, split, length = _place(task, b, tokens, prompt_rows, LEFT, SIGNIFICANT, BLOCK_SCAN)
     rows = tokens + prompt_rows
     r = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     h = hidden_block * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     inside = (h < task.hidden)[None, :]
     source_row, is_token, slot, is_prompt = _sources(r, first, split, length, tokens)
-    token_valid, prompt_valid = is_token, is_prompt
+    token_valid = is_token
     if task.ids is not None:
-        source_row = tl.load(task.ids.data + b * task.ids.batch_stride + source_row * task.ids.stride, mask=is_token,
-                             other=0).to(tl.int64)  # fmt: skip
+        source_row = tl.load(
+            task.ids.data + b * task.ids.batch_stride + source_row * task.ids.stride, mask=is_token, other=0
+        ).to(tl.int64)
         token_valid = is_token & (source_row >= 0) & (source_row < task.vocabulary)
         tl.device_assert(token_valid == is_token, "prompt_embedding: input_ids out of range")
-    number = b * 0
-    if task.task_ids is not None:
-        number = tl.load(task.task_ids.data + b * task.task_ids.stride).to(tl.int64)
-        task_fits = (number >= 0) & (number < task.tasks)
-        tl.device_assert(task_fits, "prompt_embedding: task_ids out of range")
-        prompt_valid = is_prompt & task_fits
     nan = float("nan")
-    token_tile = tl.load(_pointers(task.source, b, source_row, h), mask=token_valid[:, None] & inside, other=nan)
-    prompt_tile = tl.load(_pointers(task.prompt, number, slot, h), mask=prompt_valid[:, None] & inside, other=nan)
-    tile = tl.where(is_token[:, None], token_tile, 0.0)
-    tile = tl.where(is_prompt[:, None], prompt_tile.to(token_tile.dtype), tile)
+    tile = tl.load(_pointers(task.source, b, source_row, h), mask=token_valid[:, None] & inside, other=nan)
+    tile = tl.where(is_token[:, None], tile, 0.0)
+    # Most tiles have no prompt rows.
+    if (row_block * BLOCK_ROWS < first + split + length) & ((row_block + 1) * BLOCK_ROWS > first + split):
+        number = b * 0
+        prompt_valid = is_prompt
+        if task.task_ids is not None:
+            number = tl.load(task.task_ids.data + b * task.task_ids.stride).to(tl.int64)
+            task_fits = (number >= 0) & (number < task.tasks)
+            tl.device_assert(task_fits, "prompt_embedding: task_ids out of range")
+            prompt_valid = is_prompt & task_fits
+        prompt = tl.load(_pointers(task.prompt, number, slot, h), mask=prompt_valid[:, None] & inside, other=nan)
+        tile = tl.where(is_prompt[:, None], prompt.to(tile.dtype), tile)
     at = (b * rows + r)[:, None] * task.hidden + h[None, :]
     tl.store(task.out + at, tile, mask=(r < rows)[:, None] & inside)
 
