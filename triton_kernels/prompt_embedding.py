@@ -2,8 +2,8 @@
 
 Forward is one launch. Its first programs, one per sample, write what stands beside the embeddings: mask, positions (a
 running sum over the sample), labels, and the sample's row of ``layout``. The others copy a tile of the output's rows
-each, from the embedding table or ``inputs_embeds`` and from the prompt. No program waits for another: where the pads are
-on the left, each looks for the first real token itself, which reads the mask as far as that, out of the L2 cache.
+each, from the embedding table or ``inputs_embeds``, and from the prompt. No program waits for another: with pads on the
+left, each looks for the first real token itself, which reads the mask as far as that, out of the L2 cache.
 
 An id or task out of range is never read: its rows are NaN, so that the loss shows it, and with ``TRITON_DEBUG=1`` the
 kernel stops there. A prompt length out of range is clamped.
