@@ -28,10 +28,10 @@ def _poisoned():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles and scans much smaller than even the tests' problems, so that there are several of each."""
+    """Tiles and scans smaller than even the tests' problems, so that there are several of each."""
     for name in ("copy_tile", "sum_tile"):
-        monkeypatch.setattr(configs, name, lambda hidden, element_size: configs.RowTile(2, 8, 4))
-    monkeypatch.setattr(prompt_embedding, "_SCAN", 2)
+        monkeypatch.setattr(configs, name, lambda hidden, element_size: configs.RowTile(4, 8, 4))
+    monkeypatch.setattr(prompt_embedding, "_SCAN", 4)
 
 
 def detached(problem):
