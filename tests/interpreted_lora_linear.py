@@ -1,5 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on the CPU. Run by test_triton_lora_linear.py, in a process of its own:
-Triton decides once, when a kernel is defined, whether it is compiled or interpreted.
+"""The Triton kernels in Triton's interpreter, on the CPU. Run by test_triton_lora_linear.py.
 
 The interpreter computes bfloat16 wrongly (Triton 3.8): float16 and float32 only.
 """

@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lora_kernels.triton_kernels import dropout_mask, lora_linear
+from lora_kernels.triton_kernels import dropout_mask, lora_linear, prompt_embedding
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # Matrix instructions of 16-bit tiles, by their number of rows: the wide ones need 64.
@@ -189,3 +189,69 @@ def test_dropout_mask_compiles(arch, tmp_path):
     mask = torch.empty(100, 300, dtype=torch.bool)
     launch = dropout_mask.dropout_mask_launch(torch.zeros(1, dtype=torch.int64), mask, 0.3)
     assert stack_bytes(compile_for(arch, launch), tmp_path) == 0
+
+
+def prompt_launches(hidden, dtype=BF16, prompt_dtype=FP32, embeds=False, full=True, batch=4, tokens=100, rows=20):
+    """(name, launch) of a forward and a backward of prompt embedding, with every optional argument or with none."""
+    ids = torch.zeros(batch, tokens, dtype=torch.int64)
+    weight, inputs = torch.empty(50, hidden, dtype=dtype), torch.empty(batch, tokens, hidden, dtype=dtype)
+    out, prompt = (
+        torch.empty(batch, rows + tokens, hidden, dtype=dtype),
+        torch.empty(3, rows, hidden, dtype=prompt_dtype),
+    )
+    column = torch.empty(batch, rows + tokens, dtype=torch.int64)
+    layout, index = torch.empty(batch, 3, dtype=torch.int64), torch.zeros(batch, dtype=torch.int32)
+    source = (None, None, inputs) if embeds else (ids, weight, None)
+    options = (ids.bool(), ids, index, index) if full else (None,) * 4
+    prompt, tasks = (prompt, index) if full else (prompt[0], None)
+    outputs = out, column.bool() if full else column, column, column if full else None, layout
+    yield "forward", prompt_embedding.forward_launch(outputs, prompt, *source, *options, full)
+    yield "prompt", prompt_embedding.prompt_gradient_launch(prompt, out, layout, tasks, rows)
+    yield "embeds", prompt_embedding.embeds_gradient_launch(inputs, out, layout, rows)
+    order = ids.view(-1)
+    yield "weight", prompt_embedding.weight_gradient_launch(weight, out, layout, order, order, rows)
+
+
+PROMPTS = {
+    "aligned": dict(hidden=576),
+    "aligned, one dtype": dict(hidden=4096, prompt_dtype=BF16, embeds=True),
+    "aligned, nothing optional": dict(hidden=4096, dtype=torch.float16, full=False),
+    "unaligned": dict(hidden=577),
+}
+
+
+def check_prompt(arch, tmp_path, **problem):
+    for name, launch in prompt_launches(**problem):
+        compiled = compile_for(arch, launch)
+        if arch.startswith("gfx"):
+            continue
+        assert stack_bytes(compiled, tmp_path) <= SPARE_STACK, name
+        code = compiled.asm["ptx"]
+        if problem["hidden"] % 16 == 0:
+            assert "ld.global.v4.b32" in code, name
+            assert "st.global.v4.b32" in code, name
+            assert not re.findall(r"(?:ld|st)\.global\.b16", code), f"{name}: an element at a time"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("problem", ["aligned", "unaligned"])
+def test_prompt_embedding(arch, problem, tmp_path):
+    check_prompt(arch, tmp_path, **PROMPTS[problem])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", list(INSTRUCTIONS))
+@pytest.mark.parametrize("problem", PROMPTS)
+def test_prompt_embedding_on_every_architecture(arch, problem, tmp_path):
+    check_prompt(arch, tmp_path, **PROMPTS[problem])
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debugging_stops_at_an_index_out_of_range(debug):
+    _, launch = next(prompt_launches(hidden=64))
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.debug = debug
+        code = compile_for("sm_80", launch).asm["ptx"]
+    # The message is in the code as a list of bytes.
+    message = ", ".join(str(byte) for byte in b"input_ids out of range")
+    assert ("__assertfail" in code) == (message in code) == debug

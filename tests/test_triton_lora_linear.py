@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import run_interpreted
 
 import lora_kernels as lk
 from lora_kernels import dispatch
@@ -18,29 +15,21 @@ from lora_kernels.spec import Verdict
 from lora_kernels.triton_kernels import configs
 from lora_kernels.triton_kernels.launching import Device
 
-INTERPRETED = Path(__file__).with_name("interpreted_lora_linear.py")
+INTERPRETED = "interpreted_lora_linear.py"
 VALUES = "test_values_and_gradients"
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-
-
-def run_interpreted(*options: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(INTERPRETED)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment.pop("LORA_KERNELS_BACKEND", None)
-    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
 
 
 @needs_triton
 @pytest.mark.parametrize("selected", [f"{VALUES}", f"not {VALUES}"])
 def test_interpreted(selected):
-    run_interpreted("-k", selected)
+    run_interpreted(INTERPRETED, "-k", selected)
 
 
 @needs_triton
 @pytest.mark.full
 def test_interpreted_in_full():
-    run_interpreted("-m", "full")
+    run_interpreted(INTERPRETED, "-m", "full")
 
 
 # What needs no interpreter: who is asked, and what is answered.

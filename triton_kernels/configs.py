@@ -28,6 +28,11 @@ class Tile(NamedTuple):
     num_stages: int
     why: str
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Without the reason."""
+        return self[:5]
+
 
 class Target(NamedTuple):
     """An architecture."""
@@ -162,19 +167,31 @@ def fused(
         aligned: rows of all operands begin at multiples of 16 elements, and their elements follow each other.
         separate_branch: the low-rank branch needs an accumulator of its own.
     """
+    return fused_candidates(target, sms, schedule, rows, columns, rank, float32, aligned, separate_branch)[0]
+
+
+def fused_candidates(
+    target: str, sms: int, schedule: str, rows: int, columns: int, rank: int, float32: str | None, aligned: bool,
+    separate_branch: bool,
+) -> list[FusedConfig]:  # fmt: skip
+    """What ``fused`` chooses, and then what else could be faster; the results are right with any of them."""
     row = TARGETS[target]
+    wide = (row.medium,) if separate_branch else (row.large, row.medium)
+    others: tuple[Tile, ...] = ()
     if float32 is not None:
         tile = _TF32 if float32 == "tf32" else _IEEE
     elif schedule == "dual" or not aligned:
         tile = _NARROW
-    elif rows <= row.few_rows.rows:
-        tile = row.few_rows
     else:
-        wide = (row.medium,) if separate_branch else (row.large, row.medium)
         tile = next((tile for tile in wide if fills(tile, sms, rows, columns)), row.small)
+        if rows <= row.few_rows.rows:
+            tile = row.few_rows
+        others = (*wide, row.small) if rows > row.small.rows else (row.small, row.few_rows)
+    # Rows of the table may hold one tile twice, with two reasons.
+    distinct = {t.shape: t for t in (tile, *others)} | {tile.shape: tile}
     # Of a rank that is no multiple of 16 every element of A and B needs its own pointer.
     branch_depth = _block_rank(rank) if rank % 16 == 0 else 16
-    return FusedConfig(tile, _block_rank(rank), branch_depth, max(1, _GROUP_ROWS // tile.rows))
+    return [FusedConfig(t, _block_rank(rank), branch_depth, max(1, _GROUP_ROWS // t.rows)) for t in distinct.values()]
 
 
 def fills(tile: Tile, sms: int, rows: int, columns: int) -> bool:
@@ -199,6 +216,39 @@ def reduce(
     # Two programs per SM; a share has at least four steps, or writing its part costs more than it saves.
     shares = max(1, min(2 * sms // tiles, rows // (4 * tile.rows)))
     return ReduceConfig(tile, block_rank, shares)
+
+
+class RowTile(NamedTuple):
+    """The tile of a program that copies or adds up rows."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+MIN_COPY_COLUMNS = 64
+
+
+def copy_tile(hidden: int, element_size: int) -> RowTile:
+    """For copies of rows: 64 bytes per thread, four loads of 16 bytes in flight."""
+    return _row_tile(hidden, 8192 // element_size)
+
+
+def sum_tile(hidden: int, element_size: int) -> RowTile:
+    """For sums of rows: 16 bytes per thread of each row, because a prompt is small and several rows are in flight."""
+    return _row_tile(hidden, 2048 // element_size)
+
+
+def most_copying_programs(batch: int, rows: int, hidden: int) -> int:
+    """Bound on the programs of a launch that copies or adds up rows of a [batch, rows, hidden] tensor."""
+    return batch * (1 + rows * blocks(hidden, MIN_COPY_COLUMNS))
+
+
+def _row_tile(hidden: int, elements: int) -> RowTile:
+    """As wide as it can be without more idle threads than a narrower one has."""
+    widths = [width for width in (1024, 512, 256, 128, MIN_COPY_COLUMNS) if width <= elements]
+    columns = min(widths, key=lambda width: blocks(hidden, width) * width)
+    return RowTile(elements // columns, columns, 4)
 
 
 def blocks(size: int, tile: int) -> int:

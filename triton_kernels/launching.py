@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,12 @@ class Launch(NamedTuple):
     def run(self) -> None:
         """Launch on the current stream of the device that the first tensor is on."""
         self.kernel[self.grid](*self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def run_all(launches: Iterable[Launch]) -> None:
+    """One after the other."""
+    for launch in launches:
+        launch.run()
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

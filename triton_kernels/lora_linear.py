@@ -22,6 +22,7 @@ fixed order. No float atomics: results are the same bits on every run.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +31,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import philox
-from . import configs
+from . import autotune, configs
 from .dropout_mask import keep_tile
-from .launching import Device, Launch, counters, device_of, float32_products, on_device
+from .launching import Device, Launch, counters, device_of, float32_products, on_device, run_all
 
 # ------------------------------------------------------------------------------------------------ device code
 
@@ -343,8 +344,7 @@ def forward(
     y, s = x.new_empty((*x.shape[:-1], n)), x.new_empty((*x.shape[:-1], rank))
     task = forward_task(y, s, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
     with on_device(x):
-        for launch in fused_launches(device_of(x.device), schedule, task, drops="p"):
-            launch.run()
+        run_all(fused_launches(device_of(x.device), schedule, task, drops="p"))
     return y, s
 
 
@@ -357,18 +357,17 @@ def backward(
     grad_x = x.new_empty(x.shape if need_x else 0)
     grad_A = lora_A.new_empty(lora_A.shape if need_A else 0)
     grad_B = lora_B.new_empty(lora_B.shape if need_B else 0)
-    launches = []
-    if need_x or need_A:
-        grad_s = torch.empty_like(s)  # without the scaling, which is applied in float32 where grad_s is used
-        task = backward_task(grad_x, grad_s, grad_y, weight, lora_A, lora_B, seed, scaling, dropout_p)
-        launches += fused_launches(device, schedule if need_x else "inner", task, drops="branch")
-    if need_A:
-        launches.append(reduce_launch(device, grad_A.t(), x, grad_s, seed, scaling, dropout_p))
-    if need_B:
-        launches.append(reduce_launch(device, grad_B, grad_y, s, None, scaling, 0.0))
     with on_device(x):
-        for launch in launches:
-            launch.run()
+        launches = []
+        if need_x or need_A:
+            grad_s = torch.empty_like(s)  # without the scaling, which is applied in float32 where grad_s is used
+            task = backward_task(grad_x, grad_s, grad_y, weight, lora_A, lora_B, seed, scaling, dropout_p)
+            launches += fused_launches(device, schedule if need_x else "inner", task, drops="branch")
+        if need_A:
+            launches.append(reduce_launch(device, grad_A.t(), x, grad_s, seed, scaling, dropout_p))
+        if need_B:
+            launches.append(reduce_launch(device, grad_B, grad_y, s, None, scaling, 0.0))
+        run_all(launches)
     return grad_x, grad_A, grad_B
 
 
@@ -410,9 +409,30 @@ def fused_launches(device: Device, schedule: str, task: FusedTask, drops: str) -
     rows, float32 = task.p.data.shape[0], float32_products(task.p.data.dtype)
     masks_branch = drops == "branch" and task.seed is not None
     in_place = adds_in_place(task.scaling, masks_branch)
-    config = configs.fused(
+    candidates = configs.fused_candidates(
         device.target, device.sms, schedule, rows, task.columns, task.rank, float32, _is_aligned(task), not in_place
     )
+
+    def launches(i: int) -> list[Launch]:
+        return _fused_launches(candidates[i], schedule, task, drops, in_place)
+
+    gpu = task.p.data.device
+    if rows == 0 or len(candidates) == 1 or not autotune.is_enabled(gpu):
+        return launches(0)
+    problem = (
+        f"{schedule} {device.target} {task.p.data.dtype}: rows <= {triton.next_power_of_2(rows)}, "
+        f"columns {task.columns}, depth {task.depth}, rank {task.rank}, dropout {task.seed is not None}, "
+        f"{'forward' if drops == 'p' else 'backward'}, in place {in_place}"
+    )
+    tiles = [config.tile.shape for config in candidates]
+    return launches(autotune.fastest(problem, tiles, lambda i: functools.partial(run_all, launches(i)), gpu))
+
+
+def _fused_launches(
+    config: configs.FusedConfig, schedule: str, task: FusedTask, drops: str, in_place: bool
+) -> list[Launch]:
+    """The same with a given configuration."""
+    rows = task.p.data.shape[0]
     tile = config.tile
     row_blocks = configs.blocks(rows, tile.rows)
     inner_columns = configs.blocks(task.rank, config.block_rank)
@@ -431,7 +451,7 @@ def fused_launches(device: Device, schedule: str, task: FusedTask, drops: str) -
         "EVEN_COLUMNS": task.columns % tile.columns == 0,
         "GROUP": config.group,
         "IN_PLACE": in_place,
-        "PRECISION": float32,
+        "PRECISION": float32_products(task.p.data.dtype),
     }
     return [
         Launch(

@@ -19,6 +19,7 @@ OLDEST = (3, 7)
 MAX_SIZE = 2**31 - 1024
 """Rows, columns and tiles are counted in int32; the margin is what the last, partly filled tiles reach beyond."""
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _SCHEDULES = {
     "ticketed": Verdict("ticketed", "one launch: tiles of the low-rank product first, other tiles wait for theirs"),
     "split": Verdict("split", "two launches: programs of one launch may not wait for each other on this GPU"),
@@ -72,7 +73,7 @@ def lora_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) -> Verdic
     refused = refusal(x.device)
     if refused is not None:
         return refused
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if x.dtype not in _FLOATS:
         return _DTYPE
     float32 = float32_products(x.dtype)
     if float32 == "ieee" and dispatch.forced_backend() != "triton":
@@ -85,6 +86,18 @@ def lora_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) -> Verdic
     if configs.most_programs(rows, columns) > MAX_SIZE or max(rows, columns, depth) > MAX_SIZE:
         return _SIZE
     return _SCHEDULES[configs.schedule(device_of(x.device).target, columns, rank, float32)]
+
+
+def rows_refusal(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], batch: int, rows: int, hidden: int
+) -> Verdict | None:
+    """Why rows of a [batch, rows, hidden] tensor are not copied or summed; None where they are."""
+    refused = refusal(device)
+    if refused is not None:
+        return refused
+    if any(dtype not in _FLOATS for dtype in dtypes):
+        return _DTYPE
+    return _SIZE if configs.most_copying_programs(batch, rows, hidden) > MAX_SIZE else None
 
 
 def is_preferred(verdict: Verdict, device: torch.device, rows: int, columns: int) -> bool:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .. import dispatch
 from ..reasons import Reason
 from ..spec import Autograd, Kernel, OpSpec, Verdict
+from . import _triton
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int64, torch.int32)
@@ -141,6 +142,23 @@ def _run_cpu(schedule: str, *args: Any) -> tuple[Tensor, ...]:
         raise
 
 
+def _triton_supports(
+    prompt, input_ids, weight, inputs_embeds, attention_mask, labels, task_ids, prompt_lengths, left
+) -> Verdict:
+    embeds = weight if inputs_embeds is None else inputs_embeds
+    batch, tokens = _token_shape(input_ids, inputs_embeds)
+    size = batch, prompt.shape[-2] + tokens, prompt.shape[-1]
+    return _triton.rows_refusal(prompt.device, (prompt.dtype, embeds.dtype), *size) or _GATHER
+
+
+def _triton_run(schedule: str, *args: Any) -> tuple[Tensor, ...]:
+    from ..triton_kernels import prompt_embedding
+
+    if args[0].device.type == "cpu":
+        _check_indices(*args)
+    return prompt_embedding.forward(*args)
+
+
 def _bytes(prompt, input_ids, weight, inputs_embeds, attention_mask, labels, task_ids, prompt_lengths, left) -> int:
     batch, tokens = _token_shape(input_ids, inputs_embeds)
     rows, hidden = prompt.shape[-2:]
@@ -209,6 +227,18 @@ def _cpu_supports_backward(grad, layout, input_ids, task_ids, tasks, prompt_rows
     return _SUM if served else _REFUSED_DTYPE
 
 
+def _triton_supports_backward(grad, layout, input_ids, task_ids, tasks, prompt_rows, prompt_dtype, *rest) -> Verdict:
+    batch, rows, hidden = grad.shape
+    size = max(batch, tasks), rows, hidden
+    return _triton.rows_refusal(grad.device, (grad.dtype, prompt_dtype), *size) or _SUM
+
+
+def _triton_run_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from ..triton_kernels import prompt_embedding
+
+    return prompt_embedding.backward(*args)
+
+
 def _flops_backward(
     grad, layout, input_ids, task_ids, tasks, prompt_rows, prompt_dtype, vocabulary,
     need_prompt, need_weight, need_embeds,
@@ -240,7 +270,10 @@ BACKWARD = dispatch.register(
         ),
         reference=_reference_backward,
         fake=_fake_backward,
-        kernels={"cpu": Kernel(_cpu_supports_backward)},
+        kernels={
+            "triton": Kernel(_triton_supports_backward, _triton_run_backward),
+            "cpu": Kernel(_cpu_supports_backward),
+        },
         flops=_flops_backward,
         bytes=_bytes_backward,
     )
@@ -297,7 +330,7 @@ SPEC = dispatch.register(
         ),
         reference=_reference,
         fake=_fake,
-        kernels={"cpu": Kernel(_cpu_supports, _run_cpu)},
+        kernels={"triton": Kernel(_triton_supports, _triton_run), "cpu": Kernel(_cpu_supports, _run_cpu)},
         autograd=Autograd(_setup_context, _backward),
         flops=lambda *_: 0,
         bytes=_bytes,
@@ -318,12 +351,17 @@ class PromptEmbeddingFunction(torch.autograd.Function):
     def forward(ctx, *args):  # type: ignore[override]
         output = dispatch.run(SPEC, *args)
         _setup_context(ctx, args, output)
+        ctx.forced_backend = dispatch.forced_backend()
         return output[:4]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):  # type: ignore[override]
-        return _gradients(ctx, grad, _run_backward)
+        if ctx.forced_backend is None:
+            return _gradients(ctx, grad, _run_backward)
+        # Backward may run in another thread, or after `with use_backend(...)` has ended.
+        with dispatch.use_backend(ctx.forced_backend):
+            return _gradients(ctx, grad, _run_backward)
 
 
 def _run_backward(*args):
