@@ -151,6 +151,9 @@ struct PromptEmbeddingParams {
   int64_t* positions;         // [batch, prompt_rows + tokens]
   PromptLayout* layout;       // [batch]
   void* out;                  // [batch, prompt_rows + tokens, hidden], contiguous
+  // CUDA only. An index out of range stops the kernel with an error, or else is taken for the nearest one.
+  bool trap_outside;
+  int32_t rows_per_block;
 };
 
 // The gradients of the same; an output that is not wanted is null. Sums run over the batch in order.
@@ -162,8 +165,11 @@ struct PromptEmbeddingBackwardParams {
   const PromptLayout* layout;
   IndexArray ids, task_ids;
   void* grad_prompt;  // [tasks, prompt_rows, hidden]; this one and the next two are contiguous
-  void* grad_weight;  // [vocabulary, hidden] of grad's type, zero on entry
+  void* grad_weight;  // [vocabulary, hidden] of grad's type; on the CPU zero on entry
   void* grad_embeds;  // [batch, tokens, hidden] of grad's type
+  // CUDA only; trap_outside as above, then the blocks for each gradient, one behind the other, the table's last.
+  bool trap_outside;
+  int32_t prompt_blocks, embeds_blocks;
 };
 
 }  // namespace lk
