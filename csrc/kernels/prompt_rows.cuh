@@ -126,4 +126,17 @@ LK_DEVICE int row_of_token(const Place& place, int token) {
   return place.first + token + (token < place.split ? 0 : place.length);
 }
 
+// f(Variant{}) for a template of an element type and whether rows are aligned. Float64 is not served.
+template <template <class, bool> class Variant, class F>
+auto with_prompt_variant(FloatType type, bool aligned, const F& f) {
+  switch (type) {
+    case FloatType::kFloat32:
+      return aligned ? f(Variant<Float32, true>{}) : f(Variant<Float32, false>{});
+    case FloatType::kBFloat16:
+      return aligned ? f(Variant<BFloat16, true>{}) : f(Variant<BFloat16, false>{});
+    default:
+      return aligned ? f(Variant<Float16, true>{}) : f(Variant<Float16, false>{});
+  }
+}
+
 }  // namespace lk
