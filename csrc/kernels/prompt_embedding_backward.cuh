@@ -142,7 +142,6 @@ struct PromptEmbeddingBackward {
                                     Scan& scan) {
     const int64_t tokens = p.sizes.batch * p.sizes.tokens;
     List list{dynamic_shared() + Scan::kSharedBytes, dynamic_shared() + Scan::kSharedBytes + kListed * 4, 0, from};
-    sync_block();  // the list before this one is not needed any more
     LK_NO_UNROLL
     for (; list.end < tokens && list.count + Scan::kFlags <= kListed; list.end += Scan::kFlags) {
       int id[kItems];
@@ -154,7 +153,7 @@ struct PromptEmbeddingBackward {
         is_listed[i] = id[i] >= row0 && id[i] < end_row;
       }
       int before[kItems];
-      const int listed = scan.count(is_listed, before);
+      const int listed = scan.count(is_listed, before);  // behind its barrier nobody reads the list before this one
       LK_UNROLL
       for (int i = 0; i < kItems; ++i) {
         if (!is_listed[i]) continue;
