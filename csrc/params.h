@@ -145,12 +145,12 @@ struct PromptEmbeddingParams {
   int64_t prompt_task_stride, prompt_stride;
   IndexArray task_ids;        // [batch]; null: task 0
   IndexArray prompt_lengths;  // [batch]; null: prompt_rows
-  bool left;                  // pads are on the left: the prompt goes in front of the first real token
   TokenColumn mask, labels;
   uint64_t mask_significant;  // bits of a mask element that make it non-zero: all but the sign of a float
   int64_t* positions;         // [batch, prompt_rows + tokens]
   PromptLayout* layout;       // [batch]
   void* out;                  // [batch, prompt_rows + tokens, hidden], contiguous
+  bool left;                  // pads are on the left: the prompt goes in front of the first real token
   // CUDA only. An index out of range stops the kernel with an error, or else is taken for the nearest one.
   bool trap_outside;
   int32_t rows_per_block;
