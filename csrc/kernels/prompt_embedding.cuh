@@ -68,7 +68,7 @@ struct PromptEmbedding {
   LK_DEVICE static void write_columns(const PromptEmbeddingParams& p, int b, Scan& scan) {
     const int tokens = static_cast<int>(p.sizes.tokens), rows = static_cast<int>(p.sizes.prompt_rows) + tokens;
     const Place place = place_of(p, b, rows, scan);
-    if (thread_index() == 0) store_global(p.layout + b, PromptLayout{place.first, place.split, place.length});
+    store_layout(p.layout + b, place);
     int real = 0;  // rows in front of `from` that are
     LK_NO_UNROLL
     for (int from = 0; from < rows; from += Scan::kFlags) {
@@ -96,6 +96,16 @@ struct PromptEmbedding {
         if (p.labels.out != nullptr) store_bits(p.labels, at, label[i]);
       }
       real += real_here;
+    }
+  }
+
+  // A thread a member: one store for all.
+  LK_DEVICE static void store_layout(PromptLayout* layout, const Place& place) {
+    const int i = thread_index();
+    if (i < 3) {
+      store_global(reinterpret_cast<int64_t*>(layout) + i, int64_t{i == 0   ? place.first
+                                                                   : i == 1 ? place.split
+                                                                            : place.length});
     }
   }
 
