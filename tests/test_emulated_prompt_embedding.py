@@ -237,11 +237,7 @@ def test_an_index_out_of_range_stays_within_the_arrays(monkeypatch, name, value,
     bad, good = getattr(problem, name).clone(), getattr(problem, name).clone()
     bad.view(-1)[1], good.view(-1)[1] = value, nearest
     problem, good = problem._replace(**{name: bad}), problem._replace(**{name: good})
-    # The public checks are not passed on the way: on a GPU they would wait for it.
-    forward = torch.ops.lora_kernels_emulated_prompt.prompt_embedding
-    arguments = list(op_arguments(good, "left"))
-    arguments[next(i for i, a in enumerate(arguments) if a is getattr(good, name))] = bad
-    ours = forward(*arguments, "")
+    ours = run_forward(problem, "left")
     for a, b in zip(ours, run_forward(good, "left")):
         assert torch.equal(a, b)
     grad = torch.randn_like(ours[0])
@@ -250,7 +246,7 @@ def test_an_index_out_of_range_stays_within_the_arrays(monkeypatch, name, value,
     monkeypatch.setenv("LORA_KERNELS_DEVICE_ASSERT", "1")
     run_forward(good, "left")
     with pytest.raises(RuntimeError, match="trap"):
-        forward(*arguments, "")
+        run_forward(problem, "left")
     if name != "prompt_lengths":
         with pytest.raises(RuntimeError, match="trap"):
             run_backward(problem, grad, ours[4])
