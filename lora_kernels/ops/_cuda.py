@@ -65,7 +65,7 @@ def prompt_refusal(
     """
     if embeds not in PROMPT_DTYPES or prompt not in (embeds, torch.float32):
         return _DTYPE
-    if max(rows, columns) > MAX_SIZE:
+    if max(rows, columns * embeds.itemsize) > MAX_SIZE:
         return _SIZE
     if capability(device) < OLDEST:
         return _ARCHITECTURE
