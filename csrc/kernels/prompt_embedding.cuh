@@ -72,30 +72,38 @@ struct PromptEmbedding {
     int real = 0;  // rows in front of `from` that are
     LK_NO_UNROLL
     for (int from = 0; from < rows; from += Scan::kFlags) {
-      uint64_t mask[kItems] = {}, label[kItems] = {};
-      LK_UNROLL
-      for (int i = 0; i < kItems; ++i) {
-        const int r = from + i * kThreads + thread_index();
-        if (r >= rows) continue;
-        const Row row = row_of(place, tokens, r);
-        mask[i] = column_bits(p, p.mask, b, row);
-        if (p.labels.out != nullptr) label[i] = column_bits(p, p.labels, b, row);
-      }
+      uint64_t bits[kItems];
+      if (p.labels.out != nullptr) write_column(p, p.labels, b, place, from, bits);
+      write_column(p, p.mask, b, place, from, bits);
       bool is_real[kItems];
       LK_UNROLL
-      for (int i = 0; i < kItems; ++i) is_real[i] = (mask[i] & p.mask_significant) != 0;
+      for (int i = 0; i < kItems; ++i) is_real[i] = (bits[i] & p.mask_significant) != 0;
       int before[kItems];
       const int real_here = scan.count(is_real, before);
       LK_UNROLL
       for (int i = 0; i < kItems; ++i) {
         const int r = from + i * kThreads + thread_index();
         if (r >= rows) continue;
-        const int64_t at = static_cast<int64_t>(b) * rows + r;
-        store_bits(p.mask, at, mask[i]);
-        store_global(p.positions + at, int64_t{at_least(real + before[i] + (is_real[i] ? 1 : 0) - 1, 0)});
-        if (p.labels.out != nullptr) store_bits(p.labels, at, label[i]);
+        store_global(p.positions + static_cast<int64_t>(b) * rows + r,
+                     int64_t{at_least(real + before[i] + (is_real[i] ? 1 : 0) - 1, 0)});
       }
       real += real_here;
+    }
+  }
+
+  // This thread's rows from `from` on; their elements remain in `bits`, zero behind the last row.
+  LK_DEVICE static void write_column(const PromptEmbeddingParams& p, const TokenColumn& column, int b,
+                                     const Place& place, int from, uint64_t (&bits)[kItems]) {
+    const int tokens = static_cast<int>(p.sizes.tokens), rows = static_cast<int>(p.sizes.prompt_rows) + tokens;
+    LK_UNROLL
+    for (int i = 0; i < kItems; ++i) {
+      const int r = from + i * kThreads + thread_index();
+      bits[i] = r < rows ? column_bits(p, column, b, row_of(place, tokens, r)) : 0;
+    }
+    LK_UNROLL
+    for (int i = 0; i < kItems; ++i) {
+      const int r = from + i * kThreads + thread_index();
+      if (r < rows) store_bits(column, static_cast<int64_t>(b) * rows + r, bits[i]);
     }
   }
 
