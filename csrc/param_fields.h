@@ -106,6 +106,79 @@ struct LoraGradsFields {
   static_assert(lists_all<Params>(kFields));
 };
 
+// Params that hold other structs list the members of these. Their count is not known to the language; but a member
+// that is missing, other than at the end or in front of padding, leaves a gap.
+template <class Params, size_t kCount>
+consteval bool leaves_no_gap(const std::array<Field, kCount>& fields) {
+  size_t end = 0;
+  for (const Field& f : fields) {
+    if (f.offset != (end + f.size - 1) / f.size * f.size) return false;
+    end = f.offset + f.size;
+  }
+  return (end + alignof(Params) - 1) / alignof(Params) * alignof(Params) == sizeof(Params);
+}
+
+#define LK_SIZES_FIELDS                                                                               \
+  LK_FIELD(sizes.batch), LK_FIELD(sizes.tokens), LK_FIELD(sizes.prompt_rows), LK_FIELD(sizes.hidden), \
+      LK_FIELD(sizes.tasks), LK_FIELD(sizes.vocabulary)
+#define LK_INDEX_FIELDS(name) LK_FIELD(name.data), LK_FIELD(name.is_int64)
+#define LK_COLUMN_FIELDS(name)                                                                         \
+  LK_FIELD(name.tokens), LK_FIELD(name.out), LK_FIELD(name.element_size), LK_FIELD(name.prompt_value), \
+      LK_FIELD(name.unused_value)
+
+struct PromptEmbeddingFields {
+  using Params = PromptEmbeddingParams;
+  static constexpr std::array kFields = {
+      LK_SIZES_FIELDS,
+      LK_FIELD(type),
+      LK_FIELD(prompt_type),
+      LK_FIELD(source),
+      LK_FIELD(source_batch_stride),
+      LK_FIELD(source_stride),
+      LK_INDEX_FIELDS(ids),
+      LK_FIELD(prompt),
+      LK_FIELD(prompt_task_stride),
+      LK_FIELD(prompt_stride),
+      LK_INDEX_FIELDS(task_ids),
+      LK_INDEX_FIELDS(prompt_lengths),
+      LK_COLUMN_FIELDS(mask),
+      LK_COLUMN_FIELDS(labels),
+      LK_FIELD(mask_significant),
+      LK_FIELD(positions),
+      LK_FIELD(layout),
+      LK_FIELD(out),
+      LK_FIELD(left),
+      LK_FIELD(trap_outside),
+      LK_FIELD(rows_per_block),
+  };
+  static_assert(leaves_no_gap<Params>(kFields));
+};
+
+struct PromptEmbeddingBackwardFields {
+  using Params = PromptEmbeddingBackwardParams;
+  static constexpr std::array kFields = {
+      LK_SIZES_FIELDS,
+      LK_FIELD(type),
+      LK_FIELD(prompt_type),
+      LK_FIELD(grad),
+      LK_FIELD(grad_batch_stride),
+      LK_FIELD(grad_stride),
+      LK_FIELD(layout),
+      LK_INDEX_FIELDS(ids),
+      LK_INDEX_FIELDS(task_ids),
+      LK_FIELD(grad_prompt),
+      LK_FIELD(grad_weight),
+      LK_FIELD(grad_embeds),
+      LK_FIELD(trap_outside),
+      LK_FIELD(prompt_blocks),
+      LK_FIELD(embeds_blocks),
+  };
+  static_assert(leaves_no_gap<Params>(kFields));
+};
+
+#undef LK_SIZES_FIELDS
+#undef LK_INDEX_FIELDS
+#undef LK_COLUMN_FIELDS
 #undef LK_FIELD
 
 }  // namespace lk

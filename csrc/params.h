@@ -145,12 +145,15 @@ struct PromptEmbeddingParams {
   int64_t prompt_task_stride, prompt_stride;
   IndexArray task_ids;        // [batch]; null: task 0
   IndexArray prompt_lengths;  // [batch]; null: prompt_rows
-  bool left;                  // pads are on the left: the prompt goes in front of the first real token
   TokenColumn mask, labels;
   uint64_t mask_significant;  // bits of a mask element that make it non-zero: all but the sign of a float
   int64_t* positions;         // [batch, prompt_rows + tokens]
   PromptLayout* layout;       // [batch]
   void* out;                  // [batch, prompt_rows + tokens, hidden], contiguous
+  bool left;                  // pads are on the left: the prompt goes in front of the first real token
+  // CUDA only. An id or task out of range stops the kernel with an error, or else gives a row of NaN.
+  bool trap_outside;
+  int32_t rows_per_block;
 };
 
 // The gradients of the same; an output that is not wanted is null. Sums run over the batch in order.
@@ -162,8 +165,11 @@ struct PromptEmbeddingBackwardParams {
   const PromptLayout* layout;
   IndexArray ids, task_ids;
   void* grad_prompt;  // [tasks, prompt_rows, hidden]; this one and the next two are contiguous
-  void* grad_weight;  // [vocabulary, hidden] of grad's type, zero on entry
+  void* grad_weight;  // [vocabulary, hidden] of grad's type; on the CPU zero on entry
   void* grad_embeds;  // [batch, tokens, hidden] of grad's type
+  // CUDA only; trap_outside as above, then the blocks for each gradient, one behind the other, the table's last.
+  bool trap_outside;
+  int32_t prompt_blocks, embeds_blocks;
 };
 
 }  // namespace lk

@@ -18,6 +18,7 @@ struct alignas(8) Float2 {
 
 LK_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 LK_DEVICE uint32_t bits_of(float f) { return __float_as_uint(f); }
+LK_DEVICE uint32_t count_ones(uint32_t bits) { return static_cast<uint32_t>(__popc(bits)); }
 
 // ------------------------------------------------------------------------------------------------ the thread
 
@@ -27,6 +28,12 @@ LK_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
 
 LK_DEVICE void sync_block() { __syncthreads(); }
 LK_DEVICE void sync_warp() { __syncwarp(); }
+
+// Bit i: whether lane i said true. All lanes of the warp call it.
+LK_DEVICE uint32_t warp_ballot(bool flag) { return __ballot_sync(0xFFFFFFFFu, flag); }
+
+// Ends the launch with an error.
+LK_DEVICE void trap() { __trap(); }
 
 // Address of the block's dynamic shared memory: a multiple of 128, so that swizzled rows begin at bank 0.
 LK_DEVICE uint32_t dynamic_shared() {

@@ -84,6 +84,8 @@ def prompt_embedding(
     Raises:
         TypeError: an argument is not a tensor or has a dtype that does not fit.
         ValueError: shapes, devices or padding_side do not fit, or, on the CPU, an id, task or length is out of range.
+            On a GPU an id or task out of range gives rows of NaN, and a length is clamped; or the kernel stops, if the
+            environment has ``LORA_KERNELS_DEVICE_ASSERT=1`` (CUDA) or ``TRITON_DEBUG=1`` (Triton).
     """
     args = arguments(
         input_ids, weight, prompt, inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels,

@@ -31,12 +31,21 @@ def load() -> ModuleType:
 @functools.cache
 def load_torch() -> ModuleType:
     """The CUDA bindings over CPU tensors: registers ``torch.ops.lora_kernels_emulated``, defined as the native ops."""
+    return _build_over_torch("_emu_torch", "emu/bind_torch.cpp")
+
+
+@functools.cache
+def load_prompt_embedding() -> ModuleType:
+    """The same for prompt embedding, in ``torch.ops.lora_kernels_emulated_prompt``: a module that is built quickly."""
+    return _build_over_torch("_emu_prompt_embedding", "emu/bind_prompt_embedding.cpp")
+
+
+def _build_over_torch(name: str, binding: str) -> ModuleType:
     torch_dir = Path(torch.__file__).parent
     abi = next(flag for flag in setup_script.load().STABLE_ABI if "TORCH_TARGET_VERSION" in flag)
     compile_flags = (f"-I{CSRC}/emu/cuda", "-isystem", f"{torch_dir}/include", abi, "-DUSE_CUDA")
     link_flags = (f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
-    flags = (*compile_flags, *link_flags)
-    return _build("_emu_torch", ("emu/machine.cpp", "emu/bind_torch.cpp"), flags)
+    return _build(name, ("emu/machine.cpp", binding), (*compile_flags, *link_flags))
 
 
 def _build(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ModuleType:

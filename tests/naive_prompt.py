@@ -107,16 +107,18 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 0, 1], [1, 1, 1, 0, 0], [0, 0, 0
 LENGTHS = torch.tensor([3, 1, 0, 2])
 
 
-def make(source=torch.int64, dtype=FP32, prompt_dtype=FP32, mask=None, labels=False, tasks=False, ragged=False):
+def make(
+    source=torch.int64, dtype=FP32, prompt_dtype=FP32, mask=None, labels=False, tasks=False, ragged=False, hidden=HIDDEN
+):
     """``source`` is the dtype of the ids, or "embeds"."""
     index = torch.int64 if source == torch.int32 else torch.int32
-    prompt = torch.randn(*((TASKS,) if tasks else ()), ROWS, HIDDEN).to(prompt_dtype)
+    prompt = torch.randn(*((TASKS,) if tasks else ()), ROWS, hidden).to(prompt_dtype)
     by_ids = source != "embeds"
     return Problem(
         torch.randint(VOCABULARY, (BATCH, TOKENS)).to(source) if by_ids else None,
-        torch.randn(VOCABULARY, HIDDEN).to(dtype) if by_ids else None,
+        torch.randn(VOCABULARY, hidden).to(dtype) if by_ids else None,
         prompt,
-        None if by_ids else torch.randn(BATCH, TOKENS, HIDDEN).to(dtype),
+        None if by_ids else torch.randn(BATCH, TOKENS, hidden).to(dtype),
         None if mask is None else MASK.to(mask),
         torch.randint(VOCABULARY, (BATCH, TOKENS)) if labels else None,
         torch.tensor([2, 0, 2, 2]).to(index) if tasks else None,

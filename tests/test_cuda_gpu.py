@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import naive_prompt
 import pytest
 import torch
+from covering import case_id, covering_pairs
 from numerics import assert_as_accurate
 
 import lora_kernels as lk
@@ -130,3 +132,49 @@ def test_training_step_takes_the_kernel_forward():
     lk.lora_linear(x, weight, lora_A, lora_B, bias, dropout_p=0.1, training=True).sum().backward()
     assert lora_A.grad is not None
     assert lk.stats()["served"][("lora_linear", "cuda")] == 1
+
+
+# --------------------------------------------------------------------------------------------- prompt embedding
+
+PROMPT_AXES = {
+    "source": [torch.int64, torch.int32, "embeds"],
+    "dtype": [torch.float32, *DTYPES],
+    "mask": [None, torch.int64, torch.bool, torch.float32],
+    "labels": [False, True],
+    "tasks": [False, True],
+    "ragged": [False, True],
+    "side": ["right", "left"],
+    "hidden": [11, 40, 1100],
+}
+
+
+@pytest.mark.parametrize("case", covering_pairs(**PROMPT_AXES), ids=case_id)
+def test_prompt_embedding(case):
+    case = dict(case)
+    side = case.pop("side")
+    problem = naive_prompt.make(**case)
+    expected = naive_prompt.forward(problem, side)
+    grad = torch.randn_like(expected[0])
+    exact = naive_prompt.backward(problem, side, grad)
+    on_gpu = type(problem)(*(None if t is None else t.cuda() for t in problem))
+    live, leaves = naive_prompt.trainable(on_gpu)
+    with lk.use_backend("cuda"):
+        ours = naive_prompt.call(live, side)
+        gradients = torch.autograd.grad(ours.inputs_embeds, list(leaves.values()), grad.cuda())
+    for a, b in zip(ours, expected):
+        assert (a is None and b is None) or torch.equal(a.cpu(), b)
+    for name, gradient in zip(leaves, gradients):
+        assert torch.equal(gradient.cpu(), exact[name]), name
+
+
+def test_prompt_embedding_waits_for_nothing_and_is_captured():
+    problem = naive_prompt.make(dtype=torch.bfloat16, mask=torch.int64, labels=True, ragged=True)
+    on_gpu = type(problem)(*(None if t is None else t.cuda() for t in problem))
+    expected = naive_prompt.forward(problem, "left")
+    naive_prompt.call(on_gpu, "left")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours = naive_prompt.call(on_gpu, "left")
+    graph.replay()
+    for a, b in zip(ours, expected):
+        assert torch.equal(a.cpu(), b)

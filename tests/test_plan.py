@@ -90,6 +90,35 @@ def test_plan_of_the_gradients(plan, rank):
         assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
 
 
+PROMPT = {"--batch": 2, "--tokens": 32, "--prompt-rows": 20, "--hidden": 576, "--dtype": "bf16", "--arch": "sm_80"}
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("op", "flags", "changes", "blocks", "reason"),
+    [
+        ("prompt_embedding", [], {}, 2 * (1 + 7), "a row per warp"),
+        ("prompt_embedding", ["--left"], {}, 2 * (1 + 2), "looks for the first real token itself"),
+        ("prompt_embedding", [], {"--batch": 0}, 0, ""),
+        ("prompt_embedding_backward", [], {}, 12, "in its order"),
+        ("prompt_embedding_backward", [], {"--tasks": 3, "--dtype": "fp32"}, 34, ""),
+        ("prompt_embedding_backward", ["--weight", "--embeds"], {"--vocabulary": 1000}, 12 + 8 + 16, ""),
+    ],
+)
+@pytest.mark.parametrize("aligned", [True, False])
+def test_plan_of_prompt_embedding(capsys, op, flags, changes, blocks, reason, aligned):
+    options = {**PROMPT, **changes}
+    flags = flags if aligned else [*flags, "--unaligned"]
+    assert main(["plan", op, *(str(part) for option in options.items() for part in option), *flags]) == 0
+    launch = json.loads(capsys.readouterr().out)
+    if aligned or op == "prompt_embedding":
+        assert launch["grid"] == [blocks, 1, 1]
+    assert reason in launch["reason"]
+    assert ("Lb1E" in launch["kernel"]) == aligned
+    assert launch["workspace_bytes"] == 0
+    assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
+
+
 @needs_extension
 def test_no_rows_need_no_block(plan):
     assert plan(m=0)["grid"] == [0, 1, 1]

@@ -3,6 +3,7 @@
 #include <span>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "../launch/launch.h"
 #include "../param_fields.h"
@@ -133,6 +134,71 @@ PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keyword
   });
 }
 
+// What the problem of prompt_embedding and the device come as; its grid depends on no device.
+struct PromptProblem {
+  FloatType type;
+  PromptSizes sizes;
+  int rows_aligned, looks_for_tokens, need_prompt, need_weight, need_embeds;
+
+  bool aligned() const {
+    return rows_aligned != 0 && sizes.hidden * (type == FloatType::kFloat32 ? 4 : 2) % kChunkBytes == 0;
+  }
+};
+
+// False with a Python error.
+bool parse(PyObject* args, PyObject* keywords, PromptProblem& p) {
+  const char* const names[] = {
+      "dtype",        "batch",       "tokens",      "prompt_rows", "hidden",           "tasks", "vocabulary",
+      "rows_aligned", "need_prompt", "need_weight", "need_embeds", "looks_for_tokens", "sms",   "shared_per_block",
+      nullptr};
+  const char* dtype;
+  long long batch, tokens, prompt_rows, hidden, tasks, vocabulary;
+  int sms, shared_per_block;
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLLLpppppii", const_cast<char**>(names), &dtype, &batch, &tokens,
+                                   &prompt_rows, &hidden, &tasks, &vocabulary, &p.rows_aligned, &p.need_prompt,
+                                   &p.need_weight, &p.need_embeds, &p.looks_for_tokens, &sms, &shared_per_block)) {
+    return false;
+  }
+  p.sizes = {batch, tokens, prompt_rows, hidden, tasks, vocabulary};
+  const std::pair<const char*, FloatType> types[] = {
+      {"fp32", FloatType::kFloat32}, {"bf16", FloatType::kBFloat16}, {"fp16", FloatType::kFloat16}};
+  for (const auto& [name, type] : types) {
+    p.type = type;
+    if (std::strcmp(dtype, name) == 0) return true;
+  }
+  PyErr_Format(PyExc_ValueError, "dtype must be fp32, bf16 or fp16, got %s", dtype);
+  return false;
+}
+
+PyObject* plan_prompt_embedding(PyObject*, PyObject* args, PyObject* keywords) {
+  PromptProblem p;
+  if (!parse(args, keywords, p)) return nullptr;
+  const PromptEmbeddingConfig config = prompt_embedding_config(p.sizes, p.aligned(), p.looks_for_tokens != 0);
+  if (config.blocks > INT32_MAX) return too_many_tiles();
+  return to_python({.schedule = "gather",
+                    .reason = config.reason,
+                    .kernel = describe_prompt_embedding(p.type, config.aligned),
+                    .blocks = config.blocks,
+                    .workspace_bytes = 0,
+                    .params_size = sizeof(PromptEmbeddingParams),
+                    .fields = PromptEmbeddingFields::kFields});
+}
+
+PyObject* plan_prompt_embedding_backward(PyObject*, PyObject* args, PyObject* keywords) {
+  PromptProblem p;
+  if (!parse(args, keywords, p)) return nullptr;
+  const PromptBackwardConfig config =
+      prompt_backward_config(p.sizes, p.aligned(), p.need_prompt != 0, p.need_weight != 0, p.need_embeds != 0);
+  if (config.blocks() > INT32_MAX) return too_many_tiles();
+  return to_python({.schedule = "row_sum",
+                    .reason = "a thread sums over the batch, in its order",
+                    .kernel = describe_prompt_embedding_backward(p.type, config.aligned),
+                    .blocks = config.blocks(),
+                    .workspace_bytes = 0,
+                    .params_size = sizeof(PromptEmbeddingBackwardParams),
+                    .fields = PromptEmbeddingBackwardFields::kFields});
+}
+
 // Calls f(KernelInfo) for every kernel, some more than once.
 template <class Element, class F>
 void for_each_lora_kernel(const F& f) {
@@ -161,6 +227,12 @@ void for_each_lora_kernel(const F& f) {
 template <class F>
 void for_each_kernel(const F& f) {
   f(describe_dropout_mask());
+  for (const FloatType type : {FloatType::kFloat32, FloatType::kBFloat16, FloatType::kFloat16}) {
+    for (const bool aligned : {true, false}) {
+      f(describe_prompt_embedding(type, aligned));
+      f(describe_prompt_embedding_backward(type, aligned));
+    }
+  }
   for_each_lora_kernel<BFloat16>(f);
   for_each_lora_kernel<Float16>(f);
 }
@@ -188,6 +260,10 @@ PyMethodDef plan_methods[] = {
      "The launch of lora_linear for a problem and a device, as a dict."},
     {"plan_lora_linear_backward", as_method(plan_lora_linear_backward), METH_VARARGS | METH_KEYWORDS,
      "The two launches of its gradients."},
+    {"plan_prompt_embedding", as_method(plan_prompt_embedding), METH_VARARGS | METH_KEYWORDS,
+     "The launch of prompt_embedding."},
+    {"plan_prompt_embedding_backward", as_method(plan_prompt_embedding_backward), METH_VARARGS | METH_KEYWORDS,
+     "The launch of its gradients."},
     {"kernels", kernels, METH_NOARGS, "Every kernel's mangled name -> (threads, bytes of dynamic shared memory)."},
     {nullptr, nullptr, 0, nullptr},
 };

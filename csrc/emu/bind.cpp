@@ -4,11 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "../kernels/lora_linear_variants.cuh"
+#include "python.h"
 
 namespace py = pybind11;
 
@@ -68,37 +68,6 @@ py::array_t<uint32_t> zeros(int64_t words) {
   return w;
 }
 
-emu::Options options_of(const py::dict& d) {
-  emu::Options o{};
-  for (const auto& [key, value] : d) {
-    const std::string name = py::str(key);
-    if (name == "seed") {
-      o.seed = value.cast<uint64_t>();
-    } else if (name == "resident_blocks") {
-      o.resident_blocks = value.cast<int>();
-    } else if (name == "stall_release") {
-      o.stall_release = value.cast<bool>();
-    } else if (name == "drop_barrier") {
-      o.faults.drop_barrier = value.cast<int>();
-    } else if (name == "drop_async_wait") {
-      o.faults.drop_async_wait = value.cast<int>();
-    } else if (name == "drop_global_store") {
-      o.faults.drop_global_store = value.cast<int>();
-    } else if (name == "early_release") {
-      o.faults.early_release = value.cast<bool>();
-    } else if (name == "ignore_copy_size") {
-      o.faults.ignore_copy_size = value.cast<bool>();
-    } else if (name == "drop_acquire") {
-      o.faults.drop_acquire = value.cast<bool>();
-    } else if (name == "drop_release_order") {
-      o.faults.drop_release_order = value.cast<bool>();
-    } else {
-      throw std::invalid_argument("unknown option " + name);
-    }
-  }
-  return o;
-}
-
 // f(Element{}) for the type that `dtype` names.
 template <class F>
 auto with_element(const std::string& dtype, const F& f) {
@@ -109,7 +78,7 @@ template <class Variant, class Config, class Params>
 emu::Report launch(const Config& config, void (*kernel)(Params), const Params& p, const std::vector<emu::Range>& global,
                    const py::dict& options) {
   return emu::launch(static_cast<int>(config.blocks), Variant::kThreads, Variant::kSharedBytes, global,
-                     options_of(options), [&] { kernel(p); });
+                     emu::options_of(options), [&] { kernel(p); });
 }
 
 // Returns (y, s, schedule, counters after the launch, report).
@@ -346,11 +315,7 @@ py::tuple work(int ticket, int row_blocks, int shrink_columns, int base_columns,
 }  // namespace lk
 
 PYBIND11_MODULE(_emu, m) {
-  py::class_<lk::emu::Report>(m, "Report")
-      .def_readonly("multiply_adds", &lk::emu::Report::mma)
-      .def_readonly("barrier_sites", &lk::emu::Report::barrier_sites)
-      .def_readonly("async_wait_sites", &lk::emu::Report::async_wait_sites)
-      .def_readonly("global_store_sites", &lk::emu::Report::global_store_sites);
+  lk::emu::define_report(m);
   m.def("lora_linear", &lk::lora_linear);
   m.def("lora_linear_backward", &lk::lora_linear_backward);
   m.def("frozen_linear", &lk::frozen_linear);

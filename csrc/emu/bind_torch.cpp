@@ -10,19 +10,7 @@
 #include "../bind/cuda_counters.h"
 #include "../kernels/lora_linear_variants.cuh"
 #include "../launch/launch.h"
-
-// In place of libtorch_cuda.
-extern "C" {
-AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardHandle* guard) {
-  *guard = nullptr;
-  return AOTI_TORCH_SUCCESS;
-}
-AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle) { return AOTI_TORCH_SUCCESS; }
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = lk::emu::runtime.stream;
-  return AOTI_TORCH_SUCCESS;
-}
-}
+#include "torch_shims.h"
 
 namespace lk {
 namespace {

@@ -225,12 +225,20 @@ struct Thread {
   uint32_t bit() const { return 1u << lane(); }
 };
 
-enum class Collective { kSyncWarp, kLoadMatrix, kLoadMatrixTransposed, kMultiplyAddBFloat16, kMultiplyAddFloat16 };
+enum class Collective {
+  kSyncWarp,
+  kBallot,
+  kLoadMatrix,
+  kLoadMatrixTransposed,
+  kMultiplyAddBFloat16,
+  kMultiplyAddFloat16
+};
 
 // One lane's part of a collective.
 struct Operands {
   uint32_t* r;
   uint32_t address;
+  bool flag;
   float* d;
   const uint32_t* a;
   uint32_t b[2];
@@ -321,6 +329,7 @@ class Machine {
   void sync_block(Site site);
   void join_collective(Collective collective, const Operands& operands, Site site);
   void pause(Site site);
+  [[noreturn]] void trap(Site site) const { fail(*current_, site, "trap"); }
 
   void read_global(const void* p, size_t bytes, size_t alignment, Site site);
   bool write_global(const void* p, size_t bytes, size_t alignment, Site site);
@@ -689,6 +698,12 @@ void Machine::perform(Warp& w) {
     case Collective::kSyncWarp:
       ++w.epoch;
       break;
+    case Collective::kBallot: {
+      uint32_t ballot = 0;
+      for (int lane = 0; lane < kLanes; ++lane) ballot |= static_cast<uint32_t>(w.operands[lane].flag) << lane;
+      for (const Operands& lane : w.operands) *lane.r = ballot;
+      break;
+    }
     case Collective::kLoadMatrix:
     case Collective::kLoadMatrixTransposed: {
       uint16_t rows[kLanes][8];
@@ -1001,6 +1016,17 @@ int block_count() { return running().block_count(); }
 uint32_t dynamic_shared() { return kSharedBase; }
 void sync_block(Site site) { running().sync_block(site); }
 void sync_warp(Site site) { running().join_collective(Collective::kSyncWarp, {}, site); }
+
+uint32_t warp_ballot(bool flag, Site site) {
+  uint32_t ballot;
+  Operands operands{};
+  operands.r = &ballot;
+  operands.flag = flag;
+  running().join_collective(Collective::kBallot, operands, site);
+  return ballot;
+}
+
+void trap(Site site) { running().trap(site); }
 void pause(Site site) { running().pause(site); }
 
 void read_global(const void* p, size_t bytes, size_t alignment, Site site) {

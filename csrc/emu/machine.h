@@ -6,12 +6,14 @@
 //   - touches a shared word that a barrier does not order against another thread's access; an asynchronous copy is one
 //     from its issue until its wait;
 //   - reads or overwrites global memory that another thread wrote, without a barrier or a release and acquire between;
+//   - calls trap();
 //   - waits for what cannot come: a deadlock, an exited thread, a warp whose lanes are at different instructions.
 // Not seen: a global read that is unordered with a *later* write (arrays that the caller poisons show it), and global
 // accesses of two lanes of one warp, which count as ordered. A release that publishes other lanes' writes by force of
 // sync_warp alone is taken for an error.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -42,6 +44,8 @@ inline uint32_t bits_of(float f) {
   std::memcpy(&bits, &f, sizeof bits);
   return bits;
 }
+
+inline uint32_t count_ones(uint32_t bits) { return static_cast<uint32_t>(std::popcount(bits)); }
 
 // ------------------------------------------------------------------------------------------------ for the tests
 
@@ -100,6 +104,8 @@ int block_count();
 uint32_t dynamic_shared();
 void sync_block(Site site);
 void sync_warp(Site site);
+uint32_t warp_ballot(bool flag, Site site);
+[[noreturn]] void trap(Site site);
 void pause(Site site);
 
 // Checks a plain access to global memory; a write counts as done. Whether it is to be done.
@@ -129,6 +135,10 @@ inline int block_count() { return emu::block_count(); }
 
 inline void sync_block(emu::Site site = emu::Site::current()) { emu::sync_block(site); }
 inline void sync_warp(emu::Site site = emu::Site::current()) { emu::sync_warp(site); }
+
+inline uint32_t warp_ballot(bool flag, emu::Site site = emu::Site::current()) { return emu::warp_ballot(flag, site); }
+
+[[noreturn]] inline void trap(emu::Site site = emu::Site::current()) { emu::trap(site); }
 
 inline uint32_t dynamic_shared() { return emu::dynamic_shared(); }
 

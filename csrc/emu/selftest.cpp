@@ -96,6 +96,30 @@ void test_lanes_are_ordered_by_sync_warp() {
   require_caught("shared-memory race", [&](uint64_t seed) { run(seed, false); });
 }
 
+void test_ballot() {
+  emu::launch(1, kThreads, 0, {}, {}, [] {
+    const int lane = thread_index() % 32, warp = thread_index() / 32;
+    const uint32_t lanes = warp_ballot(lane % 3 == warp);
+    uint32_t expected = 0;
+    for (int i = 0; i < 32; ++i) expected |= (i % 3 == warp ? 1u : 0u) << i;
+    require(lanes == expected && count_ones(lanes) == (warp < 3 ? (34u - warp) / 3 : 0), "ballot");
+  });
+  require_caught("while other lanes are at", [](uint64_t seed) {
+    emu::launch(1, 32, 0, {}, {.seed = seed}, [] {
+      if (thread_index() != 7) warp_ballot(true);
+      sync_warp();
+    });
+  });
+}
+
+void test_trap() {
+  require_caught("trap", [](uint64_t seed) {
+    emu::launch(1, 32, 0, {}, {.seed = seed}, [] {
+      if (thread_index() == 9) trap();
+    });
+  });
+}
+
 void test_shared_bounds() {
   require_caught("out of bounds", [](uint64_t seed) {
     emu::launch(1, 32, 64, {}, {.seed = seed}, [] { store_shared_4(dynamic_shared() + thread_index() * 4, 0); });
@@ -409,6 +433,8 @@ constexpr Test kTests[] = {
     TEST(test_missing_barrier_is_a_race),
     TEST(test_overwriting_what_others_read_is_a_race),
     TEST(test_lanes_are_ordered_by_sync_warp),
+    TEST(test_ballot),
+    TEST(test_trap),
     TEST(test_shared_bounds),
     TEST(test_async_copy),
     TEST(test_missing_wait_is_caught),

@@ -7,6 +7,7 @@
 
 #include "../config.h"
 #include "../params.h"
+#include "../prompt_config.h"
 
 namespace lk {
 
@@ -22,6 +23,13 @@ cudaError_t one_on_device(const float** address);
 
 cudaError_t launch_dropout_mask(const DropoutMaskParams& params, cudaStream_t stream);
 KernelInfo describe_dropout_mask();
+
+cudaError_t launch_prompt_embedding(const PromptEmbeddingParams& params, const PromptEmbeddingConfig& config,
+                                    cudaStream_t stream);
+cudaError_t launch_prompt_embedding_backward(const PromptEmbeddingBackwardParams& params,
+                                             const PromptBackwardConfig& config, cudaStream_t stream);
+KernelInfo describe_prompt_embedding(FloatType type, bool aligned);
+KernelInfo describe_prompt_embedding_backward(FloatType type, bool aligned);
 
 // Element types of what follows.
 struct BFloat16;

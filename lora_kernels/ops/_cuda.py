@@ -19,6 +19,8 @@ MAX_SIZE = 2**31 - 1024
 SMALLEST_TILE = 64
 SMALLEST_RANK_TILE = 16
 
+PROMPT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 TENSOR_CORES = Verdict("tensor cores", "bf16 and fp16 on sm_80 and newer")
 """The schedule depends on sizes and alignment, and is chosen when the launch is planned: see ``planned``."""
 
@@ -50,6 +52,24 @@ def tensor_core_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) ->
     if capability(x.device) < OLDEST:
         return _ARCHITECTURE
     return TENSOR_CORES
+
+
+def prompt_refusal(
+    device: torch.device, embeds: torch.dtype, prompt: torch.dtype, rows: int, columns: int
+) -> Verdict | None:
+    """Why the kernels of prompt embedding do not serve a call, None if they do.
+
+    Args:
+        embeds, prompt: dtypes of the output, or its gradient, and of the prompt.
+        rows, columns: the output as a matrix.
+    """
+    if embeds not in PROMPT_DTYPES or prompt not in (embeds, torch.float32):
+        return _DTYPE
+    if max(rows, columns * embeds.itemsize) > MAX_SIZE:
+        return _SIZE
+    if capability(device) < OLDEST:
+        return _ARCHITECTURE
+    return None
 
 
 def planned(plan: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor, adapters: tuple[torch.Tensor, ...],

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .. import dispatch
 from ..reasons import Reason
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from . import _triton
+from . import _cuda, _triton
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int64, torch.int32)
@@ -130,6 +130,17 @@ def _cpu_supports(
     return _GATHER if served and _served(input_ids, task_ids, prompt_lengths) else _REFUSED_DTYPE
 
 
+def _cuda_supports(
+    prompt, input_ids, weight, inputs_embeds, attention_mask, labels, task_ids, prompt_lengths, left
+) -> Verdict:
+    embeds = weight if inputs_embeds is None else inputs_embeds
+    if not _served(input_ids, task_ids, prompt_lengths):
+        return _REFUSED_DTYPE
+    batch, tokens = _token_shape(input_ids, inputs_embeds)
+    rows, hidden = prompt.shape[-2:]
+    return _cuda.prompt_refusal(prompt.device, embeds.dtype, prompt.dtype, batch * (rows + tokens), hidden) or _GATHER
+
+
 def _served(*indices: Tensor | None) -> bool:
     return all(index is None or index.dtype in INDICES for index in indices)
 
@@ -227,6 +238,13 @@ def _cpu_supports_backward(grad, layout, input_ids, task_ids, tasks, prompt_rows
     return _SUM if served else _REFUSED_DTYPE
 
 
+def _cuda_supports_backward(grad, layout, input_ids, task_ids, tasks, prompt_rows, prompt_dtype, *rest) -> Verdict:
+    if not _served(layout, input_ids, task_ids):
+        return _REFUSED_DTYPE
+    batch, rows, hidden = grad.shape
+    return _cuda.prompt_refusal(grad.device, grad.dtype, prompt_dtype, batch * rows, hidden) or _SUM
+
+
 def _triton_supports_backward(grad, layout, input_ids, task_ids, tasks, prompt_rows, prompt_dtype, *rest) -> Verdict:
     batch, rows, hidden = grad.shape
     size = max(batch, tasks), rows, hidden
@@ -271,6 +289,7 @@ BACKWARD = dispatch.register(
         reference=_reference_backward,
         fake=_fake_backward,
         kernels={
+            "cuda": Kernel(_cuda_supports_backward),
             "triton": Kernel(_triton_supports_backward, _triton_run_backward),
             "cpu": Kernel(_cpu_supports_backward),
         },
@@ -330,7 +349,11 @@ SPEC = dispatch.register(
         ),
         reference=_reference,
         fake=_fake,
-        kernels={"triton": Kernel(_triton_supports, _triton_run), "cpu": Kernel(_cpu_supports, _run_cpu)},
+        kernels={
+            "cuda": Kernel(_cuda_supports),
+            "triton": Kernel(_triton_supports, _triton_run),
+            "cpu": Kernel(_cpu_supports, _run_cpu),
+        },
         autograd=Autograd(_setup_context, _backward),
         flops=lambda *_: 0,
         bytes=_bytes,

@@ -1,0 +1,126 @@
+// The CUDA binding of prompt_embedding as it is, over CPU tensors and emulated launches: ops of
+// `lora_kernels_emulated_prompt`. Test only.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
+#include <vector>
+
+#include "../kernels/prompt_embedding.cuh"
+#include "../kernels/prompt_embedding_backward.cuh"
+#include "../launch/launch.h"
+#include "python.h"
+#include "torch_shims.h"
+
+namespace lk {
+namespace {
+
+emu::Options options;
+
+// Of the last launch.
+struct Launch {
+  bool aligned = false;
+  int64_t blocks = 0;
+  emu::Report report;
+} last;
+
+size_t size_of(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
+
+// What a launch may touch. Outputs become NaN, -1 or true.
+class Memory {
+ public:
+  // `rows` rows of `columns` elements.
+  void input(const void* data, size_t element, int64_t rows, int64_t columns, int64_t stride) {
+    if (data != nullptr && rows > 0 && columns > 0) ranges.push_back({data, ((rows - 1) * stride + columns) * element});
+  }
+  void input(const IndexArray& a, int64_t count) { input(a.data, a.is_int64 ? 8 : 4, 1, count, 0); }
+  void output(void* data, size_t bytes) {
+    if (data == nullptr || bytes == 0) return;
+    std::memset(data, 0xFF, bytes);
+    ranges.push_back({data, bytes});
+  }
+  void column(const TokenColumn& c, int64_t tokens, int64_t rows) {
+    input(c.tokens, c.element_size, 1, tokens, 0);
+    output(c.out, rows * c.element_size);
+  }
+
+  std::vector<emu::Range> ranges;
+};
+
+template <class Variant, class Params>
+cudaError_t run(void (*kernel)(Params), bool aligned, int64_t blocks, const Params& p, const Memory& memory) {
+  last = {.aligned = aligned, .blocks = blocks, .report = {}};
+  last.report = emu::launch(static_cast<int>(blocks), Variant::kThreads, Variant::kSharedBytes, memory.ranges, options,
+                            [&] { kernel(p); });
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t launch_prompt_embedding(const PromptEmbeddingParams& p, const PromptEmbeddingConfig& config, cudaStream_t) {
+  const PromptSizes& s = p.sizes;
+  const int64_t tokens = s.batch * s.tokens, rows = s.batch * (s.prompt_rows + s.tokens);
+  const size_t element = size_of(p.type);
+  Memory memory;
+  if (p.ids.data != nullptr) {
+    memory.input(p.source, element, s.vocabulary, s.hidden, p.source_stride);
+  } else {
+    for (int64_t b = 0; b < s.batch; ++b) {
+      memory.input(static_cast<const char*>(p.source) + b * p.source_batch_stride * element, element, s.tokens,
+                   s.hidden, p.source_stride);
+    }
+  }
+  for (int64_t task = 0; task < s.tasks; ++task) {
+    const size_t prompt_element = size_of(p.prompt_type);
+    memory.input(static_cast<const char*>(p.prompt) + task * p.prompt_task_stride * prompt_element, prompt_element,
+                 s.prompt_rows, s.hidden, p.prompt_stride);
+  }
+  memory.input(p.ids, tokens);
+  memory.input(p.task_ids, s.batch);
+  memory.input(p.prompt_lengths, s.batch);
+  memory.column(p.mask, tokens, rows);
+  memory.column(p.labels, tokens, rows);
+  memory.output(p.positions, rows * sizeof *p.positions);
+  memory.output(p.layout, s.batch * sizeof *p.layout);
+  memory.output(p.out, rows * s.hidden * element);
+  return with_prompt_variant<PromptEmbedding>(p.type, config.aligned, [&](auto variant) {
+    using Variant = decltype(variant);
+    return run<Variant>(&prompt_embedding_kernel<Variant>, config.aligned, config.blocks, p, memory);
+  });
+}
+
+cudaError_t launch_prompt_embedding_backward(const PromptEmbeddingBackwardParams& p, const PromptBackwardConfig& config,
+                                             cudaStream_t) {
+  const PromptSizes& s = p.sizes;
+  const size_t element = size_of(p.type);
+  Memory memory;
+  for (int64_t b = 0; b < s.batch; ++b) {
+    memory.input(static_cast<const char*>(p.grad) + b * p.grad_batch_stride * element, element,
+                 s.prompt_rows + s.tokens, s.hidden, p.grad_stride);
+  }
+  memory.input(p.layout, sizeof *p.layout, 1, s.batch, 0);
+  memory.input(p.ids, s.batch * s.tokens);
+  memory.input(p.task_ids, s.batch);
+  memory.output(p.grad_prompt, s.tasks * s.prompt_rows * s.hidden * size_of(p.prompt_type));
+  memory.output(p.grad_embeds, s.batch * s.tokens * s.hidden * element);
+  memory.output(p.grad_weight, s.vocabulary * s.hidden * element);
+  return with_prompt_variant<PromptEmbeddingBackward>(p.type, config.aligned, [&](auto variant) {
+    using Variant = decltype(variant);
+    return run<Variant>(&prompt_embedding_backward_kernel<Variant>, config.aligned, config.blocks(), p, memory);
+  });
+}
+
+}  // namespace lk
+
+#define CUDA CPU
+#define lora_kernels_native lora_kernels_emulated_prompt
+#include "../bind/prompt_embedding_cuda.cpp"
+#undef CUDA
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_emu_prompt_embedding, m) {
+  lk::emu::define_report(m);
+  m.def("set_options", [](const py::dict& options) { lk::options = lk::emu::options_of(options); });
+  m.def("last_launch", [] { return py::make_tuple(lk::last.aligned, lk::last.blocks, lk::last.report); });
+}

@@ -1,0 +1,174 @@
+// Rows of embeddings as the kernels move them, indices that never lead out of an array, and where a prompt lies.
+#pragma once
+
+#include <type_traits>
+
+#include "../device.h"
+#include "../prompt_config.h"
+
+namespace lk {
+
+constexpr int kLanes = 32;
+
+LK_DEVICE int lane_index() { return thread_index() % kLanes; }
+LK_DEVICE int warp_index() { return thread_index() / kLanes; }
+
+LK_HOST_DEVICE int at_most(int a, int b) { return a < b ? a : b; }
+LK_HOST_DEVICE int at_least(int a, int b) { return a > b ? a : b; }
+
+struct Float32;
+
+// Elements of one type, kCount neighbours at a time: one, or four of a row that is aligned.
+template <class Element>
+struct Elements {
+  using Bits = uint16_t;
+
+  LK_DEVICE static void load(const Bits* p, float (&f)[1]) { f[0] = Element::low(load_global(p)); }
+  LK_DEVICE static void store(Bits* p, const float (&f)[1]) { store_global(p, packed(f)); }
+
+  LK_DEVICE static void load(const Bits* p, float (&f)[4]) {
+    const uint64_t bits = load_global(reinterpret_cast<const uint64_t*>(p));
+    const auto low = static_cast<uint32_t>(bits), high = static_cast<uint32_t>(bits >> 32);
+    f[0] = Element::low(low);
+    f[1] = Element::high(low);
+    f[2] = Element::low(high);
+    f[3] = Element::high(high);
+  }
+  LK_DEVICE static void store(Bits* p, const float (&f)[4]) { store_global(reinterpret_cast<uint64_t*>(p), packed(f)); }
+
+  LK_DEVICE static Bits packed(const float (&f)[1]) { return static_cast<Bits>(Element::pack(f[0], 0.0f)); }
+  LK_DEVICE static uint64_t packed(const float (&f)[4]) {
+    return Element::pack(f[0], f[1]) | static_cast<uint64_t>(Element::pack(f[2], f[3])) << 32;
+  }
+};
+
+template <>
+struct Elements<Float32> {
+  using Bits = float;
+
+  LK_DEVICE static void load(const float* p, float (&f)[1]) { f[0] = load_global(p); }
+  LK_DEVICE static void store(float* p, const float (&f)[1]) { store_global(p, f[0]); }
+
+  LK_DEVICE static void load(const float* p, float (&f)[4]) {
+    const Vec16 v = load_global(reinterpret_cast<const Vec16*>(p));
+    LK_UNROLL
+    for (int i = 0; i < 4; ++i) f[i] = float_of(v.word[i]);
+  }
+  LK_DEVICE static void store(float* p, const float (&f)[4]) {
+    store_global(reinterpret_cast<Vec16*>(p), Vec16{{bits_of(f[0]), bits_of(f[1]), bits_of(f[2]), bits_of(f[3])}});
+  }
+};
+
+// What a row is copied in.
+template <class Bits, bool kAligned>
+struct CopyUnit {
+  using Type = Vec16;
+};
+template <class Bits>
+struct CopyUnit<Bits, false> {
+  using Type = Bits;
+};
+
+// One warp writes out[0 ... count): out[i] = load(i). Several loads are under way at a time.
+template <class Unit, class Load>
+LK_DEVICE void write_row(Unit* out, int count, const Load& load) {
+  constexpr int kBatch = 4;
+  LK_NO_UNROLL
+  for (int first = lane_index(); first < count; first += kBatch * kLanes) {
+    Unit units[kBatch] = {};
+    LK_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i * kLanes < count) units[i] = load(first + i * kLanes);
+    }
+    LK_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i * kLanes < count) store_global(out + first + i * kLanes, units[i]);
+    }
+  }
+}
+
+// A row of NaN, in any type of elements.
+template <class Unit>
+LK_DEVICE void write_nan_row(void* out, int bytes) {
+  write_row(static_cast<Unit*>(out), bytes / static_cast<int>(sizeof(Unit)), [](int) {
+    if constexpr (std::is_same_v<Unit, Vec16>) {
+      return Vec16{{~0u, ~0u, ~0u, ~0u}};
+    } else if constexpr (std::is_same_v<Unit, float>) {
+      return float_of(~0u);
+    } else {
+      return static_cast<Unit>(~Unit{0});
+    }
+  });
+}
+
+template <class Unit>
+LK_DEVICE void copy_row(void* out, const void* source, int bytes) {
+  const Unit* const units = static_cast<const Unit*>(source);
+  write_row(static_cast<Unit*>(out), bytes / static_cast<int>(sizeof(Unit)),
+            [&](int i) { return load_global(units + i); });
+}
+
+constexpr int kOutside = -1;
+
+LK_DEVICE int64_t value_at(const IndexArray& a, int64_t i) {
+  return a.is_int64 ? load_global(static_cast<const int64_t*>(a.data) + i)
+                    : int64_t{load_global(static_cast<const int32_t*>(a.data) + i)};
+}
+
+// Element i of an index array, or kOutside where that is not within [0, limit). An array that was not given holds
+// `otherwise`.
+LK_DEVICE int index_at(const IndexArray& a, int64_t i, int64_t limit, int otherwise, bool trap_outside) {
+  if (a.data == nullptr) return otherwise;
+  const int64_t index = value_at(a, i);
+  if (index >= 0 && index < limit) return static_cast<int>(index);
+  if (trap_outside) trap();
+  return kOutside;
+}
+
+// Element i of an array of lengths in [0, most]; one out of range is taken for the nearest. Not given: `most`.
+LK_DEVICE int length_at(const IndexArray& a, int64_t i, int most, bool trap_outside) {
+  if (a.data == nullptr) return most;
+  const int64_t length = value_at(a, i);
+  if (length >= 0 && length <= most) return static_cast<int>(length);
+  if (trap_outside) trap();
+  return length < 0 ? 0 : most;
+}
+
+// A PromptLayout in registers.
+struct Place {
+  int first, split, length;
+};
+
+// What a row of the output holds.
+struct Row {
+  enum { kUnused, kPrompt, kToken } kind;
+  int index;
+};
+
+LK_DEVICE Row row_of(const Place& place, int tokens, int row) {
+  const int r = row - place.first;
+  if (r < 0 || r >= tokens + place.length) return {Row::kUnused, 0};
+  if (r < place.split) return {Row::kToken, r};
+  if (r < place.split + place.length) return {Row::kPrompt, r - place.split};
+  return {Row::kToken, r - place.length};
+}
+
+// The row that holds a token.
+LK_DEVICE int row_of_token(const Place& place, int token) {
+  return place.first + token + (token < place.split ? 0 : place.length);
+}
+
+// f(Variant{}) for a template of an element type and whether rows are aligned. Float64 is not served.
+template <template <class, bool> class Variant, class F>
+auto with_prompt_variant(FloatType type, bool aligned, const F& f) {
+  switch (type) {
+    case FloatType::kFloat32:
+      return aligned ? f(Variant<Float32, true>{}) : f(Variant<Float32, false>{});
+    case FloatType::kBFloat16:
+      return aligned ? f(Variant<BFloat16, true>{}) : f(Variant<BFloat16, false>{});
+    default:
+      return aligned ? f(Variant<Float16, true>{}) : f(Variant<Float16, false>{});
+  }
+}
+
+}  // namespace lk
