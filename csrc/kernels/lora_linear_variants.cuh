@@ -19,8 +19,8 @@ constexpr bool has_shape(TileShape tile) {
 // Bytes beside a stage for a tile of A.
 constexpr int beside(int rank_tile, int depth) { return rank_tile * depth * 2; }
 
-// Four warps need the fewest instructions for the large tile, but all registers there are, and with the wider rank tile
-// the compiler spills one of them on sm_90: then there are eight warps, and one block per SM instead of two.
+// Four warps need the fewest instructions for the large tile, but all registers there are: with the wider rank tile, or
+// with w transposed, the compiler spills some. Then there are eight warps, and one block per SM instead of two.
 template <int kWarpsN, Layout kLayoutW = Layout::kRows, int kBeside = 0>
 using LargeTile = Gemm<128, 128, 32, 2, kWarpsN, 4, Layout::kRows, kLayoutW, kBeside>;
 template <Layout kLayoutW = Layout::kRows, int kBeside = 0>
