@@ -15,6 +15,9 @@ struct DeviceLimits {
 constexpr int kChunkBytes = 16;    // what one cp.async, one ldmatrix row and one wide store move
 constexpr int kChunkElements = 8;  // of 16 bits each
 
+// Elements between neighbouring rows, at most: the distance of rows within a tile is reckoned in 32 bits (TileLoader).
+constexpr int64_t kMaxRowStride = 1 << 25;
+
 enum class Schedule : int32_t { kTicketed, kColumn0, kDual, kDecode };
 
 constexpr const char* name_of(Schedule schedule) {

@@ -9,8 +9,8 @@
 namespace lk {
 
 LK_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-LK_HOST_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+LK_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
+LK_HOST_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 constexpr int kWarp = 32;
 

@@ -89,6 +89,14 @@ def test_other_layouts_are_copied(native):
     assert not {launch[name] for name in ("x", "weight", "lora_A", "lora_B")} & {t.data_ptr() for t in tensors}
 
 
+def test_rows_that_lie_too_far_apart_are_copied(native):
+    stride = 2**25 + 8
+    x, *rest = matrices(2, 72, 40, 8, "bf16")
+    far = torch.empty(stride + 40, dtype=x.dtype).as_strided((2, 40), (stride, 1)).copy_(x)
+    check(far, *rest)
+    assert native.last_launch()["x"] != far.data_ptr()
+
+
 @pytest.mark.parametrize("layout", ["batch of slices", "expanded batch", "transposed batch"])
 def test_x_of_three_dimensions(layout):
     _, *rest = matrices(1, 72, 40, 8, "bf16")

@@ -30,12 +30,12 @@ COMMON = dict(name=("bf16", "fp16"), float_adapters=(False, True))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("kernel", "case"), combinations(forward.KERNELS, **COMMON, bias=(False, True)), ids=str)
+@pytest.mark.parametrize(("kernel", "case"), list(combinations(forward.KERNELS, **COMMON, bias=(False, True))), ids=str)
 def test_forward_is_as_accurate_as_torch(kernel, case):
     forward.test_forward_is_as_accurate_as_torch(kernel, case)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("kernel", "case"), combinations(backward.KERNELS, **COMMON, p=(0.0, 0.3)), ids=str)
+@pytest.mark.parametrize(("kernel", "case"), list(combinations(backward.KERNELS, **COMMON, p=(0.0, 0.3))), ids=str)
 def test_gradients_are_as_accurate_as_torch(kernel, case):
     backward.test_gradients_are_as_accurate_as_torch(kernel, case)

@@ -51,6 +51,7 @@ class Counters {
   // Under capture the zeroing becomes a node of the graph, in front of the kernel at every replay.
   Tensor fresh(const Tensor& like, int64_t words) const {
     const Tensor t = new_empty_as(like, {words}, ScalarType::Int);
+    if (words == 0) return t;
     check_cuda(cudaMemsetAsync(t.mutable_data_ptr(), 0, words * sizeof(uint32_t), key_.second), "cudaMemsetAsync");
     return t;
   }

@@ -20,9 +20,15 @@ const int64_t* seed_of(const std::optional<Tensor>& seed) {
   return seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr;
 }
 
+// [..., n] -> [rows, n] as the kernels read it. Rows that lie further apart than they can reckon are copied.
+Tensor matrix_of(const Tensor& t) {
+  const Tensor rows = as_rows(t);
+  return rows.stride(0) <= kMaxRowStride ? rows : torch::stable::contiguous(rows);
+}
+
 // An adapter as the kernels read it: fp32, or x's type.
 Tensor adapter_rows(const Tensor& adapter, const Tensor& x) {
-  return as_rows(adapter.scalar_type() == ScalarType::Float ? adapter : cast(adapter, x.scalar_type()));
+  return matrix_of(adapter.scalar_type() == ScalarType::Float ? adapter : cast(adapter, x.scalar_type()));
 }
 
 bool is_float(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
@@ -55,7 +61,7 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
                                        std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
                                        double dropout_p, std::string) {
   const CudaCall call(x);
-  const Tensor rows = as_rows(x), w = as_rows(weight), a = adapter_rows(lora_A, x), b = adapter_rows(lora_B, x);
+  const Tensor rows = matrix_of(x), w = matrix_of(weight), a = adapter_rows(lora_A, x), b = adapter_rows(lora_B, x);
   if (bias) bias = torch::stable::contiguous(*bias);
   const int64_t m = rows.size(0), k = rows.size(1), n = w.size(0), rank = a.size(0);
   const Tensor y = new_empty_as(x, {m, n}), s = new_empty_as(x, {m, rank});
@@ -107,8 +113,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
                                                         double dropout_p, bool need_x, bool need_A, bool need_B,
                                                         std::string) {
   const CudaCall call(x);
-  const Tensor gy = as_rows(grad_y), rows = as_rows(x), saved_s = torch::stable::contiguous(as_rows(s));
-  const Tensor w = as_rows(weight), a = adapter_rows(lora_A, x), b = adapter_rows(lora_B, x);
+  const Tensor gy = matrix_of(grad_y), rows = matrix_of(x), saved_s = torch::stable::contiguous(as_rows(s));
+  const Tensor w = matrix_of(weight), a = adapter_rows(lora_A, x), b = adapter_rows(lora_B, x);
   const int64_t m = rows.size(0), k = rows.size(1), n = w.size(0), rank = a.size(0);
   const ScalarType grad_type = is_float(a) ? ScalarType::Float : x.scalar_type();
   const auto gradient = [&](bool need, const Tensor& like, int64_t size0, int64_t size1, ScalarType type) {
@@ -201,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
 
 Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string) {
   const CudaCall call(x);
-  const Tensor rows = as_rows(x), w = as_rows(weight);
+  const Tensor rows = matrix_of(x), w = matrix_of(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
   const int64_t m = rows.size(0), k = rows.size(1), n = w.size(0);
   const Tensor y = new_empty_as(x, {m, n});

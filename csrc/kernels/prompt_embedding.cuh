@@ -43,7 +43,7 @@ struct PromptEmbedding {
     if (!p.left) return {0, 0, length};
     const int first = prompt_rows - length;
     return {first,
-            p.mask.tokens == nullptr ? 0 : first_real_token(p, b, at_most(tokens, at_least(rows - first, 0)), scan),
+            p.mask.tokens == nullptr ? 0 : first_real_token(p, b, smaller(tokens, larger(rows - first, 0)), scan),
             length};
   }
 
@@ -85,7 +85,7 @@ struct PromptEmbedding {
         const int r = from + i * kThreads + thread_index();
         if (r >= rows) continue;
         store_global(p.positions + static_cast<int64_t>(b) * rows + r,
-                     int64_t{at_least(real + before[i] + (is_real[i] ? 1 : 0) - 1, 0)});
+                     int64_t{larger(real + before[i] + (is_real[i] ? 1 : 0) - 1, 0)});
       }
       real += real_here;
     }
@@ -157,7 +157,7 @@ struct PromptEmbedding {
   LK_DEVICE static void write_rows(const PromptEmbeddingParams& p, int b, int row0, Scan& scan) {
     const int tokens = static_cast<int>(p.sizes.tokens), rows = static_cast<int>(p.sizes.prompt_rows) + tokens;
     const int hidden = static_cast<int>(p.sizes.hidden);
-    const int end = at_most(row0 + p.rows_per_block, rows);
+    const int end = smaller(row0 + p.rows_per_block, rows);
     const Place place = place_of(p, b, end, scan);
     LK_NO_UNROLL
     for (int r = row0 + warp_index(); r < end; r += kPromptWarps) {

@@ -110,7 +110,7 @@ struct PromptEmbeddingBackward {
 
   // Rows [row0, row0 + kVocabularyRows) of grad_weight. Usually their tokens fit into one list.
   LK_DEVICE static void sum_vocabulary(const PromptEmbeddingBackwardParams& p, int row0) {
-    const int end_row = at_most(row0 + kVocabularyRows, static_cast<int>(p.sizes.vocabulary));
+    const int end_row = smaller(row0 + kVocabularyRows, static_cast<int>(p.sizes.vocabulary));
     const int hidden = static_cast<int>(p.sizes.hidden);
     const int64_t tokens = p.sizes.batch * p.sizes.tokens;
     Scan scan(dynamic_shared());

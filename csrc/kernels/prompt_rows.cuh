@@ -3,18 +3,13 @@
 
 #include <type_traits>
 
-#include "../device.h"
 #include "../prompt_config.h"
+#include "../tile.h"
 
 namespace lk {
 
-constexpr int kLanes = 32;
-
-LK_DEVICE int lane_index() { return thread_index() % kLanes; }
-LK_DEVICE int warp_index() { return thread_index() / kLanes; }
-
-LK_HOST_DEVICE int at_most(int a, int b) { return a < b ? a : b; }
-LK_HOST_DEVICE int at_least(int a, int b) { return a > b ? a : b; }
+LK_DEVICE int lane_index() { return thread_index() % kWarp; }
+LK_DEVICE int warp_index() { return thread_index() / kWarp; }
 
 struct Float32;
 
@@ -74,15 +69,15 @@ template <class Unit, class Load>
 LK_DEVICE void write_row(Unit* out, int count, const Load& load) {
   constexpr int kBatch = 4;
   LK_NO_UNROLL
-  for (int first = lane_index(); first < count; first += kBatch * kLanes) {
+  for (int first = lane_index(); first < count; first += kBatch * kWarp) {
     Unit units[kBatch] = {};
     LK_UNROLL
     for (int i = 0; i < kBatch; ++i) {
-      if (first + i * kLanes < count) units[i] = load(first + i * kLanes);
+      if (first + i * kWarp < count) units[i] = load(first + i * kWarp);
     }
     LK_UNROLL
     for (int i = 0; i < kBatch; ++i) {
-      if (first + i * kLanes < count) store_global(out + first + i * kLanes, units[i]);
+      if (first + i * kWarp < count) store_global(out + first + i * kWarp, units[i]);
     }
   }
 }

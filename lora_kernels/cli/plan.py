@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .. import _native
 from ..architectures import ARCHITECTURES
-from ..ops._cuda import MAX_RANK, MAX_SIZE
+from ..ops._cuda import MAX_RANK, MAX_ROW, MAX_SIZE
 from . import _arguments as arguments
 from ._console import CliError
 
@@ -23,7 +23,7 @@ class _Op(NamedTuple):
 
 
 def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    size = arguments.integer(1, MAX_SIZE)
+    size = arguments.integer(1, MAX_ROW)
     parser.add_argument("--m", type=arguments.integer(0, MAX_SIZE), required=True, help="tokens: rows of x")
     parser.add_argument("--n", type=size, required=True, help="output features: rows of the weight")
     parser.add_argument("--k", type=size, required=True, help="input features: columns of the weight")

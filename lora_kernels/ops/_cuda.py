@@ -16,6 +16,8 @@ OLDEST = (8, 0)
 MAX_RANK = 256
 MAX_SIZE = 2**31 - 1024
 """Rows, columns and tiles are counted in int32; the margin is what the last, partly filled tiles reach beyond."""
+MAX_ROW = 2**25
+"""Elements of a row: within a tile, the distance between rows is reckoned in 32 bits."""
 SMALLEST_TILE = 64
 SMALLEST_RANK_TILE = 16
 
@@ -47,7 +49,7 @@ def tensor_core_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) ->
         return _RANK
     rows = x.numel() // x.shape[-1]
     tiles = (rows // SMALLEST_TILE + 1) * (columns // SMALLEST_TILE + 1 + MAX_RANK // SMALLEST_RANK_TILE)
-    if max(rows, columns, depth, tiles) > MAX_SIZE:
+    if max(rows, tiles) > MAX_SIZE or max(columns, depth) > MAX_ROW:
         return _SIZE
     if capability(x.device) < OLDEST:
         return _ARCHITECTURE
