@@ -1,4 +1,4 @@
-"""A training step of SmolLM2-135M: frozen, PEFT, fused, and PEFT again.
+"""A training step of SmolLM2-135M: frozen, PEFT, PEFT with a short addmm Function, fused, and PEFT again.
 
     python bench/training_step.py --dropout 0.1
     python bench/training_step.py --dropout 0.1 --one-process
@@ -8,8 +8,10 @@ depends on all of them. By default every model has a process of its own, as its 
 settings. One process at a time steps, in turn; the others wait at a pipe. With --one-process the models take turns in
 one. AdamW is included.
 
-Before the clock starts, the fused model's losses must equal PEFT's: the first, where B is zero, and without dropout
-(PEFT's mask is another) also the second, after one optimizer step.
+"addmm" is what a user can write in a few lines of Python: an autograd Function of in-place addmm, without dropout.
+
+Before the clock starts, the losses of the fused and the addmm model must equal PEFT's: the first, where B is zero, and
+without dropout (PEFT's mask is another) also the second, after one optimizer step.
 """
 
 from __future__ import annotations
@@ -27,10 +29,15 @@ from lora_kernels.cli._console import table
 from lora_kernels.cli._measure import MAX_NULL, NOISE, Timings, interleave
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-VARIANTS = ("frozen", "PEFT", "fused", "null")
+VARIANTS = ("frozen", "PEFT", "addmm", "fused", "null")
 RANK, ALPHA, BATCH, SEQ, SEED = 16, 32, 4, 128, 0
 MAX_LOSS_DIFFERENCE = 1e-4
 SETTLE_S = 0.05  # idle OpenMP threads of the process that stepped last spin for some milliseconds
+
+
+def variants(dropout: float) -> tuple[str, ...]:
+    """What is compared; "addmm" knows no dropout."""
+    return tuple(name for name in VARIANTS if not (dropout and name == "addmm"))
 
 
 def make_step(variant: str, dropout: float, cache: Path) -> Callable[[], float]:
@@ -53,6 +60,8 @@ def make_step(variant: str, dropout: float, cache: Path) -> Callable[[], float]:
             r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
         )
         model = peft.get_peft_model(model, config).train()
+    if variant == "addmm":
+        use_addmm(model)
     if variant == "fused":
         report = lk.patch(model)
         if report.kept:
@@ -71,6 +80,36 @@ def make_step(variant: str, dropout: float, cache: Path) -> Callable[[], float]:
         return loss.item()
 
     return step
+
+
+def use_addmm(model) -> None:
+    """Give every LoRA layer of a PEFT model a forward of plain torch calls that makes no temporary of y's size."""
+    import peft
+    import torch
+
+    class AddmmLoRA(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, lora_A, lora_B, scaling):
+            rows = x.view(-1, x.shape[-1])
+            s = rows @ lora_A.t()
+            y = (rows @ weight.t()).addmm_(s, lora_B.t(), alpha=scaling)
+            ctx.scaling = scaling
+            ctx.save_for_backward(rows, s, weight, lora_A, lora_B)
+            return y.view(*x.shape[:-1], -1)
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            x, s, weight, lora_A, lora_B = ctx.saved_tensors
+            rows = grad_y.reshape(-1, grad_y.shape[-1])
+            grad_s = (rows @ lora_B).mul_(ctx.scaling)
+            grad_x = (rows @ weight).addmm_(grad_s, lora_A)
+            grad_B = (rows.t() @ s).mul_(ctx.scaling)
+            return grad_x.view(*grad_y.shape[:-1], -1), None, grad_s.t() @ x, grad_B, None
+
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            weights = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            layer.forward = lambda x, weights=weights, s=layer.scaling["default"]: AddmmLoRA.apply(x, *weights, s)
 
 
 def worker(variant: str, dropout: float, cache: Path) -> None:
@@ -104,16 +143,17 @@ def answer(process: subprocess.Popen) -> float:
 
 
 def check_losses(losses: dict[str, list[float]], dropout: float) -> None:
-    """Stop if the fused model does not compute what PEFT's does."""
-    compared = losses["fused"], losses["PEFT"]
-    differences = [abs(a - b) for a, b in zip(*compared, strict=True)]
-    if max(differences[: 1 if dropout else 2]) > MAX_LOSS_DIFFERENCE:
-        raise SystemExit(f"error: the losses differ: PEFT {losses['PEFT']}, fused {losses['fused']}")
+    """Stop if a model does not compute what PEFT's does."""
+    for name in losses.keys() - {"frozen"}:
+        differences = [abs(a - b) for a, b in zip(losses[name], losses["PEFT"], strict=True)]
+        if max(differences[: 1 if dropout else 2]) > MAX_LOSS_DIFFERENCE:
+            raise SystemExit(f"error: the losses differ: PEFT {losses['PEFT']}, {name} {losses[name]}")
 
 
 def measure_in_one_process(options: argparse.Namespace) -> Timings:
     """As ``measure``, with all models in this process."""
-    steps = {name: make_step("PEFT" if name == "null" else name, options.dropout, options.cache) for name in VARIANTS}
+    names = variants(options.dropout)
+    steps = {name: make_step("PEFT" if name == "null" else name, options.dropout, options.cache) for name in names}
     check_losses({name: [step() for _ in range(2)] for name, step in steps.items()}, options.dropout)
     return interleave(steps, options.rounds)
 
@@ -122,15 +162,16 @@ def measure(options: argparse.Namespace) -> Timings:
     """Seconds per step of every variant, one sample a round, in rotating order."""
     workers: dict[str, subprocess.Popen] = {}
     losses: dict[str, list[float]] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    names = variants(options.dropout)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     try:
-        for name in VARIANTS:  # one at a time: starting up together, they would fight for the cores
+        for name in names:  # one at a time: starting up together, they would fight for the cores
             workers[name] = start_worker(name, options)
             losses[name] = [answer(workers[name]) for _ in range(2)]
         check_losses(losses, options.dropout)
         for done in range(options.rounds):
-            shift = (done // 2) % len(VARIANTS)
-            order = VARIANTS[shift:] + VARIANTS[:shift]
+            shift = (done // 2) % len(names)
+            order = names[shift:] + names[:shift]
             for name in order if done % 2 == 0 else reversed(order):
                 time.sleep(SETTLE_S)
                 workers[name].stdin.write("step\n")
@@ -158,7 +199,7 @@ def main() -> int:
     times = (measure_in_one_process if options.one_process else measure)(options)
     rows = [
         ("null: PEFT again" if name == "null" else name, f"{times.median(name):.3f} s", str(times.ratio(name, "PEFT")))
-        for name in VARIANTS
+        for name in times.seconds
     ]
     print(table((f"dropout {options.dropout:g}", "step", "/ PEFT, median [quartiles]"), rows, right=(1,)))
     if abs(times.ratio("null", "PEFT").median - 1) > MAX_NULL:

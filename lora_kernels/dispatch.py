@@ -186,8 +186,8 @@ _NO_KERNEL = Verdict(None, Reason.NO_KERNEL)
 _NOT_BUILT = Verdict(None, Reason.EXTENSION_NOT_BUILT)
 
 
-def choose(spec: OpSpec, args: tuple) -> tuple[Choice, list[tuple[str, Reason]]]:
-    """Pure dispatch: the choice for a call, and the (backend, reason) pairs that were passed over on the way."""
+def _select(spec: OpSpec, args: tuple) -> tuple[str, Verdict, tuple[tuple[str, Reason], ...]]:
+    """The backend that serves a call, its verdict, and the (backend, reason) pairs that were passed over on the way."""
     forced = _forced.get()
     device = args[0].device.type
     if forced is not None:
@@ -202,23 +202,31 @@ def choose(spec: OpSpec, args: tuple) -> tuple[Choice, list[tuple[str, Reason]]]
             raise RuntimeError(
                 f"{spec.name}: backend {forced!r} was asked for but cannot serve this call: {verdict.reason}"
             )
-        return Choice(forced, verdict.schedule, f"asked for; {verdict.reason}"), []
+        return forced, verdict, ()
 
-    passed: list[tuple[str, Reason]] = []
+    passed: tuple[tuple[str, Reason], ...] = ()
     for backend in _ORDER.get(device, _REFERENCE_ONLY):
         verdict = _ask(spec, backend, args)
         if verdict.schedule is not None:
-            reason = str(verdict.reason)
-            if passed:
-                reason += "; " + ", ".join(f"{name}: {why}" for name, why in passed)
-            return Choice(backend, verdict.schedule, reason), passed
-        passed.append((backend, verdict.reason))
+            return backend, verdict, passed
+        passed += ((backend, verdict.reason),)
     raise AssertionError("the reference backend serves every call")
+
+
+def choose(spec: OpSpec, args: tuple) -> Choice:
+    """Pure dispatch: which backend serves a call, and why; nothing is counted."""
+    backend, verdict, passed = _select(spec, args)
+    reason = str(verdict.reason)
+    if _forced.get() is not None:
+        reason = f"asked for; {reason}"
+    elif passed:
+        reason += "; " + ", ".join(f"{name}: {why}" for name, why in passed)
+    return Choice(backend, verdict.schedule, reason)
 
 
 def explain(spec: OpSpec, args: tuple) -> Choice:
     """The choice for a call, with the schedule and reason of the launch itself where the backend can tell."""
-    choice, _ = choose(spec, args)
+    choice = choose(spec, args)
     kernel = spec.kernels.get(choice.backend)
     if kernel is None or kernel.explain is None:
         return choice
@@ -228,21 +236,21 @@ def explain(spec: OpSpec, args: tuple) -> Choice:
 
 def run(spec: OpSpec, *args: Any) -> Any:
     """Chooses a backend, counts the call and computes it. No autograd: that is the caller's."""
-    choice, passed = choose(spec, args)
+    backend, verdict, passed = _select(spec, args)
     with _lock:
-        _served[spec.name, choice.backend] += 1
+        _served[spec.name, backend] += 1
         for _, reason in passed:
             _fallback[spec.name, str(reason)] += 1
-    if choice.backend == "reference":
+    if backend == "reference":
         device_type = args[0].device.type
         if not autocast_enabled(device_type):
             return spec.reference(*args)
         with torch.autocast(device_type, enabled=False):
             return spec.reference(*args)
-    kernel = spec.kernels[choice.backend]
+    kernel = spec.kernels[backend]
     if kernel.run is not None:
-        return kernel.run(choice.schedule, *args)
-    return _native_ops[spec.name](*args, choice.schedule)
+        return kernel.run(verdict.schedule, *args)
+    return _native_ops[spec.name](*args, verdict.schedule)
 
 
 # -------------------------------------------------------------------------------------------------- counters

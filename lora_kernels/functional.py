@@ -70,7 +70,9 @@ def lora_linear(
     refuse_transforms("lora_linear", args)
     if dispatch.autocast_enabled(x.device.type):
         args = dispatch.autocast_args(_lora_op.SPEC, x.device.type, args)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
+    x, weight, lora_A, lora_B, bias, *_ = args
+    trains = lora_A.requires_grad or lora_B.requires_grad or x.requires_grad or weight.requires_grad
+    if torch.is_grad_enabled() and (trains or (bias is not None and bias.requires_grad)):
         return LoRALinearFunction.apply(*args)
     return dispatch.run(_lora_op.SPEC, *args)[0]
 

@@ -165,12 +165,15 @@ BACKWARD = dispatch.register(
 # --------------------------------------------------------------------------------------------------- autograd
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, weight, lora_A, lora_B, bias, seed, ctx.scaling, ctx.dropout_p = inputs
-    ctx.mark_non_differentiable(output[1])
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, weight, lora_A, lora_B, _, seed, ctx.scaling, ctx.dropout_p = inputs
     ctx.set_materialize_grads(False)
-    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, output[1], weight, lora_A, lora_B, seed)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    _save(ctx, inputs, output)
 
 
 def _gradients(ctx: Any, grad_y: Tensor | None, backward) -> tuple:
@@ -181,13 +184,17 @@ def _gradients(ctx: Any, grad_y: Tensor | None, backward) -> tuple:
     if grad_y is None:
         return (None,) * 8
     if need_x or need_A or need_B:
-        grads = backward(grad_y, x, s, weight, lora_A, lora_B, seed, ctx.scaling, ctx.dropout_p, need_x, need_A, need_B)
-        grad_x, grad_A, grad_B = (g if need else None for g, need in zip(grads, (need_x, need_A, need_B)))
+        grad_x, grad_A, grad_B = backward(
+            grad_y, x, s, weight, lora_A, lora_B, seed, ctx.scaling, ctx.dropout_p, need_x, need_A, need_B
+        )
     if need_weight:
         grad_weight = grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
     if need_bias:
         grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
-    return grad_x, grad_weight, grad_A, grad_B, grad_bias, None, None, None
+    return (
+        grad_x if need_x else None, grad_weight, grad_A if need_A else None, grad_B if need_B else None, grad_bias,
+        None, None, None,
+    )  # fmt: skip
 
 
 @torch.autograd.function.once_differentiable
@@ -227,7 +234,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):  # type: ignore[override]
         output = dispatch.run(SPEC, *args)
-        _setup_context(ctx, args, output)
+        _save(ctx, args, output)
         ctx.forced_backend = dispatch.forced_backend()
         return output[0]
 
