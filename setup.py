@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -33,8 +34,9 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x0
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 # GCC 12 sees uninitialised reads in std::optional that are not there.
 CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-ISA_FLAGS = {
+ISA_FLAGS = {  # of x86 alone
     "lora_branch_avx2.cpp": ["-mavx2", "-mfma"],
+    "lora_branch_avx512.cpp": ["-mavx2", "-mfma", "-mavx512f"],
 }
 
 
@@ -164,7 +166,8 @@ ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
 def sources(name: str) -> list[str]:
     """The C++ and CUDA files of an extension, relative to the root."""
     patterns = {"_C": ("bind/*_cpu.cpp", "cpu/*.cpp"), "_cuda": ("bind/*_cuda.cpp", "launch/*.cu")}[name]
-    return [str(p.relative_to(ROOT)) for pattern in patterns for p in sorted((ROOT / CSRC).glob(pattern))]
+    found = [p.relative_to(ROOT) for pattern in patterns for p in sorted((ROOT / CSRC).glob(pattern))]
+    return [str(p) for p in found if p.name not in ISA_FLAGS or platform.machine() == "x86_64"]
 
 
 class NinjaBuild(build_ext):

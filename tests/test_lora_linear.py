@@ -10,7 +10,8 @@ from numerics import assert_as_accurate
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
-from lora_kernels import philox
+from lora_kernels import _native, philox
+from lora_kernels.ops import _cpu
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # (dtype of x and weight, dtype of the adapters)
@@ -63,9 +64,40 @@ def run(problem, dtype, adapter_dtype, function):
     return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
 
 
+@pytest.fixture
+def library(request, monkeypatch):
+    """Has fp32 products made by the library of this name, whatever dispatch would choose on this CPU."""
+    if request.param == "onednn" and not _native.cpu.onednn:
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(_cpu, "prefers_onednn", lambda: request.param == "onednn")
+    monkeypatch.setattr(_cpu, "ONEDNN_FROM_ROWS", 0)
+    return request.param
+
+
+def test_library_is_what_dispatch_says(monkeypatch):
+    monkeypatch.setattr(_cpu, "prefers_onednn", lambda: True)
+
+    def schedule(rows, n=24, dtype=FP32):
+        sizes = (rows, 8), (n, 8), (2, 8), (n, 2)
+        return lk.why("lora_linear", *(torch.randn(size, dtype=dtype) for size in sizes)).schedule
+
+    assert schedule(_cpu.ONEDNN_FROM_ROWS) == "onednn"
+    assert schedule(_cpu.ONEDNN_FROM_ROWS - 1) == "aten"
+    assert schedule(1, n=_cpu.ONEDNN_FROM_WEIGHTS // 8) == "onednn"
+    assert schedule(0, n=_cpu.ONEDNN_FROM_WEIGHTS // 8) == "aten"
+    assert schedule(_cpu.ONEDNN_FROM_ROWS, dtype=FP64) == "aten"
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert schedule(_cpu.ONEDNN_FROM_ROWS) == "aten"
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES, ids=str)
-def test_values_and_gradients(shape, dtype, adapter_dtype):
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype", "library"),
+    [*((*dtypes, "aten") for dtypes in DTYPES), (FP32, FP32, "onednn")],
+    ids=str,
+    indirect=["library"],
+)
+def test_values_and_gradients(shape, dtype, adapter_dtype, library):
     m, k = shape[:2]
     for p, bias in itertools.product((0.0, 0.1, 0.5), (False, True)):
         problem = make_problem(*shape, dtype, adapter_dtype, bias)
@@ -153,8 +185,10 @@ def strided_inputs():
 
 @pytest.mark.parametrize("layout", list(strided_inputs()))
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_non_contiguous_inputs_and_gradients(layout, p, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "library"), [(FP32, "aten"), (FP32, "onednn"), (BF16, "aten")], ids=str, indirect=["library"]
+)
+def test_non_contiguous_inputs_and_gradients(layout, p, dtype, library):
     x = strided_inputs()[layout].to(dtype)
     t = small(dtype)
     results = []

@@ -1,7 +1,8 @@
 // The base GEMMs of the CPU ops, one block of rows at a time.
 //
-// Schedule "aten" hands the operands to the vendor library as they are. Schedule "upcast" is for 16-bit weights on a
-// CPU without 16-bit arithmetic: the caller passes fp32 rows, and W goes through fp32 a few megabytes at a time.
+// Schedule "aten" hands the operands to the library that ATen was built with, as they are. Schedule "onednn" hands them
+// to oneDNN, which torch carries too. Schedule "upcast" is for 16-bit weights on a CPU without 16-bit arithmetic: the
+// caller passes fp32 rows, and W goes through fp32 a few megabytes at a time.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -9,6 +10,11 @@
 #include <algorithm>
 
 #include "aten.h"
+
+// Of torch's inductor/aoti_torch/c/shim_cpu.h, which cannot be included here. Absent from a torch without oneDNN.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* attr, const double** scalars,
+    int64_t scalars_len, const char** algorithm, AtenTensorHandle* out);
 
 namespace lk {
 
@@ -23,6 +29,17 @@ inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
 inline void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta,
                       double alpha) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
+}
+
+inline bool has_onednn() { return aoti_torch_cpu__linear_pointwise != nullptr; }
+
+// x Wᵀ + bias by oneDNN, in a tensor of its own. Operands are fp32; W may be a transposed view.
+inline Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  AtenTensorHandle out, bias_handle = bias ? bias->get() : nullptr;
+  const char* algorithm = "";
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(x.get(), weight.get(), bias ? &bias_handle : nullptr,
+                                                                 "none", nullptr, 0, &algorithm, &out));
+  return Tensor(out);
 }
 
 // Calls f(row begin, row end): all rows at once where nothing is converted, else kRowBlock at a time.

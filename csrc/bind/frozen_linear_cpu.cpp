@@ -8,7 +8,9 @@ namespace {
 
 Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string schedule) {
   const bool upcast = schedule == "upcast";
-  const Tensor rows = as_rows(x), y = new_empty_as(x, {rows.size(0), weight.size(0)});
+  const Tensor rows = as_rows(x);
+  if (schedule == "onednn") return with_leading_sizes_of(onednn_linear(rows, weight, bias), x);
+  const Tensor y = new_empty_as(x, {rows.size(0), weight.size(0)});
   for_row_blocks(rows.size(0), upcast, [&](int64_t m0, int64_t m1) {
     const Tensor block = row_block(rows, m0, m1);
     linear(row_block(y, m0, m1), upcast ? cast(block, ScalarType::Float) : block, weight, bias, [](const auto&...) {});
@@ -18,7 +20,9 @@ Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::s
 
 Tensor frozen_linear_backward(Tensor grad_y, Tensor weight, std::string schedule) {
   const bool upcast = schedule == "upcast";
-  const Tensor rows = as_rows(grad_y), grad_x = new_empty_as(grad_y, {rows.size(0), weight.size(1)});
+  const Tensor rows = as_rows(grad_y);
+  if (schedule == "onednn") return with_leading_sizes_of(onednn_linear(rows, transposed(weight), std::nullopt), grad_y);
+  const Tensor grad_x = new_empty_as(grad_y, {rows.size(0), weight.size(1)});
   for_row_blocks(rows.size(0), upcast, [&](int64_t m0, int64_t m1) {
     const Tensor grad = row_block(rows, m0, m1);
     Tensor target = row_block(grad_x, m0, m1);

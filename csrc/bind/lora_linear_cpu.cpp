@@ -123,10 +123,11 @@ void add_dropout_grads(const Tensor* grad_x, const Tensor* grad_A, const Tensor&
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
                                        std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
                                        double dropout_p, std::string schedule) {
-  const bool upcast = schedule == "upcast";
+  const bool upcast = schedule == "upcast", onednn = schedule == "onednn";
   const ScalarType compute = upcast ? ScalarType::Float : x.scalar_type();
   const Tensor rows = as_rows(x);
-  const Tensor y = new_empty_as(x, {rows.size(0), weight.size(0)}), s = new_empty_as(x, {rows.size(0), lora_A.size(0)});
+  const Tensor y = onednn ? onednn_linear(rows, weight, bias) : new_empty_as(x, {rows.size(0), weight.size(0)});
+  const Tensor s = new_empty_as(x, {rows.size(0), lora_A.size(0)});
   const Tensor a_transposed = transposed(cast(lora_A, compute)), b_transposed = transposed(cast(lora_B, compute));
   std::optional<Dropout> dropout;
   if (seed) dropout = read_dropout(*seed, dropout_p);
@@ -144,9 +145,14 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
     }
     if (s_wide.get() != s_block.get()) torch::stable::copy_(s_block, s_wide);
     const Tensor s_compute = cast(s_block, compute);
-    linear(row_block(y, m0, m1), x_block, weight, bias, [&](const Tensor& block, int64_t n0, int64_t n1) {
+    const auto add_branch = [&](const Tensor& block, int64_t n0, int64_t n1) {
       addmm_out(block, block, s_compute, column_block(b_transposed, n0, n1), 1.0, scaling);
-    });
+    };
+    if (onednn) {
+      add_branch(y, 0, y.size(1));
+    } else {
+      linear(row_block(y, m0, m1), x_block, weight, bias, add_branch);
+    }
   });
   return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
 }
@@ -157,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
                                                         std::string schedule) {
   // The adapters' gradients and grad_s are summed in fp32 (fp64 for fp64) and rounded to the adapter's dtype once.
   const ScalarType dtype = x.scalar_type(), wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
-  const bool native = schedule == "aten";
+  const bool onednn = schedule == "onednn", native = schedule != "upcast";
   const Tensor grad_rows = as_rows(grad_y), x_rows = as_rows(x);
   const Tensor s_rows = as_rows(torch::stable::contiguous(s));
   const Tensor a = as_rows(cast(lora_A, wide)), b = cast(lora_B, wide);
@@ -165,7 +171,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
   std::optional<Dropout> dropout;
   if (seed) dropout = read_dropout(*seed, dropout_p);
 
-  const Tensor grad_x = new_empty_as(x, {need_x ? m : 0, k});
+  const Tensor grad_x = onednn && need_x ? onednn_linear(grad_rows, transposed(weight), std::nullopt)
+                                         : new_empty_as(x, {need_x ? m : 0, k});
   Tensor grad_A = new_empty_as(x, {need_A ? rank : 0, k}, wide), grad_B = new_empty_as(x, {need_B ? n : 0, rank}, wide);
   torch::stable::zero_(grad_A);
   torch::stable::zero_(grad_B);
@@ -189,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
     }
 
     Tensor target = row_block(grad_x, m0, m1);
-    if (native) linear_backward(target, row_block(grad_rows, m0, m1), weight);
+    if (native && !onednn) linear_backward(target, row_block(grad_rows, m0, m1), weight);
     if (native && !dropout) {
       addmm_out(target, target, cast(grad_s, dtype), cast(a, dtype), 1.0, scaling);
       return;

@@ -8,15 +8,18 @@ namespace lk::cpu {
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
+extern const Kernels kAvx512;
 #endif
 
-// LORA_KERNELS_CPU_ISA=portable keeps to the portable table, so that the tests can run it on any machine.
+// LORA_KERNELS_CPU_ISA names the widest table to take, so that the tests can run the narrower ones.
 static const Kernels& choose() {
 #if defined(__x86_64__)
-  const char* wanted = std::getenv("LORA_KERNELS_CPU_ISA");
-  const bool portable = wanted != nullptr && std::strcmp(wanted, "portable") == 0;
+  const char* widest = std::getenv("LORA_KERNELS_CPU_ISA");
+  const auto allowed = [&](const char* isa) { return widest == nullptr || std::strcmp(widest, isa) == 0; };
   __builtin_cpu_init();
-  if (!portable && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (allowed("avx512") && has_avx2 && __builtin_cpu_supports("avx512f")) return kAvx512;
+  if ((allowed("avx2") || allowed("avx512")) && has_avx2) return kAvx2;
 #endif
   return kPortable;
 }

@@ -64,17 +64,17 @@ inline void keep_row(const float* x, const uint32_t* keep, int64_t valid, float*
 
 // acc[i][:] += sum over p < depth of a[i * a_row + p * a_step] * b[p * b_step ...]: the product inside all of the
 // below.
-template <int kRows>
+template <int kRows, int kVectors>
 inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t depth,
-                          VecF (&acc)[kRows][kTileVectors]) {
+                          VecF (&acc)[kRows][kVectors]) {
   // Two pointers, so that every row is within reach of an addressing mode and no offset lives in a register.
   const float* upper = a + 3 * a_row;
   for (int64_t p = 0; p < depth; ++p, a += a_step, upper += a_step, b += b_step) {
-    const VecF b0 = load(b), b1 = load(b + kLanes);
+    VecF b_row[kVectors];
+    for (int v = 0; v < kVectors; ++v) b_row[v] = load(b + v * kLanes);
     for (int i = 0; i < kRows; ++i) {
       const VecF value = broadcast(i < 3 ? a[i * a_row] : upper[(i - 3) * a_row]);
-      acc[i][0] += value * b0;
-      acc[i][1] += value * b1;
+      for (int v = 0; v < kVectors; ++v) acc[i][v] += value * b_row[v];
     }
   }
 }
@@ -107,7 +107,7 @@ void dropout_mask(const DropoutMaskParams& p, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------------- shrink
 
-int64_t packed_width(int64_t rank) { return round_up(rank, kTileColumns); }
+int64_t packed_width(int64_t rank) { return round_up(rank, kLanes); }
 
 int64_t packed_size(int64_t rank, int64_t k) { return round_up(k, kMaskColumns) * packed_width(rank); }
 
@@ -118,6 +118,22 @@ void pack_transposed(const float* w, int64_t stride_j, int64_t stride_c, int64_t
     for (int64_t j = rank; j < width; ++j) packed[c * width + j] = 0.0f;
   }
   memset(packed + k * width, 0, sizeof(float) * (round_up(k, kMaskColumns) - k) * width);
+}
+
+// Columns j, j + 1, ... of s, as many as kVectors hold: rows of x times a packed chunk of W, added unless it is the
+// first.
+template <int kRows, int kVectors>
+inline void shrink_tile(const LoraShrinkParams& p, const float* x, int64_t x_stride, const float* packed, int64_t depth,
+                        bool is_first, float* s, int64_t j) {
+  VecF acc[kRows][kVectors] = {};
+  multiply_tile(x, x_stride, 1, packed + j, packed_width(p.rank), depth, acc);
+  const int64_t valid = smaller(kVectors * kLanes, p.rank - j);
+  for (int i = 0; i < kRows; ++i) {
+    float* out = s + i * p.rank + j;
+    for (int64_t c = 0; c < valid; ++c) {
+      out[c] = (is_first ? 0.0f : out[c]) + p.dropout.scale * acc[i][c / kLanes][c % kLanes];
+    }
+  }
 }
 
 template <bool kHasDropout>
@@ -143,16 +159,13 @@ void lora_shrink(const LoraShrinkParams& p, int64_t begin, int64_t end) {
         x = &dropped[0][0];
         x_stride = kDepth;
       }
-      for (int64_t j = 0; j < p.rank; j += kTileColumns) {
-        VecF acc[kRows][kTileVectors] = {};
-        multiply_tile<kRows>(x, x_stride, 1, p.packed + k0 * width + j, width, depth, acc);
-        for (int i = 0; i < kRows; ++i) {
-          float* s = p.s + (m + i) * p.rank + j;
-          for (int64_t c = 0; c < smaller(kTileColumns, p.rank - j); ++c) {
-            s[c] = (k0 == 0 ? 0.0f : s[c]) + p.dropout.scale * acc[i][c / kLanes][c % kLanes];
-          }
-        }
+      const float* packed = p.packed + k0 * width;
+      float* s = p.s + m * p.rank;
+      int64_t j = 0;
+      for (; j + kLanes < width; j += kTileColumns) {
+        shrink_tile<kRows, kTileVectors>(p, x, x_stride, packed, depth, k0 == 0, s, j);
       }
+      if (j < width) shrink_tile<kRows, 1>(p, x, x_stride, packed, depth, k0 == 0, s, j);
     }
   });
 }
@@ -210,7 +223,7 @@ void lora_grad(const LoraGradParams& p, float* scratch, int64_t begin, int64_t e
           constexpr int kRows = decltype(count)::value;
           for (int64_t c0 = 0; c0 < valid; c0 += kTileColumns) {
             VecF acc[kRows][kTileVectors] = {};
-            multiply_tile<kRows>(p.s + (m0 + i0) * p.rank, p.rank, 1, a_tile + c0, kColumns, p.rank, acc);
+            multiply_tile(p.s + (m0 + i0) * p.rank, p.rank, 1, a_tile + c0, kColumns, p.rank, acc);
             for (int i = 0; i < kRows; ++i) {
               float* grad_x = p.grad_x + (m0 + i0 + i) * p.grad_x_stride + k0 + c0;
               for (int v = 0; v < kTileVectors; ++v) {
@@ -241,7 +254,7 @@ void lora_grad(const LoraGradParams& p, float* scratch, int64_t begin, int64_t e
           for (int64_t c0 = 0; c0 < valid; c0 += kTileColumns) {
             // A block of rows is summed on its own and then added: the rounding error grows with the number of blocks.
             VecF acc[kRows][kTileVectors] = {};
-            multiply_tile<kRows>(p.s + m0 * p.rank + j0, 1, p.rank, x + c0, x_stride, rows, acc);
+            multiply_tile(p.s + m0 * p.rank + j0, 1, p.rank, x + c0, x_stride, rows, acc);
             for (int i = 0; i < kRows; ++i) {
               float* sum = grad_tile + (j0 + i) * kColumns + c0;
               for (int v = 0; v < kTileVectors; ++v) store(sum + v * kLanes, load(sum + v * kLanes) + acc[i][v]);

@@ -1,12 +1,15 @@
 // The widest vector of the instruction set this translation unit is compiled for, through the compilers' vector types.
 // Only translation units that export one table of functions include this, and they include no standard templates: an
-// inline function compiled for AVX2 must not replace its portable twin at link time.
+// inline function compiled for AVX-512 must not replace its portable twin at link time.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define LK_VECTOR_BYTES 64
+#elif defined(__AVX2__)
 #include <immintrin.h>
 #define LK_VECTOR_BYTES 32
 #else
@@ -44,7 +47,12 @@ inline VecF and_bits(VecF v, VecU bits) { return (VecF)((VecU)v & bits); }
 
 // hi and lo halves of the 32 x 32 -> 64 bit products of each lane with m.
 inline void multiply_wide(VecU a, uint32_t m, VecU& hi, VecU& lo) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m512i v = (__m512i)a, mm = _mm512_set1_epi32(static_cast<int>(m));
+  const __m512i even = _mm512_mul_epu32(v, mm), odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), mm);
+  lo = (VecU)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  hi = (VecU)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+#elif defined(__AVX2__)
   const __m256i v = (__m256i)a, mm = _mm256_set1_epi32(static_cast<int>(m));
   const __m256i even = _mm256_mul_epu32(v, mm), odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), mm);
   lo = (VecU)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);

@@ -6,13 +6,18 @@ import functools
 
 import torch
 
+from .. import _native
 from ..reasons import Reason
 from ..spec import Verdict
 
 UPCAST_ABOVE_ROWS = 4
 """torch's own low-precision path is a matrix-vector loop that beats upcasting the whole weight up to this many rows."""
 
+ONEDNN_FROM_ROWS, ONEDNN_FROM_WEIGHTS = 128, 1 << 22
+"""oneDNN costs more per call, which pays from either number on: rows of x, elements of the weight."""
+
 ATEN = Verdict("aten", "vendor GEMM, low-rank branch accumulated into its output")
+ONEDNN = Verdict("onednn", "oneDNN's GEMM, which beats MKL's on this CPU; low-rank branch accumulated into its output")
 UPCAST = Verdict("upcast", "no native matmul for this dtype on this CPU: blocks go through fp32")
 REFUSED_DTYPE = Verdict(None, Reason.DTYPE)
 
@@ -26,10 +31,20 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, name)())
 
 
-def matmul_verdict(x: torch.Tensor) -> Verdict:
-    """How the CPU kernels multiply ``x`` [..., K] by a weight of its dtype."""
+@functools.cache
+def prefers_onednn() -> bool:
+    """True where torch multiplies fp32 by MKL and has oneDNN too, on AMD's processors: there oneDNN was faster."""
+    module = _native.cpu
+    return bool(module is not None and module.onednn and module.amd and torch.backends.mkl.is_available())
+
+
+def matmul_verdict(x: torch.Tensor, weight: torch.Tensor) -> Verdict:
+    """How the CPU kernels multiply ``x`` [..., K] by ``weight`` [N, K], or [K, N] in the backward, of its dtype."""
     dtype = x.dtype
-    if dtype == torch.float32 or dtype == torch.float64:
+    if dtype == torch.float32:
+        large = x.numel() >= ONEDNN_FROM_ROWS * x.shape[-1] or weight.numel() >= ONEDNN_FROM_WEIGHTS
+        return ONEDNN if large and x.numel() > 0 and prefers_onednn() and torch._C._get_mkldnn_enabled() else ATEN
+    if dtype == torch.float64:
         return ATEN
     if dtype != torch.bfloat16 and dtype != torch.float16:
         return REFUSED_DTYPE

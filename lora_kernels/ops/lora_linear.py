@@ -42,7 +42,7 @@ def _fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
 def _cpu_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
     if seed is not None and x.dtype == torch.float64:
         return _cpu.REFUSED_DTYPE
-    return _cpu.matmul_verdict(x)
+    return _cpu.matmul_verdict(x, weight)
 
 
 def _triton_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
