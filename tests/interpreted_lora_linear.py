@@ -266,6 +266,25 @@ def test_strided_operands(layout, p, pretend):
         assert (a - b).abs().max() <= 4 * torch.finfo(FP16).eps * b.abs().max()
 
 
+@pytest.mark.parametrize("layout", ["rows of a wider matrix, aligned", "columns outermost"])
+def test_descriptors_fetch_what_pointers_do(layout, pretend, monkeypatch):
+    def laid_out(x, weight, lora_A, lora_B, bias):
+        return fused("triton", 0.3)(LAYOUTS[layout](x), LAYOUTS[layout](weight), lora_A, lora_B, bias)
+
+    launched = []
+    monkeypatch.setattr(lora_linear, "run_all", lambda launches: [(launched.append(i), i.run()) for i in launches])
+    problem = make_problem(160, 80, 272, 16, FP16, FP16)
+    problem["x"][159, 3] = problem["grad_y"][159, 3] = float("nan")  # the last row that there is
+    pretend("sm_90", ONE_SM)
+    through_descriptors = results(problem, FP16, FP16, laid_out)
+    tasks = [launch.args[0] for launch in launched if launch.kernel is lora_linear._fused]
+    assert len(tasks) == 2
+    assert all((m.tiles is None) != (m.transposed_tiles is None) for task in tasks for m in (task.p, task.q))
+    monkeypatch.setitem(configs.TARGETS, "sm_90", configs.TARGETS["sm_90"]._replace(descriptors=False))
+    for a, b in zip(through_descriptors, results(problem, FP16, FP16, laid_out)):
+        assert torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
 @pytest.mark.parametrize("wanted", [c for n in (1, 2) for c in itertools.combinations(("x", "lora_A", "lora_B"), n)])
 def test_needs_input_grad_is_honoured(wanted, pretend):
     problem = make_problem(40, 48, 80, 16, FP16, FP16)

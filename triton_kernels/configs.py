@@ -47,6 +47,8 @@ class Target(NamedTuple):
     few_rows: Tile
     reduce: Tile
     """Of [columns, rank], ``rows`` deep."""
+    descriptors: bool = False
+    """The base product's tiles, where they are ``large`` or ``medium`` and aligned, are fetched by TMA."""
 
 
 class FusedConfig(NamedTuple):
@@ -59,6 +61,8 @@ class FusedConfig(NamedTuple):
     """Ranks that ``out`` takes from ``inner`` at a time."""
     group: int
     """Row blocks whose tickets follow each other."""
+    descriptors: bool
+    """Tiles of p and q are fetched through descriptors, not by an address per thread."""
 
 
 class ReduceConfig(NamedTuple):
@@ -70,6 +74,7 @@ class ReduceConfig(NamedTuple):
 
 
 _SMALL = Tile(64, 64, 64, 4, 3, "for problems that leave SMs idle with the large tile; up to 48 KB")
+_SMALL_MMA = Tile(64, 64, 32, 8, 4, "as above; four warps would be short of registers for mma.sync and the mask")
 _FEW_ROWS = Tile(16, 64, 128, 4, 3, "one mma of rows; the deep tile keeps many loads of the weight in flight")
 _REDUCE = Tile(64, 128, 0, 8, 3, "128 columns are coalesced loads; eight warps leave registers for the mask")
 # The same for every architecture.
@@ -77,15 +82,19 @@ _NARROW = Tile(64, 64, 32, 8, 4, "unaligned rows need a pointer per element, dua
 _UNALIGNED_REDUCE = Tile(32, 64, 0, 8, 3, _NARROW.why)
 _TF32 = Tile(64, 64, 32, 8, 3, "elements are twice as wide")
 _IEEE = Tile(32, 32, 32, 4, 3, "float32 without tf32 has no tensor cores: operands of every product are in registers")
-_FLOAT32_REDUCE = Tile(32, 32, 0, 4, 3, _IEEE.why)
+_FLOAT32_REDUCE = Tile(32, 64, 0, 8, 3, _IEEE.why)
 
+# Descriptors are made on the host (TensorDescriptor): those that a kernel makes (tl.make_tensor_descriptor) need memory
+# from triton.set_allocator, which is the caller's to set. A loop of wgmma or tcgen05 then has no address to compute (166
+# registers in place of 212 for the large forward on sm_90). sm_120 has TMA too, but feeds mma.sync, whose operands pass
+# through registers anyway. Small tiles are for launches so short that encoding two descriptors on the host would show.
 TARGETS = {
     "sm_80": Target(
         163 << 10,
         "ticketed",
         large=Tile(128, 128, 32, 8, 4, "48 KB; with four warps the accumulator leaves too few registers for the rest"),
         medium=Tile(128, 128, 32, 8, 4, "two accumulators of 128 x 128 are 256 registers with four warps"),
-        small=_SMALL,
+        small=_SMALL_MMA,
         few_rows=_FEW_ROWS,
         reduce=_REDUCE,
     ),
@@ -94,7 +103,7 @@ TARGETS = {
         "ticketed",
         large=Tile(128, 128, 32, 8, 4, "as sm_80"),
         medium=Tile(128, 128, 32, 8, 4, "as sm_80"),
-        small=_SMALL,
+        small=_SMALL_MMA,
         few_rows=_FEW_ROWS,
         reduce=_REDUCE,
     ),
@@ -106,6 +115,7 @@ TARGETS = {
         small=_SMALL,
         few_rows=_FEW_ROWS,
         reduce=_REDUCE,
+        descriptors=True,
     ),
     "sm_100": Target(
         227 << 10,
@@ -114,14 +124,15 @@ TARGETS = {
         medium=Tile(128, 128, 64, 8, 3, "as large"),
         small=_SMALL,
         few_rows=_FEW_ROWS,
-        reduce=_REDUCE,
+        reduce=_REDUCE._replace(num_stages=2, why="as for the others; a third stage costs registers for its addresses"),
+        descriptors=True,
     ),
     "sm_120": Target(
         99 << 10,
         "ticketed",
         large=Tile(128, 128, 32, 8, 4, "mma.sync like sm_86, without its spare registers at four warps"),
         medium=Tile(128, 128, 32, 8, 4, "as large"),
-        small=_SMALL,
+        small=_SMALL_MMA,
         few_rows=_FEW_ROWS,
         reduce=_REDUCE,
     ),
@@ -191,7 +202,17 @@ def fused_candidates(
     distinct = {t.shape: t for t in (tile, *others)} | {tile.shape: tile}
     # Of a rank that is no multiple of 16 every element of A and B needs its own pointer.
     branch_depth = _block_rank(rank) if rank % 16 == 0 else 16
-    return [FusedConfig(t, _block_rank(rank), branch_depth, max(1, _GROUP_ROWS // t.rows)) for t in distinct.values()]
+    fits_descriptors = row.descriptors and float32 is None and aligned and schedule != "dual"
+    return [
+        FusedConfig(
+            tile=t,
+            block_rank=_block_rank(rank),
+            branch_depth=branch_depth,
+            group=max(1, _GROUP_ROWS // t.rows),
+            descriptors=fits_descriptors and t in (row.large, row.medium),
+        )
+        for t in distinct.values()
+    ]
 
 
 def fills(tile: Tile, sms: int, rows: int, columns: int) -> bool:

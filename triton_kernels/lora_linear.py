@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import philox
 from . import autotune, configs
@@ -44,6 +45,8 @@ class Matrix(NamedTuple):
     data: Any
     row_stride: Any
     column_stride: Any
+    tiles: Any = None  # TensorDescriptor of the matrix, or
+    transposed_tiles: Any = None  # of its transpose; None: not fetched that way
 
 
 class FusedTask(NamedTuple):
@@ -111,6 +114,18 @@ def _load(pointers, rows_valid, columns_valid):
 
 
 @triton.jit
+def _load_tile(matrix, row0, column0, pointers, rows_valid, columns_valid):
+    """The tile at (row0, column0): by TMA, zero past the matrix's edges, or what ``_load`` finds at ``pointers``."""
+    if matrix.tiles is not None:
+        tile = matrix.tiles.load([row0, column0])
+    elif matrix.transposed_tiles is not None:
+        tile = matrix.transposed_tiles.load([column0, row0]).T
+    else:
+        tile = _load(pointers, rows_valid, columns_valid)
+    return tile
+
+
+@triton.jit
 def _work(ticket, row_blocks, columns, GROUP: tl.constexpr):
     """(row block, column) of a ticket.
 
@@ -129,7 +144,8 @@ def _inner_tile(task, rows, row_block, rank_block,
                 BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
                 EVEN_DEPTH: tl.constexpr, DROPS_P: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One tile of ``inner``."""
-    m = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    m0 = row_block * BLOCK_ROWS
+    m = m0 + tl.arange(0, BLOCK_ROWS)
     # Rows beyond the end repeat the last one: cheaper than a mask in the loop, and they are not stored.
     clamped = tl.minimum(m, rows - 1)
     k = tl.arange(0, BLOCK_DEPTH)
@@ -137,7 +153,7 @@ def _inner_tile(task, rows, row_block, rank_block,
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
     for k0 in range(0, task.depth, BLOCK_DEPTH):
         k_valid = None if EVEN_DEPTH else k < task.depth - k0
-        p = _load(_pointers(task.p, 0, k0, clamped, k), None, k_valid)
+        p = _load_tile(task.p, m0, k0, _pointers(task.p, 0, k0, clamped, k), None, k_valid)
         if DROPS_P:
             p = tl.where(keep_tile(task.seed, clamped, k0, task.depth, task.threshold, BLOCK_DEPTH), p, 0.0)
         down = _load(_pointers(task.down, k0, 0, k, r), k_valid, r < task.rank)
@@ -172,16 +188,17 @@ def _out_tile(task, rows, row_block, column_block, flag,
               EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, DROPS_BRANCH: tl.constexpr,
               IN_PLACE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One tile of ``out``; waits for ``flag`` before it reads ``inner``, None where no other program writes that."""
-    m = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    m0, n0 = row_block * BLOCK_ROWS, column_block * BLOCK_COLUMNS
+    m = m0 + tl.arange(0, BLOCK_ROWS)
     clamped = tl.minimum(m, rows - 1)
-    n = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    n = n0 + tl.arange(0, BLOCK_COLUMNS)
     n_valid = None if EVEN_COLUMNS else n < task.columns
     k = tl.arange(0, BLOCK_DEPTH)
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for k0 in range(0, task.depth, BLOCK_DEPTH):
         k_valid = None if EVEN_DEPTH else k < task.depth - k0
-        p = _load(_pointers(task.p, 0, k0, clamped, k), None, k_valid)
-        q = _load(_pointers(task.q, k0, 0, k, n), k_valid, n_valid)
+        p = _load_tile(task.p, m0, k0, _pointers(task.p, 0, k0, clamped, k), None, k_valid)
+        q = _load_tile(task.q, k0, n0, _pointers(task.q, k0, 0, k, n), k_valid, n_valid)
         accumulator = tl.dot(p, q, accumulator, input_precision=PRECISION)
 
     if flag is not None:
@@ -201,9 +218,7 @@ def _out_tile(task, rows, row_block, column_block, flag,
     if IN_PLACE:
         accumulator = branch * task.scaling
     else:
-        accumulator = _add_branch(
-            accumulator, branch, task, clamped, column_block * BLOCK_COLUMNS, DROPS_BRANCH, BLOCK_COLUMNS
-        )
+        accumulator = _add_branch(accumulator, branch, task, clamped, n0, DROPS_BRANCH, BLOCK_COLUMNS)
     _store_out(task, accumulator, rows, m, n)
 
 
@@ -440,6 +455,11 @@ def _fused_launches(
     if schedule == "dual" and max(inner_columns, out_columns) > 1:
         raise ValueError(f"schedule 'dual' is for one tile column, not {inner_columns} and {out_columns}")
     columns_of = {"all": inner_columns + out_columns, "inner": inner_columns, "out": out_columns, "dual": 1}
+    if config.descriptors:
+        task = task._replace(
+            p=_through_descriptor(task.p, (tile.rows, tile.depth)),
+            q=_through_descriptor(task.q, (tile.depth, tile.columns)),
+        )
     constants = {
         "DROPOUT": "none" if task.seed is None else drops,
         "BLOCK_ROWS": tile.rows,
@@ -528,6 +548,13 @@ def _are_rows_aligned(matrix: Matrix) -> bool:
     """Whether rows, or columns, are contiguous and begin at multiples of 16 elements."""
     strides = (matrix.row_stride, matrix.column_stride)
     return min(strides) == 1 and max(strides) % 16 == 0 and matrix.data.data_ptr() % 16 == 0
+
+
+def _through_descriptor(matrix: Matrix, block: tuple[int, int]) -> Matrix:
+    """The same matrix, to be fetched in such blocks; rows or columns are aligned (``_are_rows_aligned``)."""
+    if matrix.column_stride == 1:
+        return matrix._replace(tiles=TensorDescriptor.from_tensor(matrix.data, list(block)))
+    return matrix._replace(transposed_tiles=TensorDescriptor.from_tensor(matrix.data.t(), list(reversed(block))))
 
 
 def _matrix(t: Tensor) -> Matrix:

@@ -408,7 +408,8 @@ def weight_gradient_launch(
     args = (task, ids, order, grad_weight.shape[0], ids.numel(), rows - prompt_rows, prompt_rows)
     programs = ids.numel() * configs.blocks(hidden, columns)
     constants = {"BLOCK_HIDDEN": columns, "UNROLL": _UNROLL}
-    return Launch(_weight_gradient, (programs,), args, constants, num_warps=1, num_stages=1)
+    # One warp would be short of registers for the addresses of so wide a row.
+    return Launch(_weight_gradient, (programs,), args, constants, num_warps=2, num_stages=1)
 
 
 def _launch(kernel: Any, programs: int, args: tuple, tile: configs.RowTile, constants: dict[str, Any]) -> Launch:
