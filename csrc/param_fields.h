@@ -176,6 +176,33 @@ struct PromptEmbeddingBackwardFields {
   static_assert(leaves_no_gap<Params>(kFields));
 };
 
+#define LK_PREFIX_FIELDS                                                                          \
+  LK_FIELD(sizes.tokens), LK_FIELD(sizes.parts), LK_FIELD(sizes.heads), LK_FIELD(sizes.head_dim), \
+      LK_FIELD(sizes.batch), LK_FIELD(type), LK_FIELD(prefix_type)
+
+struct PrefixKvFields {
+  using Params = PrefixKvParams;
+  static constexpr std::array kFields = {
+      LK_PREFIX_FIELDS,
+      LK_FIELD(prefix),
+      LK_FIELD(prefix_stride),
+      LK_FIELD(out),
+  };
+  static_assert(leaves_no_gap<Params>(kFields));
+};
+
+struct PrefixKvBackwardFields {
+  using Params = PrefixKvBackwardParams;
+  static constexpr std::array kFields = {
+      LK_FIELD(grads),
+      LK_PREFIX_FIELDS,
+      LK_FIELD(grad_prefix),
+      LK_FIELD(grad_prefix_stride),
+  };
+  static_assert(leaves_no_gap<Params>(kFields));
+};
+
+#undef LK_PREFIX_FIELDS
 #undef LK_SIZES_FIELDS
 #undef LK_INDEX_FIELDS
 #undef LK_COLUMN_FIELDS

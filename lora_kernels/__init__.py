@@ -10,7 +10,10 @@ from .integrations.peft import patch, patch_peft, unpatch, unpatch_peft
 from .merging import merge_adapter, unmerge_adapter
 from .modules import FrozenLinear, LoRALinear
 from .ops.lora_linear import LoRALinearFunction
+from .ops.prefix_kv import PrefixKVFunction
 from .ops.prompt_embedding import PromptEmbeddingFunction
+from .prefix_functional import prefix_kv
+from .prefix_modules import PrefixEncoder
 from .prompt_functional import PromptEmbeddingOutput, prompt_embedding
 from .prompt_modules import PromptEmbedding, PromptEncoder
 from .reasons import Reason
@@ -22,6 +25,8 @@ __all__ = [
     "FrozenLinear",
     "LoRALinear",
     "LoRALinearFunction",
+    "PrefixEncoder",
+    "PrefixKVFunction",
     "PromptEmbedding",
     "PromptEmbeddingFunction",
     "PromptEmbeddingOutput",
@@ -40,6 +45,7 @@ __all__ = [
     "merge_adapter",
     "patch",
     "patch_peft",
+    "prefix_kv",
     "prompt_embedding",
     "reset_stats",
     "save_adapter",

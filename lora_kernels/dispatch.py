@@ -186,10 +186,16 @@ _NO_KERNEL = Verdict(None, Reason.NO_KERNEL)
 _NOT_BUILT = Verdict(None, Reason.EXTENSION_NOT_BUILT)
 
 
+def _device_type(args: tuple) -> str:
+    """An op's first argument is a tensor or a list of them."""
+    first = args[0]
+    return (first[0] if isinstance(first, (list, tuple)) else first).device.type
+
+
 def _select(spec: OpSpec, args: tuple) -> tuple[str, Verdict, tuple[tuple[str, Reason], ...]]:
     """The backend that serves a call, its verdict, and the (backend, reason) pairs that were passed over on the way."""
     forced = _forced.get()
-    device = args[0].device.type
+    device = _device_type(args)
     if forced is not None:
         if (
             forced != "reference"
@@ -242,7 +248,7 @@ def run(spec: OpSpec, *args: Any) -> Any:
         for _, reason in passed:
             _fallback[spec.name, str(reason)] += 1
     if backend == "reference":
-        device_type = args[0].device.type
+        device_type = _device_type(args)
         if not autocast_enabled(device_type):
             return spec.reference(*args)
         with torch.autocast(device_type, enabled=False):

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, prompt_functional
+from . import dispatch, prefix_functional, prompt_functional
 from ._checks import refuse_transforms
 from .ops import dropout_mask as _mask_op
 from .ops import frozen_linear as _frozen_op
 from .ops import lora_linear as _lora_op
+from .ops import prefix_kv as _prefix_op
 from .ops import prompt_embedding as _prompt_op
 from .ops.lora_linear import LoRALinearFunction
 
@@ -197,6 +198,7 @@ _ARGUMENTS = {
     "frozen_linear": (_frozen_op.SPEC, _why_frozen_linear),
     "dropout_mask": (_mask_op.SPEC, _why_dropout_mask),
     "prompt_embedding": (_prompt_op.SPEC, prompt_functional.arguments),
+    "prefix_kv": (_prefix_op.SPEC, prefix_functional.arguments),
 }
 
 # ------------------------------------------------------------------------------------------------- checks

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import itertools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .prompt_functional import PromptEmbeddingOutput, prompt_embedding
+
+PROMPT_KEY = "prompt_embeddings"
+"""The tensor of PEFT's checkpoints that holds the rows of a prompt or prefix."""
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
@@ -25,6 +28,13 @@ class _Prompt(nn.Module):
     def prompt(self) -> Tensor:
         """The prompt: [num_virtual_tokens, hidden_size], or [tasks, num_virtual_tokens, hidden_size]."""
         raise NotImplementedError
+
+    def peft_state_dict(self) -> dict[str, Tensor]:
+        """What PEFT's checkpoint of this prompt holds: ``prompt_embeddings`` [rows, hidden_size].
+
+        With tasks, their prompts one behind the other, which PEFT has no checkpoint for.
+        """
+        return {PROMPT_KEY: self.prompt().detach().flatten(0, -2)}
 
     def forward(
         self,
@@ -55,7 +65,7 @@ class _Prompt(nn.Module):
         """
         weight: Any = embedding
         if inputs_embeds is None and isinstance(embedding, nn.Module):
-            weight = _plain_weight(embedding)
+            weight = plain_weight(embedding)
             if weight is None:
                 input_ids, inputs_embeds = None, embedding(input_ids)
         return prompt_embedding(
@@ -99,10 +109,10 @@ class PromptEmbedding(_Prompt):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_count("PromptEmbedding", "num_virtual_tokens", num_virtual_tokens)
-        _check_count("PromptEmbedding", "hidden_size", hidden_size)
+        check_count("PromptEmbedding", "num_virtual_tokens", num_virtual_tokens)
+        check_count("PromptEmbedding", "hidden_size", hidden_size)
         if tasks is not None:
-            _check_count("PromptEmbedding", "tasks", tasks)
+            check_count("PromptEmbedding", "tasks", tasks)
         super().__init__()
         self.num_virtual_tokens, self.hidden_size, self.tasks = num_virtual_tokens, hidden_size, tasks
         rows = num_virtual_tokens * (1 if tasks is None else tasks)
@@ -124,7 +134,7 @@ class PromptEmbedding(_Prompt):
             num_virtual_tokens, tasks: as the class.
             generator: draws the tokens, on the CPU; None means torch's own.
         """
-        _check_count("from_vocabulary", "num_virtual_tokens", num_virtual_tokens)
+        check_count("from_vocabulary", "num_virtual_tokens", num_virtual_tokens)
         table = _table("from_vocabulary", embedding)
         module = cls(num_virtual_tokens, table.shape[1], tasks=tasks, device=table.device, dtype=torch.float32)
         ids = torch.randint(table.shape[0], (module.embedding.num_embeddings,), generator=generator)
@@ -166,8 +176,16 @@ class PromptEmbedding(_Prompt):
         return self
 
     def prompt(self) -> Tensor:
-        rows = _all_rows(self.embedding)
+        rows = all_rows(self.embedding)
         return rows if self.tasks is None else rows.view(self.tasks, self.num_virtual_tokens, self.hidden_size)
+
+    def load_peft_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Loads the tensors of a PEFT checkpoint of prompt tuning, or of P-tuning, whose prompt is then a parameter.
+
+        Raises:
+            ValueError: there are no rows of this shape in it.
+        """
+        load_rows("PromptEmbedding", self.embedding, state_dict)
 
     def extra_repr(self) -> str:
         text = f"num_virtual_tokens={self.num_virtual_tokens}, hidden_size={self.hidden_size}"
@@ -222,7 +240,7 @@ class PromptEncoder(_Prompt):
             ("encoder_hidden_size", width),
             ("num_layers", num_layers),
         ):
-            _check_count("PromptEncoder", name, count)
+            check_count("PromptEncoder", name, count)
         if kind not in ("MLP", "LSTM"):
             raise ValueError(f'PromptEncoder: kind must be "MLP" or "LSTM", got {kind!r}')
         if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0.0 <= dropout < 1.0:
@@ -243,34 +261,56 @@ class PromptEncoder(_Prompt):
         self.mlp_head = nn.Sequential(*layers[:-1])
 
     def prompt(self) -> Tensor:
-        rows = _all_rows(self.embedding)
+        rows = all_rows(self.embedding)
         if self.kind == "LSTM":
             rows = self.lstm_head(rows.unsqueeze(0))[0].squeeze(0)
         return self.mlp_head(rows)
+
+    def load_peft_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Raises ValueError: PEFT's checkpoints hold the prompt and not the network that made it."""
+        raise ValueError(
+            "PromptEncoder: a PEFT checkpoint holds the prompt and not the network that made it; load it into a "
+            "PromptEmbedding, or the state_dict of PEFT's module with load_state_dict"
+        )
 
     def extra_repr(self) -> str:
         return f"num_virtual_tokens={self.num_virtual_tokens}, hidden_size={self.hidden_size}, kind={self.kind!r}"
 
 
-def _plain_weight(embedding: nn.Module) -> Tensor | None:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks)
+
+
+def plain_weight(embedding: nn.Module) -> Tensor | None:
     """The table of a module whose call is exactly a gather of ``weight``, else None."""
     if type(embedding) is not nn.Embedding or "forward" in embedding.__dict__ or embedding.max_norm is not None:
         return None
     weight = embedding.weight
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if type(weight) not in _PLAIN_TENSORS or any(getattr(embedding, name) for name in hooks):
+    if type(weight) not in _PLAIN_TENSORS or has_hooks(embedding):
         return None
     # These change the gradient of the table only.
     special = embedding.padding_idx is not None or embedding.sparse or embedding.scale_grad_by_freq
     return None if special and weight.requires_grad else weight
 
 
-def _all_rows(embedding: nn.Embedding) -> Tensor:
+def all_rows(embedding: nn.Embedding) -> Tensor:
     """The table, through the module where that does more than a gather: a sharded one must be called to be whole."""
-    weight = _plain_weight(embedding)
+    weight = plain_weight(embedding)
     if weight is not None:
         return weight
     return embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device))
+
+
+@torch.no_grad()
+def load_rows(op: str, embedding: nn.Embedding, state_dict: Mapping[str, Tensor]) -> None:
+    """Copies the rows of a PEFT checkpoint into ``embedding``."""
+    rows, shape = state_dict.get(PROMPT_KEY), tuple(embedding.weight.shape)
+    if not isinstance(rows, Tensor) or rows.shape != shape:
+        found = tuple(rows.shape) if isinstance(rows, Tensor) else ", ".join(state_dict) or "nothing"
+        raise ValueError(f"{op}: the checkpoint must hold {PROMPT_KEY} {shape}, got {found}")
+    embedding.weight.copy_(rows)
 
 
 def _table(op: str, embedding: Tensor | nn.Module) -> Tensor:
@@ -284,7 +324,7 @@ def _table(op: str, embedding: Tensor | nn.Module) -> Tensor:
     return weight
 
 
-def _check_count(op: str, name: str, value: Any) -> None:
+def check_count(op: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
     if value < 1:

@@ -48,6 +48,9 @@ class Reason(str, enum.Enum):
     MIXED_DTYPES = "dtypes of input, base and adapter do not fit"
     EXTRA_ARGUMENTS = "extra forward arguments"
     TRANSFORM = "inside a functorch transform or forward-mode AD"
+    DEVICES = "tensors on several devices"
+    TASK_IDS = "task_ids missing, or not one integer per sample"
+    MODEL_CACHE = "the model's cache is of its own kind"
     NOT_LOW_PRECISION = "native matmul is fast for this dtype"
 
     def __str__(self) -> str:

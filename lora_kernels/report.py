@@ -12,7 +12,16 @@ FUSED = "lora_linear"
 """Reason of a fused row: every plain call of the layer is one ``lora_linear``."""
 FROZEN_UPCAST = "frozen, upcast"
 """Reason of a fused row: a frozen ``nn.Linear`` whose low-precision product goes through fp32."""
+PROMPT = "prompt_embedding"
+"""Reason of a fused row: the op puts an adapter's prompt in front of the text, in PEFT's layout."""
+PROMPT_FIXED = "prompt_embedding, left padding fixed"
+"""The same, in the layout of ``patch(left_padding="fixed")``."""
+PREFIX = "prefix_kv"
+"""Reason of a fused row: the op makes an adapter's keys and values."""
+PROMPT_MODULE = "prompt_encoder"
+"""Where PEFT's models keep what makes their prompts."""
 
+_PROMPT_ROWS = (PROMPT, PROMPT_FIXED, PREFIX)
 _FROZEN_ROWS = (FROZEN_UPCAST, Reason.NOT_LOW_PRECISION)
 
 
@@ -43,11 +52,15 @@ class Report:
 
     def _summary(self) -> str:
         upcast = sum(reason == FROZEN_UPCAST for _, reason in self.fused)
-        layers = sum(reason not in _FROZEN_ROWS for _, reason in self.fused + self.kept)
+        fused_prompts = sum(reason in _PROMPT_ROWS for _, reason in self.fused)
+        prompts = fused_prompts + sum(PROMPT_MODULE in name.split(".") for name, _ in self.kept)
+        layers = sum(reason not in _FROZEN_ROWS for _, reason in self.fused + self.kept) - prompts
         parts = []
         if layers:
-            parts.append(f"{len(self.fused) - upcast} of {layers} LoRA layers fused")
-        if upcast or not layers:
+            parts.append(f"{len(self.fused) - upcast - fused_prompts} of {layers} LoRA layers fused")
+        if prompts:
+            parts.append(f"{fused_prompts} of {prompts} prompt{'' if prompts == 1 else 's'} fused")
+        if upcast or not parts:
             parts.append(f"{upcast} frozen linear{'' if upcast == 1 else 's'} upcast")
         return ", ".join(parts)
 

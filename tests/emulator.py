@@ -40,6 +40,12 @@ def load_prompt_embedding() -> ModuleType:
     return _build_over_torch("_emu_prompt_embedding", "emu/bind_prompt_embedding.cpp")
 
 
+@functools.cache
+def load_prefix_kv() -> ModuleType:
+    """The same for prefix_kv, in ``torch.ops.lora_kernels_emulated_prefix``."""
+    return _build_over_torch("_emu_prefix_kv", "emu/bind_prefix_kv.cpp")
+
+
 def _build_over_torch(name: str, binding: str) -> ModuleType:
     torch_dir = Path(torch.__file__).parent
     abi = next(flag for flag in setup_script.load().STABLE_ABI if "TORCH_TARGET_VERSION" in flag)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import naive_prefix
 import naive_prompt
 import pytest
 import torch
@@ -178,3 +179,22 @@ def test_prompt_embedding_waits_for_nothing_and_is_captured():
     graph.replay()
     for a, b in zip(ours, expected):
         assert torch.equal(a.cpu(), b)
+
+
+# --------------------------------------------------------------------------------------------------------- prefix
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("head_dim", [3, 64])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)], ids=str)
+def test_prefix_kv(dtypes, head_dim, copies):
+    prefix = naive_prefix.make(dtypes[0], head_dim, layers=20)
+    expected = naive_prefix.forward(prefix, 20, 2, 3, dtypes[1])
+    grads = naive_prefix.grads_of(expected)
+    leaf = prefix.cuda().requires_grad_()
+    with lk.use_backend("cuda"):
+        pairs = lk.prefix_kv(leaf, 20, 2, batch_size=3, dtype=dtypes[1], copies=copies)
+        ours = [t for pair in pairs for t in pair]
+        (gradient,) = torch.autograd.grad(ours, leaf, [g.cuda() for g in naive_prefix.inside_longer(grads)])
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, expected, strict=True))
+    assert torch.equal(gradient.cpu(), naive_prefix.backward(grads, dtypes[0]))

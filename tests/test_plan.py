@@ -120,6 +120,29 @@ def test_plan_of_prompt_embedding(capsys, op, flags, changes, blocks, reason, al
 
 
 @needs_extension
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        (["--dtype", "bf16"], 60 * 3 * 100 * 16),
+        (["--dtype", "bf16", "--prefix-dtype", "bf16"], 60 * 3 * 100 * 8),
+        (["--dtype", "fp32", "--unaligned"], 60 * 3 * 100 * 64),
+    ],
+)
+def test_plan_of_prefix_kv(capsys, options, blocks):
+    sizes = ["--tokens", "100", "--layers", "30", "--heads", "3", "--head-dim", "64", "--arch", "sm_80"]
+    per_part = -(-blocks // 60 // 256)
+    assert main(["plan", "prefix_kv", *sizes, *options]) == 0
+    launch = json.loads(capsys.readouterr().out)
+    assert main(["plan", "prefix_kv_backward", *sizes, *options]) == 0
+    backward = json.loads(capsys.readouterr().out)
+    assert launch["grid"] == [60 * per_part, 1, 1]
+    assert [b["grid"][0] for b in backward] == [32 * per_part, 28 * per_part]
+    for one in (launch, *backward):
+        assert ("Lb1E" in one["kernel"]) == ("--unaligned" not in options)
+        assert _native.cuda.kernels()[one["kernel"]] == (one["block"][0], one["dynamic_smem"])
+
+
+@needs_extension
 def test_no_rows_need_no_block(plan):
     assert plan(m=0)["grid"] == [0, 1, 1]
 

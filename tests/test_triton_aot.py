@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lora_kernels.triton_kernels import dropout_mask, lora_linear, prompt_embedding
+from lora_kernels.triton_kernels import dropout_mask, lora_linear, prefix_kv, prompt_embedding
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # Matrix instructions of 16-bit tiles, by their number of rows: the wide ones need 64.
@@ -245,6 +245,22 @@ def test_prompt_embedding(arch, problem, tmp_path):
 @pytest.mark.parametrize("problem", PROMPTS)
 def test_prompt_embedding_on_every_architecture(arch, problem, tmp_path):
     check_prompt(arch, tmp_path, **PROMPTS[problem])
+
+
+@pytest.mark.parametrize("head_dim", [64, 37])
+@pytest.mark.parametrize("dtypes", [(FP32, BF16), (BF16, BF16)], ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_prefix_kv(arch, dtypes, head_dim, tmp_path):
+    prefix = torch.empty(100, 8 * 3 * head_dim, dtype=dtypes[0])
+    kv = torch.empty(8, 4, 3, 100, head_dim, dtype=dtypes[1])
+    for launch in (prefix_kv.forward_launch(kv, prefix), prefix_kv.backward_launch(prefix, kv)):
+        compiled = compile_for(arch, launch)
+        assert stack_bytes(compiled, tmp_path) == 0
+        code = compiled.asm["ptx"]
+        if head_dim == 64:
+            assert re.search(r"ld\.global\.v[24]\.b32", code)
+            assert re.search(r"st\.global\.v[24]\.b32", code)
+            assert not re.findall(r"(?:ld|st)\.global\.b16", code), "an element at a time"
 
 
 @pytest.mark.parametrize("debug", [False, True])

@@ -1,15 +1,39 @@
 """Randomly initialised models that are small enough for a test."""
 
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 
-def tiny_llama(**options) -> LlamaForCausalLM:
+def tiny_llama(kind: type[PreTrainedModel] = LlamaForCausalLM, **options) -> PreTrainedModel:
+    """``kind``: which model of the family."""
     config = LlamaConfig(
         vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2,
         num_key_value_heads=1, head_dim=12, **options,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return kind(config)
+
+
+def tiny_bert(kind: type[PreTrainedModel], **options) -> PreTrainedModel:
+    config = BertConfig(
+        vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options,
+    )  # fmt: skip
+    return kind(config)
+
+
+def tiny_t5() -> T5ForConditionalGeneration:
+    config = T5Config(
+        vocab_size=61, d_model=24, d_kv=12, d_ff=40, num_layers=3, num_heads=2, dropout_rate=0.0,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
 
 
 class Experts(nn.Module):

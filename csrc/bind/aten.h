@@ -37,7 +37,8 @@ inline Tensor column_block(const Tensor& t, int64_t begin, int64_t end) {
 // Contiguous, on like's device; dtype defaults to like's. The shim allocates without a trip through the dispatcher.
 inline Tensor new_empty_as(const Tensor& like, std::initializer_list<int64_t> sizes,
                            std::optional<ScalarType> dtype = {}) {
-  std::array<int64_t, 3> size{}, stride{1, 1, 1};
+  std::array<int64_t, 6> size{}, stride{};
+  stride.fill(1);
   std::copy(sizes.begin(), sizes.end(), size.begin());
   for (size_t d = sizes.size(); d-- > 1;) stride[d - 1] = stride[d] * std::max<int64_t>(size[d], 1);
   int32_t like_dtype, device_type;

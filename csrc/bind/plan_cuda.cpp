@@ -134,6 +134,18 @@ PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keyword
   });
 }
 
+// False with a Python error.
+bool parse_type(const char* argument, const char* text, FloatType& type) {
+  const std::pair<const char*, FloatType> types[] = {
+      {"fp32", FloatType::kFloat32}, {"bf16", FloatType::kBFloat16}, {"fp16", FloatType::kFloat16}};
+  for (const auto& [name, known] : types) {
+    type = known;
+    if (std::strcmp(text, name) == 0) return true;
+  }
+  PyErr_Format(PyExc_ValueError, "%s must be fp32, bf16 or fp16, got %s", argument, text);
+  return false;
+}
+
 // What the problem of prompt_embedding and the device come as; its grid depends on no device.
 struct PromptProblem {
   FloatType type;
@@ -160,14 +172,7 @@ bool parse(PyObject* args, PyObject* keywords, PromptProblem& p) {
     return false;
   }
   p.sizes = {batch, tokens, prompt_rows, hidden, tasks, vocabulary};
-  const std::pair<const char*, FloatType> types[] = {
-      {"fp32", FloatType::kFloat32}, {"bf16", FloatType::kBFloat16}, {"fp16", FloatType::kFloat16}};
-  for (const auto& [name, type] : types) {
-    p.type = type;
-    if (std::strcmp(dtype, name) == 0) return true;
-  }
-  PyErr_Format(PyExc_ValueError, "dtype must be fp32, bf16 or fp16, got %s", dtype);
-  return false;
+  return parse_type("dtype", dtype, p.type);
 }
 
 PyObject* plan_prompt_embedding(PyObject*, PyObject* args, PyObject* keywords) {
@@ -197,6 +202,72 @@ PyObject* plan_prompt_embedding_backward(PyObject*, PyObject* args, PyObject* ke
                     .workspace_bytes = 0,
                     .params_size = sizeof(PromptEmbeddingBackwardParams),
                     .fields = PromptEmbeddingBackwardFields::kFields});
+}
+
+// What the problem of prefix_kv comes as; its grid depends on no device.
+struct PrefixProblem {
+  FloatType type, prefix_type;
+  PrefixSizes sizes;
+  bool aligned;
+};
+
+// False with a Python error.
+bool parse(PyObject* args, PyObject* keywords, PrefixProblem& p) {
+  const char* const names[] = {"dtype", "prefix_dtype", "tokens", "layers",           "heads", "head_dim",
+                               "batch", "rows_aligned", "sms",    "shared_per_block", nullptr};
+  const char *dtype, *prefix_dtype;
+  long long tokens, layers, heads, head_dim, batch;
+  int rows_aligned, sms, shared_per_block;
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "ssLLLLLpii", const_cast<char**>(names), &dtype, &prefix_dtype,
+                                   &tokens, &layers, &heads, &head_dim, &batch, &rows_aligned, &sms,
+                                   &shared_per_block) ||
+      !parse_type("dtype", dtype, p.type) || !parse_type("prefix_dtype", prefix_dtype, p.prefix_type)) {
+    return false;
+  }
+  if (p.prefix_type != p.type && p.prefix_type != FloatType::kFloat32) {
+    PyErr_Format(PyExc_ValueError, "prefix_dtype must be %s or fp32, got %s", dtype, prefix_dtype);
+    return false;
+  }
+  p.sizes = {tokens, 2 * layers, heads, head_dim, batch};
+  p.aligned = rows_aligned != 0 && head_dim * (p.type == FloatType::kFloat32 ? 4 : 2) % kChunkBytes == 0;
+  return true;
+}
+
+PyObject* plan_prefix_kv(PyObject*, PyObject* args, PyObject* keywords) {
+  PrefixProblem p;
+  if (!parse(args, keywords, p)) return nullptr;
+  const PrefixConfig config = prefix_config(p.sizes, p.type, p.prefix_type, p.aligned);
+  if (config.blocks > INT32_MAX) return too_many_tiles();
+  return to_python({.schedule = "transpose",
+                    .reason = "a thread reads a group of elements and writes it for every sample",
+                    .kernel = describe_prefix_kv(p.type, config.aligned),
+                    .blocks = config.blocks,
+                    .workspace_bytes = 0,
+                    .params_size = sizeof(PrefixKvParams),
+                    .fields = PrefixKvFields::kFields});
+}
+
+// A list of launches.
+PyObject* plan_prefix_kv_backward(PyObject*, PyObject* args, PyObject* keywords) {
+  PrefixProblem p;
+  if (!parse(args, keywords, p)) return nullptr;
+  PyObject* launches = PyList_New(0);
+  for (int64_t parts = p.sizes.parts; parts > 0 && launches != nullptr; parts -= kPrefixGrads) {
+    PrefixSizes sizes = p.sizes;
+    sizes.parts = std::min<int64_t>(parts, kPrefixGrads);
+    const PrefixConfig config = prefix_config(sizes, p.type, p.prefix_type, p.aligned);
+    if (!append(launches, to_python({.schedule = "row_sum",
+                                     .reason = "a thread sums over the batch, in its order; a launch has room for the "
+                                               "addresses of 32 gradients",
+                                     .kernel = describe_prefix_kv_backward(p.type, config.aligned),
+                                     .blocks = config.blocks,
+                                     .workspace_bytes = 0,
+                                     .params_size = sizeof(PrefixKvBackwardParams),
+                                     .fields = PrefixKvBackwardFields::kFields}))) {
+      Py_CLEAR(launches);
+    }
+  }
+  return launches;
 }
 
 // Calls f(KernelInfo) for every kernel, some more than once.
@@ -231,6 +302,8 @@ void for_each_kernel(const F& f) {
     for (const bool aligned : {true, false}) {
       f(describe_prompt_embedding(type, aligned));
       f(describe_prompt_embedding_backward(type, aligned));
+      f(describe_prefix_kv(type, aligned));
+      f(describe_prefix_kv_backward(type, aligned));
     }
   }
   for_each_lora_kernel<BFloat16>(f);
@@ -264,6 +337,9 @@ PyMethodDef plan_methods[] = {
      "The launch of prompt_embedding."},
     {"plan_prompt_embedding_backward", as_method(plan_prompt_embedding_backward), METH_VARARGS | METH_KEYWORDS,
      "The launch of its gradients."},
+    {"plan_prefix_kv", as_method(plan_prefix_kv), METH_VARARGS | METH_KEYWORDS, "The launch of prefix_kv."},
+    {"plan_prefix_kv_backward", as_method(plan_prefix_kv_backward), METH_VARARGS | METH_KEYWORDS,
+     "The launches of its gradient."},
     {"kernels", kernels, METH_NOARGS, "Every kernel's mangled name -> (threads, bytes of dynamic shared memory)."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -4,27 +4,11 @@
 #include <string>
 #include <tuple>
 
-#include "../params.h"
-#include "aten.h"
+#include "rows.h"
 
 namespace lk {
 
 static_assert(sizeof(PromptLayout) == 3 * sizeof(int64_t), "a row of the layout tensor is a PromptLayout");
-
-inline FloatType float_type(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return FloatType::kFloat32;
-    case ScalarType::BFloat16:
-      return FloatType::kBFloat16;
-    case ScalarType::Half:
-      return FloatType::kFloat16;
-    case ScalarType::Double:
-      return FloatType::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, "prompt_embedding: not a floating-point type of the kernels");
-  }
-}
 
 // The bits of 1, and those that make an element non-zero.
 inline std::tuple<uint64_t, uint64_t> mask_bits(const Tensor& mask) {
@@ -44,12 +28,6 @@ inline std::tuple<uint64_t, uint64_t> mask_bits(const Tensor& mask) {
 
 inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
   return !t || t->is_contiguous() ? t : std::optional<Tensor>(torch::stable::contiguous(*t));
-}
-
-// Rows as the kernels read them: any strides but the last one's.
-inline Tensor with_contiguous_rows(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.stride(last) == 1 || t.size(last) <= 1 ? t : torch::stable::contiguous(t);
 }
 
 // An argument that was not given fits.

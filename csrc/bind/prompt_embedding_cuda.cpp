@@ -18,23 +18,11 @@ bool trap_outside() {
 }
 
 void check_types(FloatType type, FloatType prompt_type) {
-  if (type == FloatType::kFloat64 || (prompt_type != type && prompt_type != FloatType::kFloat32)) {
+  if (!gpu_converts(type, prompt_type)) {
     throw std::runtime_error(
         "prompt_embedding: the CUDA kernels serve float32, bfloat16 and float16, with a prompt of the same type or "
         "float32");
   }
-}
-
-// Whether these rows, and those of contiguous tensors that are as wide, begin at 16 bytes. Strides of dimensions that
-// have one element say nothing.
-bool rows_aligned(const Tensor& t) {
-  const auto size = static_cast<int64_t>(t.element_size());
-  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kChunkBytes != 0) return false;
-  if (t.size(t.dim() - 1) * size % kChunkBytes != 0) return false;
-  for (int64_t d = 0; d + 1 < t.dim(); ++d) {
-    if (t.size(d) > 1 && t.stride(d) * size % kChunkBytes != 0) return false;
-  }
-  return true;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_embedding(

@@ -1,62 +1,10 @@
 // The CUDA binding of prompt_embedding as it is, over CPU tensors and emulated launches: ops of
 // `lora_kernels_emulated_prompt`. Test only.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <cstring>
-#include <vector>
-
 #include "../kernels/prompt_embedding.cuh"
 #include "../kernels/prompt_embedding_backward.cuh"
-#include "../launch/launch.h"
-#include "python.h"
-#include "torch_shims.h"
+#include "launch_over_torch.h"
 
 namespace lk {
-namespace {
-
-emu::Options options;
-
-// Of the last launch.
-struct Launch {
-  bool aligned = false;
-  int64_t blocks = 0;
-  emu::Report report;
-} last;
-
-size_t size_of(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
-
-// What a launch may touch. Outputs become NaN, -1 or true.
-class Memory {
- public:
-  // `rows` rows of `columns` elements.
-  void input(const void* data, size_t element, int64_t rows, int64_t columns, int64_t stride) {
-    if (data != nullptr && rows > 0 && columns > 0) ranges.push_back({data, ((rows - 1) * stride + columns) * element});
-  }
-  void input(const IndexArray& a, int64_t count) { input(a.data, a.is_int64 ? 8 : 4, 1, count, 0); }
-  void output(void* data, size_t bytes) {
-    if (data == nullptr || bytes == 0) return;
-    std::memset(data, 0xFF, bytes);
-    ranges.push_back({data, bytes});
-  }
-  void column(const TokenColumn& c, int64_t tokens, int64_t rows) {
-    input(c.tokens, c.element_size, 1, tokens, 0);
-    output(c.out, rows * c.element_size);
-  }
-
-  std::vector<emu::Range> ranges;
-};
-
-template <class Variant, class Params>
-cudaError_t run(void (*kernel)(Params), bool aligned, int64_t blocks, const Params& p, const Memory& memory) {
-  last = {.aligned = aligned, .blocks = blocks, .report = {}};
-  last.report = emu::launch(static_cast<int>(blocks), Variant::kThreads, Variant::kSharedBytes, memory.ranges, options,
-                            [&] { kernel(p); });
-  return cudaSuccess;
-}
-
-}  // namespace
-
 cudaError_t launch_prompt_embedding(const PromptEmbeddingParams& p, const PromptEmbeddingConfig& config, cudaStream_t) {
   const PromptSizes& s = p.sizes;
   const int64_t tokens = s.batch * s.tokens, rows = s.batch * (s.prompt_rows + s.tokens);
@@ -117,10 +65,4 @@ cudaError_t launch_prompt_embedding_backward(const PromptEmbeddingBackwardParams
 #include "../bind/prompt_embedding_cuda.cpp"
 #undef CUDA
 
-namespace py = pybind11;
-
-PYBIND11_MODULE(_emu_prompt_embedding, m) {
-  lk::emu::define_report(m);
-  m.def("set_options", [](const py::dict& options) { lk::options = lk::emu::options_of(options); });
-  m.def("last_launch", [] { return py::make_tuple(lk::last.aligned, lk::last.blocks, lk::last.report); });
-}
+PYBIND11_MODULE(_emu_prompt_embedding, m) { lk::define_launch(m); }

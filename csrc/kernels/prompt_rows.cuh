@@ -13,7 +13,7 @@ LK_DEVICE int warp_index() { return thread_index() / kWarp; }
 
 struct Float32;
 
-// Elements of one type, kCount neighbours at a time: one, or four of a row that is aligned.
+// Elements of one type, several neighbours at a time: one, or of an aligned row four, or eight of 16 bits.
 template <class Element>
 struct Elements {
   using Bits = uint16_t;
@@ -30,6 +30,19 @@ struct Elements {
     f[3] = Element::high(high);
   }
   LK_DEVICE static void store(Bits* p, const float (&f)[4]) { store_global(reinterpret_cast<uint64_t*>(p), packed(f)); }
+
+  LK_DEVICE static void load(const Bits* p, float (&f)[8]) {
+    const Vec16 v = load_global(reinterpret_cast<const Vec16*>(p));
+    LK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      f[2 * i] = Element::low(v.word[i]);
+      f[2 * i + 1] = Element::high(v.word[i]);
+    }
+  }
+  LK_DEVICE static void store(Bits* p, const float (&f)[8]) {
+    store_global(reinterpret_cast<Vec16*>(p), Vec16{{Element::pack(f[0], f[1]), Element::pack(f[2], f[3]),
+                                                     Element::pack(f[4], f[5]), Element::pack(f[6], f[7])}});
+  }
 
   LK_DEVICE static Bits packed(const float (&f)[1]) { return static_cast<Bits>(Element::pack(f[0], 0.0f)); }
   LK_DEVICE static uint64_t packed(const float (&f)[4]) {

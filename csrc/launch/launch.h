@@ -7,6 +7,7 @@
 
 #include "../config.h"
 #include "../params.h"
+#include "../prefix_config.h"
 #include "../prompt_config.h"
 
 namespace lk {
@@ -30,6 +31,12 @@ cudaError_t launch_prompt_embedding_backward(const PromptEmbeddingBackwardParams
                                              const PromptBackwardConfig& config, cudaStream_t stream);
 KernelInfo describe_prompt_embedding(FloatType type, bool aligned);
 KernelInfo describe_prompt_embedding_backward(FloatType type, bool aligned);
+
+cudaError_t launch_prefix_kv(const PrefixKvParams& params, const PrefixConfig& config, cudaStream_t stream);
+cudaError_t launch_prefix_kv_backward(const PrefixKvBackwardParams& params, const PrefixConfig& config,
+                                      cudaStream_t stream);
+KernelInfo describe_prefix_kv(FloatType type, bool aligned);
+KernelInfo describe_prefix_kv_backward(FloatType type, bool aligned);
 
 // Element types of what follows.
 struct BFloat16;

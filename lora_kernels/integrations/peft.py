@@ -11,31 +11,43 @@ from torch import Tensor, nn
 
 from ..modules import FrozenLinear, upcasts
 from ..reasons import Reason
-from ..report import FROZEN_UPCAST, FUSED, Report
+from ..report import FROZEN_UPCAST, FUSED, PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
 from . import _layer_checks
 
 
-def patch(model: nn.Module, frozen_linears: bool = False) -> Report:
-    """Swaps the LoRA layers of a PEFT model for fused ones, in place; ``unpatch`` restores them.
+def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "peft") -> Report:
+    """Swaps the LoRA layers and the prompts of a PEFT model for fused ones, in place; ``unpatch`` restores them.
 
     Only the class of a layer changes, so parameters, ``state_dict``, hooks, optimizers, merging and adapter
     switching stay as they are. What a fused layer cannot compute exactly runs PEFT's own code, and is counted
     in ``lk.stats()``. Layers that ``model.add_adapter`` or ``model.load_adapter`` of this ``PeftModel``
     create later are fused too. Patching again is allowed and reports the present state.
 
+    Prompts of prompt tuning, P-tuning, multitask prompt tuning and prefix tuning are put in front of the text by one
+    op, where and as PEFT does it, in forward and in ``generate``; for these the class of the ``PeftModel`` itself
+    changes. The attention mask keeps its dtype, which PEFT makes float32.
+
     Args:
         model: a PEFT model, or any module that contains PEFT layers.
         frozen_linears: also swap frozen ``nn.Linear`` layers whose dtype this CPU has no matmul for (bfloat16
             or float16 on many machines). Works without PEFT.
+        left_padding: where a prompt goes in a batch that is padded on the left. "peft": [prompt, pads, text], with
+            positions that count the pads, as PEFT does. "fixed": [pads, prompt, text], with positions that do not, so
+            that a text's logits do not depend on its pads; a call that cannot be served so raises. Prefixes are not
+            affected.
 
     Returns:
         What was swapped, and what was left alone and why. ``print`` it.
 
     Raises:
-        ValueError: there is no PEFT layer in ``model`` and ``frozen_linears`` is False.
+        ValueError: there is no PEFT layer or prompt in ``model`` and ``frozen_linears`` is False, or left_padding is
+            neither "peft" nor "fixed".
     """
+    if left_padding not in ("peft", "fixed"):
+        raise ValueError(f'patch: left_padding must be "peft" or "fixed", got {left_padding!r}')
     peft_layers = dict(_tuner_layers(model))
-    if not peft_layers and not frozen_linears:
+    prompts = dict(_prompt_models(model))
+    if not peft_layers and not prompts and not frozen_linears:
         raise ValueError(
             f"patch: {type(model).__name__} holds no PEFT layer; make it a PEFT model first, use lk.inject, "
             "or pass frozen_linears=True"
@@ -46,6 +58,8 @@ def patch(model: nn.Module, frozen_linears: bool = False) -> Report:
         (report.fused if reason == FUSED else report.kept).append((name, reason))
     for tuner in _tuner_models(model):
         tuner.__dict__["_create_new_module"] = _peft_linear().create_in_patched_model
+    for name, peft_model in prompts.items():
+        _patch_prompts(name, peft_model, left_padding == "fixed", report)
     if frozen_linears:
         _patch_frozen(model, peft_layers, report)
     return report
@@ -68,10 +82,13 @@ def unpatch(model: nn.Module) -> None:
                     module.__dict__[name] = MethodType(fused.Linear.forward, module)
     for tuner in _tuner_models(model):
         tuner.__dict__.pop("_create_new_module", None)
+    for _, peft_model in _prompt_models(model):
+        peft_model.__dict__.pop("_left_padding_fixed", None)
+        peft_model.__class__ = _peft_prompt().PLAIN.get(type(peft_model), type(peft_model))
 
 
 def patch_peft() -> None:
-    """Makes PEFT itself create fused layers, in every LoRA model made or loaded from now on.
+    """Makes PEFT itself create fused layers and prompts, in every model made or loaded from now on.
 
     Existing models are not touched; use ``patch`` for them.
 
@@ -88,6 +105,10 @@ def patch_peft() -> None:
     if lora_model._create_new_module is not fused.create_in_patched_peft:
         fused.original_create_new_module = lora_model._create_new_module
         lora_model._create_new_module = staticmethod(fused.create_in_patched_peft)
+    prompt = _peft_prompt()
+    if prompt.PeftModel._setup_prompt_encoder is not prompt.setup_in_patched_peft:
+        prompt.original_setup_prompt_encoder = prompt.PeftModel._setup_prompt_encoder
+        prompt.PeftModel._setup_prompt_encoder = prompt.setup_in_patched_peft
 
 
 def unpatch_peft() -> None:
@@ -97,6 +118,9 @@ def unpatch_peft() -> None:
     fused, lora_model = _peft_linear(), _lora_model()
     if lora_model._create_new_module is fused.create_in_patched_peft:
         lora_model._create_new_module = staticmethod(fused.original_create_new_module)
+    prompt = _peft_prompt()
+    if prompt.PeftModel._setup_prompt_encoder is prompt.setup_in_patched_peft:
+        prompt.PeftModel._setup_prompt_encoder = prompt.original_setup_prompt_encoder
 
 
 def plain_adapter(layer: Any, adapter: str | None) -> tuple:
@@ -132,6 +156,12 @@ def _peft_linear() -> ModuleType:
     return _peft_linear
 
 
+def _peft_prompt() -> ModuleType:
+    from . import _peft_prompt
+
+    return _peft_prompt
+
+
 def _lora_model() -> type:
     from peft.tuners.lora import LoraModel
 
@@ -152,6 +182,33 @@ def _tuner_models(model: nn.Module) -> Iterator[nn.Module]:
     if _peft_imported():
         exact = _lora_model()
         yield from (module for module in model.modules() if type(module) is exact)
+
+
+def _prompt_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The PEFT models in ``model`` that have a prompt, with their names."""
+    if _peft_imported():
+        from peft import PeftModel
+
+        for name, module in model.named_modules():
+            if isinstance(module, PeftModel) and PROMPT_MODULE in module._modules:
+                yield name, module
+
+
+def _patch_prompts(name: str, model: nn.Module, left_padding_fixed: bool, report: Report) -> None:
+    """Swaps the class of a model with prompts; a row for each of them."""
+    prompt = _peft_prompt()
+    of_model = prompt.fuse(model)
+    if of_model is None:
+        model._left_padding_fixed = left_padding_fixed
+    for adapter in model.prompt_encoder:
+        reason = of_model or prompt.adapter_reason(model, adapter)
+        row = ".".join(filter(None, (name, PROMPT_MODULE, adapter)))
+        if reason is not None:
+            report.kept.append((row, reason))
+        elif model.peft_config[adapter].peft_type == "PREFIX_TUNING":
+            report.fused.append((row, PREFIX))
+        else:
+            report.fused.append((row, PROMPT_FIXED if left_padding_fixed else PROMPT))
 
 
 def _fuse(layer: nn.Module) -> str:

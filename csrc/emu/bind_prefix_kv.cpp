@@ -1,0 +1,48 @@
+// The CUDA binding of prefix_kv as it is, over CPU tensors and emulated launches: ops of
+// `lora_kernels_emulated_prefix`. Test only.
+#include "../kernels/prefix_kv.cuh"
+#include "launch_over_torch.h"
+
+namespace lk {
+
+cudaError_t launch_prefix_kv(const PrefixKvParams& p, const PrefixConfig& config, cudaStream_t) {
+  const PrefixSizes& s = p.sizes;
+  const int64_t width = s.parts * s.heads * s.head_dim;
+  Memory memory;
+  memory.input(p.prefix, size_of(p.prefix_type), s.tokens, width, p.prefix_stride);
+  memory.output(p.out, s.batch * s.tokens * width * size_of(p.type));
+  return with_prompt_variant<PrefixKv>(p.type, config.aligned, [&](auto variant) {
+    using Variant = decltype(variant);
+    return run<Variant>(&prefix_kv_kernel<Variant>, config.aligned, config.blocks, p, memory);
+  });
+}
+
+cudaError_t launch_prefix_kv_backward(const PrefixKvBackwardParams& p, const PrefixConfig& config, cudaStream_t) {
+  const PrefixSizes& s = p.sizes;
+  const size_t element = size_of(p.type), width = s.parts * s.heads * s.head_dim * size_of(p.prefix_type);
+  Memory memory;
+  for (int part = 0; part < s.parts; ++part) {
+    const PrefixGrad& grad = p.grads[part];
+    for (int64_t row = 0; row < s.batch * s.heads; ++row) {
+      const int64_t offset = row / s.heads * grad.batch_stride + row % s.heads * grad.head_stride;
+      memory.input(static_cast<const char*>(grad.data) + offset * element, element, s.tokens, s.head_dim,
+                   grad.token_stride);
+    }
+  }
+  for (int64_t t = 0; t < s.tokens; ++t) {
+    memory.output(static_cast<char*>(p.grad_prefix) + t * p.grad_prefix_stride * size_of(p.prefix_type), width);
+  }
+  return with_prompt_variant<PrefixKvBackward>(p.type, config.aligned, [&](auto variant) {
+    using Variant = decltype(variant);
+    return run<Variant>(&prefix_kv_backward_kernel<Variant>, config.aligned, config.blocks, p, memory);
+  });
+}
+
+}  // namespace lk
+
+#define CUDA CPU
+#define lora_kernels_native lora_kernels_emulated_prefix
+#include "../bind/prefix_kv_cuda.cpp"
+#undef CUDA
+
+PYBIND11_MODULE(_emu_prefix_kv, m) { lk::define_launch(m); }
