@@ -4,7 +4,7 @@ from ._native import build_info
 from ._version import __version__
 from .adapters import load_adapter, save_adapter
 from .dispatch import BACKENDS, Choice, backends, reset_stats, stats, use_backend
-from .functional import dropout_mask, frozen_linear, lora_linear, merge_, unmerge_, why
+from .functional import dora_linear, dropout_mask, frozen_linear, lora_linear, merge_, unmerge_, why
 from .inject import inject
 from .integrations.peft import patch, patch_peft, unpatch, unpatch_peft
 from .merging import merge_adapter, unmerge_adapter
@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     "backends",
     "build_info",
+    "dora_linear",
     "dropout_mask",
     "frozen_linear",
     "inject",

@@ -266,6 +266,12 @@ def count_fallback(op: str, reason: Reason) -> None:
         _fallback[op, str(reason)] += 1
 
 
+def count_served(op: str, backend: str) -> None:
+    """Records a call that was computed outside ``run``."""
+    with _lock:
+        _served[op, backend] += 1
+
+
 def stats() -> dict[str, dict[tuple[str, str], int]]:
     """Counts since the last ``reset_stats``.
 

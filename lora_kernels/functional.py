@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, prompt_functional
+from . import dispatch, dora, prompt_functional
 from ._checks import refuse_transforms
 from .ops import dropout_mask as _mask_op
 from .ops import frozen_linear as _frozen_op
@@ -31,7 +31,7 @@ def lora_linear(
     lora_B: Tensor,
     bias: Tensor | None = None,
     *,
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     training: bool = False,
     seed: int | Tensor | None = None,
@@ -51,7 +51,8 @@ def lora_linear(
         lora_A: [rank, in_features], dtype of x, or float32 over a bfloat16/float16 x.
         lora_B: [out_features, rank], dtype of lora_A.
         bias: [out_features], dtype of x.
-        scaling: factor of the update, usually ``alpha / rank``.
+        scaling: factor of the update, usually ``alpha / rank``: a number, or a tensor of one element on x's device,
+            which is read there (and multiplied into lora_B).
         dropout_p: probability of zeroing an element of x on the LoRA branch, in [0, 1]. Active when ``training``.
         training: whether dropout is applied.
         seed: the 64-bit key of the mask; an int, or an int64 tensor of one element on x's device. None draws one from
@@ -75,6 +76,51 @@ def lora_linear(
     if torch.is_grad_enabled() and (trains or (bias is not None and bias.requires_grad)):
         return LoRALinearFunction.apply(*args)
     return dispatch.run(_lora_op.SPEC, *args)[0]
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float | Tensor = 1.0,
+) -> Tensor:
+    """A linear layer under weight-decomposed low-rank adaptation (DoRA, Liu et al., ICML 2024).
+
+    Equivalent to::
+
+        V = weight + scaling * lora_B @ lora_A
+        F.linear(x, V * (magnitude / V.norm(dim=1).detach())[:, None], bias)
+
+    without forming V: the low-rank update runs in ``lora_linear``, and the norm is a sum of three terms of which the
+    largest temporary is [out_features, rank].
+
+    Args:
+        x, weight, lora_A, lora_B, bias, scaling: as in ``lora_linear``.
+        magnitude: [out_features], dtype of lora_A.
+
+    Returns:
+        [..., out_features], dtype of x. The norm takes no part in the gradient, as in the paper's section 4.3.
+
+    Raises:
+        TypeError, ValueError: as ``lora_linear``.
+    """
+    if not isinstance(magnitude, Tensor):
+        raise TypeError(f"dora_linear: magnitude must be a tensor, got {type(magnitude).__name__}")
+    z = lora_linear(x, weight, lora_A, lora_B, scaling=scaling)
+    if magnitude.shape != weight.shape[:1]:
+        raise ValueError(
+            f"dora_linear: magnitude must be [{weight.shape[0]}] to fit weight {tuple(weight.shape)}, "
+            f"got shape {tuple(magnitude.shape)}"
+        )
+    if magnitude.device != weight.device:
+        raise ValueError(f"dora_linear: magnitude must be on {weight.device} like weight, got {magnitude.device}")
+    if bias is not None:
+        _check_base("dora_linear", x, weight, bias)
+    return dora.scale_columns(z, magnitude / dora.norm(weight, lora_A, lora_B, scaling), bias)
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -212,6 +258,8 @@ def _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, train
         raise TypeError(
             f"{op}: lora_A must be {weight.dtype} like weight (or float32 over a 16-bit weight), got {lora_A.dtype}"
         )
+    if isinstance(scaling, Tensor):
+        lora_B, scaling = lora_B * _scaling_tensor(op, scaling, x.device), 1.0
     _check_scaling(op, scaling)
     _check_probability(op, "dropout_p", dropout_p)
     drops = training and dropout_p > 0.0
@@ -268,6 +316,18 @@ def _check_adapter(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> N
         )
     if lora_A.dtype != lora_B.dtype:
         raise TypeError(f"{op}: lora_B must be {lora_A.dtype} like lora_A, got {lora_B.dtype}")
+
+
+def _scaling_tensor(op: str, scaling: Tensor, device: torch.device) -> Tensor:
+    """``scaling`` without dimensions, so that it does not take part in type promotion."""
+    if scaling.numel() != 1 or not scaling.is_floating_point():
+        raise ValueError(
+            f"{op}: scaling must be a number or a floating-point tensor of one element, got {scaling.dtype} "
+            f"{tuple(scaling.shape)}"
+        )
+    if scaling.device != device and not (scaling.dim() == 0 and scaling.device.type == "cpu"):
+        raise ValueError(f"{op}: scaling must be on {device} like x, got {scaling.device}")
+    return scaling.reshape(())
 
 
 def _check_scaling(op: str, scaling: float) -> None:

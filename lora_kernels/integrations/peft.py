@@ -112,9 +112,16 @@ def plain_adapter(layer: Any, adapter: str | None) -> tuple:
         known = ", ".join(layer.lora_A) or "none"
         raise ValueError(f"from_peft: no adapter {adapter!r} on this layer, it has {known}")
     found = Reason.MERGED if layer.merged else _layer_checks.adapter_operands(layer, adapter)
+    if not isinstance(found, Reason):
+        weight, lora_A, lora_B, bias, scaling, dropout, _ = found
+        if layer.lora_B[adapter].bias is not None:
+            found = Reason.LORA_BIAS
+        elif isinstance(scaling, Tensor):
+            found = Reason.TENSOR_SCALING
+        elif weight is not layer.base_layer.weight:
+            found = Reason.FAN_IN_FAN_OUT
     if isinstance(found, Reason):
         raise ValueError(f"from_peft: adapter {adapter!r} is not plain LoRA on a plain nn.Linear: {found}")
-    weight, lora_A, lora_B, bias, scaling, dropout, _ = found
     return weight, bias, lora_A, lora_B, layer.lora_alpha[adapter], scaling, dropout, layer.use_rslora[adapter]
 
 
@@ -164,6 +171,8 @@ def _fuse(layer: nn.Module) -> str:
         return Reason.INSTANCE_FORWARD
     layer.__class__ = fused.FusedLinear
     found = _layer_checks.operands(layer)
+    if found is Reason.DORA:
+        found = _layer_checks.dora_operands(layer)
     if isinstance(found, Reason):
         return found
     weight, lora_A, lora_B = found[:3]
