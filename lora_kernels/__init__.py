@@ -4,11 +4,12 @@ from ._native import build_info
 from ._version import __version__
 from .adapters import load_adapter, save_adapter
 from .dispatch import BACKENDS, Choice, backends, reset_stats, stats, use_backend
-from .functional import dropout_mask, frozen_linear, lora_linear, merge_, unmerge_, why
+from .functional import dora_linear, dropout_mask, frozen_linear, lora_embedding, lora_linear, merge_, unmerge_, why
 from .inject import inject
 from .integrations.peft import patch, patch_peft, unpatch, unpatch_peft
 from .merging import merge_adapter, unmerge_adapter
-from .modules import FrozenLinear, LoRALinear
+from .modules import FrozenLinear, LoRAEmbedding, LoRALinear
+from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
 from .ops.prefix_kv import PrefixKVFunction
 from .ops.prompt_embedding import PromptEmbeddingFunction
@@ -23,6 +24,8 @@ __all__ = [
     "BACKENDS",
     "Choice",
     "FrozenLinear",
+    "LoRAEmbedding",
+    "LoRAEmbeddingFunction",
     "LoRALinear",
     "LoRALinearFunction",
     "PrefixEncoder",
@@ -36,10 +39,12 @@ __all__ = [
     "__version__",
     "backends",
     "build_info",
+    "dora_linear",
     "dropout_mask",
     "frozen_linear",
     "inject",
     "load_adapter",
+    "lora_embedding",
     "lora_linear",
     "merge_",
     "merge_adapter",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import os
 import threading
 from collections import Counter
@@ -247,16 +248,15 @@ def run(spec: OpSpec, *args: Any) -> Any:
         _served[spec.name, backend] += 1
         for _, reason in passed:
             _fallback[spec.name, str(reason)] += 1
-    if backend == "reference":
-        device_type = _device_type(args)
-        if not autocast_enabled(device_type):
-            return spec.reference(*args)
-        with torch.autocast(device_type, enabled=False):
-            return spec.reference(*args)
-    kernel = spec.kernels[backend]
-    if kernel.run is not None:
-        return kernel.run(verdict.schedule, *args)
-    return _native_ops[spec.name](*args, verdict.schedule)
+    kernel = spec.kernels.get(backend)
+    if kernel is not None and kernel.run is None:
+        return _native_ops[spec.name](*args, verdict.schedule)
+    device_type = _device_type(args)
+    compute = spec.reference if kernel is None else functools.partial(kernel.run, verdict.schedule)
+    if not autocast_enabled(device_type):
+        return compute(*args)
+    with torch.autocast(device_type, enabled=False):
+        return compute(*args)
 
 
 # -------------------------------------------------------------------------------------------------- counters
@@ -270,6 +270,12 @@ def count_fallback(op: str, reason: Reason) -> None:
     """Records that a layer ran its own forward instead of ``op``."""
     with _lock:
         _fallback[op, str(reason)] += 1
+
+
+def count_served(op: str, backend: str) -> None:
+    """Records a call that was computed outside ``run``."""
+    with _lock:
+        _served[op, backend] += 1
 
 
 def stats() -> dict[str, dict[tuple[str, str], int]]:

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, prefix_functional, prompt_functional
+from . import dispatch, dora, prefix_functional, prompt_functional
 from ._checks import refuse_transforms
 from .ops import dropout_mask as _mask_op
 from .ops import frozen_linear as _frozen_op
+from .ops import lora_embedding as _embedding_op
 from .ops import lora_linear as _lora_op
 from .ops import prefix_kv as _prefix_op
 from .ops import prompt_embedding as _prompt_op
+from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,7 +34,7 @@ def lora_linear(
     lora_B: Tensor,
     bias: Tensor | None = None,
     *,
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     training: bool = False,
     seed: int | Tensor | None = None,
@@ -52,7 +54,8 @@ def lora_linear(
         lora_A: [rank, in_features], dtype of x, or float32 over a bfloat16/float16 x.
         lora_B: [out_features, rank], dtype of lora_A.
         bias: [out_features], dtype of x.
-        scaling: factor of the update, usually ``alpha / rank``.
+        scaling: factor of the update, usually ``alpha / rank``: a number, or a tensor of one element on x's device,
+            which is read there (and multiplied into lora_B).
         dropout_p: probability of zeroing an element of x on the LoRA branch, in [0, 1]. Active when ``training``.
         training: whether dropout is applied.
         seed: the 64-bit key of the mask; an int, or an int64 tensor of one element on x's device. None draws one from
@@ -76,6 +79,87 @@ def lora_linear(
     if torch.is_grad_enabled() and (trains or (bias is not None and bias.requires_grad)):
         return LoRALinearFunction.apply(*args)
     return dispatch.run(_lora_op.SPEC, *args)[0]
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float | Tensor = 1.0,
+) -> Tensor:
+    """A linear layer under weight-decomposed low-rank adaptation (DoRA, Liu et al., ICML 2024).
+
+    Equivalent to::
+
+        V = weight + scaling * lora_B @ lora_A
+        F.linear(x, V * (magnitude / V.norm(dim=1).detach())[:, None], bias)
+
+    without forming V: the low-rank update runs in ``lora_linear``, and the norm is a sum of three terms of which the
+    largest temporary is [out_features, rank].
+
+    Args:
+        x, weight, lora_A, lora_B, bias, scaling: as in ``lora_linear``.
+        magnitude: [out_features], floating point.
+
+    Returns:
+        [..., out_features], dtype of x. The norm takes no part in the gradient, as in the paper's section 4.3. Of the
+        three terms of its square, the rows' ||weight||^2 is kept from call to call for as long as weight is not
+        written to. As for autograd, a write through ``weight.data`` does not count.
+
+    Raises:
+        TypeError, ValueError: as ``lora_linear``.
+    """
+    op = "dora_linear"
+    _check_base(op, x, weight, bias)
+    _check_magnitude(op, magnitude, weight)
+    z = lora_linear(x, weight, lora_A, lora_B, scaling=scaling)
+    return dora.scale_columns(z, magnitude / dora.norm(weight, lora_A, lora_B, scaling), bias)
+
+
+def lora_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float | Tensor = 1.0,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """An embedding and its low-rank update in one op (LoRA, Hu et al., ICLR 2022).
+
+    Equivalent to::
+
+        F.embedding(ids, weight, padding_idx) + scaling * F.embedding(ids, lora_A.T, padding_idx) @ lora_B.T
+
+    For backward only the ids and s = lora_A.T[ids] are saved. Gradients are bitwise reproducible.
+
+    Args:
+        ids: int64 or int32, any shape.
+        weight: [vocabulary, features]; float32, bfloat16, float16 or float64.
+        lora_A: [rank, vocabulary], dtype of weight, or float32 over a bfloat16/float16 weight.
+        lora_B: [features, rank], dtype of lora_A.
+        scaling: as in ``lora_linear``.
+        padding_idx: the id, in [0, vocabulary), whose rows of weight and lora_A get no gradient.
+
+    Returns:
+        [*ids.shape, features], dtype of weight, under autocast, too.
+
+    Raises:
+        TypeError: an argument is not a tensor or has a dtype that does not fit.
+        ValueError: shapes, devices or numbers do not fit. The message names the argument.
+        IndexError: an id is out of range (on a GPU, a device-side assertion).
+    """
+    args = _lora_embedding_args(ids, weight, lora_A, lora_B, scaling, padding_idx)
+    if torch.compiler.is_compiling():
+        return torch.ops.lora_kernels.lora_embedding.default(*args)[0]
+    refuse_transforms("lora_embedding", args)
+    if torch.is_grad_enabled() and (lora_A.requires_grad or args[3].requires_grad or weight.requires_grad):
+        return LoRAEmbeddingFunction.apply(*args)
+    return dispatch.run(_embedding_op.SPEC, *args)[0]
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -183,6 +267,10 @@ def _why_lora_linear(
     return _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, 0 if seed is None else seed)
 
 
+def _why_lora_embedding(ids, weight, lora_A, lora_B, *, scaling=1.0, padding_idx=None) -> tuple:
+    return _lora_embedding_args(ids, weight, lora_A, lora_B, scaling, padding_idx)
+
+
 def _why_frozen_linear(x, weight, bias=None) -> tuple:
     _check_base("frozen_linear", x, weight, bias)
     return x, weight, bias
@@ -195,6 +283,7 @@ def _why_dropout_mask(rows, columns, p, seed) -> tuple:
 
 _ARGUMENTS = {
     "lora_linear": (_lora_op.SPEC, _why_lora_linear),
+    "lora_embedding": (_embedding_op.SPEC, _why_lora_embedding),
     "frozen_linear": (_frozen_op.SPEC, _why_frozen_linear),
     "dropout_mask": (_mask_op.SPEC, _why_dropout_mask),
     "prompt_embedding": (_prompt_op.SPEC, prompt_functional.arguments),
@@ -209,11 +298,10 @@ def _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, train
     op = "lora_linear"
     _check_base(op, x, weight, bias)
     _check_adapter(op, weight, lora_A, lora_B)
-    fits = lora_A.dtype == weight.dtype or (lora_A.dtype == torch.float32 and weight.dtype in _LOW_PRECISION)
-    if not fits and not dispatch.autocast_enabled(x.device.type):
-        raise TypeError(
-            f"{op}: lora_A must be {weight.dtype} like weight (or float32 over a 16-bit weight), got {lora_A.dtype}"
-        )
+    if lora_A.dtype != weight.dtype and not dispatch.autocast_enabled(x.device.type):
+        _check_adapter_dtype(op, weight, lora_A)
+    if isinstance(scaling, Tensor):
+        lora_B, scaling = lora_B * _scaling_tensor(op, scaling, x.device), 1.0
     _check_scaling(op, scaling)
     _check_probability(op, "dropout_p", dropout_p)
     drops = training and dropout_p > 0.0
@@ -221,6 +309,30 @@ def _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, train
         x, weight, lora_A, lora_B, bias, _seed_tensor(op, seed, x.device) if drops else None,
         float(scaling), float(dropout_p) if drops else 0.0,
     )  # fmt: skip
+
+
+def _lora_embedding_args(ids, weight, lora_A, lora_B, scaling, padding_idx) -> tuple:
+    """The op's positional arguments, checked."""
+    op = "lora_embedding"
+    for name, t in (("ids", ids), ("weight", weight)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: ids must be int64 or int32, got {ids.dtype}")
+    if weight.dtype not in _FLOATS:
+        raise TypeError(f"{op}: weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be [vocabulary, features], got shape {tuple(weight.shape)}")
+    if ids.device != weight.device:
+        raise ValueError(f"{op}: ids must be on {weight.device} like weight, got {ids.device}")
+    _check_adapter(op, weight.t(), lora_A, lora_B)
+    _check_adapter_dtype(op, weight, lora_A)
+    if isinstance(scaling, Tensor):
+        lora_B, scaling = lora_B * _scaling_tensor(op, scaling, weight.device), 1.0
+    _check_scaling(op, scaling)
+    if padding_idx is not None and not 0 <= padding_idx < weight.shape[0]:
+        raise ValueError(f"{op}: padding_idx must be in [0, {weight.shape[0]}), got {padding_idx}")
+    return ids, weight, lora_A, lora_B, float(scaling), -1 if padding_idx is None else padding_idx
 
 
 def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -272,10 +384,44 @@ def _check_adapter(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> N
         raise TypeError(f"{op}: lora_B must be {lora_A.dtype} like lora_A, got {lora_B.dtype}")
 
 
+def _check_adapter_dtype(op: str, weight: Tensor, lora_A: Tensor) -> None:
+    if lora_A.dtype != weight.dtype and not (lora_A.dtype == torch.float32 and weight.dtype in _LOW_PRECISION):
+        raise TypeError(
+            f"{op}: lora_A must be {weight.dtype} like weight (or float32 over a 16-bit weight), got {lora_A.dtype}"
+        )
+
+
+def _check_magnitude(op: str, magnitude: Tensor, weight: Tensor) -> None:
+    if not isinstance(magnitude, Tensor):
+        raise TypeError(f"{op}: magnitude must be a tensor, got {type(magnitude).__name__}")
+    if not magnitude.is_floating_point():
+        raise TypeError(f"{op}: magnitude must be floating point, got {magnitude.dtype}")
+    if magnitude.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{op}: magnitude must be [{weight.shape[0]}] to fit weight {tuple(weight.shape)}, "
+            f"got shape {tuple(magnitude.shape)}"
+        )
+    if magnitude.device != weight.device:
+        raise ValueError(f"{op}: magnitude must be on {weight.device} like weight, got {magnitude.device}")
+
+
+def _scaling_tensor(op: str, scaling: Tensor, device: torch.device) -> Tensor:
+    """``scaling`` without dimensions, so that it does not take part in type promotion."""
+    if scaling.numel() != 1 or not scaling.is_floating_point():
+        raise ValueError(
+            f"{op}: scaling must be a number or a floating-point tensor of one element, got {scaling.dtype} "
+            f"{tuple(scaling.shape)}"
+        )
+    if scaling.device != device and not (scaling.dim() == 0 and scaling.device.type == "cpu"):
+        raise ValueError(f"{op}: scaling must be on {device} like x, got {scaling.device}")
+    return scaling.reshape(())
+
+
 def _check_scaling(op: str, scaling: float) -> None:
     if isinstance(scaling, Tensor) or not isinstance(scaling, (int, float)):
         raise TypeError(f"{op}: scaling must be a number, got {type(scaling).__name__}")
-    if not math.isfinite(scaling):
+    # A compiler may trace a number as a symbol, which isfinite does not take.
+    if not torch.compiler.is_compiling() and not math.isfinite(scaling):
         raise ValueError(f"{op}: scaling must be finite, got {scaling}")
 
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .modules import LoRALinear
+from .modules import LoRAEmbedding, LoRALinear
 
 
 def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = False, unload: bool = False) -> None:
-    """Adds the adapter of every ``LoRALinear`` in ``model`` to its weight; all of them or, on an error, none.
+    """Adds the adapter of every ``LoRALinear`` and ``LoRAEmbedding`` in ``model`` to its weight; all or none.
 
     Args:
-        model: a model with ``LoRALinear`` layers.
+        model: a model with such layers.
         keep_base: as ``LoRALinear.merge``; ``unmerge_adapter`` then restores bitwise.
         untie: give a layer whose weight another module holds too (a tied embedding) a weight of its own. By
             default such a model is refused, because merging would change the other module.
-        unload: also turn the layers back into plain ``nn.Linear``, without their adapters. Cannot be undone.
+        unload: also turn the layers back into plain ones, without their adapters. Cannot be undone.
 
     Raises:
         RuntimeError: a layer is already merged.
-        ValueError: no ``LoRALinear``; a tied weight; an adapter that is not finite; keep_base together with
+        ValueError: no such layer; a tied weight; an adapter that is not finite; keep_base together with
             unload.
     """
     layers = _lora_layers("merge_adapter", model)
@@ -44,11 +44,11 @@ def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = Fa
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Calls ``unmerge`` on every ``LoRALinear`` of ``model``. Weights that were untied stay so.
+    """Calls ``unmerge`` on every ``LoRALinear`` and ``LoRAEmbedding`` of ``model``. Weights that were untied stay so.
 
     Raises:
         RuntimeError: a layer is not merged; nothing is changed then.
-        ValueError: no ``LoRALinear``.
+        ValueError: no such layer.
     """
     layers = _lora_layers("unmerge_adapter", model)
     for name, layer in layers.items():
@@ -58,14 +58,14 @@ def unmerge_adapter(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def _lora_layers(op: str, model: nn.Module) -> dict[str, LoRALinear]:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+def _lora_layers(op: str, model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoRAEmbedding))}
     if not layers:
         raise ValueError(f"{op}: the model has no LoRALinear layer")
     return layers
 
 
-def _tied(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, str]:
+def _tied(model: nn.Module, layers: dict[str, LoRALinear | LoRAEmbedding]) -> dict[str, str]:
     """``{layer: parameter}`` for layers whose weight shares memory with a parameter elsewhere."""
     owners: dict[object, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -82,7 +82,7 @@ def _memory(parameter: nn.Parameter) -> object:
     return id(parameter) if parameter.is_meta else (parameter.device, parameter.untyped_storage().data_ptr())
 
 
-def _untie(model: nn.Module, layer: LoRALinear) -> None:
+def _untie(model: nn.Module, layer: LoRALinear | LoRAEmbedding) -> None:
     layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False) and model.get_output_embeddings() is layer:

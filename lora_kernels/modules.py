@@ -1,4 +1,4 @@
-"""``nn.Module``s over the ops: a linear layer with a LoRA adapter, and a frozen one."""
+"""``nn.Module``s over the ops: a linear layer and an embedding with a LoRA adapter, and a frozen linear."""
 
 from __future__ import annotations
 
@@ -47,7 +47,88 @@ class FrozenLinear(nn.Linear):
         return _linear(input, self.weight, self.bias)
 
 
-class LoRALinear(nn.Module):
+class _LoRALayer(nn.Module):
+    """What ``LoRALinear`` and ``LoRAEmbedding`` share: an adapter's numbers, and merging."""
+
+    weight: nn.Parameter
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    _NUMBERS = ("rank", "alpha", "use_rslora", "scaling", "merged", "_base_copy")
+    _PLAIN: type[nn.Module]
+    """What is left of the layer without its adapter."""
+
+    @classmethod
+    def _empty(cls, training: bool) -> Any:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.training = training
+        return layer
+
+    def _add_adapter(self, r: int, columns: int, rows: int, adapter_dtype: torch.dtype | None) -> None:
+        """Empty lora_A [r, columns] and lora_B [rows, r]."""
+        if adapter_dtype is None:
+            adapter_dtype = torch.float32 if self.weight.dtype in _LOW_PRECISION else self.weight.dtype
+        device = self.weight.device
+        self.lora_A = nn.Parameter(torch.empty(r, columns, dtype=adapter_dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(rows, r, dtype=adapter_dtype, device=device))
+
+    def _set_numbers(self, r: int, alpha: float, use_rslora: bool) -> None:
+        # Plain Python numbers, whatever kind came in: torch.compile and the adapter's JSON file want those.
+        self.rank, self.use_rslora = int(r), bool(use_rslora)
+        self.alpha = int(alpha) if isinstance(alpha, numbers.Integral) else float(alpha)
+        self.scaling = scaling_of(self.rank, self.alpha, self.use_rslora)
+        self.merged = False
+        self._base_copy: Tensor | None = None
+
+    def _update_factors(self) -> tuple[Tensor, Tensor]:
+        """(lora_A, lora_B) such that the update of ``weight`` is ``scaling * lora_B @ lora_A``."""
+        return self.lora_A, self.lora_B
+
+    def merge(self, keep_base: bool = False) -> None:
+        """Adds the adapter to ``weight`` in place, so that the layer runs without it.
+
+        Whether another module holds the same weight (a tied embedding) cannot be seen from here:
+        ``lk.merge_adapter`` merges a whole model and checks that.
+
+        Args:
+            keep_base: keep a copy of ``weight`` in host memory, from which ``unmerge`` restores it bitwise.
+
+        Raises:
+            RuntimeError: already merged.
+            ValueError: the adapter is not finite. The weight is then unchanged.
+        """
+        if self.merged:
+            raise RuntimeError("merge: the adapter is already merged; call unmerge() first")
+        copy = self.weight.detach().to("cpu", copy=True) if keep_base else None
+        functional.merge_(self.weight, *self._update_factors(), self.scaling)
+        self._base_copy, self.merged = copy, True
+
+    def unmerge(self) -> None:
+        """Takes the adapter out of ``weight`` again.
+
+        Bitwise after ``merge(keep_base=True)``; otherwise the update is subtracted, which leaves a rounding
+        error.
+
+        Raises:
+            RuntimeError: not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("unmerge: the adapter is not merged")
+        if self._base_copy is None:
+            functional.unmerge_(self.weight, *self._update_factors(), self.scaling)
+        else:
+            with torch.no_grad():
+                self.weight.copy_(self._base_copy)
+        self._base_copy, self.merged = None, False
+
+    def discard_adapter(self) -> None:
+        """Turns this module back into a plain one with its present ``weight``. Cannot be undone."""
+        for name in ("lora_A", "lora_B", *self._NUMBERS):
+            delattr(self, name)
+        self.__class__ = self._PLAIN
+
+
+class LoRALinear(_LoRALayer):
     """A linear layer with a low-rank adapter (LoRA, Hu et al., ICLR 2022), computed by ``lk.lora_linear``.
 
     Equivalent to::
@@ -77,6 +158,9 @@ class LoRALinear(nn.Module):
     Raises:
         TypeError, ValueError: a rank, alpha or dropout that is not a number in its range.
     """
+
+    _NUMBERS = (*_LoRALayer._NUMBERS, "dropout_p")
+    _PLAIN = nn.Linear
 
     def __init__(
         self,
@@ -142,33 +226,19 @@ class LoRALinear(nn.Module):
         layer.scaling = scaling
         return layer
 
-    @classmethod
-    def _empty(cls, training: bool) -> LoRALinear:
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.training = training
-        return layer
-
     def _adopt(self, weight, bias, r, alpha, dropout, use_rslora, adapter_dtype) -> None:
         """Takes over a base weight and bias and starts a new adapter."""
         for name, base in (("weight", weight), ("bias", bias)):
             self.register_parameter(name, None if base is None else base.requires_grad_(False))
-        if adapter_dtype is None:
-            adapter_dtype = torch.float32 if weight.dtype in _LOW_PRECISION else weight.dtype
         n, k = weight.shape
-        self.lora_A = nn.Parameter(torch.empty(r, k, dtype=adapter_dtype, device=weight.device))
-        self.lora_B = nn.Parameter(torch.empty(n, r, dtype=adapter_dtype, device=weight.device))
+        self._add_adapter(r, k, n, adapter_dtype)
         self._describe(r, alpha, dropout, use_rslora)
         self.reset_adapter()
 
     def _describe(self, r: int, alpha: float, dropout: float, use_rslora: bool) -> None:
+        self._set_numbers(r, alpha, use_rslora)
         self.out_features, self.in_features = self.weight.shape
-        # Plain Python numbers, whatever kind came in: torch.compile and the adapter's JSON file want those.
-        self.rank, self.dropout_p, self.use_rslora = int(r), float(dropout), bool(use_rslora)
-        self.alpha = int(alpha) if isinstance(alpha, numbers.Integral) else float(alpha)
-        self.scaling = scaling_of(self.rank, self.alpha, self.use_rslora)
-        self.merged = False
-        self._base_copy: Tensor | None = None
+        self.dropout_p = float(dropout)
 
     def reset_adapter(self) -> None:
         """Draws lora_A anew and sets lora_B to zero."""
@@ -183,54 +253,112 @@ class LoRALinear(nn.Module):
             scaling=self.scaling, dropout_p=self.dropout_p, training=self.training,
         )  # fmt: skip
 
-    def merge(self, keep_base: bool = False) -> None:
-        """Adds the adapter to ``weight`` in place, so that the layer runs as a plain linear.
-
-        Whether another module holds the same weight (a tied embedding) cannot be seen from here:
-        ``lk.merge_adapter`` merges a whole model and checks that.
-
-        Args:
-            keep_base: keep a copy of ``weight`` in host memory, from which ``unmerge`` restores it bitwise.
-
-        Raises:
-            RuntimeError: already merged.
-            ValueError: the adapter is not finite. The weight is then unchanged.
-        """
-        if self.merged:
-            raise RuntimeError("merge: the adapter is already merged; call unmerge() first")
-        copy = self.weight.detach().to("cpu", copy=True) if keep_base else None
-        functional.merge_(self.weight, self.lora_A, self.lora_B, self.scaling)
-        self._base_copy, self.merged = copy, True
-
-    def unmerge(self) -> None:
-        """Takes the adapter out of ``weight`` again.
-
-        Bitwise after ``merge(keep_base=True)``; otherwise the update is subtracted, which leaves a rounding
-        error.
-
-        Raises:
-            RuntimeError: not merged.
-        """
-        if not self.merged:
-            raise RuntimeError("unmerge: the adapter is not merged")
-        if self._base_copy is None:
-            functional.unmerge_(self.weight, self.lora_A, self.lora_B, self.scaling)
-        else:
-            with torch.no_grad():
-                self.weight.copy_(self._base_copy)
-        self._base_copy, self.merged = None, False
-
-    def discard_adapter(self) -> None:
-        """Turns this module back into a plain ``nn.Linear`` with its present ``weight``. Cannot be undone."""
-        del self.lora_A, self.lora_B
-        for name in ("rank", "alpha", "dropout_p", "use_rslora", "scaling", "merged", "_base_copy"):
-            delattr(self, name)
-        self.__class__ = nn.Linear
-
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         text += f", r={self.rank}, alpha={self.alpha}, dropout={self.dropout_p}"
         text += ", use_rslora=True" if self.use_rslora else ""
+        return text + (", merged=True" if self.merged else "")
+
+
+class LoRAEmbedding(_LoRALayer):
+    """An embedding with a low-rank adapter (LoRA, Hu et al., ICLR 2022), computed by ``lk.lora_embedding``.
+
+    Equivalent to::
+
+        F.embedding(ids, weight) + scaling * F.embedding(ids, lora_A.T) @ lora_B.T
+
+    ``weight`` is frozen; ``lora_A`` starts at zero and ``lora_B`` normally distributed, as in PEFT, so that the layer
+    starts as the plain embedding. There is no dropout, as in PEFT.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx, device, dtype: as ``nn.Embedding``.
+        r, alpha, use_rslora, adapter_dtype: as ``LoRALinear``.
+
+    Attributes:
+        weight [num_embeddings, embedding_dim]: a frozen parameter.
+        lora_A [r, num_embeddings], lora_B [embedding_dim, r]: trained parameters.
+        rank, alpha, scaling, use_rslora: the numbers above.
+        merged: whether ``weight`` contains the adapter.
+
+    Raises:
+        TypeError, ValueError: a rank or alpha that is not a number in its range.
+    """
+
+    _PLAIN = nn.Embedding
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        r: int,
+        alpha: float,
+        *,
+        padding_idx: int | None = None,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_hyperparameters("LoRAEmbedding", r, alpha, 0.0)
+        super().__init__()
+        base = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self._adopt(base, r, alpha, use_rslora, adapter_dtype)
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        *,
+        r: int,
+        alpha: float,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> LoRAEmbedding:
+        """A ``LoRAEmbedding`` around the weight of ``embedding``, which is shared, not copied, and becomes frozen.
+
+        Hooks on ``embedding`` are not carried over. Arguments and errors are those of the class; ``TypeError`` if
+        ``embedding`` is not a plain ``nn.Embedding``, ``ValueError`` if it has options that a frozen weight has no use
+        for (max_norm, scale_grad_by_freq, sparse).
+        """
+        check_hyperparameters("from_embedding", r, alpha, 0.0)
+        kind = type(embedding)
+        if kind is not nn.Embedding:
+            raise TypeError(f"from_embedding: expected a plain nn.Embedding, got {kind.__module__}.{kind.__qualname__}")
+        if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
+            raise ValueError("from_embedding: an embedding with max_norm, scale_grad_by_freq or sparse is not served")
+        layer = cls._empty(embedding.training)
+        layer._adopt(embedding, r, alpha, use_rslora, adapter_dtype)
+        return layer
+
+    def _adopt(self, base: nn.Embedding, r, alpha, use_rslora, adapter_dtype) -> None:
+        """Takes over a base weight and starts a new adapter."""
+        for name in ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type"):
+            setattr(self, name, getattr(base, name))
+        self.scale_grad_by_freq = self.sparse = False
+        self.weight = base.weight.requires_grad_(False)
+        self._add_adapter(r, self.num_embeddings, self.embedding_dim, adapter_dtype)
+        self._set_numbers(r, alpha, use_rslora)
+        self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        """Sets lora_A to zero and draws lora_B anew."""
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B)
+
+    def _update_factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_B.t(), self.lora_A.t()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.merged:
+            return F.embedding(input, self.weight, self.padding_idx)
+        return functional.lora_embedding(
+            input, self.weight, self.lora_A, self.lora_B, scaling=self.scaling, padding_idx=self.padding_idx
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_embeddings}, {self.embedding_dim}"
+        text += f", padding_idx={self.padding_idx}" if self.padding_idx is not None else ""
+        text += f", r={self.rank}, alpha={self.alpha}" + (", use_rslora=True" if self.use_rslora else "")
         return text + (", merged=True" if self.merged else "")
 
 

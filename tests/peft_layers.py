@@ -1,9 +1,15 @@
 """A small PEFT model with one LoRA layer ``lin``, and what one call of the layer yields."""
 
+import contextlib
+import copy
+
 import torch
+from numerics import assert_as_accurate
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+import lora_kernels as lk
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 K, N = 23, 18  # neither a power of two nor a multiple of 8
@@ -29,8 +35,10 @@ def make(dtype=FP32, net=None, autocast_adapter_dtype=True, **options):
 
 def randomise(model):
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_A" in name:
             nn.init.normal_(parameter)
+        elif "lora_magnitude_vector" in name:  # starts as the norm, so that DoRA starts as the base layer
+            parameter.data.mul_(torch.rand_like(parameter) + 0.5)
 
 
 def lin(model):
@@ -51,11 +59,30 @@ def run(layer, x, **kwargs):
     return results
 
 
-def second_adapter(model):
-    model.add_adapter("second", LoraConfig(r=3, target_modules=["lin"]))
+def second_adapter(model, **options):
+    model.add_adapter("second", LoraConfig(**({"r": 3, "target_modules": ["lin"]} | options)))
     randomise(model)
 
 
-def both_adapters(model):
-    second_adapter(model)
+def both_adapters(model, **options):
+    second_adapter(model, **options)
     model.base_model.set_adapter(["default", "second"])
+
+
+def assert_fused_and_accurate(stock, x, unfused=None, context=contextlib.nullcontext, op="lora_linear"):
+    """One call of a patched layer is one call of ``op``, and as accurate as PEFT's own.
+
+    ``unfused`` is the layer that sets the error bound: stock PEFT, or PEFT with its adapters in x's dtype."""
+    patched = copy.deepcopy(stock)
+    lk.patch(patched)
+    exact = run(lin(copy.deepcopy(stock).double()), x.detach().double().requires_grad_(x.requires_grad))
+    with context():
+        bound = run(lin(unfused or stock), x)
+        ours = run(lin(patched), x)
+    assert ours.keys() == bound.keys() == exact.keys()
+    for name, value in ours.items():
+        # A float32 gradient is judged by the bound of the 16-bit arithmetic that all of them come from.
+        assert_as_accurate(value.to(bound[name].dtype), bound[name], exact[name], name)
+    assert lk.stats()["fallback"] == {}
+    assert sum(n for (served, _), n in lk.stats()["served"].items() if served == op) == 1
+    return ours

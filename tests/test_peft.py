@@ -1,6 +1,5 @@
 """A patched PEFT layer where it is fused: as accurate as stock PEFT, with the same gradients and masks."""
 
-import contextlib
 import copy
 
 import pytest
@@ -8,29 +7,24 @@ import torch
 from numerics import assert_as_accurate
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
-from peft_layers import BF16, FP16, FP32, K, Net, both_adapters, lin, make, randomise, run, second_adapter
+from peft_layers import (
+    BF16,
+    FP16,
+    FP32,
+    K,
+    Net,
+    assert_fused_and_accurate,
+    both_adapters,
+    lin,
+    make,
+    randomise,
+    run,
+    second_adapter,
+)
 from torch import nn
 
 import lora_kernels as lk
 from lora_kernels import philox
-
-
-def assert_fused_and_accurate(stock, x, unfused=None, context=contextlib.nullcontext):
-    """``unfused`` is the layer that sets the error bound: stock PEFT, or PEFT with its adapters in x's dtype."""
-    patched = copy.deepcopy(stock)
-    lk.patch(patched)
-    exact = run(lin(copy.deepcopy(stock).double()), x.detach().double().requires_grad_(x.requires_grad))
-    with context():
-        bound = run(lin(unfused or stock), x)
-        ours = run(lin(patched), x)
-    assert ours.keys() == bound.keys() == exact.keys()
-    for name, value in ours.items():
-        # A float32 gradient is judged by the bound of the 16-bit arithmetic that all of them come from.
-        assert_as_accurate(value.to(bound[name].dtype), bound[name], exact[name], name)
-    assert lk.stats()["fallback"] == {}
-    assert sum(n for (op, _), n in lk.stats()["served"].items() if op == "lora_linear") == 1
-    return ours
-
 
 # ---------------------------------------------------------------------------------------------------- fused
 
@@ -47,6 +41,8 @@ INPUTS = [(K,), (4, K), (2, 3, K), (0, K)]
         {"r": 1},
         {"rank_pattern": {"lin": 7}, "alpha_pattern": {"lin": 3}},
         {"bias": "lora_only"},
+        {"lora_bias": True},
+        {"lora_bias": True, "bias": "lora_only"},
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Which calls of a PEFT ``lora.Linear`` are exactly one ``lora_linear``, and the reason where one is not.
+"""Which calls of PEFT's ``lora.Linear`` and ``lora.Embedding`` are exactly one op, and the reason where one is not.
 
 Asked on every call, because everything here can change between two calls: adapters are switched, hooks come and go,
 a model is sharded or offloaded. So the checks are plain dictionary reads, which torch.compile turns into guards.
@@ -17,8 +17,12 @@ from torch.nn.modules import module as _module
 from ..modules import FrozenLinear
 from ..reasons import Reason
 
-Operands = tuple[Tensor, Tensor, Tensor, "Tensor | None", float, float, bool]
-"""weight, lora_A, lora_B, bias, scaling, dropout_p, training."""
+Operands = tuple[Tensor, Tensor, Tensor, "Tensor | None", "float | Tensor", float, bool, "Tensor | None"]
+"""weight, lora_A, lora_B, bias, scaling, dropout_p, training, DoRA's magnitude or None for plain LoRA."""
+Branch = tuple[Tensor, Tensor, "Tensor | None", "float | Tensor", float, bool, "Tensor | None"]
+"""lora_A, lora_B, bias of lora_B, scaling, dropout_p, training, magnitude."""
+EmbeddingOperands = tuple[Tensor, Tensor, Tensor, "float | Tensor", "int | None"]
+"""weight, lora_A, lora_B, scaling, padding_idx."""
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _PLAIN_LINEARS = (nn.Linear, FrozenLinear)
@@ -31,78 +35,220 @@ _GLOBAL_HOOKS = (
 _any_autocast = torch._C._is_any_autocast_enabled  # several times cheaper than asking for one device
 
 
+# ------------------------------------------------------------------------------------------------------ linear
+
+
 def operands(layer: nn.Module) -> Operands | Reason:
-    """What ``lora_linear`` needs from ``layer`` besides x, or why the layer must run its own forward now."""
-    state = layer.__dict__
-    if state["_disable_adapters"]:
-        return Reason.DISABLED
-    if state["merged_adapters"]:
-        return Reason.MERGED
-    name = state["_active_adapter"]
-    if type(name) is not str:
-        if len(name) != 1:
-            known = state["_modules"]["lora_A"]._modules
-            name = [n for n in name if n in known]
-            if len(name) != 1:
-                return Reason.SEVERAL_ADAPTERS if name else Reason.NO_ACTIVE_ADAPTER
-        name = name[0]
-    return adapter_operands(layer, name)
+    """What ``lora_linear`` or ``dora_linear`` needs from ``layer`` besides x, or why the layer must run its own
+    forward now.
+    """
+    names = active_adapters(layer.__dict__, "lora_A")
+    if type(names) is str:
+        return adapter_operands(layer, names)
+    return names if type(names) is Reason else _several_adapters(layer, names)
 
 
 def adapter_operands(layer: nn.Module, name: str) -> Operands | Reason:
     """As ``operands``, for one adapter, whether it is the active one or not."""
+    base_layer = layer.__dict__["_modules"]["base_layer"]
+    branch = branch_operands(layer, name, base_layer)
+    if type(branch) is not tuple:
+        return branch
+    lora_A, lora_B, lora_bias, scaling, p, training, magnitude = branch
+    base = _base_operands(base_layer)
+    if type(base) is not tuple:
+        return base
+    weight, bias = base
+    if lora_bias is not None:
+        bias = _add_lora_bias(bias, lora_bias, scaling, weight.dtype)
+    return weight, lora_A, lora_B, bias, scaling, p, training, magnitude
+
+
+def branch_operands(layer: nn.Module, name: str, *also_skipped: nn.Module) -> Branch | Reason:
+    """What the adapter ``name`` adds to the base layer.
+
+    ``also_skipped`` are modules besides the adapter's that will not be called either, so that their hooks matter.
+    """
     state = layer.__dict__
     children = state["_modules"]
     A = children["lora_A"].__dict__["_modules"].get(name)
     if A is None:
         return Reason.NO_ACTIVE_ADAPTER
-    if name in state["lora_variant"]:
-        return Reason.DORA if state["use_dora"].get(name) else Reason.VARIANT
-
-    base = children["base_layer"]
     B = children["lora_B"].__dict__["_modules"][name]
     dropout = children["lora_dropout"].__dict__["_modules"][name]
-    if type(base) not in _PLAIN_LINEARS:
-        return _why_not_plain(layer, base)
     if type(A) is not nn.Linear or type(B) is not nn.Linear:
-        return Reason.PARAMETRIZED if _is_parametrized(A) or _is_parametrized(B) else Reason.ADAPTER_MODULES
+        return Reason.PARAMETRIZED if _is_parametrized(A) or _is_parametrized(B) else _variant_or_modules(layer, name)
     p = 0.0
     if type(dropout) is nn.Dropout and not dropout.inplace:
         p = dropout.p
     elif type(dropout) is not nn.Identity:
         return Reason.ADAPTER_MODULES
-    for child in (base, A, B, dropout):
-        own = child.__dict__
-        if "forward" in own:
-            return Reason.INSTANCE_FORWARD
-        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            return Reason.ADAPTER_HOOKS
-        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return Reason.ADAPTER_HOOKS
-    if _GLOBAL_HOOKS[0] or _GLOBAL_HOOKS[1] or _GLOBAL_HOOKS[2] or _GLOBAL_HOOKS[3]:
-        return Reason.ADAPTER_HOOKS
-    scaling = state["scaling"][name]
-    if isinstance(scaling, Tensor):
-        return Reason.TENSOR_SCALING
+    reason = _why_not_called_as_is(A, B, dropout, *also_skipped)
+    if reason is not None:
+        return reason
 
-    own, own_A, own_B = base.__dict__["_parameters"], A.__dict__["_parameters"], B.__dict__["_parameters"]
-    if own_A["bias"] is not None or own_B["bias"] is not None:
-        return Reason.LORA_BIAS
+    own_A, own_B = A.__dict__["_parameters"], B.__dict__["_parameters"]
+    lora_A, lora_B, lora_bias = own_A.get("weight"), own_B.get("weight"), own_B["bias"]
+    if own_A["bias"] is not None:
+        return Reason.ADAPTER_MODULES
+    if type(lora_A) not in _PLAIN_TENSORS or type(lora_B) not in _PLAIN_TENSORS:
+        return Reason.DTENSOR
+    scaling = state["scaling"][name]
+    if type(scaling) is not float and not _is_scalar(scaling):
+        return Reason.TENSOR_SCALING
+    magnitude = None
+    if name in state["lora_variant"]:
+        magnitude = _magnitude(layer, name, p, dropout.training, lora_bias)
+        if type(magnitude) is Reason:
+            return magnitude
+        p = 0.0
+    return lora_A, lora_B, lora_bias, scaling, p, dropout.training, magnitude
+
+
+def _base_operands(base: nn.Module) -> tuple[Tensor, Tensor | None] | Reason:
+    """Weight [out_features, in_features] and bias of a base layer, whose hooks were looked at before."""
+    plain = type(base) in _PLAIN_LINEARS
+    if not plain and not _is_conv1d(base):
+        return Reason.PARAMETRIZED if _is_parametrized(base) else Reason.BASE_LAYER
     # A weight that sharding has moved out of _parameters is None here, and refused like a subclass.
-    weight, bias = own.get("weight"), own.get("bias")
-    weight_A, weight_B = own_A.get("weight"), own_B.get("weight")
-    for tensor in (weight, weight_A, weight_B):
-        if type(tensor) not in _PLAIN_TENSORS:
-            return Reason.DTENSOR
+    parameters = base.__dict__["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    reason = _why_not_frozen(weight)
+    if reason is not None:
+        return reason
     if bias is not None and type(bias) not in _PLAIN_TENSORS:
         return Reason.DTENSOR
-    if weight.layout != torch.strided:
+    return (weight if plain else weight.t()), bias
+
+
+def _variant_or_modules(layer: nn.Module, name: str) -> Reason:
+    """Some variants bring their own lora_A and lora_B."""
+    return Reason.VARIANT if name in layer.__dict__["lora_variant"] else Reason.ADAPTER_MODULES
+
+
+def _magnitude(layer: nn.Module, name: str, p: float, training: bool, lora_bias: Tensor | None) -> Tensor | Reason:
+    """DoRA's magnitude vector, or why this LoRA variant is not what ``dora_linear`` computes."""
+    if not _is_peft(layer.lora_variant[name], "variants", "DoraLinearVariant"):
+        return Reason.VARIANT
+    module = layer.lora_magnitude_vector[name]
+    if not _is_peft(module, "dora", "DoraLinearLayer") or lora_bias is not None:
+        return Reason.DORA
+    if p > 0.0 and training and layer.training:
+        return Reason.DORA_DROPOUT
+    reason = _why_not_called_as_is(module)
+    if reason is not None:
+        return reason
+    magnitude = module._parameters.get("weight")
+    if type(magnitude) not in _PLAIN_TENSORS:
+        return Reason.DTENSOR
+    if magnitude.device != layer.lora_A[name].weight.device:
+        return Reason.DORA  # "ephemeral_gpu_offload" keeps it elsewhere
+    return magnitude
+
+
+def _several_adapters(layer: nn.Module, names: list[str]) -> Operands | Reason:
+    """Adapters side by side are one adapter of the summed rank, as long as they see the same x."""
+    base_layer = layer.__dict__["_modules"]["base_layer"]
+    base = _base_operands(base_layer)
+    if type(base) is not tuple:
+        return base
+    weight, bias = base
+    pairs = []
+    for name in names:
+        branch = branch_operands(layer, name, base_layer)
+        if type(branch) is not tuple:
+            return branch
+        lora_A, lora_B, lora_bias, scaling, p, training, magnitude = branch
+        if magnitude is not None:
+            return Reason.DORA
+        if p > 0.0 and training:
+            return Reason.SEVERAL_ADAPTERS
+        if lora_bias is not None:
+            bias = _add_lora_bias(bias, lora_bias, scaling, weight.dtype)
+        pairs.append((lora_A, lora_B, scaling))
+    stacked = _stack(pairs)
+    if type(stacked) is Reason:
+        return stacked
+    lora_A, lora_B, scaling = stacked
+    return weight, lora_A, lora_B, bias, scaling, 0.0, False, None
+
+
+def _add_lora_bias(bias: Tensor | None, lora_bias: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
+    scaled = lora_bias * scaling
+    return (scaled if bias is None else bias + scaled).to(dtype)
+
+
+# --------------------------------------------------------------------------------------------------- embedding
+
+
+def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
+    """What ``lora_embedding`` needs from a ``lora.Embedding`` besides the ids, or why the layer must run its own
+    forward now.
+    """
+    state = layer.__dict__
+    names = active_adapters(state, "lora_embedding_A")
+    if type(names) is Reason:
+        return names
+    base = state["_modules"]["base_layer"]
+    if type(base) is not nn.Embedding or base.max_norm is not None or base.sparse or base.scale_grad_by_freq:
+        return Reason.PARAMETRIZED if _is_parametrized(base) else Reason.BASE_LAYER
+    reason = _why_not_called_as_is(base)
+    if reason is not None:
+        return reason
+    weight = base.__dict__["_parameters"].get("weight")
+    reason = _why_not_frozen(weight)
+    if reason is not None:
+        return reason
+    adapters = []
+    for name in [names] if type(names) is str else names:
+        if name in state["lora_variant"]:
+            is_dora = _is_peft(state["lora_variant"][name], "variants", "DoraEmbeddingVariant")
+            return Reason.DORA if is_dora else Reason.VARIANT
+        if name not in layer.lora_embedding_A:
+            return Reason.NO_ACTIVE_ADAPTER
+        lora_A, lora_B = layer.lora_embedding_A._parameters.get(name), layer.lora_embedding_B._parameters.get(name)
+        scaling = state["scaling"][name]
+        if not _is_scalar(scaling):
+            return Reason.TENSOR_SCALING
+        if type(lora_A) not in _PLAIN_TENSORS or type(lora_B) not in _PLAIN_TENSORS or name in layer.input_fns:
+            return Reason.DTENSOR
+        fits = lora_A.dtype == weight.dtype or (lora_A.dtype == torch.float32 and weight.dtype in _LOW_PRECISION)
+        if not fits or lora_B.dtype != lora_A.dtype or weight.dtype not in _FLOATS:
+            return Reason.MIXED_DTYPES
+        adapters.append((lora_A, lora_B, scaling))
+    stacked = adapters[0] if len(adapters) == 1 else _stack(adapters)
+    return stacked if type(stacked) is Reason else (weight, *stacked, base.padding_idx)
+
+
+def ids_reason(ids: Any) -> Reason | None:
+    """Why these token ids cannot be served by ``lora_embedding``; None if they can."""
+    if type(ids) is not Tensor:
+        return Reason.DTENSOR
+    if ids.layout != torch.strided or ids.is_nested:
         return Reason.LAYOUT
-    if weight.is_meta:
-        return Reason.META
-    if weight.requires_grad:
-        return Reason.BASE_REQUIRES_GRAD
-    return weight, weight_A, weight_B, bias, scaling, p, dropout.training
+    if ids.dtype != torch.int64 and ids.dtype != torch.int32:
+        return Reason.DTYPE
+    return _inside_transform()
+
+
+# ------------------------------------------------------------------------------------------------------ shared
+
+
+def active_adapters(state: dict[str, Any], container: str) -> str | list[str] | Reason:
+    """The adapter of this layer that is active, or, if several are, all of them."""
+    if state["_disable_adapters"]:
+        return Reason.DISABLED
+    if state["merged_adapters"]:
+        return Reason.MERGED
+    names = state["_active_adapter"]
+    if type(names) is str:
+        return names
+    if len(names) != 1:
+        known = state["_modules"][container]
+        names = [name for name in names if name in known]
+        if not names:
+            return Reason.NO_ACTIVE_ADAPTER
+    return names[0] if len(names) == 1 else names
 
 
 def call_reason(x: Any, weight: Tensor, weight_A: Tensor, weight_B: Tensor) -> Reason | None:
@@ -123,6 +269,10 @@ def call_reason(x: Any, weight: Tensor, weight_A: Tensor, weight_B: Tensor) -> R
     wide = weight_A.dtype
     if wide != weight_B.dtype or not (wide == dtype or (wide == torch.float32 and dtype in _LOW_PRECISION)):
         return Reason.MIXED_DTYPES
+    return _inside_transform()
+
+
+def _inside_transform() -> Reason | None:
     if torch.compiler.is_compiling():
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None or _forward_ad._current_level >= 0:
@@ -130,11 +280,58 @@ def call_reason(x: Any, weight: Tensor, weight_A: Tensor, weight_B: Tensor) -> R
     return None
 
 
+def _stack(adapters: list[tuple[Tensor, Tensor, float | Tensor]]) -> tuple[Tensor, Tensor, float | Tensor] | Reason:
+    """One (lora_A, lora_B, scaling) that updates as much as all of these together."""
+    dtype = adapters[0][0].dtype
+    if any(t.dtype != dtype for lora_A, lora_B, _ in adapters for t in (lora_A, lora_B)):
+        return Reason.MIXED_DTYPES
+    scaling = adapters[0][2]
+    if not all(type(s) is float and s == scaling for _, _, s in adapters):
+        adapters = [(lora_A, lora_B * s, s) for lora_A, lora_B, s in adapters]
+        scaling = 1.0
+    return torch.cat([a for a, _, _ in adapters]), torch.cat([b for _, b, _ in adapters], dim=1), scaling
+
+
+def _why_not_frozen(weight: Any) -> Reason | None:
+    """Why a base weight is not a plain frozen matrix; None if it is."""
+    if type(weight) not in _PLAIN_TENSORS:
+        return Reason.DTENSOR
+    if weight.layout != torch.strided:
+        return Reason.LAYOUT
+    if weight.is_meta:
+        return Reason.META
+    return Reason.BASE_REQUIRES_GRAD if weight.requires_grad else None
+
+
+def _why_not_called_as_is(*modules: nn.Module) -> Reason | None:
+    """Why calling one of these modules is more than its class's forward; None if it is not."""
+    for module in modules:
+        state = module.__dict__
+        if "forward" in state:
+            return Reason.INSTANCE_FORWARD
+        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            return Reason.ADAPTER_HOOKS
+        if state["_backward_hooks"] or state["_backward_pre_hooks"]:
+            return Reason.ADAPTER_HOOKS
+    if _GLOBAL_HOOKS[0] or _GLOBAL_HOOKS[1] or _GLOBAL_HOOKS[2] or _GLOBAL_HOOKS[3]:
+        return Reason.ADAPTER_HOOKS
+    return None
+
+
+def _is_scalar(scaling: Any) -> bool:
+    """A number, or a tensor without dimensions, which takes no part in type promotion."""
+    return not isinstance(scaling, Tensor) or (type(scaling) in _PLAIN_TENSORS and scaling.dim() == 0)
+
+
 def _is_parametrized(module: nn.Module) -> bool:
     return "parametrizations" in module._modules
 
 
-def _why_not_plain(layer: nn.Module, base: nn.Module) -> Reason:
-    if _is_parametrized(base):
-        return Reason.PARAMETRIZED
-    return Reason.FAN_IN_FAN_OUT if layer.fan_in_fan_out else Reason.BASE_LAYER
+def _is_conv1d(base: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer whose weight is [in_features, out_features]."""
+    return type(base).__name__ == "Conv1D" and type(base).__module__ == "transformers.pytorch_utils"
+
+
+def _is_peft(value: Any, module: str, name: str) -> bool:
+    """Whether value's type is exactly PEFT's; compared by name, so that nothing is imported here."""
+    return type(value).__name__ == name and type(value).__module__ == f"peft.tuners.lora.{module}"

@@ -54,8 +54,8 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
         )
     report = Report()
     for name, layer in peft_layers.items():
-        reason = _fuse(layer)
-        (report.fused if reason == FUSED else report.kept).append((name, reason))
+        is_fused, by_what_or_why_not = _fuse(layer)
+        (report.fused if is_fused else report.kept).append((name, by_what_or_why_not))
     for tuner in _tuner_models(model):
         tuner.__dict__["_create_new_module"] = _peft_linear().create_in_patched_model
     for name, peft_model in prompts.items():
@@ -73,13 +73,15 @@ def unpatch(model: nn.Module) -> None:
     if not _peft_imported():
         return
     fused = _peft_linear()
+    originals = {ours: theirs for theirs, ours in fused.SWAPS.items()}
     for module in model.modules():
-        if type(module) is fused.FusedLinear:
-            module.__class__ = fused.Linear
+        ours = type(module)
+        if ours in originals:
+            module.__class__ = originals[ours]
             for name, value in list(module.__dict__.items()):
                 # An accelerate hook keeps the method that it wraps on the instance.
-                if getattr(value, "__func__", None) is fused.FusedLinear.forward:
-                    module.__dict__[name] = MethodType(fused.Linear.forward, module)
+                if getattr(value, "__func__", None) is ours.forward:
+                    module.__dict__[name] = MethodType(originals[ours].forward, module)
     for tuner in _tuner_models(model):
         tuner.__dict__.pop("_create_new_module", None)
     for _, peft_model in _prompt_models(model):
@@ -136,10 +138,23 @@ def plain_adapter(layer: Any, adapter: str | None) -> tuple:
         known = ", ".join(layer.lora_A) or "none"
         raise ValueError(f"from_peft: no adapter {adapter!r} on this layer, it has {known}")
     found = Reason.MERGED if layer.merged else _layer_checks.adapter_operands(layer, adapter)
-    if isinstance(found, Reason):
+    if not isinstance(found, Reason):
+        weight, lora_A, lora_B, bias, scaling, dropout, _, magnitude = found
+        found = _beyond_plain_lora(layer, adapter, weight, scaling, magnitude)
+    if found is not None:
         raise ValueError(f"from_peft: adapter {adapter!r} is not plain LoRA on a plain nn.Linear: {found}")
-    weight, lora_A, lora_B, bias, scaling, dropout, _ = found
     return weight, bias, lora_A, lora_B, layer.lora_alpha[adapter], scaling, dropout, layer.use_rslora[adapter]
+
+
+def _beyond_plain_lora(layer: Any, adapter: str, weight: Tensor, scaling: Any, magnitude: Any) -> Reason | None:
+    """What ``lora_linear`` serves and ``LoRALinear`` does not hold."""
+    if magnitude is not None:
+        return Reason.DORA
+    if layer.lora_B[adapter].bias is not None:
+        return Reason.LORA_BIAS
+    if isinstance(scaling, Tensor):
+        return Reason.TENSOR_SCALING
+    return None if weight is layer.base_layer.weight else Reason.FAN_IN_FAN_OUT
 
 
 # --------------------------------------------------------------------------------------------------- details
@@ -211,21 +226,30 @@ def _patch_prompts(name: str, model: nn.Module, left_padding_fixed: bool, report
             report.fused.append((row, PROMPT_FIXED if left_padding_fixed else PROMPT))
 
 
-def _fuse(layer: nn.Module) -> str:
-    """Swaps the class of a PEFT layer where it can; returns ``FUSED``, or why its next call would not be fused."""
-    fused = _peft_linear()
-    if type(layer) not in (fused.Linear, fused.FusedLinear):
-        return f"{Reason.LAYER_TYPE}: {type(layer).__name__}"
-    if type(layer) is fused.Linear and "forward" in layer.__dict__:
+def _fuse(layer: nn.Module) -> tuple[bool, str]:
+    """Swaps the class of a PEFT layer where it can. Whether its next call is fused, and the op that serves it or why
+    not.
+    """
+    layers = _peft_linear()
+    kind = type(layer)
+    if kind not in layers.SWAPS and kind not in layers.SWAPS.values():
+        return False, f"{Reason.LAYER_TYPE}: {kind.__name__}"
+    if kind in layers.SWAPS and "forward" in layer.__dict__:
         # What the instance calls is bound to the old class: swapping would change nothing.
-        return Reason.INSTANCE_FORWARD
-    layer.__class__ = fused.FusedLinear
+        return False, Reason.INSTANCE_FORWARD
+    layers.swap(layer)
+    if isinstance(layer, layers.CountedParamWrapper):
+        return False, Reason.TARGET_PARAMETERS
+    if isinstance(layer, layers.FusedEmbedding):
+        found = _layer_checks.embedding_operands(layer)
+        return (False, found) if isinstance(found, Reason) else (True, "lora_embedding")
     found = _layer_checks.operands(layer)
     if isinstance(found, Reason):
-        return found
-    weight, lora_A, lora_B = found[:3]
+        return False, found
+    weight, lora_A, lora_B, *_, magnitude = found
     usual_input = weight.new_empty(0)  # of the base's dtype
-    return _layer_checks.call_reason(usual_input, weight, lora_A, lora_B) or FUSED
+    reason = _layer_checks.call_reason(usual_input, weight, lora_A, lora_B)
+    return (True, FUSED if magnitude is None else "dora_linear") if reason is None else (False, reason)
 
 
 def _patch_frozen(model: nn.Module, peft_layers: dict[str, nn.Module], report: Report) -> None:
@@ -233,7 +257,8 @@ def _patch_frozen(model: nn.Module, peft_layers: dict[str, nn.Module], report: R
     adapters = {
         child for layer in peft_layers.values() for child in layer.modules() if child is not layer.get_base_layer()
     }
-    fused = {layer.get_base_layer() for name, layer in peft_layers.items() if (name, FUSED) in report.fused}
+    names = {name for name, _ in report.fused}
+    fused = {layer.get_base_layer() for name, layer in peft_layers.items() if name in names}
     for name, module in model.named_modules():
         if type(module) not in (nn.Linear, FrozenLinear) or module in adapters:
             continue

@@ -11,6 +11,8 @@ from . import _cuda, _triton
 FASTER_IN_TRITON = (9, 10)
 """Major compute capabilities on which ``tl.dot`` becomes wgmma or tcgen05, faster than the CUDA kernels' mma.sync."""
 
+COLUMN_MAJOR = Verdict(None, Reason.LAYOUT)
+"""Verdict of the CUDA kernels on a weight of transformers' Conv1D, which they would copy on every call."""
 _PREFERS_TRITON = Verdict(None, Reason.PREFERS_TRITON)
 
 

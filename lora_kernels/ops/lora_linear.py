@@ -58,6 +58,8 @@ def _triton_run(schedule: str, *args) -> tuple[Tensor, Tensor]:
 
 def _cuda_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
     n, k = weight.shape
+    if weight.stride(1) != 1:
+        return _gpu.COLUMN_MAJOR
     return _gpu.cuda_or_triton(x, n, k, lora_A.shape[0])
 
 
@@ -126,6 +128,8 @@ def _triton_run_backward(schedule: str, *args) -> tuple[Tensor, Tensor, Tensor]:
 
 def _cuda_supports_backward(grad_y, x, s, weight, lora_A, lora_B, *rest) -> Verdict:
     n, k = weight.shape
+    if weight.stride(1) != 1:
+        return _gpu.COLUMN_MAJOR
     return _gpu.cuda_or_triton(x, k, n, s.shape[-1])
 
 

@@ -1,0 +1,102 @@
+"""DoRA (Liu et al., ICML 2024) on top of a LoRA linear: the norm of the adapted weight and the scale it gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import dispatch
+
+_BLOCK = 1 << 20
+"""Elements of a 16-bit matrix that are held in float32 at a time."""
+
+# ||W||^2 of each row, beside the version and address of the W it was taken from.
+_squared_norms = WeakTensorKeyDictionary()
+
+
+@torch.no_grad()
+def norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+    """``(weight + scaling * lora_B @ lora_A).norm(dim=1)`` in float32 (float64 for float64), without that matrix.
+
+    Row by row the root of ``||W||^2 + 2 s (W A^T, B) + s^2 (B A A^T, B)``. Where W and its update nearly cancel, so do
+    the terms, and the result has fewer digits than W.
+
+    Args:
+        weight: [out_features, in_features]. lora_A: [rank, in_features]. lora_B: [out_features, rank].
+
+    Returns:
+        [out_features].
+    """
+    if dispatch.autocast_enabled(weight.device.type):  # the norm is float32 under autocast, too
+        with torch.autocast(weight.device.type, enabled=False):
+            return _norm(weight, lora_A, lora_B, scaling)
+    return _norm(weight, lora_A, lora_B, scaling)
+
+
+def _norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    A, B = lora_A.to(wide), lora_B.to(wide) * scaling
+    WA = torch.cat([rows.to(wide) @ A.t() for rows in _blocks(weight, wide)])
+    return (_squared_norm(weight, wide) + ((2 * WA + B @ (A @ A.t())) * B).sum(1)).clamp_min_(0).sqrt_()
+
+
+def _blocks(matrix: Tensor, wide: torch.dtype) -> tuple[Tensor, ...]:
+    """Rows of a matrix: all, or as many as may be copied to a wider dtype at a time."""
+    return (matrix,) if matrix.dtype == wide else matrix.split(max(1, _BLOCK // max(1, matrix.shape[1])))
+
+
+def _squared_norm(weight: Tensor, wide: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling() or weight.is_inference():  # no version to go by
+        return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+    owner = weight if weight._base is None else weight._base  # a Conv1D's weight is a new view in each call
+    state = (weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+    cached = _squared_norms.get(owner)
+    if cached is None or cached[0] != state:
+        cached = state, torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+        _squared_norms[owner] = cached
+    return cached[1]
+
+
+def scale_columns(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """``z * factor + bias`` in z's dtype, rounded once. Differentiable in all three.
+
+    Args:
+        z: [..., N]. factor: [N], z's dtype or a wider one. bias: [N] or None.
+    """
+    if torch.compiler.is_compiling():  # the compiler fuses these, and needs no help to keep only z
+        y = z * factor
+        return (y if bias is None else y + bias).to(z.dtype)
+    return _ScaleColumns.apply(z, factor, bias)
+
+
+class _ScaleColumns(torch.autograd.Function):
+    """One pass and no temporary, where ``z * factor + bias`` over a 16-bit z makes two in float32. Saves z."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(z, factor)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        y = torch.empty_like(z)
+        return torch.mul(z, factor, out=y) if bias is None else torch.addcmul(bias, z, factor, out=y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        z, factor = ctx.saved_tensors
+        grad_z = grad_factor = grad_bias = None
+        columns = grad.shape[-1]
+        if ctx.needs_input_grad[0]:
+            grad_z = torch.mul(grad, factor, out=torch.empty_like(grad))
+        if ctx.needs_input_grad[1]:
+            wide = torch.promote_types(factor.dtype, torch.float32)
+            grad_factor = torch.zeros(columns, dtype=wide, device=z.device)
+            rows = zip(_blocks(grad.reshape(-1, columns), wide), _blocks(z.reshape(-1, columns), wide))
+            for grad_rows, z_rows in rows:
+                grad_factor += (grad_rows.to(wide) * z_rows).sum(0)
+            grad_factor = grad_factor.to(factor.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.reshape(-1, columns).sum(0, dtype=ctx.bias_dtype)
+        return grad_z, grad_factor, grad_bias
