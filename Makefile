@@ -5,7 +5,7 @@
 #   make test-full  the same, then the exhaustive tests                           (about 2 minutes more on two cores)
 #   make build      build the extensions and say what was built
 #   make lint       ruff, clang-format
-#   make bench      the layer benchmark: frozen, PEFT, fused
+#   make bench      every benchmark, with plots in build/bench                    (about 15 minutes on two cores)
 #   make ptx        PTX of every CUDA kernel, in build/ptx/<arch>/                (needs nvcc, no GPU)
 #   make clean      remove build products; `make distclean` also removes $(VENV)
 #
@@ -61,7 +61,7 @@ demo: $(VENV)/.built
 	$(BIN)/python examples/demo.py
 
 bench: $(VENV)/.built
-	$(BIN)/lora-kernels bench
+	$(BIN)/lora-kernels bench all modelled --out build/bench
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -24,9 +24,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lora_kernels.benchmarks.measure import MAX_NULL, NOISE, Timings, interleave
 from lora_kernels.cli._arguments import integer, probability
 from lora_kernels.cli._console import table
-from lora_kernels.cli._measure import MAX_NULL, NOISE, Timings, interleave
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 VARIANTS = ("frozen", "PEFT", "addmm", "fused", "null")
@@ -61,6 +61,8 @@ def make_step(variant: str, dropout: float, cache: Path) -> Callable[[], float]:
         )
         model = peft.get_peft_model(model, config).train()
     if variant == "addmm":
+        from lora_kernels.benchmarks.models import use_addmm
+
         use_addmm(model)
     if variant == "fused":
         report = lk.patch(model)
@@ -80,36 +82,6 @@ def make_step(variant: str, dropout: float, cache: Path) -> Callable[[], float]:
         return loss.item()
 
     return step
-
-
-def use_addmm(model) -> None:
-    """Give every LoRA layer of a PEFT model a forward of plain torch calls that makes no temporary of y's size."""
-    import peft
-    import torch
-
-    class AddmmLoRA(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, weight, lora_A, lora_B, scaling):
-            rows = x.view(-1, x.shape[-1])
-            s = rows @ lora_A.t()
-            y = (rows @ weight.t()).addmm_(s, lora_B.t(), alpha=scaling)
-            ctx.scaling = scaling
-            ctx.save_for_backward(rows, s, weight, lora_A, lora_B)
-            return y.view(*x.shape[:-1], -1)
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            x, s, weight, lora_A, lora_B = ctx.saved_tensors
-            rows = grad_y.reshape(-1, grad_y.shape[-1])
-            grad_s = (rows @ lora_B).mul_(ctx.scaling)
-            grad_x = (rows @ weight).addmm_(grad_s, lora_A)
-            grad_B = (rows.t() @ s).mul_(ctx.scaling)
-            return grad_x.view(*grad_y.shape[:-1], -1), None, grad_s.t() @ x, grad_B, None
-
-    for layer in model.modules():
-        if isinstance(layer, peft.tuners.lora.Linear):
-            weights = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            layer.forward = lambda x, weights=weights, s=layer.scaling["default"]: AddmmLoRA.apply(x, *weights, s)
 
 
 def worker(variant: str, dropout: float, cache: Path) -> None:

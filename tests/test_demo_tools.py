@@ -6,13 +6,16 @@ import functools
 import gzip
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from lora_kernels.benchmarks import traffic
+from lora_kernels.benchmarks.measure import Timings, host_timer, interleave, peak_bytes, saved_bytes
+from lora_kernels.benchmarks.peers import AddmmLoRA
 from lora_kernels.cli import main
-from lora_kernels.cli._measure import Timings, interleave, saved_bytes
 
 
 def test_saved_bytes_counts_each_storage_once_and_no_parameter():
@@ -54,14 +57,95 @@ def test_bench_reports_times_ratios_and_bytes(capsys, dropout):
         "cpu",
     ]
     assert main(["bench", *size, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert set(result["seconds"]) == {"frozen", "peft", "fused", "peft again"}
+    found = json.loads(capsys.readouterr().out)
+    assert found["environment"]["threads"] == torch.get_num_threads()
+    (result,) = found["results"]
+    addmm = {"addmm"} if dropout == "0" else set()
+    assert set(result["seconds"]) == {"frozen", "PEFT", "fused", "PEFT again", *addmm}
     assert all(value > 0 for value in result["seconds"].values())
-    assert set(result["errors"]) == {"y", "x", "lora_A", "lora_B"}
-    assert result["saved_bytes"]["frozen"] == 0
-    assert result["saved_bytes"]["fused"] <= 4 * (64 * 32 + 64 * 4) + 8  # x, S and the seed
-    assert result["saved_bytes"]["fused"] <= result["saved_bytes"]["peft"]
-    assert result["null (peft / peft)"]["median"] > 0
+    assert result["saved"]["frozen"] == 0
+    assert result["saved"]["fused"] <= 4 * (64 * 32 + 64 * 4) + 8  # x, S and the seed
+    assert result["saved"]["fused"] <= result["saved"]["PEFT"]
+    assert result["speedup"]["PEFT again"][0] > 0
+    assert result["peak"]["fused"] >= 4 * 64 * 48  # y
+
+
+@pytest.mark.parametrize("what", ["forward", "forward+backward", "decode"])
+@pytest.mark.parametrize(("dtype", "adapters"), [("float32", "float32"), ("bfloat16", "float32")])
+def test_layer_cases_compute_and_are_checked(what, dtype, adapters):
+    pytest.importorskip("peft")
+    from lora_kernels.benchmarks import cases, layers
+
+    dtypes = {"dtype": getattr(torch, dtype), "adapter_dtype": getattr(torch, adapters)}
+    case = layers.make_case(torch.device("cpu"), 9, 24, 16, rank=4, what=what, **dtypes)
+    result = cases.measure(case, 3, host_timer(clock=time.process_time), torch.device("cpu"), lambda case: 0.0)
+    assert set(result.seconds) >= {"frozen", "PEFT", "fused"}
+    assert (what == "decode") == (result.saved == {})
+    assert (result.flops > 0) == (dtype == adapters)
+
+
+def test_block_and_prompt_cases(monkeypatch):
+    pytest.importorskip("peft")
+    from lora_kernels.benchmarks import models, prompts
+
+    for case in models.block_cases(torch.device("cpu"), compile_too=False):
+        assert set(case.steps) >= {"frozen", "PEFT", "fused"}
+    monkeypatch.setitem(prompts.SHAPES, 128, (2, 2, 1))
+    monkeypatch.setattr(prompts, "VOCABULARY", 50)
+    names = [case.name for case in prompts.prompt_cases(hidden_sizes=[128], rows=[3])]
+    assert len(names) == len(prompts.METHODS)
+
+
+def test_addmm_function_has_the_right_gradients():
+    leaves = [torch.randn(2, 5, 6), torch.randn(7, 6), torch.randn(3, 6), torch.randn(7, 3)]
+    x, weight, A, B = (t.double().requires_grad_() for t in leaves)
+    weight = weight.detach()
+    assert torch.autograd.gradcheck(lambda x, A, B: AddmmLoRA.apply(x, weight, A, B, 1.5), (x, A, B))
+
+
+def test_wrong_peers_are_noticed():
+    pytest.importorskip("peft")
+    from lora_kernels.benchmarks import cases, layers
+
+    layer = layers.peft_layer(torch.nn.Linear(6, 7, bias=False), 2, 0.0, torch.float32)
+    x, grad = torch.randn(4, 6, requires_grad=True), torch.randn(4, 7)
+    layers.check_peer("right", AddmmLoRA.apply, layer, x, grad)
+    with pytest.raises(cases.WrongResult, match="forgetful"):
+        layers.check_peer("forgetful", lambda x, w, A, B, s: AddmmLoRA.apply(x, w, A, B, 0.9 * s), layer, x, grad)
+
+
+def test_peak_bytes_counts_what_is_held_at_once():
+    def step():
+        for _ in range(3):
+            torch.empty(1 << 20, dtype=torch.int8).fill_(1)
+
+    assert 1 << 20 <= peak_bytes(step, torch.device("cpu")) < 2 << 20
+
+
+@pytest.mark.parametrize("case", [("ticketed", 8192, 4096, 4096, 16, 128), ("decode", 1, 4096, 4096, 16, 16)], ids=str)
+def test_modelled_traffic(case):
+    schedule, m, n, k, r, rows = case
+    columns = 128 if rows == 128 else 64
+    row = traffic.model((m, n, k, r), {"schedule": schedule, "kernel": f"GemmILi{rows}ELi{columns}E"})
+    assert row.compulsory == 2 * (m * k + n * k + r * (n + k) + m * n + m * r)
+    assert row.compulsory < row.fused
+    assert (row.fused < row.peft) == (schedule == "ticketed")  # in decode every tile reads A
+    assert row.least_flops == 2 * m * k * (n + r) + 2 * m * n * r
+    assert (row.flops == row.least_flops) == (schedule == "ticketed")
+
+
+def test_report_has_every_case_and_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    args = ["--m", "16", "--n", "8", "--k", "8", "--rank", "2", "--pairs", "3", "--device", "cpu"]
+    assert main(["bench", *args, "--out", str(tmp_path), "--clock", "cpu"]) == 0
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["environment"]["clock"] == "cpu"
+    assert (tmp_path / "roofline.png").stat().st_size > 1000
+
+
+def test_unknown_level_is_refused(capsys):
+    assert main(["bench", "layers"]) == 2
+    assert "layer, decode" in capsys.readouterr().err
 
 
 def test_bench_fails_on_a_wrong_layer(monkeypatch, capsys):

@@ -85,7 +85,7 @@ _IEEE = Tile(32, 32, 32, 4, 3, "float32 without tf32 has no tensor cores: operan
 _FLOAT32_REDUCE = Tile(32, 64, 0, 8, 3, _IEEE.why)
 
 # Descriptors are made on the host (TensorDescriptor): those that a kernel makes (tl.make_tensor_descriptor) need memory
-# from triton.set_allocator, which is the caller's to set. A loop of wgmma or tcgen05 then has no address to compute (166
+# from triton.set_allocator, which is the caller's to set. A loop of wgmma or tcgen05 then computes no addresses (166
 # registers in place of 212 for the large forward on sm_90). sm_120 has TMA too, but feeds mma.sync, whose operands pass
 # through registers anyway. Small tiles are for launches so short that encoding two descriptors on the host would show.
 TARGETS = {

@@ -1,39 +1,38 @@
-"""``lora-kernels bench``: one layer, forward and backward: frozen linear, stock PEFT, fused."""
+"""``lora-kernels bench``: one layer beside PEFT and the frozen linear, or whole levels of cases."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-import lora_kernels as lk
-
+from ..benchmarks.cases import NULL, OURS, Case, Result, WrongResult, measure
+from ..benchmarks.measure import NOISE, GraphTimer, Timer, host_timer, synchronizer
 from . import _arguments as arguments
-from ._console import CliError, error, mebibytes, table
-from ._measure import MAX_NULL, NOISE, Ratio, interleave, repeats_for, saved_bytes, synchronizer
+from ._console import CliError, error, table
 from ._models import DTYPES, pick_device, require
 
-_SAMPLE_S = 0.05  # a shorter sample would measure the clock's and the scheduler's noise
-_GRADIENTS = ("x", "lora_A", "lora_B")
-
-
-class WrongResult(RuntimeError):
-    """The fused layer does not compute what it should."""
+LEVELS = ("layer", "decode", "sweep", "prompt", "block", "model")
+ALL, MODELLED = "all", "modelled"
 
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand to the main parser."""
     parser = commands.add_parser(
         "bench",
-        help="time one layer: frozen linear, stock PEFT, fused",
-        description="Time forward and backward of one LoRA layer against stock PEFT and the frozen linear layer "
-        "below both, interleaved in one run. Results are checked against float64 before the clock starts. The null "
-        "row is PEFT against itself: what it shows is the noise of the machine.",
+        help="time LoRA layers, prompts, blocks and models beside stock PEFT",
+        description="Time one LoRA layer, given by the options, or whole levels of cases: "
+        f"{', '.join(LEVELS)}, or {ALL} of them. Stock PEFT, the frozen layer below it, a hand-written addmm and the "
+        "fused layer take turns in one run. Results are checked before the clock starts; a wrong one ends the run with "
+        f"status 1. The null row is PEFT against itself: what it shows is the noise of the machine. '{MODELLED}' "
+        "prints what the CUDA kernels' schedules move and compute, by a model and without a GPU.",
     )
 
     def add(flag: str, **kwargs: Any) -> None:
@@ -41,162 +40,123 @@ def add_parser(commands: Any) -> None:
         parser.add_argument(flag, **kwargs)
 
     size = arguments.integer(1)
+    parser.add_argument("levels", nargs="*", metavar="LEVEL", help="what to time (default: one layer)")
     add("--m", type=size, default=512, metavar="M", help="tokens")
     add("--n", type=size, default=1536, metavar="N", help="out_features")
     add("--k", type=size, default=576, metavar="K", help="in_features")
     add("--rank", type=size, default=16, metavar="R", help="rank of the update")
     add("--dtype", choices=sorted(DTYPES), default="fp32", help="dtype of x and the frozen weight; the adapter is fp32")
     add("--dropout", type=arguments.probability, default=0.0, metavar="P", help="dropout on the LoRA branch")
-    add("--pairs", type=arguments.integer(3), default=15, metavar="N", help="interleaved rounds")
+    add("--pairs", type=arguments.integer(3), default=11, metavar="N", help="interleaved rounds")
     add("--device", default="auto", help="cpu, cuda, ...; auto is the GPU where there is one")
+    add("--clock", choices=("wall", "cpu"), default="wall",
+        help="cpu: seconds that this process computed, for a busy machine; use it with --threads 1")  # fmt: skip
     parser.add_argument("--threads", type=size, metavar="N", help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the rows of torch.compile")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json and plots there")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Carry out the command."""
+    unknown = set(options.levels) - {*LEVELS, ALL, MODELLED}
+    if unknown:
+        raise CliError(f"unknown level {sorted(unknown)[0]!r}; choose from {', '.join((*LEVELS, ALL, MODELLED))}")
+    if MODELLED in options.levels:
+        print(_modelled())
+        if options.levels == [MODELLED]:
+            return 0
     require("peft", "bench, which compares with stock PEFT,")
     if options.threads:
         torch.set_num_threads(options.threads)
-    device, dtype = pick_device(options.device), DTYPES[options.dtype]
-    torch.manual_seed(0)
-    base = nn.Linear(options.k, options.n, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    x = torch.randn(options.m, options.k, device=device, dtype=dtype, requires_grad=True)
-    grad = torch.randn(options.m, options.n, device=device, dtype=dtype)
-    peft, again = _peft_layer(base, options), _peft_layer(base, options)
-    fused = _peft_layer(base, options)
-    report = lk.patch(fused)
-    if not report.fused:
-        raise CliError(f"this layer is not fused: {report.kept}")
-
+    device = pick_device(options.device)
     try:
-        errors = check(fused, x, grad)
+        results, env, light = _measure_all(_cases(options, device), options, device)
     except WrongResult as problem:
         error(str(problem))
         return 1
-    steps = {name: _step(layer, x, grad) for name, layer in
-             (("frozen", base), ("peft", peft), ("fused", fused), ("peft again", again))}  # fmt: skip
-    sync = synchronizer(device)
-    times = interleave(steps, options.pairs, repeats=repeats_for(steps["peft"], _SAMPLE_S, sync), warmup=2, sync=sync)
-    result = {
-        **{key: getattr(options, key) for key in ("m", "n", "k", "rank", "dtype", "dropout", "pairs")},
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "why": lk.why("lora_linear", x, base.weight, *_weights(fused))._asdict(),
-        "errors": errors,
-        "seconds": {name: times.median(name) for name in steps},
-        "fused / peft": times.ratio("fused", "peft")._asdict(),
-        "fused / frozen": times.ratio("fused", "frozen")._asdict(),
-        "peft / frozen": times.ratio("peft", "frozen")._asdict(),
-        "null (peft / peft)": times.ratio("peft again", "peft")._asdict(),
-        "saved_bytes": {
-            name: saved_bytes(lambda layer=layer: layer(x), layer.parameters())
-            for name, layer in (("frozen", base), ("peft", peft), ("fused", fused))
-        },
-    }
-    print(json.dumps(result, indent=2) if options.json else _render(result))
+    from ..benchmarks import report
+
+    print(json.dumps({"environment": env, "results": [asdict(r) for r in results]}, indent=2) if options.json else
+          "\n".join([*(f"{key}: {value}" for key, value in env.items()), "", report.render(results)]))  # fmt: skip
+    if not options.levels and not options.json and not results[0].quotable:
+        print(NOISE)
+    if options.out:
+        report.write_json(options.out / "results.json", results, env)
+        for path in report.plot(options.out, results, env, light):
+            print(f"wrote {path}")
     return 0
 
 
-def _peft_layer(base: nn.Linear, options: argparse.Namespace) -> nn.Module:
-    """Stock PEFT around ``base``; every call gives the same adapter, with a B that is not zero."""
-    import peft
+def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    from ..benchmarks import layers, models, prompts
 
-    holder = nn.Sequential()
-    holder.add_module("layer", base)
-    config = peft.LoraConfig(
-        r=options.rank, lora_alpha=2 * options.rank, lora_dropout=options.dropout, target_modules=["layer"]
-    )
-    model = peft.get_peft_model(holder, config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
-    return model
-
-
-def _weights(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """(lora_A, lora_B) of the only adapter."""
-    found = dict(model.named_parameters())
-    (A,) = [p for name, p in found.items() if "lora_A" in name]
-    (B,) = [p for name, p in found.items() if "lora_B" in name]
-    return A, B
+    compiles = not options.no_compile
+    if not options.levels:
+        dtype = DTYPES[options.dtype]
+        sizes = {"rank": options.rank, "dropout": options.dropout, "dtype": dtype, "adapter_dtype": torch.float32}
+        yield layers.make_case(device, options.m, options.n, options.k, what="forward+backward", **sizes)
+        return
+    makers: dict[str, Callable[[], Iterator[Case]]] = {
+        "layer": lambda: layers.layer_cases(device, compiles),
+        "decode": lambda: layers.decode_cases(device),
+        "sweep": lambda: layers.sweep_cases(device),
+        "prompt": prompts.prompt_cases,
+        "block": lambda: models.block_cases(device, compiles),
+        "model": lambda: models.model_cases(device),
+    }
+    for level in LEVELS:
+        if level in options.levels or ALL in options.levels:
+            yield from makers[level]()
 
 
-def _step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
-    """One forward and backward; gradients are dropped, so that every call allocates them as a training step does."""
-    leaves = [x, *[p for p in layer.parameters() if p.requires_grad]]
+def _measure_all(
+    cases: Iterator[Case], options: argparse.Namespace, device: torch.device
+) -> tuple[list[Result], dict[str, Any], Any]:
+    from ..benchmarks import report
+    from ..benchmarks.light import measure_light
 
-    def step() -> None:
-        layer(x).backward(grad)
-        for leaf in leaves:
-            leaf.grad = None
-
-    return step
-
-
-def check(model: nn.Module, x: Tensor, grad: Tensor) -> dict[str, float]:
-    """Errors of the fused layer against float64, relative to those of unfused torch code in the same dtype.
-
-    Dropout is off, because two implementations draw different masks.
-
-    Raises:
-        WrongResult: an output or gradient is more than twice as far from float64 as unfused code, plus 4 ulp.
-    """
-    A, B = _weights(model)
-    (layer,) = [m for m in model.modules() if hasattr(m, "base_layer")]
-    weight, scaling = layer.base_layer.weight, 2.0
-
-    def unfused(dtype: torch.dtype) -> list[Tensor]:
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, A, B)]
-        xs, a, b = leaves
-        y = F.linear(xs, weight.to(dtype)) + scaling * F.linear(F.linear(xs, a), b)
-        return [y, *torch.autograd.grad(y, leaves, grad.to(dtype))]
-
-    exact, plain = unfused(torch.float64), unfused(x.dtype)
-    model.eval()
-    y = model(x)
-    fused = [y, *torch.autograd.grad(y, [x, A, B], grad)]
-    model.train()
-    ratios = {}
-    for name, e, p, f in zip(("y", *_GRADIENTS), exact, plain, fused, strict=True):
-        allowed = 2 * (p - e).abs().max() + 4 * torch.finfo(x.dtype).eps * e.abs().max()
-        wrong = (f - e).abs().max()
-        if not wrong <= allowed:
-            raise WrongResult(f"the fused layer is wrong: {name} is off by {wrong:.3g}, allowed are {allowed:.3g}")
-        ratios[name] = (wrong / allowed).item()
-    return ratios
+    sync = synchronizer(device)
+    host: Timer = host_timer(sync, time.process_time if options.clock == "cpu" else time.perf_counter)
+    light = measure_light(device, host)
+    results = []
+    for case in cases:
+        # A graph holds a layer; a model's step has an optimizer and decoding, which wait for the host.
+        graphed = device.type == "cuda" and case.level in ("layer", "decode", "ranks", "tokens")
+        timer = GraphTimer(device) if graphed else host
+        result = measure(case, options.pairs, timer, device, light.seconds)
+        results.append(result)
+        if options.levels:
+            ratio, null = result.speedup[OURS], result.speedup[NULL]
+            print(f"{case.level}: {case.name}, {case.what}: PEFT / fused {ratio}, null {null.median:.3f}",
+                  file=sys.stderr, flush=True)  # fmt: skip
+    return results, report.environment(device, light, options.clock), light
 
 
-def _render(result: dict[str, Any]) -> str:
-    seconds, saved = result["seconds"], result["saved_bytes"]
+def _modelled() -> str:
+    from .. import _native
+    from ..architectures import ARCHITECTURES
+    from ..benchmarks.traffic import PROBLEMS, model
 
-    def against(base: str, name: str) -> str:
-        if name == base:
-            return "1"
-        key = "null (peft / peft)" if name == "peft again" else f"{name} / {base}"
-        return str(Ratio(**result[key])) if key in result else ""
-
-    rows = [
-        (
-            name.replace("peft again", "null: peft again"),
-            f"{1e3 * seconds[name]:.2f}",
-            against("peft", name),
-            "" if name == "peft again" else against("frozen", name),
-            mebibytes(saved[name]) if name in saved else "",
-        )
-        for name in seconds
-    ]
-    why = result["why"]
-    worst = max(result["errors"].values())
-    quiet = abs(result["null (peft / peft)"]["median"] - 1) <= MAX_NULL
+    if _native.cuda is None:
+        raise CliError(f"the model reads tiles from the CUDA extension: {_native.cuda_error}")
+    arch = ARCHITECTURES["sm_80"]
+    rows = []
+    for m, n, k, r in PROBLEMS:
+        launch = _native.cuda.plan_lora_linear(
+            dtype="bf16", m=m, n=n, k=k, rank=r, rows_aligned=True, has_dropout=False,
+            sms=arch.sms, shared_per_block=arch.shared_per_block,
+        )  # fmt: skip
+        row = model((m, n, k, r), launch)
+        sizes = (row.compulsory, row.fused, row.split, row.peft)
+        rows.append((
+            f"{m}x{n}x{k}, r={r}", f"{row.schedule} {row.tile[0]}x{row.tile[1]}",
+            *(f"{size / 2**20:,.1f}" for size in sizes),
+            f"{row.flops / 1e9:,.2f}", f"{row.flops / row.least_flops:.3f}",
+        ))  # fmt: skip
+    header = ("m x n x k", "schedule", "compulsory", "fused", "split", "PEFT", "mma Gflop", "/ least")
     return (
-        "m={m} n={n} k={k} rank={rank} {dtype} dropout={dropout} on {device}, {threads} threads, "
-        "{pairs} interleaved rounds\n".format(**result)
-        + f"fused runs on {why['backend']} ({why['schedule']}): {why['reason']}\n"
-        + f"checked against float64: largest error is {100 * worst:.0f} % of what is allowed\n\n"
-        + table(("forward + backward", "ms", "/ peft [quartiles]", "/ frozen [quartiles]", "saved"), rows, right=(1, 4))
-        + ("" if quiet else "\n" + NOISE)
+        "MODEL, not a measurement: MiB that blocks ask of the L2 cache and tensor-core work, bf16 forward on sm_80\n"
+        + table(header, rows, right=(2, 3, 4, 5, 6, 7))
     )

@@ -1,7 +1,4 @@
-"""What a prompt or a prefix costs beside its model, forward and backward: PEFT, patched, and PEFT again.
-
-    python bench/prompt_layers.py
-    python bench/prompt_layers.py --hidden 576 --rows 100 --methods prefix
+"""What a prompt or a prefix costs beside its model, forward and backward: PEFT and patched.
 
 The model below PEFT returns its embeddings, so that only what PEFT and lora_kernels do is timed, their Python included:
 embedding the tokens, making the prompt, putting it in front, mask and labels. For prefixes it is ``get_prompt``, which
@@ -11,10 +8,7 @@ values leaves them. Before the clock starts, embeddings, keys, values and gradie
 
 from __future__ import annotations
 
-import argparse
-import copy
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import peft
@@ -23,11 +17,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 
 import lora_kernels as lk
-from lora_kernels.cli._arguments import integer
-from lora_kernels.cli._console import table
-from lora_kernels.cli._measure import MAX_NULL, NOISE, interleave, repeats_for
 
-BATCH, TOKENS, VOCABULARY, SAMPLE_S = 8, 512, 49152, 0.1
+from .cases import BASELINE, OURS, Case, WrongResult
+
+BATCH, TOKENS, VOCABULARY = 8, 512, 49152
 SHAPES = {576: (30, 9, 3), 2048: (16, 32, 8)}
 """Hidden size to layers, heads, heads of keys and values: SmolLM2-135M and Llama-3.2-1B."""
 METHODS = ("prompt", "mlp", "lstm", "multitask", "prefix", "projected prefix")
@@ -105,60 +98,42 @@ def make_step(model: peft.PeftModel, method: str, hidden: int, rows: int) -> Cal
 
 
 def check(stock: peft.PeftModel, patched: peft.PeftModel, steps: dict[str, Callable[[], list[Tensor]]]) -> None:
-    """Outputs and gradients are PEFT's, and no call fell back."""
+    """Outputs and gradients are PEFT's, and no call fell back.
+
+    Raises:
+        WrongResult: something differs, or was not fused.
+    """
     lk.reset_stats()
-    for ours, expected in zip(steps["fused"](), steps["PEFT"](), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    assert lk.stats()["fallback"] == {}, lk.stats()
-    assert lk.stats()["served"], "nothing was fused"
-    for (name, p), q in zip(patched.named_parameters(), stock.parameters(), strict=True):
-        if p.requires_grad:
-            bound = 1e-4 * q.grad.abs().max().item()
-            torch.testing.assert_close(
-                p.grad, q.grad, rtol=1e-4, atol=bound, msg=lambda text, name=name: f"{name}: {text}"
-            )
+    results = {name: steps[name]() for name in (BASELINE, OURS)}
+    counts = lk.stats()
+    if counts["fallback"] or not counts["served"]:
+        raise WrongResult(f"not everything was fused: {counts}")
+    pairs = [("output", *pair) for pair in zip(results[OURS], results[BASELINE], strict=True)]
+    for (name, ours), theirs in zip(patched.named_parameters(), stock.parameters(), strict=True):
+        if ours.requires_grad:
+            pairs.append((name, ours.grad, theirs.grad))
+    for name, value, reference in pairs:
+        if not (value - reference).abs().max() <= 1e-4 * reference.abs().max():
+            raise WrongResult(f"{name} is not what PEFT computes")
 
 
-def main() -> int:
-    """Print a row per problem; 1 if the machine was too noisy for one of them."""
-    parser = argparse.ArgumentParser(description="Time prompts and prefixes: stock PEFT against lora_kernels.")
-    parser.add_argument("--hidden", type=int, nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--rows", type=integer(1), nargs="+", default=[20, 100], help="virtual tokens")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rounds", type=integer(3), default=11, help="interleaved rounds (default: %(default)s)")
-    options = parser.parse_args()
-    lines, noisy = [], False
-    for hidden in options.hidden:
-        for rows in options.rows:
-            for method in options.methods:
+def prompt_cases(
+    methods: Sequence[str] = METHODS, hidden_sizes: Sequence[int] = tuple(SHAPES), rows: Sequence[int] = (20, 100)
+) -> Iterator[Case]:
+    """Every method at every size, on the CPU."""
+    for hidden in hidden_sizes:
+        for count in rows:
+            for method in methods:
                 torch.manual_seed(0)
-                stock = make_model(method, hidden, rows)
-                patched = copy.copy(stock)  # the same parameters
-                patched.__dict__ = dict(stock.__dict__)
+                stock = make_model(method, hidden, count)
+                patched = make_model(method, hidden, count)
+                for ours, theirs in zip(patched.parameters(), stock.parameters(), strict=True):
+                    ours.data = theirs.data  # the same memory: neither is in the cache when the other is not
                 lk.patch(patched)
                 steps = {
-                    "PEFT": make_step(stock, method, hidden, rows),
-                    "fused": make_step(patched, method, hidden, rows),
+                    BASELINE: make_step(stock, method, hidden, count),
+                    OURS: make_step(patched, method, hidden, count),
                 }
-                steps["null"] = steps["PEFT"]
                 check(stock, patched, steps)
-                repeats = repeats_for(steps["fused"], SAMPLE_S)
-                timings = interleave(steps, options.rounds, repeats=repeats)
-                null = timings.ratio("null", "PEFT")
-                speedup = timings.ratio("PEFT", "fused")
-                quotable = abs(null.median - 1) <= MAX_NULL
-                noisy |= not quotable
-                milliseconds = [f"{timings.median(name) * 1e3:.2f}" for name in ("PEFT", "fused")]
-                lines.append(
-                    [method, str(hidden), str(rows), *milliseconds, str(speedup), str(null), "" if quotable else "?"]
-                )
-                print(" ".join(lines[-1]), file=sys.stderr, flush=True)
-    print(f"B={BATCH}, T={TOKENS}, fp32, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(table(["method", "H", "P", "PEFT ms", "fused ms", "PEFT / fused", "null", ""], lines))
-    if noisy:
-        print(NOISE)
-    return int(noisy)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+                name = f"{method}, H={hidden}, P={count}, B={BATCH}, T={TOKENS}, float32"
+                yield Case("prompt", name, "forward+backward", steps)

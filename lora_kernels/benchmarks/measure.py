@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Step = Callable[[], Any]
+Timer = Callable[[Step, int], float]
+"""Seconds per call of a step, over a number of calls."""
 
 MAX_NULL = 0.02
 """How far from 1 the median ratio of a null run may be for timings to be quoted."""
@@ -52,6 +57,64 @@ def synchronizer(device: torch.device) -> Callable[[], None]:
     return lambda: None
 
 
+def host_timer(sync: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.perf_counter) -> Timer:
+    """Reads ``clock`` on the host, after ``sync``.
+
+    ``time.process_time`` as the clock counts what all threads of this process computed, and not the time that a busy
+    machine gave to others: a fair measure for one thread.
+    """
+
+    def seconds(step: Step, repeats: int) -> float:
+        sync()
+        start = clock()
+        for _ in range(repeats):
+            step()
+        sync()
+        return (clock() - start) / repeats
+
+    return seconds
+
+
+class GraphTimer:
+    """Times the replay of a CUDA graph of a step by events, each replay after the L2 cache was overwritten.
+
+    What the host does between launches is not in it. A step that a graph cannot hold raises torch's error.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(2 * l2, dtype=torch.int8, device=device)
+        self._graphs: dict[Step, torch.cuda.CUDAGraph] = {}
+
+    def __call__(self, step: Step, repeats: int) -> float:
+        graph = self._graphs.get(step)
+        if graph is None:
+            graph = self._graphs[step] = self._capture(step)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        milliseconds = 0.0
+        for _ in range(repeats):
+            self._flush.zero_()
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            milliseconds += start.elapsed_time(end)
+        return milliseconds / 1e3 / repeats
+
+    @staticmethod
+    def _capture(step: Step) -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph
+
+
 def interleave(
     variants: Mapping[str, Step],
     rounds: int,
@@ -59,6 +122,7 @@ def interleave(
     repeats: int = 1,
     warmup: int = 1,
     sync: Callable[[], None] = lambda: None,
+    timer: Timer | None = None,
     after_round: Callable[[int], None] = lambda done: None,
 ) -> Timings:
     """Time all variants once per round, so that a change in the machine's speed hits them alike.
@@ -73,8 +137,10 @@ def interleave(
         repeats: calls per sample; the sample is their mean.
         warmup: untimed calls of each variant first.
         sync: called before the clock is read.
+        timer: takes a sample, in place of the wall clock and ``sync``.
         after_round: called with the number of finished rounds, outside the timed part.
     """
+    timer = timer or host_timer(sync)
     for step in variants.values():
         for _ in range(warmup):
             step()
@@ -88,12 +154,7 @@ def interleave(
             shift = (done // 2) % len(names)
             order = names[shift:] + names[:shift]
             for name in order if done % 2 == 0 else reversed(order):
-                sync()
-                start = time.perf_counter()
-                for _ in range(repeats):
-                    variants[name]()
-                sync()
-                seconds[name].append((time.perf_counter() - start) / repeats)
+                seconds[name].append(timer(variants[name], repeats))
             after_round(done + 1)
     finally:
         if collecting:
@@ -134,3 +195,37 @@ def saved_bytes(forward: Step, exclude: Iterable[Tensor] = ()) -> int:
         result = forward()
     del result
     return sum(sizes.values())
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """The most bytes that ``step`` holds at a time, beyond what was there before it."""
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The profiler's library reports there that there is no GPU, at every start and whatever its log level."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,0 +1,91 @@
+"""A benchmark case: the same work by several implementations, and what measuring them gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .measure import MAX_NULL, Ratio, Step, Timer, interleave, peak_bytes, repeats_for, saved_bytes
+
+BASELINE, OURS, NULL = "PEFT", "fused", "PEFT again"
+SAMPLE_S = 0.05
+"""A shorter sample would measure the noise of clock and scheduler."""
+
+
+class WrongResult(RuntimeError):
+    """An implementation does not compute what it should; nothing is timed then."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Work to time. Its results have been checked when it is made."""
+
+    level: str
+    name: str
+    what: str
+    """"forward", "forward+backward", "decode" or "step"."""
+    steps: Mapping[str, Step]
+    """Implementations by name; ``BASELINE`` and ``OURS`` are among them."""
+    forwards: Mapping[str, Step] = field(default_factory=dict)
+    """Forward passes whose result holds the graph, for the bytes saved for backward."""
+    constants: Sequence[Tensor] = ()
+    """Parameters and buffers: not counted as saved."""
+    flops: int = 0
+    bytes: int = 0
+    """Least work and traffic of the fused result; 0 where the share of the speed of light is not asked for."""
+    shape: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of the problem for plots: m, n, k, rank, dropout."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``measure`` found. Ratios are medians over rounds, of samples taken in the same round."""
+
+    level: str
+    name: str
+    what: str
+    seconds: dict[str, float]
+    speedup: dict[str, Ratio]
+    """Time of PEFT over time of each implementation: above 1 means faster than PEFT."""
+    over_frozen: dict[str, Ratio]
+    """Time of each over that of the frozen layer, where the case has one."""
+    saved: dict[str, int]
+    peak: dict[str, int]
+    flops: int
+    bytes: int
+    light_share: float | None
+    shape: dict[str, float]
+
+    @property
+    def quotable(self) -> bool:
+        """Whether PEFT against itself was near enough to 1."""
+        return abs(self.speedup[NULL].median - 1) <= MAX_NULL
+
+
+def measure(case: Case, rounds: int, timer: Timer, device: torch.device, light: Callable[[Case], float]) -> Result:
+    """Times every implementation of ``case``, interleaved, and PEFT twice.
+
+    Args:
+        case: what to time.
+        rounds: samples per implementation.
+        timer: takes one sample.
+        device: where it runs.
+        light: seconds that the least work of a case takes at this machine's measured speeds; 0 where unknown.
+    """
+    saved = {name: saved_bytes(forward, case.constants) for name, forward in case.forwards.items()}
+    peak = {name: peak_bytes(step, device) for name, step in case.steps.items()}
+    steps = {**case.steps, NULL: case.steps[BASELINE]}
+    times = interleave(steps, rounds, repeats=repeats_for(case.steps[OURS], SAMPLE_S), warmup=2, timer=timer)
+    shortest = light(case)
+    return Result(
+        case.level, case.name, case.what,
+        seconds={name: times.median(name) for name in steps},
+        speedup={name: times.ratio(BASELINE, name) for name in steps if name != BASELINE},
+        over_frozen={name: times.ratio(name, "frozen") for name in steps if "frozen" in steps and name != "frozen"},
+        saved=saved, peak=peak, flops=case.flops, bytes=case.bytes,
+        light_share=shortest / times.median(OURS) if shortest else None,
+        shape=dict(case.shape),
+    )  # fmt: skip

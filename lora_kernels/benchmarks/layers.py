@@ -1,0 +1,180 @@
+"""One LoRA layer: frozen linear, stock PEFT, PEFT compiled, addmm, fused, and the peers that are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lora_kernels as lk
+
+from .. import dispatch
+from . import peers
+from .cases import BASELINE, OURS, Case, WrongResult
+from .measure import Step
+
+SIZES = ((576, 576), (1536, 576), (2048, 2048), (4096, 4096))
+"""out_features, in_features: SmolLM2-135M's projections, and those of models with 1 and 7 billion parameters."""
+TOKENS = (512, 2048)
+RANK, SCALING, CHECKED_ROWS = 16, 2.0, 256
+SWEPT_RANKS, SWEPT_TOKENS = (1, 8, 16, 32, 64, 128, 256), (1, 4, 16, 64, 256, 1024)
+
+
+def peft_layer(base: nn.Linear, rank: int, dropout: float, adapter_dtype: torch.dtype) -> nn.Module:
+    """PEFT's layer around ``base``, fp32 or of base's dtype; every call gives the same adapter, B not zero."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=SCALING * rank, lora_dropout=dropout, target_modules=["0"], init_lora_weights=True
+    )
+    model = peft.get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=adapter_dtype == torch.float32)
+    (layer,) = (m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in weights(layer):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return layer
+
+
+def weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """(lora_A, lora_B) of the only adapter of a PEFT layer."""
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+def check(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, float]:
+    """Errors of a fused layer against float64, as shares of what is allowed: twice unfused code's error plus 4 ulp.
+
+    Dropout is off, because two implementations draw different masks.
+
+    Raises:
+        WrongResult: an output or gradient is further from float64 than that.
+    """
+    A, B = weights(layer)
+    weight = layer.base_layer.weight
+
+    def unfused(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, A, B)]
+        xs, a, b = leaves
+        y = F.linear(xs, weight.to(dtype)) + SCALING * F.linear(F.linear(xs, a), b)
+        return [y, *torch.autograd.grad(y, leaves, grad.to(dtype))]
+
+    exact, plain = unfused(torch.float64), unfused(x.dtype)
+    layer.eval()
+    y = layer(x)
+    fused = [y, *torch.autograd.grad(y, [x, A, B], grad)]
+    layer.train()
+    shares = {}
+    for name, e, p, f in zip(("y", "x", "lora_A", "lora_B"), exact, plain, fused, strict=True):
+        allowed = 2 * (p - e).abs().max() + 4 * torch.finfo(x.dtype).eps * e.abs().max()
+        wrong = (f - e).abs().max()
+        if not wrong <= allowed:
+            raise WrongResult(f"the fused layer is wrong: {name} is off by {wrong:.3g}, allowed are {allowed:.3g}")
+        shares[name] = (wrong / allowed).item()
+    return shares
+
+
+def check_peer(name: str, peer: peers.Linear, layer: nn.Module, x: Tensor, grad: Tensor) -> None:
+    """A peer's output and gradients are PEFT's, within a hundredth of the largest element."""
+    leaves = [x, *weights(layer)]
+    layer.eval()
+    y = layer(x)
+    expected = [y, *torch.autograd.grad(y, leaves, grad)]
+    layer.train()
+    y = peer(x[None], layer.base_layer.weight, *weights(layer), SCALING)[0]
+    for result, reference in zip([y, *torch.autograd.grad(y, leaves, grad)], expected, strict=True):
+        if not (result - reference).abs().max() <= 1e-2 * reference.abs().max():
+            raise WrongResult(f"{name} does not compute what PEFT does")
+
+
+def make_case(
+    device: torch.device, m: int, n: int, k: int, *, rank: int = RANK, dropout: float = 0.0, what: str,
+    dtype: torch.dtype = torch.float32, adapter_dtype: torch.dtype | None = None, compiled: bool = False,
+    level: str = "layer",
+) -> Case:  # fmt: skip
+    """One layer. ``what`` is "forward" (with gradients), "forward+backward", or "decode" (without)."""
+    torch.manual_seed(0)
+    adapter_dtype = adapter_dtype or dtype
+    base = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
+    grad = torch.randn(m, n, device=device, dtype=dtype)
+    stock, fused = (peft_layer(base, rank, dropout, adapter_dtype) for _ in range(2))
+    report = lk.patch(fused)
+    if not report.fused:
+        raise WrongResult(f"this layer is not fused: {report.kept}")
+    few = x.detach()[:CHECKED_ROWS].clone().requires_grad_()
+    check(fused, few, grad[:CHECKED_ROWS])
+
+    calls: dict[str, Callable[[], Tensor]] = {
+        "frozen": lambda: base(x), BASELINE: lambda: stock(x), OURS: lambda: fused(x),
+    }  # fmt: skip
+    if compiled:
+        compiled_layer = torch.compile(stock, dynamic=False)
+        calls[f"{BASELINE} compiled"] = lambda: compiled_layer(x)
+    if dropout == 0.0 and adapter_dtype == dtype:
+        others = {"addmm": peers.AddmmLoRA.apply, **peers.installed(device)}
+        for name, peer in others.items():
+            check_peer(name, peer, stock, few, grad[:CHECKED_ROWS])
+            calls[name] = lambda peer=peer: peer(x[None], base.weight, *weights(stock), SCALING)[0]
+    leaves = [x, *weights(stock), *weights(fused)]
+    steps = {name: _step(call, what, grad, leaves) for name, call in calls.items()}
+
+    seed = torch.zeros(1, dtype=torch.int64) if dropout else None
+    args = (x, base.weight, *weights(fused), None, seed, SCALING, dropout)
+    spec, flops, traffic = dispatch.specs(), 0, 0
+    if dtype == adapter_dtype:
+        flops, traffic = spec["lora_linear"].flops(*args), spec["lora_linear"].bytes(*args)
+        if what == "forward+backward":
+            s = x.new_empty(m, rank)
+            args = (grad, x, s, base.weight, *weights(fused), seed, SCALING, dropout, True, True, True)
+            flops += spec["lora_linear_backward"].flops(*args)
+            traffic += spec["lora_linear_backward"].bytes(*args)
+    kind = str(dtype).removeprefix("torch.") + ("" if adapter_dtype == dtype else ", fp32 adapters")
+    return Case(
+        level, f"{k} -> {n}, {m} token{'s' * (m > 1)}, r={rank}, {kind}, dropout {dropout:g}", what, steps,
+        forwards={} if what == "decode" else {name: calls[name] for name in ("frozen", BASELINE, OURS)},
+        constants=[base.weight, *weights(stock), *weights(fused)], flops=flops, bytes=traffic,
+        shape={"m": m, "n": n, "k": k, "rank": rank, "dropout": dropout},
+    )  # fmt: skip
+
+
+def _step(call: Callable[[], Tensor], what: str, grad: Tensor, leaves: list[Tensor]) -> Step:
+    """Gradients are dropped, so that every call allocates them as a training step does."""
+
+    def decode() -> None:
+        with torch.no_grad():
+            call()
+
+    def train() -> None:
+        call().backward(grad)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return {"forward": call, "forward+backward": train, "decode": decode}[what]
+
+
+def layer_cases(device: torch.device, compile_peft: bool = True) -> Iterator[Case]:
+    """Training shapes in fp32 with and without dropout, and 16-bit ones."""
+    for what in ("forward", "forward+backward"):
+        for dropout in (0.0, 0.1):
+            for n, k in SIZES:
+                for m in TOKENS:
+                    compiled = compile_peft and (n, k, m) == (1536, 576, 512)
+                    yield make_case(device, m, n, k, dropout=dropout, what=what, compiled=compiled)
+        for adapters in (torch.bfloat16, torch.float32):
+            yield make_case(device, 512, 1536, 576, what=what, dtype=torch.bfloat16, adapter_dtype=adapters)
+
+
+def decode_cases(device: torch.device) -> Iterator[Case]:
+    """One token without gradients."""
+    for n, k in SIZES:
+        yield make_case(device, 1, n, k, what="decode", level="decode")
+
+
+def sweep_cases(device: torch.device) -> Iterator[Case]:
+    """One layer over ranks, and over tokens."""
+    for rank in SWEPT_RANKS:
+        yield make_case(device, 512, 1536, 576, rank=rank, what="forward+backward", level="ranks")
+    for m in SWEPT_TOKENS:
+        yield make_case(device, m, 1536, 576, what="forward+backward", level="tokens")
