@@ -261,10 +261,7 @@ class PromptEncoder(_Prompt):
         self.mlp_head = nn.Sequential(*layers[:-1])
 
     def prompt(self) -> Tensor:
-        rows = all_rows(self.embedding)
-        if self.kind == "LSTM":
-            rows = self.lstm_head(rows.unsqueeze(0))[0].squeeze(0)
-        return self.mlp_head(rows)
+        return encoded_rows(self)
 
     def load_peft_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Raises ValueError: PEFT's checkpoints hold the prompt and not the network that made it."""
@@ -301,6 +298,13 @@ def all_rows(embedding: nn.Embedding) -> Tensor:
     if weight is not None:
         return weight
     return embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device))
+
+
+def encoded_rows(encoder: nn.Module) -> Tensor:
+    """The prompt of a ``PromptEncoder``, ours or PEFT's: [num_virtual_tokens, hidden_size]."""
+    rows = all_rows(encoder.embedding)
+    lstm = encoder._modules.get("lstm_head")
+    return encoder.mlp_head(rows if lstm is None else lstm(rows.unsqueeze(0))[0].squeeze(0))
 
 
 @torch.no_grad()

@@ -33,9 +33,9 @@ from transformers import Cache
 
 from .. import dispatch
 from ..ops.prompt_embedding import FLOATS, INDICES
-from ..prefix_functional import prefix_kv
+from ..prefix_functional import KeysAndValues, prefix_kv
 from ..prompt_functional import PromptEmbeddingOutput, prompt_embedding
-from ..prompt_modules import all_rows, has_hooks, plain_weight
+from ..prompt_modules import all_rows, encoded_rows, has_hooks, plain_weight
 from ..reasons import Reason
 from . import _cache
 
@@ -120,18 +120,10 @@ class _FusedPrompts:
         config = self.active_peft_config
         if config.peft_type != PeftType.PREFIX_TUNING:
             return super().get_prompt(batch_size, *args, **kwargs)
-        reason = adapter_reason(self, self.active_adapter) or _transform_reason()
-        encoder = self.prompt_encoder[self.active_adapter]
-        rows = None if reason else self._rows(encoder)
-        if reason is None and type(rows) not in _PLAIN_TENSORS:
-            reason = Reason.DTENSOR
-        dtype = None if reason else self.base_model_torch_dtype or rows.dtype
-        if reason is None and (rows.dtype not in FLOATS or dtype not in FLOATS):
-            reason = Reason.DTYPE
-        if reason is not None:
-            _count("prefix_kv", reason)
+        pairs = self._keys_and_values(batch_size)
+        if isinstance(pairs, Reason):
+            _count("prefix_kv", pairs)
             return super().get_prompt(batch_size, *args, **kwargs)
-        pairs = prefix_kv(rows, config.num_layers, config.num_attention_heads, batch_size=batch_size, dtype=dtype)
         if config.num_transformer_submodules == 2:
             # PEFT deals the keys and values out in fours, twice round; of each four, the decoder attends to two.
             pairs = tuple(pairs[2 * layer % len(pairs)] for layer in range(len(pairs)))
@@ -141,16 +133,33 @@ class _FusedPrompts:
         map_cache_to_layer_device_map(self.get_base_model(), cache)
         return cache
 
+    def _keys_and_values(self, batch_size: int) -> KeysAndValues | Reason:
+        """Of the active prefix, or why PEFT must make them."""
+        reason = adapter_reason(self, self.active_adapter) or _transform_reason()
+        if reason is not None:
+            return reason
+        rows = self._rows(self.prompt_encoder[self.active_adapter])
+        if type(rows) not in _PLAIN_TENSORS:
+            return Reason.DTENSOR
+        dtype = self.base_model_torch_dtype or rows.dtype
+        if rows.dtype not in FLOATS or dtype not in FLOATS:
+            return Reason.DTYPE
+        config = self.active_peft_config
+        return prefix_kv(rows, config.num_layers, config.num_attention_heads, batch_size=batch_size, dtype=dtype)
+
     def _rows(self, encoder: nn.Module) -> Tensor:
         """What the encoder makes of all of its tokens, once: [tokens, width]."""
         if self.active_peft_config.inference_mode:
             return encoder.embedding.weight
-        if type(encoder) is PromptEmbedding and not has_hooks(encoder):
-            return all_rows(encoder.embedding)
-        tokens = self.prompt_tokens[self.active_adapter].to(encoder.embedding.weight.device)
-        if self.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
-            tokens = tokens[: self.active_peft_config.num_virtual_tokens]
-        return encoder(tokens.unsqueeze(0))[0]
+        if has_hooks(encoder):
+            tokens = self.prompt_tokens[self.active_adapter].to(encoder.embedding.weight.device)
+            if type(encoder) is PrefixEncoder:
+                tokens = tokens[: self.active_peft_config.num_virtual_tokens]
+            return encoder(tokens.unsqueeze(0))[0]
+        if type(encoder) is PromptEncoder:
+            return encoded_rows(encoder)
+        rows = all_rows(encoder.embedding)
+        return encoder.transform(rows) if type(encoder) is PrefixEncoder and encoder.prefix_projection else rows
 
     def _prompt(
         self, batch_size: int, task_ids: Tensor | None, of_decoder: bool = False
@@ -179,11 +188,7 @@ class _FusedPrompts:
             task_ids=task_ids,
         )  # fmt: skip
         if reason is not None:
-            if self._left_padding_fixed:
-                raise RuntimeError(
-                    f'patch(left_padding="fixed"): PEFT would use its own layout for this call: {reason}'
-                )
-            _count("prompt_embedding", reason)
+            self._decline(reason)
             return None
         weight = plain_weight(self.word_embeddings) if inputs_embeds is None else None
         if inputs_embeds is None and weight is None:
@@ -196,6 +201,12 @@ class _FusedPrompts:
             input_ids, weight, prompt, inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels,
             task_ids=task_ids, padding_side="left" if self._left_padding_fixed else "right",
         )  # fmt: skip
+
+    def _decline(self, reason: Reason) -> None:
+        """PEFT's own code serves the call, unless its layout is not wanted."""
+        if self._left_padding_fixed:
+            raise RuntimeError(f'patch(left_padding="fixed"): PEFT would use its own layout for this call: {reason}')
+        _count("prompt_embedding", reason)
 
     def _place(self, kwargs: dict[str, Any], fused: PromptEmbeddingOutput, has_mask: bool) -> None:
         """Embeddings, mask and, in the fixed layout, positions, as the base model takes them."""
@@ -385,7 +396,7 @@ class FusedSeq2SeqLM(_FusedPrompts, PeftModelForSeq2SeqLM):
         config, fused = self.active_peft_config, None
         is_multitask = config.peft_type == PeftType.MULTITASK_PROMPT_TUNING
         if is_multitask and (labels is None or any(t is not None for t in decoder.values())):
-            _count("prompt_embedding", Reason.EXTRA_ARGUMENTS)  # PEFT drops or lengthens them
+            self._decline(Reason.EXTRA_ARGUMENTS)  # PEFT drops or lengthens them
         elif config.peft_type in _PROMPTS:
             fused = self._fuse(**text, task_ids=task_ids)
         if fused is None:
@@ -402,16 +413,15 @@ class FusedSeq2SeqLM(_FusedPrompts, PeftModelForSeq2SeqLM):
         return self.base_model(**decoder, labels=labels, **outputs, **kwargs)
 
     def generate(self, **kwargs):
-        if (
-            self.active_peft_config.peft_type not in _PROMPTS
-            or "input_ids" not in kwargs
-            or "encoder_outputs" in kwargs
-        ):
+        if self.active_peft_config.peft_type not in _PROMPTS:
             return super().generate(**kwargs)
         mask = kwargs.get("attention_mask")
-        fused = self._fuse(
-            input_ids=kwargs["input_ids"], inputs_embeds=None, attention_mask=mask, task_ids=kwargs.get("task_ids")
-        )
+        if "input_ids" in kwargs and "encoder_outputs" not in kwargs:
+            fused = self._fuse(
+                input_ids=kwargs["input_ids"], inputs_embeds=None, attention_mask=mask, task_ids=kwargs.get("task_ids")
+            )
+        else:
+            fused = self._decline(Reason.EXTRA_ARGUMENTS)
         if fused is None:
             return super().generate(**kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "task_ids")}
