@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import dispatch
@@ -49,7 +50,7 @@ def _blocks(matrix: Tensor, wide: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def _squared_norm(weight: Tensor, wide: torch.dtype) -> Tensor:
-    if torch.compiler.is_compiling() or weight.is_inference():  # no version to go by
+    if torch.compiler.is_compiling() or isinstance(weight, FakeTensor) or weight.is_inference():  # nothing to go by
         return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
     owner = weight if weight._base is None else weight._base  # a Conv1D's weight is a new view in each call
     state = (weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)

@@ -35,13 +35,17 @@ def test_collapse_of_plain_names():
 def test_table_is_aligned_and_grouped_by_reason():
     report = Report(
         fused=[(f"h.{i}.{p}", FUSED) for i in range(12) for p in ("q", "v")] + [("lm_head", FROZEN_UPCAST)],
-        kept=[("h.12.q", Reason.DORA), ("h.12.v", Reason.DORA), ("embed", "layer type not served: Embedding")],
+        kept=[
+            ("h.12.q", Reason.DORA_DROPOUT),
+            ("h.12.v", Reason.DORA_DROPOUT),
+            ("embed", "layer type not served: Embedding"),
+        ],
     )
     assert str(report).splitlines() == [
         "24 of 27 LoRA layers fused, 1 frozen linear upcast",
         "  fused  24  lora_linear                       h.{0..11}.{q,v}",
         "  fused   1  frozen, upcast                    lm_head",
-        "  kept    2  DoRA                              h.12.{q,v}",
+        "  kept    2  DoRA under dropout                h.12.{q,v}",
         "  kept    1  layer type not served: Embedding  embed",
     ]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad as _forward_ad
 from torch.nn.modules import module as _module
 
@@ -24,7 +25,7 @@ Branch = tuple[Tensor, Tensor, "Tensor | None", "float | Tensor", float, bool, "
 EmbeddingOperands = tuple[Tensor, Tensor, Tensor, "float | Tensor", "int | None"]
 """weight, lora_A, lora_B, scaling, padding_idx."""
 
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # torch.export traces with fakes
 _PLAIN_LINEARS = (nn.Linear, FrozenLinear)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -51,14 +52,14 @@ def operands(layer: nn.Module) -> Operands | Reason:
 def adapter_operands(layer: nn.Module, name: str) -> Operands | Reason:
     """As ``operands``, for one adapter, whether it is the active one or not."""
     base_layer = layer.__dict__["_modules"]["base_layer"]
-    branch = branch_operands(layer, name, base_layer)
-    if type(branch) is not tuple:
-        return branch
-    lora_A, lora_B, lora_bias, scaling, p, training, magnitude = branch
     base = _base_operands(base_layer)
     if type(base) is not tuple:
         return base
+    branch = branch_operands(layer, name, base_layer)
+    if type(branch) is not tuple:
+        return branch
     weight, bias = base
+    lora_A, lora_B, lora_bias, scaling, p, training, magnitude = branch
     if lora_bias is not None:
         bias = _add_lora_bias(bias, lora_bias, scaling, weight.dtype)
     return weight, lora_A, lora_B, bias, scaling, p, training, magnitude
@@ -106,7 +107,7 @@ def branch_operands(layer: nn.Module, name: str, *also_skipped: nn.Module) -> Br
 
 
 def _base_operands(base: nn.Module) -> tuple[Tensor, Tensor | None] | Reason:
-    """Weight [out_features, in_features] and bias of a base layer, whose hooks were looked at before."""
+    """Weight [out_features, in_features] and bias of a base layer, whose hooks are not looked at."""
     plain = type(base) in _PLAIN_LINEARS
     if not plain and not _is_conv1d(base):
         return Reason.PARAMETRIZED if _is_parametrized(base) else Reason.BASE_LAYER
@@ -222,7 +223,7 @@ def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
 
 def ids_reason(ids: Any) -> Reason | None:
     """Why these token ids cannot be served by ``lora_embedding``; None if they can."""
-    if type(ids) is not Tensor:
+    if type(ids) not in _PLAIN_TENSORS:
         return Reason.DTENSOR
     if ids.layout != torch.strided or ids.is_nested:
         return Reason.LAYOUT

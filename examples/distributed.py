@@ -1,0 +1,142 @@
+"""LoRA training on several processes with torch's own engines, through fused layers: DDP and FSDP2 (``fully_shard``).
+
+Trains a small random Llama on one process's whole batch, then again with every strategy, each process on its share of
+the batch, and compares the losses, which must agree up to rounding. Works on CPUs (gloo) and on GPUs (nccl).
+
+    torchrun --nproc-per-node 2 examples/distributed.py
+    torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --out build/adapter
+    accelerate launch --config_file examples/accelerate.yaml examples/distributed.py --strategy accelerate  # on GPUs
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import lora_kernels as lk
+
+BATCH, TOKENS, VOCABULARY = 8, 16, 61
+STRATEGIES = ("ddp", "fsdp2", "accelerate")
+TOLERANCE = 1e-5
+"""Relative difference of losses: the processes sum the same gradients in another order."""
+
+
+def make_model(device: torch.device) -> PeftModel:
+    """The same model in every process, with its LoRA layers fused."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM(config).to(device), adapter)
+    lk.patch(model)
+    return model
+
+
+def distribute(model: PeftModel, strategy: str, device: torch.device) -> nn.Module:
+    """``model`` as the strategy wants it. Wrap after ``lk.patch``."""
+    if strategy == "ddp":
+        return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model.modules():
+        # A whole block is one group: the fused layers read the weights of their base layer and adapters themselves.
+        if isinstance(layer, LlamaDecoderLayer):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tensor], backward=Tensor.backward) -> list:
+    """The loss of each step, on this process's batches."""
+    losses = []
+    for tokens in batches:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return losses
+
+
+def train_with(strategy: str, shares: list[Tensor], device: torch.device) -> tuple[nn.Module, list[float]]:
+    """The trained model, and the losses over all processes."""
+    if strategy == "accelerate":
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=device.type == "cpu")
+        model = make_model(accelerator.device)
+        model, optimizer = accelerator.prepare(model, optimizer_of(model))
+        losses = train(model, optimizer, shares, accelerator.backward)
+    else:
+        model = distribute(make_model(device), strategy, device)
+        losses = train(model, optimizer_of(model), shares)  # the optimizer is made of the sharded parameters
+    for loss in losses:
+        dist.all_reduce(loss)
+    return model, [loss.item() / dist.get_world_size() for loss in losses]
+
+
+def save_adapter(model: nn.Module, directory: Path) -> None:
+    """PEFT's files, written by the first process from everybody's shards."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+        getattr(model, "module", model).save_pretrained(directory, state_dict=state)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--strategy", choices=("all", *STRATEGIES), default="all")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="where to save the adapters, one directory per strategy")
+    options = parser.parse_args()
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(VOCABULARY, (BATCH, TOKENS), generator=generator).to(device)] * options.steps
+
+    model = make_model(device)
+    expected = [loss.item() for loss in train(model, optimizer_of(model), batches)]
+    if rank == 0:
+        print(f"{'one process':12}", *(f"{loss:.6f}" for loss in expected))
+
+    agree = True
+    for strategy in STRATEGIES if options.strategy == "all" else [options.strategy]:
+        lk.reset_stats()
+        model, losses = train_with(strategy, [batch.chunk(world)[rank] for batch in batches], device)
+        difference = max(abs(ours - one) / one for ours, one in zip(losses, expected))
+        agree = agree and difference <= TOLERANCE
+        stats = lk.stats()
+        calls = sum(n for (op, _), n in stats["served"].items() if op == "lora_linear")
+        if rank == 0:
+            print(f"{strategy:12}", *(f"{loss:.6f}" for loss in losses))
+            print(f"{'':12} {type(model).__name__}, {world} processes, {calls} fused calls in this one, ", end="")
+            print(f"fallbacks {stats['fallback']}, largest relative difference {difference:.1e}")
+        if options.out is not None:
+            save_adapter(model, options.out / strategy)
+    dist.destroy_process_group()
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
