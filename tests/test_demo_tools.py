@@ -61,7 +61,7 @@ def test_bench_reports_times_ratios_and_bytes(capsys, dropout):
     assert found["environment"]["threads"] == torch.get_num_threads()
     (result,) = found["results"]
     addmm = {"addmm"} if dropout == "0" else set()
-    assert set(result["seconds"]) == {"frozen", "PEFT", "fused", "PEFT again", *addmm}
+    assert set(result["seconds"]) == {"frozen", "PEFT", "fused", "frozen_linear", "PEFT again", *addmm}
     assert all(value > 0 for value in result["seconds"].values())
     assert result["saved"]["frozen"] == 0
     assert result["saved"]["fused"] <= 4 * (64 * 32 + 64 * 4) + 8  # x, S and the seed

@@ -1,4 +1,7 @@
-"""One LoRA layer: frozen linear, stock PEFT, PEFT compiled, addmm, fused, and the peers that are installed."""
+"""One LoRA layer: frozen linear, stock PEFT, PEFT compiled, addmm, fused, and the peers that are installed.
+
+"frozen_linear" is the frozen layer as lora_kernels computes it: what of a gain is due to another product, not to fusion.
+"""
 
 from __future__ import annotations
 
@@ -108,6 +111,7 @@ def make_case(
 
     calls: dict[str, Callable[[], Tensor]] = {
         "frozen": lambda: base(x), BASELINE: lambda: stock(x), OURS: lambda: fused(x),
+        "frozen_linear": lambda: lk.frozen_linear(x, base.weight),
     }  # fmt: skip
     if compiled:
         compiled_layer = torch.compile(stock, dynamic=False)
@@ -162,8 +166,9 @@ def layer_cases(device: torch.device, compile_peft: bool = True) -> Iterator[Cas
                 for m in TOKENS:
                     compiled = compile_peft and (n, k, m) == (1536, 576, 512)
                     yield make_case(device, m, n, k, dropout=dropout, what=what, compiled=compiled)
-        for adapters in (torch.bfloat16, torch.float32):
-            yield make_case(device, 512, 1536, 576, what=what, dtype=torch.bfloat16, adapter_dtype=adapters)
+        for dtype in (torch.bfloat16, torch.float16):
+            for adapters in (dtype, torch.float32):
+                yield make_case(device, 512, 576, 576, what=what, dtype=dtype, adapter_dtype=adapters)
 
 
 def decode_cases(device: torch.device) -> Iterator[Case]:
