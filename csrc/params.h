@@ -106,6 +106,21 @@ struct LoraGradParams {
   Dropout dropout;
 };
 
+// y = x Wᵀ + bias + alpha · s Bᵀ for a few rows of x. bias and s may be null.
+struct LoraDecodeParams {
+  const float* x;  // [rows, k]
+  int64_t x_stride;
+  const float* w;  // [n, k]
+  int64_t w_stride;
+  const float* bias;
+  const float* s;  // [rows, rank], contiguous
+  const float* b;  // [n, rank]
+  int64_t b_stride;
+  float alpha;
+  float* y;  // [rows, n], contiguous
+  int64_t rows, n, k, rank;
+};
+
 // Element types of the kernels that convert between them.
 enum class FloatType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
 

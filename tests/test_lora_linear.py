@@ -71,20 +71,21 @@ def library(request, monkeypatch):
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(_cpu, "prefers_onednn", lambda: request.param == "onednn")
     monkeypatch.setattr(_cpu, "ONEDNN_FROM_ROWS", 0)
+    monkeypatch.setattr(_cpu, "FEW_ROWS", 1 << 20 if request.param == "decode" else 0)
     return request.param
 
 
 def test_library_is_what_dispatch_says(monkeypatch):
     monkeypatch.setattr(_cpu, "prefers_onednn", lambda: True)
 
-    def schedule(rows, n=24, dtype=FP32):
-        sizes = (rows, 8), (n, 8), (2, 8), (n, 2)
+    def schedule(rows, dtype=FP32):
+        sizes = (rows, 8), (24, 8), (2, 8), (24, 2)
         return lk.why("lora_linear", *(torch.randn(size, dtype=dtype) for size in sizes)).schedule
 
     assert schedule(_cpu.ONEDNN_FROM_ROWS) == "onednn"
     assert schedule(_cpu.ONEDNN_FROM_ROWS - 1) == "aten"
-    assert schedule(1, n=_cpu.ONEDNN_FROM_WEIGHTS // 8) == "onednn"
-    assert schedule(0, n=_cpu.ONEDNN_FROM_WEIGHTS // 8) == "aten"
+    assert schedule(_cpu.FEW_ROWS + 1) == "aten"
+    assert schedule(_cpu.FEW_ROWS) == "decode"
     assert schedule(_cpu.ONEDNN_FROM_ROWS, dtype=FP64) == "aten"
     with torch.backends.mkldnn.flags(enabled=False):
         assert schedule(_cpu.ONEDNN_FROM_ROWS) == "aten"
@@ -93,7 +94,7 @@ def test_library_is_what_dispatch_says(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "adapter_dtype", "library"),
-    [*((*dtypes, "aten") for dtypes in DTYPES), (FP32, FP32, "onednn")],
+    [*((*dtypes, "aten") for dtypes in DTYPES), (FP32, FP32, "onednn"), (FP32, FP32, "decode")],
     ids=str,
     indirect=["library"],
 )
@@ -186,7 +187,7 @@ def strided_inputs():
 @pytest.mark.parametrize("layout", list(strided_inputs()))
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(
-    ("dtype", "library"), [(FP32, "aten"), (FP32, "onednn"), (BF16, "aten")], ids=str, indirect=["library"]
+    ("dtype", "library"), [(FP32, "aten"), (FP32, "onednn"), (FP32, "decode"), (BF16, "aten")], ids=str, indirect=["library"]
 )
 def test_non_contiguous_inputs_and_gradients(layout, p, dtype, library):
     x = strided_inputs()[layout].to(dtype)

@@ -35,9 +35,11 @@ inline bool has_onednn() { return aoti_torch_cpu__linear_pointwise != nullptr; }
 
 // x Wᵀ + bias by oneDNN, in a tensor of its own. Operands are fp32; W may be a transposed view.
 inline Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  AtenTensorHandle out, bias_handle = bias ? bias->get() : nullptr;
+  // oneDNN does not look at the bias's stride.
+  const std::optional<Tensor> row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  AtenTensorHandle out, bias_handle = row ? row->get() : nullptr;
   const char* algorithm = "";
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(x.get(), weight.get(), bias ? &bias_handle : nullptr,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(x.get(), weight.get(), row ? &bias_handle : nullptr,
                                                                  "none", nullptr, 0, &algorithm, &out));
   return Tensor(out);
 }

@@ -120,9 +120,51 @@ void add_dropout_grads(const Tensor* grad_x, const Tensor* grad_A, const Tensor&
   run_lora_grad(p);
 }
 
+// A parallel region costs some microseconds: a thread gets at least so many multiply-adds.
+constexpr int64_t kDecodeWork = 1 << 16;
+
+void run_decode(const LoraDecodeParams& p) {
+  const int64_t grain = std::max<int64_t>(8, kDecodeWork / std::max<int64_t>(1, p.rows * (p.k + p.rank)));
+  torch::stable::parallel_for(0, p.n, grain,
+                              [&](int64_t begin, int64_t end) { cpu::kernels().lora_decode(p, begin, end); });
+}
+
+// y and s of a few fp32 rows, without the vendor library: W is read once, and every call into ATen would cost as much
+// as a small layer takes.
+std::tuple<Tensor, Tensor> lora_decode(const Tensor& x, const Tensor& weight, const Tensor& lora_A,
+                                       const Tensor& lora_B, const std::optional<Tensor>& bias, double scaling) {
+  const Tensor rows = as_rows(x), a = as_float_rows(lora_A), b = as_float_rows(lora_B);
+  const Tensor y = new_empty_as(x, {rows.size(0), weight.size(0)}), s = new_empty_as(x, {rows.size(0), a.size(0)});
+  const std::optional<Tensor> bias_row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  LoraDecodeParams p{};
+  p.x = floats(rows);
+  p.x_stride = rows.stride(0);
+  p.rows = rows.size(0);
+  p.k = rows.size(1);
+  p.w = floats(a);
+  p.w_stride = a.stride(0);
+  p.y = mutable_floats(s);
+  p.n = a.size(0);
+  run_decode(p);
+
+  p.s = floats(s);
+  p.rank = a.size(0);
+  p.b = floats(b);
+  p.b_stride = b.stride(0);
+  p.alpha = static_cast<float>(scaling);
+  p.bias = bias_row ? floats(*bias_row) : nullptr;
+  p.w = floats(weight);
+  p.w_stride = weight.stride(0);
+  p.y = mutable_floats(y);
+  p.n = weight.size(0);
+  run_decode(p);
+  return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
+}
+
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
                                        std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
                                        double dropout_p, std::string schedule) {
+  if (schedule == "decode") return lora_decode(x, weight, lora_A, lora_B, bias, scaling);
   const bool upcast = schedule == "upcast", onednn = schedule == "onednn";
   const ScalarType compute = upcast ? ScalarType::Float : x.scalar_type();
   const Tensor rows = as_rows(x);

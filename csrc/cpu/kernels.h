@@ -20,6 +20,9 @@ struct Kernels {
   // Rows [begin, end) of s.
   void (*lora_shrink)(const LoraShrinkParams&, int64_t begin, int64_t end);
 
+  // Columns [begin, end) of y.
+  void (*lora_decode)(const LoraDecodeParams&, int64_t begin, int64_t end);
+
   // Column tiles [begin, end) of grad and grad_x, each lora_grad_tile columns wide. A tile belongs to one thread, which
   // adds up its rows in order: the result does not depend on the number of threads.
   void (*lora_grad)(const LoraGradParams&, float* scratch, int64_t begin, int64_t end);

@@ -174,6 +174,60 @@ void lora_shrink_any(const LoraShrinkParams& p, int64_t begin, int64_t end) {
   (p.has_dropout ? lora_shrink<true> : lora_shrink<false>)(p, begin, end);
 }
 
+// ------------------------------------------------------------------------------------------------- decode
+
+// out[i][j] = row i of a · row j of b, over `depth` columns.
+template <int kRows, int kColumns>
+inline void dot_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                     float (&out)[kRows][kColumns]) {
+  VecF acc[kRows][kColumns] = {};
+  int64_t p = 0;
+  for (; p + kLanes <= depth; p += kLanes) {
+    VecF a_row[kRows];
+    for (int i = 0; i < kRows; ++i) a_row[i] = load(a + i * a_stride + p);
+    for (int j = 0; j < kColumns; ++j) {
+      const VecF b_row = load(b + j * b_stride + p);
+      for (int i = 0; i < kRows; ++i) acc[i][j] += a_row[i] * b_row;
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kColumns; ++j) {
+      out[i][j] = sum(acc[i][j]);
+      for (int64_t q = p; q < depth; ++q) out[i][j] += a[i * a_stride + q] * b[j * b_stride + q];
+    }
+  }
+}
+
+template <int kRows, int kColumns>
+inline void decode_tile(const LoraDecodeParams& p, int64_t m, int64_t n) {
+  float y[kRows][kColumns], update[kRows][kColumns] = {};
+  dot_tile<kRows, kColumns>(p.x + m * p.x_stride, p.x_stride, p.w + n * p.w_stride, p.w_stride, p.k, y);
+  if (p.s != nullptr) {
+    dot_tile<kRows, kColumns>(p.s + m * p.rank, p.rank, p.b + n * p.b_stride, p.b_stride, p.rank, update);
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kColumns; ++j) {
+      const float bias = p.bias != nullptr ? p.bias[n + j] : 0.0f;
+      p.y[(m + i) * p.n + n + j] = y[i][j] + bias + p.alpha * update[i][j];
+    }
+  }
+}
+
+template <int kRows>
+void decode_rows(const LoraDecodeParams& p, int64_t m, int64_t begin, int64_t end) {
+  constexpr int kColumns = 8 / kRows;  // eight sums hide the latency of an FMA, and fit into the registers
+  int64_t n = begin;
+  for (; n + kColumns <= end; n += kColumns) decode_tile<kRows, kColumns>(p, m, n);
+  for (; n < end; ++n) decode_tile<kRows, 1>(p, m, n);
+}
+
+void lora_decode(const LoraDecodeParams& p, int64_t begin, int64_t end) {
+  int64_t m = 0;
+  for (; m + 4 <= p.rows; m += 4) decode_rows<4>(p, m, begin, end);
+  if (m + 2 <= p.rows) decode_rows<2>(p, m, begin, end), m += 2;
+  if (m < p.rows) decode_rows<1>(p, m, begin, end);
+}
+
 // ----------------------------------------------------------------------------------------------- gradients
 
 constexpr int64_t kGradRows = 32;  // rows whose mask and dropped x are held at a time
@@ -290,6 +344,7 @@ const Kernels LK_TABLE = {
     .pack_transposed = pack_transposed,
     .packed_size = packed_size,
     .lora_shrink = lora_shrink_any,
+    .lora_decode = lora_decode,
     .lora_grad = lora_grad_any,
     .lora_grad_tile = lora_grad_tile,
     .lora_grad_scratch_size = lora_grad_scratch_size,

@@ -45,6 +45,18 @@ inline VecU broadcast(uint32_t x) { return x + VecU{}; }
 
 inline VecF and_bits(VecF v, VecU bits) { return (VecF)((VecU)v & bits); }
 
+// Of all lanes, pairwise.
+inline float sum(VecF v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  }
+  return v[0];
+#endif
+}
+
 // hi and lo halves of the 32 x 32 -> 64 bit products of each lane with m.
 inline void multiply_wide(VecU a, uint32_t m, VecU& hi, VecU& lo) {
 #if defined(__AVX512F__)

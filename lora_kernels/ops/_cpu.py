@@ -13,11 +13,13 @@ from ..spec import Verdict
 UPCAST_ABOVE_ROWS = 4
 """torch's own low-precision path is a matrix-vector loop that beats upcasting the whole weight up to this many rows."""
 
-ONEDNN_FROM_ROWS, ONEDNN_FROM_WEIGHTS = 128, 1 << 22
-"""oneDNN costs more per call, which pays from either number on: rows of x, elements of the weight."""
+ONEDNN_FROM_ROWS = 128
+"""oneDNN brings the weight into a layout of its own first, which pays from about this many rows on."""
 
 ATEN = Verdict("aten", "vendor GEMM, low-rank branch accumulated into its output")
 ONEDNN = Verdict("onednn", "oneDNN's GEMM, which beats MKL's on this CPU; low-rank branch accumulated into its output")
+FEW_ROWS = 4
+DECODE = Verdict("decode", "few rows: the weight is read once, by a kernel that adds the low-rank branch on the way")
 UPCAST = Verdict("upcast", "no native matmul for this dtype on this CPU: blocks go through fp32")
 REFUSED_DTYPE = Verdict(None, Reason.DTYPE)
 
@@ -38,12 +40,12 @@ def prefers_onednn() -> bool:
     return bool(module is not None and module.onednn and module.amd and torch.backends.mkl.is_available())
 
 
-def matmul_verdict(x: torch.Tensor, weight: torch.Tensor) -> Verdict:
-    """How the CPU kernels multiply ``x`` [..., K] by ``weight`` [N, K], or [K, N] in the backward, of its dtype."""
+def matmul_verdict(x: torch.Tensor) -> Verdict:
+    """How the CPU kernels multiply ``x`` [..., K] by a weight of its dtype."""
     dtype = x.dtype
     if dtype == torch.float32:
-        large = x.numel() >= ONEDNN_FROM_ROWS * x.shape[-1] or weight.numel() >= ONEDNN_FROM_WEIGHTS
-        return ONEDNN if large and x.numel() > 0 and prefers_onednn() and torch._C._get_mkldnn_enabled() else ATEN
+        large = x.numel() >= ONEDNN_FROM_ROWS * x.shape[-1] and x.numel() > 0
+        return ONEDNN if large and prefers_onednn() and torch._C._get_mkldnn_enabled() else ATEN
     if dtype == torch.float64:
         return ATEN
     if dtype != torch.bfloat16 and dtype != torch.float16:

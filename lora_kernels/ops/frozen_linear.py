@@ -26,7 +26,7 @@ def _bytes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
 
 
 def _cpu_supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Verdict:
-    return _cpu.matmul_verdict(x, weight)
+    return _cpu.matmul_verdict(x)
 
 
 BACKWARD = dispatch.register(

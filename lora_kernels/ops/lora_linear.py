@@ -40,9 +40,11 @@ def _fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
 
 
 def _cpu_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
-    if seed is not None and x.dtype == torch.float64:
-        return _cpu.REFUSED_DTYPE
-    return _cpu.matmul_verdict(x, weight)
+    if seed is not None:
+        return _cpu.REFUSED_DTYPE if x.dtype == torch.float64 else _cpu.matmul_verdict(x)
+    if x.dtype == torch.float32 and x.numel() <= _cpu.FEW_ROWS * x.shape[-1] and weight.stride(1) == 1:
+        return _cpu.DECODE
+    return _cpu.matmul_verdict(x)
 
 
 def _triton_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
@@ -112,7 +114,7 @@ def _fake_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_
 
 
 def _cpu_supports_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, *needs) -> Verdict:
-    return _cpu_supports(x, weight, lora_A, lora_B, None, seed, scaling, dropout_p)
+    return _cpu.REFUSED_DTYPE if seed is not None and x.dtype == torch.float64 else _cpu.matmul_verdict(x)
 
 
 def _triton_supports_backward(grad_y, x, s, weight, *_) -> Verdict:
