@@ -12,8 +12,9 @@ struct DeviceLimits {
   int shared_per_block;  // what a block may opt in to, bytes
 };
 
-constexpr int kChunkBytes = 16;    // what one cp.async, one ldmatrix row and one wide store move
-constexpr int kChunkElements = 8;  // of 16 bits each
+constexpr int kChunkBytes = 16;  // what one cp.async, one ldmatrix row and one wide store move
+
+constexpr int chunk_elements(int element_bytes) { return kChunkBytes / element_bytes; }
 
 // Elements between neighbouring rows, at most: the distance of rows within a tile is reckoned in 32 bits (TileLoader).
 constexpr int64_t kMaxRowStride = 1 << 25;
@@ -32,19 +33,20 @@ enum class LoraTile : int32_t {
 };
 
 struct TileShape {
-  int rows, columns, depth, stages;
-  constexpr int shared_bytes() const { return stages * (rows + columns) * depth * 2; }
+  int rows, columns, depth_bytes, stages;
+  constexpr int depth(int element_bytes) const { return depth_bytes / element_bytes; }
+  constexpr int shared_bytes() const { return stages * (rows + columns) * depth_bytes; }
 };
 
 constexpr TileShape tile_shape(LoraTile tile) {
-  constexpr TileShape kShapes[] = {{128, 128, 32, 4}, {64, 64, 64, 3}, {16, 64, 64, 4}};
+  constexpr TileShape kShapes[] = {{128, 128, 64, 4}, {64, 64, 128, 3}, {16, 64, 128, 4}};
   return kShapes[static_cast<int>(tile)];
 }
 
 struct LoraLinearConfig {
   Schedule schedule;
   LoraTile tile;
-  bool aligned;      // rows begin at 16 bytes, and n, k and rank are multiples of 8
+  bool aligned;      // rows begin at 16 bytes, and n, k and rank are multiples of a chunk's elements
   int rank_tile;     // columns of s that a block computes at a time
   int64_t blocks;    // one per tile of s and of y, and per split
   int group_rows;    // blocks of rows whose tickets follow each other
@@ -65,8 +67,9 @@ constexpr int kMaxRankBeside = 64;
 constexpr int64_t blocks_of(int64_t size, int tile) { return (size + tile - 1) / tile; }
 
 // Whether rows of these lengths are whole chunks, which `aligned` needs besides pointers and strides.
-constexpr bool whole_chunks(int64_t n, int64_t k, int64_t rank) {
-  return n % kChunkElements == 0 && k % kChunkElements == 0 && rank % kChunkElements == 0;
+constexpr bool whole_chunks(int64_t n, int64_t k, int64_t rank, int element_bytes) {
+  const int chunk = chunk_elements(element_bytes);
+  return n % chunk == 0 && k % chunk == 0 && rank % chunk == 0;
 }
 
 // Time to compute tiles that the SMs take one after the other, in units of a large tile's. A small tile reads twice as
@@ -104,16 +107,18 @@ inline void plan_tickets(int64_t m, int64_t n, int64_t rank, LoraLinearConfig& c
 }
 
 // What dual and decode share: blocks that need no other's s. The depth is split while SMs are idle.
-inline void plan_splits(int64_t m, int64_t n, int64_t k, const DeviceLimits& device, LoraLinearConfig& config) {
+inline void plan_splits(int64_t m, int64_t n, int64_t k, int element_bytes, const DeviceLimits& device,
+                        LoraLinearConfig& config) {
   constexpr int kBlocksPerSm = 4, kMinSteps = 4;  // a split has at least so many stages to stream
   const TileShape tile = tile_shape(config.tile);
+  const int depth = tile.depth(element_bytes);
   const int64_t rows = blocks_of(m, tile.rows), tiles = rows * blocks_of(n, tile.columns);
   int64_t splits = 1;
   if (config.schedule == Schedule::kDecode && tiles > 0) {
-    const int64_t most = std::max<int64_t>(1, blocks_of(k, tile.depth) / kMinSteps);
+    const int64_t most = std::max<int64_t>(1, blocks_of(k, depth) / kMinSteps);
     splits = std::clamp<int64_t>(kBlocksPerSm * device.sms / tiles, 1, most);
   }
-  config.split_depth = static_cast<int>(blocks_of(blocks_of(k, tile.depth), static_cast<int>(splits)) * tile.depth);
+  config.split_depth = static_cast<int>(blocks_of(blocks_of(k, depth), static_cast<int>(splits)) * depth);
   config.splits = static_cast<int>(blocks_of(k, config.split_depth));
   config.blocks = tiles * config.splits;
   if (config.splits == 1) return;
@@ -121,9 +126,9 @@ inline void plan_splits(int64_t m, int64_t n, int64_t k, const DeviceLimits& dev
   config.partials = config.splits * (tiles * tile.rows * tile.columns + rows * tile.rows * config.rank_tile);
 }
 
-// How a forward of y [m, n] from x [m, k] with this rank is launched.
-inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned,
-                                           bool has_dropout, const DeviceLimits& device) {
+// How a forward of y [m, n] from x [m, k] with this rank is launched. element_bytes: of x.
+inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t k, int64_t rank, int element_bytes,
+                                           bool aligned, bool has_dropout, const DeviceLimits& device) {
   LoraLinearConfig config{};
   config.aligned = aligned;
   config.rank_tile = rank <= 16 ? 16 : 64;
@@ -153,7 +158,7 @@ inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t k, int6
     }
   }
   if (config.schedule == Schedule::kDual || config.schedule == Schedule::kDecode) {
-    plan_splits(m, n, k, device, config);
+    plan_splits(m, n, k, element_bytes, device, config);
   } else {
     plan_tickets(m, n, rank, config);
   }

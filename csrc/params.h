@@ -16,22 +16,22 @@ struct DropoutMaskParams {
   uint32_t threshold;
 };
 
-// y = x wᵀ + bias + scaling · s bᵀ with s = dropout(x) aᵀ, on tensor cores. Elements are 16 bits wide, bf16 or fp16 as
-// the kernel says; rows are `stride` elements apart.
+// y = x wᵀ + bias + scaling · s bᵀ with s = dropout(x) aᵀ, on tensor cores. Elements are bf16, fp16, or fp32 whose
+// products are formed in tf32, as the kernel says; rows are `stride` elements apart.
 //
 // Also the gradient of x, dX = dY W + scaling · mask ∘ (s' A) with s' = dY B: then x is dY, w, a and b are W [k, n],
 // B [k, rank] and A [rank, n] in memory, y is dX, and dropout acts on the branch.
 struct LoraLinearParams {
-  const uint16_t* x;     // [m, k]
-  const uint16_t* w;     // [n, k]
-  const void* a;         // [rank, k]
-  const void* b;         // [n, rank]
-  const uint16_t* bias;  // [n]; null: none
-  uint16_t* y;           // [m, n]
-  uint16_t* s;           // [m, rank], contiguous
+  const void* x;     // [m, k]
+  const void* w;     // [n, k]
+  const void* a;     // [rank, k]
+  const void* b;     // [n, rank]
+  const void* bias;  // [n]; null: none
+  void* y;           // [m, n]
+  void* s;           // [m, rank], contiguous
   int64_t x_stride, w_stride, a_stride, b_stride, y_stride;
   int32_t m, n, k, rank;
-  bool adapters_are_float;  // a and b are fp32, and rounded to the element type on the way
+  bool adapters_are_float;  // a and b are fp32, and rounded to 16-bit elements on the way
   float scaling;
   const float* scaling_factor;  // on the device; multiplies `scaling`
   uint32_t dropout_threshold;
@@ -46,17 +46,17 @@ struct LoraLinearParams {
   float* partials;
   // Gradient of x: s of the forward [m, rank], and where parts of dB = dYᵀ s go, one [k, 16] per block of rows. Null:
   // not wanted.
-  const uint16_t* saved_s;
+  const void* saved_s;
   float* partial_grad_b;
 };
 
 // dA = scaling · s'ᵀ dropout(x) and dB = scaling · dYᵀ s, on tensor cores. Null gradients are not wanted.
 struct LoraGradsParams {
-  const uint16_t* x;       // [m, k]
-  const uint16_t* grad_y;  // [m, n]
-  const uint16_t* s;       // [m, rank], contiguous; and s' = dY B
-  const uint16_t* grad_s;
-  void* grad_a;  // [rank, k], contiguous, 16-bit elements or, if grads_are_float, float
+  const void* x;       // [m, k]
+  const void* grad_y;  // [m, n]
+  const void* s;       // [m, rank], contiguous; and s' = dY B
+  const void* grad_s;
+  void* grad_a;  // [rank, k], contiguous, elements like x or, if grads_are_float, float
   void* grad_b;  // [n, rank]
   int64_t x_stride, grad_y_stride;
   int32_t m, n, k, rank;

@@ -78,6 +78,10 @@ LK_DEVICE void store_shared_16(uint32_t address, const Vec16& v) {
                : "memory");
 }
 
+LK_DEVICE void store_shared_8(uint32_t address, Float2 v) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+
 LK_DEVICE void store_shared_4(uint32_t address, uint32_t v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
@@ -143,6 +147,8 @@ LK_DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t row_address)
 }
 
 struct BFloat16 {
+  using Storage = uint16_t;
+
   // Two floats rounded to nearest even, `low` in the low half.
   LK_DEVICE static uint32_t pack(float low, float high) {
     uint32_t packed;
@@ -164,6 +170,8 @@ struct BFloat16 {
 };
 
 struct Float16 {
+  using Storage = uint16_t;
+
   LK_DEVICE static uint32_t pack(float low, float high) {
     uint32_t packed;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
@@ -185,6 +193,29 @@ struct Float16 {
   LK_DEVICE static void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+// fp32 in memory, multiplied in tf32.
+struct TensorFloat32 {
+  using Storage = uint32_t;
+
+  // To nearest, ties away from zero, as an operand of multiply_add.
+  LK_DEVICE static uint32_t round(uint32_t bits) {
+    uint32_t rounded;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+    return rounded;
+  }
+
+  LK_DEVICE static float low(uint32_t bits) { return __uint_as_float(bits); }
+
+  // d[16, 8] += a[16, 8] b[8, 8] in the fragment layouts of mma.m16n8k8.
+  LK_DEVICE static void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

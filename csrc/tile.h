@@ -14,40 +14,52 @@ LK_HOST_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 constexpr int kWarp = 32;
 
-// A [rows, columns] tile of 16-bit elements in shared memory. Chunks are permuted within their row, so that the eight
-// rows that ldmatrix reads together (and, transposed, eight rows of one chunk column) lie in different banks.
-template <int kColumns>
+// A [rows, columns] tile of 16- or 32-bit elements in shared memory. Chunks are permuted within their row, so that the
+// eight rows that ldmatrix reads together (and, transposed, eight rows of one chunk column) lie in different banks.
+// With 32-bit elements so do the four rows, two chunks wide, that a warp reads word by word for a transposed fragment.
+template <int kColumns, int kElementBytes>
 struct SharedTile {
-  static_assert(kColumns == 16 || kColumns == 32 || kColumns == 64 || kColumns == 128, "a row is 32 to 256 bytes");
-  static constexpr int kRowBytes = kColumns * 2;
-  static constexpr int kChunks = kRowBytes / kChunkBytes;
+  static_assert(kElementBytes == 2 || kElementBytes == 4);
+  static_assert(kColumns == 16 || kColumns == 32 || kColumns == 64 || kColumns == 128, "a power of two of chunks");
+  static constexpr int kRowBytes = kColumns * kElementBytes;
+  static constexpr int kChunks = kRowBytes / kChunkBytes, kChunkElements = chunk_elements(kElementBytes);
 
   static constexpr int bytes(int rows) { return rows * kRowBytes; }
 
-  // Byte offset of a chunk.
-  LK_HOST_DEVICE static uint32_t offset(int row, int chunk) {
+  // What is exclusive-or'ed to the number of a chunk. A sum of rows without a carry has the turns' exclusive or.
+  LK_HOST_DEVICE static constexpr int turn(int row) {
     // Four rows of 32 bytes or two of 64 share the 128 bytes of all banks; a longer row has them to itself.
-    const int turn = kColumns == 16 ? (row >> 2) & 1 : kColumns == 32 ? (row >> 1) & 3 : row & 7;
-    return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ turn) * kChunkBytes));
+    if (kRowBytes == 32) return (row >> 2) & 1;
+    if (kElementBytes == 2) return kRowBytes == 64 ? (row >> 1) & 3 : row & 7;
+    return (row >> 2 & 1) | (kRowBytes == 64 ? row & 2 : (row & 3) << 1);
+  }
+
+  // Byte offset of a chunk, and of an element.
+  LK_HOST_DEVICE static uint32_t offset(int row, int chunk) {
+    return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ turn(row)) * kChunkBytes));
+  }
+  LK_HOST_DEVICE static uint32_t element_offset(int row, int column) {
+    return offset(row, column / kChunkElements) + static_cast<uint32_t>(column % kChunkElements * kElementBytes);
   }
 };
 
 // How an operand of P Qᵀ, P [m, depth] and Q [n, depth], lies in memory and in its tile.
 enum class Layout {
   kRows,     // row by row, the depth contiguous
-  kColumns,  // its transpose, row by row: m or n contiguous. ldmatrix turns the fragments back.
+  kColumns,  // its transpose, row by row: m or n contiguous. The fragments are turned back when they are loaded.
 };
 
-// Which row and chunk of 8x8 matrices lane `lane` names when one load_matrix_x4 fetches fragments of mma.m16n8k16.
-// P: one fragment of 16 rows, 16 deep. Q: two fragments of 8 rows, 16 deep; r[0..1] is the first, r[2..3] the second.
+// Which row and chunk of 8x8 matrices lane `lane` names when one load_matrix_x4 fetches fragments. They are two chunks
+// deep: 16 elements of 16 bits (mma.m16n8k16) or 8 of 32 (mma.m16n8k8).
+// P: one fragment of 16 rows. Q: two fragments of 8 rows; r[0..1] is the first, r[2..3] the second.
 // In the other layout rows and depth change places, and with them the two patterns.
 struct RowsFirst {
-  LK_HOST_DEVICE static int row(int lane) { return lane % 16; }
-  LK_HOST_DEVICE static int chunk(int lane) { return lane / 16; }
+  LK_HOST_DEVICE static constexpr int row(int lane) { return lane % 16; }
+  LK_HOST_DEVICE static constexpr int chunk(int lane) { return lane / 16; }
 };
 struct ChunksFirst {
-  LK_HOST_DEVICE static int row(int lane) { return lane % 8 + lane / 16 * 8; }
-  LK_HOST_DEVICE static int chunk(int lane) { return lane / 8 % 2; }
+  LK_HOST_DEVICE static constexpr int row(int lane) { return lane % 8 + lane / 16 * 8; }
+  LK_HOST_DEVICE static constexpr int chunk(int lane) { return lane / 8 % 2; }
 };
 
 // Accumulator: d[0..1] are neighbours in row(lane), d[2..3] the same columns eight rows below.

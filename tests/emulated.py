@@ -8,7 +8,7 @@ from numerics import assert_as_accurate
 
 from lora_kernels import philox
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 SEED = -987654321012345
 SCALING = 1.7
 
@@ -24,7 +24,7 @@ def matrices(m, n, k, rank, name, *, bias=False, float_adapters=False):
     return x, weight, lora_A, lora_B, torch.randn(n).to(dtype) if bias else None
 
 
-def _array(t):
+def array(t):
     if t is None:
         return None
     return t.numpy() if t.dtype == torch.float32 else emulator.bits(t)
@@ -36,6 +36,11 @@ def _tensor(array, dtype):
 
 def _name(dtype):
     return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def operand(t):
+    """As a factor of the unfused code's products: float32 is rounded to tf32, to nearest and ties away from zero."""
+    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) if t.dtype == torch.float32 else t
 
 
 def _mask(x, p):
@@ -54,7 +59,7 @@ def _dropped(x, keep, scale):
 def run_forward(x, weight, lora_A, lora_B, bias, *, p=0.0, sms=1, **options):
     """(y, s, schedule, the emulator's report); the counters must be zero again."""
     options = {"resident_blocks": 3, **options}
-    arrays = [_array(t) for t in (x, weight, lora_A, lora_B, bias)]
+    arrays = [array(t) for t in (x, weight, lora_A, lora_B, bias)]
     seed = SEED if p > 0 else None
     y, s, schedule, counters, report = emulator.load().lora_linear(
         _name(x.dtype), *arrays, SCALING, p, seed, sms, options
@@ -64,9 +69,10 @@ def run_forward(x, weight, lora_A, lora_B, bias, *, p=0.0, sms=1, **options):
 
 
 def unfused_forward(x, weight, lora_A, lora_B, bias, keep, scale):
-    """(y, s) by separate torch calls, in the dtype of x."""
-    s = _dropped(x, keep, scale) @ lora_A.to(x.dtype).t()
-    return torch.nn.functional.linear(x, weight, bias) + (s @ lora_B.to(x.dtype).t()) * SCALING, s
+    """(y, s) by separate torch calls, in the dtype of x; float32 as on a GPU where torch may take tf32."""
+    s = operand(_dropped(x, keep, scale)) @ operand(lora_A.to(x.dtype)).t()
+    base = torch.nn.functional.linear(operand(x), operand(weight), bias)
+    return base + (operand(s) @ operand(lora_B.to(x.dtype)).t()) * SCALING, s
 
 
 def check_forward(args, *, p=0.0, **options):
@@ -97,7 +103,7 @@ def saved_s(x, lora_A, p=0.0):
 def run_backward(grad_y, x, s, weight, lora_A, lora_B, *, p=0.0, needs=ALL, sms=1, **options):
     """([dX, dA, dB], reports of the two launches); a gradient that is not needed is empty."""
     options = {"resident_blocks": 3, **options}
-    arrays = [_array(t) for t in (grad_y, x, s, weight, lora_A, lora_B)]
+    arrays = [array(t) for t in (grad_y, x, s, weight, lora_A, lora_B)]
     seed = SEED if p > 0 else None
     *grads, counters, reports = emulator.load().lora_linear_backward(
         _name(x.dtype), *arrays, SCALING, p, seed, *needs, sms, options
@@ -107,10 +113,11 @@ def run_backward(grad_y, x, s, weight, lora_A, lora_B, *, p=0.0, needs=ALL, sms=
 
 
 def unfused_backward(grad_y, x, s, weight, lora_A, lora_B, keep, scale):
-    """[dX, dA, dB] by separate torch calls, in the dtype of x."""
-    grad_s = grad_y @ lora_B.to(x.dtype) * SCALING
-    grad_x = grad_y @ weight + _dropped(grad_s @ lora_A.to(x.dtype), keep, scale)
-    return [grad_x, grad_s.t() @ _dropped(x, keep, scale), grad_y.t() @ s * SCALING]
+    """[dX, dA, dB] by separate torch calls, in the dtype of x; float32 as on a GPU where torch may take tf32."""
+    gy = operand(grad_y)
+    grad_s = gy @ operand(lora_B.to(x.dtype)) * SCALING
+    grad_x = gy @ operand(weight) + _dropped(operand(grad_s) @ operand(lora_A.to(x.dtype)), keep, scale)
+    return [grad_x, operand(grad_s).t() @ operand(_dropped(x, keep, scale)), gy.t() @ operand(s) * SCALING]
 
 
 def check_backward(args, *, p=0.0, needs=ALL, **options):

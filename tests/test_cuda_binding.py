@@ -7,7 +7,7 @@ import itertools
 import emulator
 import pytest
 import torch
-from emulated import matrices
+from emulated import grad_y_of, matrices, run_backward, run_forward
 from numerics import assert_as_accurate
 
 from lora_kernels import philox
@@ -146,8 +146,24 @@ def test_dropout_everywhere_and_mask():
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(RuntimeError, match="bfloat16 and float16"):
-        emulated(*matrices(70, 72, 40, 8, torch.float32)[:4])
+    with pytest.raises(RuntimeError, match="bfloat16, float16 and, in tf32, float32"):
+        emulated(*matrices(70, 72, 40, 8, torch.float64)[:4])
+
+
+@pytest.mark.parametrize(("n", "k", "rank", "aligned"), [(76, 44, 4, True), (76, 42, 4, False)])
+def test_float32_is_multiplied_in_tf32(native, n, k, rank, aligned):
+    x, *rest = args = matrices(70, n, k, rank, "tf32", bias=True)
+    y, s = emulated(*args)
+    assert native.last_launch()["aligned"] == aligned
+    # test_emulated_lora_linear.py compares these with float64.
+    for ours, expected in zip((y, s), run_forward(*args)):
+        assert torch.equal(ours, expected)
+    grad_y = grad_y_of(x, rest[0])
+    op = torch.ops.lora_kernels_emulated.lora_linear_backward
+    grads = op(grad_y, x, s, *rest[:3], None, 1.7, 0.0, True, True, True, "")
+    for ours, expected in zip(grads, run_backward(grad_y, x, s, *rest[:3])[0]):
+        assert torch.equal(ours, expected)
+    assert torch.equal(emulated(x, rest[0], rest[1], rest[2].double())[0], emulated(x, *rest[:3])[0]), "other adapters"
 
 
 @pytest.mark.parametrize(("m", "schedule"), [(3, "decode"), (70, "ticketed")])

@@ -83,6 +83,13 @@ def test_fp32_adapters():
     assert torch.equal(run((x, weight, *wide, bias)), run((x, weight, *(t.bfloat16() for t in wide), bias)))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("m", "rank"), [(3, 16), (300, 24)])
+def test_tf32(m, rank, p, fp32_precision):
+    fp32_precision("tf32")
+    check(operands(m, 264, 136, rank, torch.float32), p=p)
+
+
 def test_a_captured_launch_is_replayed():
     args = operands(2000, 1024, 512, 16)
     expected = run(args)

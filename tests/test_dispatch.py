@@ -70,7 +70,7 @@ def test_cuda_serves(monkeypatch, call):
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        ({"dtype": torch.float32}, lk.Reason.FP32_STRICT),
+        ({"dtype": torch.float32}, lk.Reason.FP32_STRICT),  # torch's default
         ({"dtype": torch.float64}, lk.Reason.DTYPE),
         ({"rank": 257}, lk.Reason.RANK),
         ({"m": 2**31 - 1}, lk.Reason.SIZE),
@@ -83,6 +83,12 @@ def test_cuda_serves(monkeypatch, call):
 )
 def test_cuda_refuses_with_its_reason(monkeypatch, call, reason):
     assert cuda_verdict(monkeypatch, **call) == (None, reason)
+
+
+def test_cuda_serves_float32_where_torch_allows_tf32(monkeypatch, fp32_precision):
+    fp32_precision("tf32")
+    assert cuda_verdict(monkeypatch, dtype=torch.float32) == _cuda.TENSOR_CORES
+    assert cuda_verdict(monkeypatch, dtype=torch.float64) == (None, lk.Reason.DTYPE)
 
 
 def test_why_checks_arguments_and_names():

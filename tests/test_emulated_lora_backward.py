@@ -8,7 +8,7 @@ import emulator
 import pytest
 import torch
 from covering import case_id, covering_pairs
-from emulated import check_backward, grad_y_of, matrices, run_backward, saved_s
+from emulated import DTYPES, check_backward, grad_y_of, matrices, run_backward, saved_s
 
 MANY = 1000  # SMs: more than there are tiles
 
@@ -26,7 +26,7 @@ KERNELS = {
 CASES = [
     (kernel, case)
     for kernel, axes in KERNELS.items()
-    for case in covering_pairs(**axes, name=("bf16", "fp16"), p=(0.0, 0.3), float_adapters=(False, True))
+    for case in covering_pairs(**axes, name=tuple(DTYPES), p=(0.0, 0.3), float_adapters=(False, True))
 ]
 
 
@@ -73,9 +73,9 @@ def test_strided_rows(columns):
     check_backward((inside(grad_y), inside(x), s, inside(weight), inside(lora_A), inside(lora_B)))
 
 
-@pytest.mark.parametrize("rank", [16, 24])
-def test_order_of_blocks_and_warps_does_not_change_a_bit(rank):
-    args = problem(600, 72, 136, rank, p=0.4)
+@pytest.mark.parametrize(("rank", "name"), [(16, "bf16"), (24, "bf16"), (16, "tf32")])
+def test_order_of_blocks_and_warps_does_not_change_a_bit(rank, name):
+    args = problem(600, 72, 136, rank, name, p=0.4)
     first, _ = run_backward(*args, p=0.4, sms=MANY, seed=1, resident_blocks=1)
     for seed, resident in ((2, 2), (3, 5), (4, 100)):
         stall = seed % 2 == 0
@@ -92,9 +92,10 @@ def test_everything_dropped_leaves_the_base_gradient():
     assert not grads[1].float().any()
 
 
+@pytest.mark.parametrize(("name", "depth"), [("bf16", 16), ("tf32", 8)])
 @pytest.mark.parametrize("rank", [16, 64])
-def test_no_redundant_multiply_adds(rank):
+def test_no_redundant_multiply_adds(rank, name, depth):
     m, n, k = 256, 128, 256
-    _, (first, second) = run_backward(*problem(m, n, k, rank))
+    _, (first, second) = run_backward(*problem(m, n, k, rank, name))
     grad_x = m * k * (n + rank) + m * n * rank
-    assert (first.multiply_adds + second.multiply_adds) * 16 * 8 * 16 == grad_x + m * k * rank + m * n * rank
+    assert (first.multiply_adds + second.multiply_adds) * 16 * 8 * depth == grad_x + m * k * rank + m * n * rank

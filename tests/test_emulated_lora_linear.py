@@ -6,7 +6,7 @@ import emulator
 import pytest
 import torch
 from covering import case_id, covering_pairs
-from emulated import DTYPES, check_forward, matrices, run_forward, unfused_forward
+from emulated import DTYPES, array, check_forward, matrices, operand, run_forward, unfused_forward
 from numerics import assert_as_accurate
 
 MANY = 1000  # SMs: more than there are tiles
@@ -35,7 +35,7 @@ KERNELS = {
 CASES = [
     (kernel, case)
     for kernel, axes in KERNELS.items()
-    for case in covering_pairs(**axes, name=("bf16", "fp16"), bias=(False, True), float_adapters=(False, True))
+    for case in covering_pairs(**axes, name=tuple(DTYPES), bias=(False, True), float_adapters=(False, True))
 ]
 
 
@@ -116,19 +116,21 @@ def test_nan_in_a_row_stays_in_that_row(m):
     assert not y[:-1].isnan().any()
 
 
+@pytest.mark.parametrize(("name", "depth"), [("bf16", 16), ("tf32", 8)])
 @pytest.mark.parametrize("rank", [16, 64])
-def test_no_redundant_multiply_adds(rank):
+def test_no_redundant_multiply_adds(rank, name, depth):
     m, n, k = 256, 256, 128
-    *_, schedule, report = run_forward(*matrices(m, n, k, rank, "bf16"))
+    *_, schedule, report = run_forward(*matrices(m, n, k, rank, name))
     assert schedule == {16: "ticketed", 64: "column-0"}[rank]
-    assert report.multiply_adds * 16 * 8 * 16 == m * k * (n + rank) + m * n * rank
+    assert report.multiply_adds * 16 * 8 * depth == m * k * (n + rank) + m * n * rank
 
 
 @pytest.mark.parametrize("name", list(DTYPES))
 @pytest.mark.parametrize(("m", "n", "k"), [(200, 136, 72), (30, 75, 41)])
 def test_frozen_linear(name, m, n, k):
     x, weight, _, _, bias = matrices(m, n, k, 1, name, bias=True)
-    y, report = emulator.load().frozen_linear(name, *(emulator.bits(t) for t in (x, weight, bias)), 1, {})
+    y, report = emulator.load().frozen_linear(name, *(array(t) for t in (x, weight, bias)), 1, {})
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-    assert_as_accurate(emulator.values(y, x.dtype), torch.nn.functional.linear(x, weight, bias), exact)
+    unfused = torch.nn.functional.linear(operand(x), operand(weight), bias)
+    assert_as_accurate(emulator.values(y, x.dtype), unfused, exact)
     assert report.multiply_adds > 0

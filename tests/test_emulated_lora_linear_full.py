@@ -7,6 +7,7 @@ import itertools
 import pytest
 import test_emulated_lora_backward as backward
 import test_emulated_lora_linear as forward
+from emulated import DTYPES
 
 RANKS = (1, 8, 16, 17, 64, 256)
 
@@ -26,7 +27,7 @@ def combinations(kernels, **more):
             yield kernel, dict(zip(axes, values))
 
 
-COMMON = dict(name=("bf16", "fp16"), float_adapters=(False, True))
+COMMON = dict(name=tuple(DTYPES), float_adapters=(False, True))
 
 
 @pytest.mark.full

@@ -47,7 +47,7 @@ def test_plan_of_a_large_problem(plan):
         "dynamic_smem": (64 << 10) + 16,
         "workspace_bytes": 4 * (2 + 64),
     }
-    assert kernel.startswith("_ZN2lk18lora_linear_kernelINS_10LoraLinearINS_8BFloat16E")
+    assert kernel.startswith("_ZN2lk18lora_linear_kernelINS_10LoraLinearINS_4GemmINS_8BFloat16E")
     fields = params["fields"]
     assert [f["name"] for f in fields[:3]] == ["x", "w", "a"]
     ends = [0, *(f["offset"] + f["size"] for f in fields)]
@@ -70,6 +70,9 @@ def test_plan_of_a_large_problem(plan):
         ({"n": 64}, [], "dual", "y is one tile wide"),
         ({"r": 64}, [], "column-0", "one block per SM"),
         ({"r": 64, "dtype": "fp16", "arch": "sm_120"}, ["--dropout"], "ticketed", "dropout is applied once"),
+        ({"dtype": "tf32", "k": 4092}, [], "ticketed", "several blocks per SM"),
+        ({"dtype": "tf32", "k": 4094}, [], "ticketed", "rows are not aligned to 16 bytes"),
+        ({"dtype": "tf32", "m": 1}, [], "decode", "few rows"),
     ],
 )
 def test_plan_is_what_the_launch_chooses(plan, changes, flags, schedule, reason):
@@ -80,9 +83,10 @@ def test_plan_is_what_the_launch_chooses(plan, changes, flags, schedule, reason)
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", ["bf16", "tf32"])
 @pytest.mark.parametrize("rank", [16, 64])
-def test_plan_of_the_gradients(plan, rank):
-    first, second = plan(op="lora_linear_backward", r=rank)
+def test_plan_of_the_gradients(plan, rank, dtype):
+    first, second = plan(op="lora_linear_backward", r=rank, dtype=dtype)
     assert (first["schedule"], second["schedule"]) == ("ticketed", "split rows")
     partial_grad_b = 64 * 4096 * 16 if rank == 16 else 0
     assert first["workspace_bytes"] == 4 * (2 + 64 + partial_grad_b)

@@ -11,8 +11,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from lora_kernels.precision import float32_products
 from lora_kernels.triton_kernels import configs
-from lora_kernels.triton_kernels.launching import Device, float32_products
+from lora_kernels.triton_kernels.launching import Device
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)

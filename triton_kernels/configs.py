@@ -84,10 +84,11 @@ _TF32 = Tile(64, 64, 32, 8, 3, "elements are twice as wide")
 _IEEE = Tile(32, 32, 32, 4, 3, "float32 without tf32 has no tensor cores: operands of every product are in registers")
 _FLOAT32_REDUCE = Tile(32, 64, 0, 8, 3, _IEEE.why)
 
-# Descriptors are made on the host (TensorDescriptor): those that a kernel makes (tl.make_tensor_descriptor) need memory
-# from triton.set_allocator, which is the caller's to set. A loop of wgmma or tcgen05 then computes no addresses (166
-# registers in place of 212 for the large forward on sm_90). sm_120 has TMA too, but feeds mma.sync, whose operands pass
-# through registers anyway. Small tiles are for launches so short that encoding two descriptors on the host would show.
+# Descriptors are made on the host (TensorDescriptor): those that a kernel makes (tl.make_tensor_descriptor) need
+# memory from triton.set_allocator, which is the caller's to set. A loop of wgmma or tcgen05 then has no address to
+# compute: the large forward on sm_90 has 166 registers, without descriptors 212. sm_120 has TMA too, but feeds
+# mma.sync, whose operands pass through registers anyway. Small tiles are for launches so short that encoding two
+# descriptors would show.
 TARGETS = {
     "sm_80": Target(
         163 << 10,

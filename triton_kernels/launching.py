@@ -30,13 +30,6 @@ def device_of(device: torch.device) -> Device | None:
     return None if target is None else Device(target, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def float32_products(dtype: torch.dtype) -> str | None:
-    """How products of float32 are formed, as torch is told to: "tf32" or "ieee"; None for other dtypes."""
-    if dtype != torch.float32:
-        return None
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 class Launch(NamedTuple):
     """One kernel launch, complete; nothing of it depends on whether a GPU is present."""
 

@@ -32,9 +32,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import philox
+from ..precision import float32_products
 from . import autotune, configs
 from .dropout_mask import keep_tile
-from .launching import Device, Launch, counters, device_of, float32_products, on_device, run_all
+from .launching import Device, Launch, counters, device_of, on_device, run_all
 
 # ------------------------------------------------------------------------------------------------ device code
 

@@ -10,10 +10,6 @@
 namespace lk {
 namespace {
 
-// The elements of a 16-bit tensor, whichever type they are.
-const uint16_t* elements(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
-uint16_t* mutable_elements(const Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); }
-
 float* floats_of(const Tensor& workspace) { return static_cast<float*>(workspace.mutable_data_ptr()); }
 
 const int64_t* seed_of(const std::optional<Tensor>& seed) {
@@ -33,10 +29,13 @@ Tensor adapter_rows(const Tensor& adapter, const Tensor& x) {
 
 bool is_float(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
 
+int element_bytes(const Tensor& t) { return is_float(t) ? 4 : 2; }
+
 // Whether every row of every matrix begins where a chunk may.
 bool rows_aligned(std::initializer_list<const Tensor*> matrices) {
   return std::all_of(matrices.begin(), matrices.end(), [](const Tensor* t) {
-    return reinterpret_cast<uintptr_t>(t->const_data_ptr()) % kChunkBytes == 0 && t->stride(0) % kChunkElements == 0;
+    return reinterpret_cast<uintptr_t>(t->const_data_ptr()) % kChunkBytes == 0 &&
+           t->stride(0) % chunk_elements(element_bytes(*t)) == 0;
   });
 }
 
@@ -45,7 +44,8 @@ template <class F>
 auto with_element(const Tensor& x, const F& f) {
   if (x.scalar_type() == ScalarType::BFloat16) return f(static_cast<BFloat16*>(nullptr));
   if (x.scalar_type() == ScalarType::Half) return f(static_cast<Float16*>(nullptr));
-  throw std::runtime_error("lora_linear: the CUDA kernels serve bfloat16 and float16");
+  if (is_float(x)) return f(static_cast<TensorFloat32*>(nullptr));
+  throw std::runtime_error("lora_linear: the CUDA kernels serve bfloat16, float16 and, in tf32, float32");
 }
 
 template <class T>
@@ -65,20 +65,20 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
   if (bias) bias = torch::stable::contiguous(*bias);
   const int64_t m = rows.size(0), k = rows.size(1), n = w.size(0), rank = a.size(0);
   const Tensor y = new_empty_as(x, {m, n}), s = new_empty_as(x, {m, rank});
-  const bool aligned = whole_chunks(n, k, rank) && rows_aligned({&rows, &w, &a, &b, &y, &s});
+  const bool aligned = whole_chunks(n, k, rank, element_bytes(x)) && rows_aligned({&rows, &w, &a, &b, &y, &s});
   const LoraLinearConfig config =
-      lora_linear_config(m, n, k, rank, aligned, seed.has_value(), device_limits(call.device));
+      lora_linear_config(m, n, k, rank, element_bytes(x), aligned, seed.has_value(), device_limits(call.device));
   if (config.blocks > 0) {
     const Counters counters(x, call, config.counters);
     const Tensor partials = new_empty_as(x, {config.partials}, ScalarType::Float);
     const Dropout dropout = make_dropout(0, dropout_p);
-    const LoraLinearParams p{.x = elements(rows),
-                             .w = elements(w),
+    const LoraLinearParams p{.x = rows.const_data_ptr(),
+                             .w = w.const_data_ptr(),
                              .a = a.const_data_ptr(),
                              .b = b.const_data_ptr(),
-                             .bias = bias ? elements(*bias) : nullptr,
-                             .y = mutable_elements(y),
-                             .s = mutable_elements(s),
+                             .bias = bias ? bias->const_data_ptr() : nullptr,
+                             .y = y.mutable_data_ptr(),
+                             .s = s.mutable_data_ptr(),
                              .x_stride = rows.stride(0),
                              .w_stride = w.stride(0),
                              .a_stride = a.stride(0),
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
                              .n = static_cast<int32_t>(n),
                              .k = static_cast<int32_t>(k),
                              .rank = static_cast<int32_t>(rank),
-                             .adapters_are_float = is_float(a),
+                             .adapters_are_float = is_float(a) && !is_float(x),
                              .scaling = static_cast<float>(scaling),
                              .scaling_factor = one(),
                              .dropout_threshold = dropout.threshold,
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
   }
 
   const Tensor grad_s = new_empty_as(x, {m, rank});
-  const bool aligned = whole_chunks(n, k, rank) && rows_aligned({&gy, &rows, &saved_s, &w, &a, &b});
+  const bool aligned = whole_chunks(n, k, rank, element_bytes(x)) && rows_aligned({&gy, &rows, &saved_s, &w, &a, &b});
   const LoraBackwardConfig config =
       lora_backward_config(m, n, k, rank, aligned, need_x, need_A, need_B, device_limits(call.device));
   const Counters counters(x, call, config.grad_x.counters + config.grads.counters);
@@ -143,13 +143,13 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
   const Tensor partials = new_empty_as(x, {config.grads.partials}, ScalarType::Float);
   float* const partial_grad_b = config.parts_of_grad_b > 0 ? floats_of(parts_of_grad_b) : nullptr;
   const Dropout dropout = make_dropout(0, dropout_p);
-  const LoraLinearParams p{.x = elements(gy),
-                           .w = elements(w),
+  const LoraLinearParams p{.x = gy.const_data_ptr(),
+                           .w = w.const_data_ptr(),
                            .a = b.const_data_ptr(),
                            .b = a.const_data_ptr(),
                            .bias = nullptr,
-                           .y = mutable_elements(grad_x),
-                           .s = mutable_elements(grad_s),
+                           .y = grad_x.mutable_data_ptr(),
+                           .s = grad_s.mutable_data_ptr(),
                            .x_stride = gy.stride(0),
                            .w_stride = w.stride(0),
                            .a_stride = b.stride(0),
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
                            .n = static_cast<int32_t>(need_x ? k : 0),
                            .k = static_cast<int32_t>(n),
                            .rank = static_cast<int32_t>(rank),
-                           .adapters_are_float = is_float(a),
+                           .adapters_are_float = is_float(a) && !is_float(x),
                            .scaling = static_cast<float>(scaling),
                            .scaling_factor = one(),
                            .dropout_threshold = dropout.threshold,
@@ -170,12 +170,12 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
                            .splits = config.grad_x.splits,
                            .split_depth = config.grad_x.split_depth,
                            .partials = nullptr,
-                           .saved_s = elements(saved_s),
+                           .saved_s = saved_s.const_data_ptr(),
                            .partial_grad_b = partial_grad_b};
-  const LoraGradsParams g{.x = elements(rows),
-                          .grad_y = elements(gy),
-                          .s = elements(saved_s),
-                          .grad_s = elements(grad_s),
+  const LoraGradsParams g{.x = rows.const_data_ptr(),
+                          .grad_y = gy.const_data_ptr(),
+                          .s = saved_s.const_data_ptr(),
+                          .grad_s = grad_s.const_data_ptr(),
                           .grad_a = need_A ? grad_a.mutable_data_ptr() : nullptr,
                           .grad_b = need_B ? grad_b.mutable_data_ptr() : nullptr,
                           .x_stride = rows.stride(0),
@@ -211,13 +211,14 @@ Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::s
   if (bias) bias = torch::stable::contiguous(*bias);
   const int64_t m = rows.size(0), k = rows.size(1), n = w.size(0);
   const Tensor y = new_empty_as(x, {m, n});
-  const bool aligned = whole_chunks(n, k, kChunkElements) && rows_aligned({&rows, &w, &y});
+  const int chunk = chunk_elements(element_bytes(x));
+  const bool aligned = n % chunk == 0 && k % chunk == 0 && rows_aligned({&rows, &w, &y});
   const LoraLinearConfig config = frozen_linear_config(m, n, aligned, device_limits(call.device));
   LoraLinearParams p{};
-  p.x = elements(rows);
-  p.w = elements(w);
-  p.bias = bias ? elements(*bias) : nullptr;
-  p.y = mutable_elements(y);
+  p.x = rows.const_data_ptr();
+  p.w = w.const_data_ptr();
+  p.bias = bias ? bias->const_data_ptr() : nullptr;
+  p.y = y.mutable_data_ptr();
   p.x_stride = rows.stride(0);
   p.w_stride = w.stride(0);
   p.y_stride = y.stride(0);

@@ -65,14 +65,16 @@ struct Problem {
   int rows_aligned, has_dropout;
   DeviceLimits device;
 
-  bool aligned() const { return rows_aligned != 0 && whole_chunks(n, k, rank); }
+  int element_bytes() const { return std::strcmp(dtype, "tf32") == 0 ? 4 : 2; }
+  bool aligned() const { return rows_aligned != 0 && whole_chunks(n, k, rank, element_bytes()); }
 
   // f(Element*), or null with a Python error.
   template <class F>
   PyObject* with_element(const F& f) const {
     if (std::strcmp(dtype, "bf16") == 0) return f(static_cast<BFloat16*>(nullptr));
     if (std::strcmp(dtype, "fp16") == 0) return f(static_cast<Float16*>(nullptr));
-    return PyErr_Format(PyExc_ValueError, "dtype must be bf16 or fp16, got %s", dtype);
+    if (std::strcmp(dtype, "tf32") == 0) return f(static_cast<TensorFloat32*>(nullptr));
+    return PyErr_Format(PyExc_ValueError, "dtype must be bf16, fp16 or tf32, got %s", dtype);
   }
 };
 
@@ -99,7 +101,8 @@ Plan plan_of(const LoraLinearConfig& config, const KernelInfo& kernel, int64_t m
 PyObject* plan_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
   Problem p;
   if (!parse(args, keywords, p)) return nullptr;
-  const LoraLinearConfig config = lora_linear_config(p.m, p.n, p.k, p.rank, p.aligned(), p.has_dropout != 0, p.device);
+  const LoraLinearConfig config =
+      lora_linear_config(p.m, p.n, p.k, p.rank, p.element_bytes(), p.aligned(), p.has_dropout != 0, p.device);
   if (config.blocks > INT32_MAX) return too_many_tiles();
   return p.with_element([&](auto* e) {
     return to_python(plan_of(config, describe_lora_linear<std::remove_pointer_t<decltype(e)>>(config)));
@@ -308,6 +311,7 @@ void for_each_kernel(const F& f) {
   }
   for_each_lora_kernel<BFloat16>(f);
   for_each_lora_kernel<Float16>(f);
+  for_each_lora_kernel<TensorFloat32>(f);
 }
 
 PyObject* kernels(PyObject*, PyObject*) {

@@ -1,8 +1,10 @@
 // The emulated kernels as a Python module, for the tests only: numpy arrays in and out, 16-bit elements as uint16.
+// Matrices of the dtype "tf32" are float32.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -15,9 +17,9 @@ namespace py = pybind11;
 namespace lk {
 namespace {
 
-using Matrix = py::array_t<uint16_t>;  // rows may be strided, elements of a row are neighbours
+using Matrix = py::array;  // rows may be strided, elements of a row are neighbours
 constexpr float kScalingFactor = 2.0f;
-using Bias = std::optional<py::array_t<uint16_t>>;
+using Bias = std::optional<py::array>;
 
 // The smallest range that holds the array.
 emu::Range range_of(const py::array& a) {
@@ -26,35 +28,31 @@ emu::Range range_of(const py::array& a) {
   return {a.data(), bytes};
 }
 
-int64_t row_stride(const Matrix& a) { return a.strides(0) / static_cast<py::ssize_t>(sizeof(uint16_t)); }
+int64_t row_stride(const Matrix& a) { return a.strides(0) / a.itemsize(); }
 
 bool rows_aligned(const py::array& a) {
-  return reinterpret_cast<uintptr_t>(a.data()) % kChunkBytes == 0 &&
-         a.strides(0) / a.itemsize() % kChunkElements == 0 && a.shape(1) % kChunkElements == 0;
+  return reinterpret_cast<uintptr_t>(a.data()) % kChunkBytes == 0 && a.strides(0) % kChunkBytes == 0 &&
+         a.shape(1) % chunk_elements(static_cast<int>(a.itemsize())) == 0;
 }
 
-Matrix poisoned(py::ssize_t rows, py::ssize_t columns) {
-  Matrix m({rows, columns});
-  std::fill_n(m.mutable_data(), m.size(), uint16_t{0xFFFF});  // NaN
+// Of the dtype of `like`.
+Matrix poisoned(const Matrix& like, py::ssize_t rows, py::ssize_t columns) {
+  Matrix m(like.dtype(), std::vector<py::ssize_t>{rows, columns});
+  std::memset(m.mutable_data(), 0xFF, m.nbytes());  // NaN
   return m;
 }
 
 // Rows that lie apart, as a caller's may.
-Matrix poisoned_and_strided(py::ssize_t rows, py::ssize_t columns) {
-  const Matrix whole = poisoned(rows, columns + kChunkElements);
-  return Matrix({rows, columns}, {whole.strides(0), whole.strides(1)}, whole.data(), whole);
+Matrix poisoned_and_strided(const Matrix& like, py::ssize_t rows, py::ssize_t columns) {
+  const Matrix whole = poisoned(like, rows, columns + 8);
+  return Matrix(whole.dtype(), std::vector<py::ssize_t>{rows, columns},
+                std::vector<py::ssize_t>{whole.strides(0), whole.strides(1)}, whole.data(), whole);
 }
 
-// An adapter's matrix: 16-bit elements, or fp32.
-struct Adapter {
-  py::array array;
-  bool is_float;
+// Whether it is fp32 under 16-bit elements.
+bool is_wider(const Matrix& adapter, const Matrix& x) { return adapter.itemsize() > x.itemsize(); }
 
-  explicit Adapter(const py::array& a) : array(a), is_float(a.itemsize() == 4) {}
-  int64_t stride() const { return array.strides(0) / array.itemsize(); }
-};
-
-uint16_t* data_of(const Matrix& m) { return const_cast<uint16_t*>(m.data()); }
+void* data_of(const Matrix& m) { return const_cast<void*>(m.data()); }
 
 py::array_t<float> workspace(int64_t floats) {
   py::array_t<float> w(floats);
@@ -71,6 +69,7 @@ py::array_t<uint32_t> zeros(int64_t words) {
 // f(Element{}) for the type that `dtype` names.
 template <class F>
 auto with_element(const std::string& dtype, const F& f) {
+  if (dtype == "tf32") return f(TensorFloat32{});
   return dtype == "bf16" ? f(BFloat16{}) : f(Float16{});
 }
 
@@ -82,16 +81,15 @@ emu::Report launch(const Config& config, void (*kernel)(Params), const Params& p
 }
 
 // Returns (y, s, schedule, counters after the launch, report).
-py::tuple lora_linear(const std::string& dtype, const Matrix& x, const Matrix& w, const py::array& lora_A,
-                      const py::array& lora_B, const Bias& bias, double scaling, double dropout_p,
-                      std::optional<int64_t> seed, int sms, const py::dict& options) {
-  const Adapter a(lora_A), b(lora_B);
-  const auto m = x.shape(0), k = x.shape(1), n = w.shape(0), rank = a.array.shape(0);
-  const Matrix y = poisoned_and_strided(m, n), s = poisoned(m, rank);
-  bool aligned = rows_aligned(a.array) && rows_aligned(b.array);
+py::tuple lora_linear(const std::string& dtype, const Matrix& x, const Matrix& w, const Matrix& a, const Matrix& b,
+                      const Bias& bias, double scaling, double dropout_p, std::optional<int64_t> seed, int sms,
+                      const py::dict& options) {
+  const auto m = x.shape(0), k = x.shape(1), n = w.shape(0), rank = a.shape(0);
+  const Matrix y = poisoned_and_strided(x, m, n), s = poisoned(x, m, rank);
+  bool aligned = rows_aligned(a) && rows_aligned(b);
   for (const Matrix* t : {&x, &w, &y, &s}) aligned = aligned && rows_aligned(*t);
-  const LoraLinearConfig config =
-      lora_linear_config(m, n, k, rank, aligned, seed.has_value(), {.sms = sms, .shared_per_block = 99 << 10});
+  const LoraLinearConfig config = lora_linear_config(m, n, k, rank, static_cast<int>(x.itemsize()), aligned,
+                                                     seed.has_value(), {.sms = sms, .shared_per_block = 99 << 10});
   auto counters = zeros(config.counters);
   auto partials = workspace(config.partials);
   const Dropout dropout = make_dropout(0, dropout_p);
@@ -99,21 +97,21 @@ py::tuple lora_linear(const std::string& dtype, const Matrix& x, const Matrix& w
 
   const LoraLinearParams p{.x = x.data(),
                            .w = w.data(),
-                           .a = a.array.data(),
-                           .b = b.array.data(),
+                           .a = a.data(),
+                           .b = b.data(),
                            .bias = bias ? bias->data() : nullptr,
                            .y = data_of(y),
                            .s = data_of(s),
                            .x_stride = row_stride(x),
                            .w_stride = row_stride(w),
-                           .a_stride = a.stride(),
-                           .b_stride = b.stride(),
+                           .a_stride = row_stride(a),
+                           .b_stride = row_stride(b),
                            .y_stride = row_stride(y),
                            .m = static_cast<int32_t>(m),
                            .n = static_cast<int32_t>(n),
                            .k = static_cast<int32_t>(k),
                            .rank = static_cast<int32_t>(rank),
-                           .adapters_are_float = a.is_float,
+                           .adapters_are_float = is_wider(a, x),
                            .scaling = static_cast<float>(scaling / 2),
                            .scaling_factor = &kScalingFactor,
                            .dropout_threshold = dropout.threshold,
@@ -126,11 +124,8 @@ py::tuple lora_linear(const std::string& dtype, const Matrix& x, const Matrix& w
                            .partials = partials.mutable_data(),
                            .saved_s = nullptr,
                            .partial_grad_b = nullptr};
-  std::vector<emu::Range> global = {range_of(counters),
-                                    range_of(partials),
-                                    range_of(a.array),
-                                    range_of(b.array),
-                                    {&kScalingFactor, sizeof kScalingFactor}};
+  std::vector<emu::Range> global = {
+      range_of(counters), range_of(partials), range_of(a), range_of(b), {&kScalingFactor, sizeof kScalingFactor}};
   for (const Matrix* t : {&x, &w, &y, &s}) global.push_back(range_of(*t));
   if (bias) global.push_back(range_of(*bias));
   if (seed) global.push_back({&seed_value, sizeof seed_value});
@@ -145,28 +140,23 @@ py::tuple lora_linear(const std::string& dtype, const Matrix& x, const Matrix& w
 
 // Gradients that are not wanted are empty. Returns (dX, dA, dB, counters of the two launches, their reports).
 py::tuple lora_linear_backward(const std::string& dtype, const Matrix& grad_y, const Matrix& x, const Matrix& s,
-                               const Matrix& w, const py::array& lora_A, const py::array& lora_B, double scaling,
-                               double dropout_p, std::optional<int64_t> seed, bool need_x, bool need_a, bool need_b,
-                               int sms, const py::dict& options) {
-  const Adapter a(lora_A), b(lora_B);
-  const auto m = x.shape(0), k = x.shape(1), n = w.shape(0), rank = a.array.shape(0);
-  const Matrix grad_x = poisoned_and_strided(need_x ? m : 0, k), grad_s = poisoned(m, rank);
-  bool aligned = rows_aligned(a.array) && rows_aligned(b.array);
+                               const Matrix& w, const Matrix& a, const Matrix& b, double scaling, double dropout_p,
+                               std::optional<int64_t> seed, bool need_x, bool need_a, bool need_b, int sms,
+                               const py::dict& options) {
+  const auto m = x.shape(0), k = x.shape(1), n = w.shape(0), rank = a.shape(0);
+  const Matrix grad_x = poisoned_and_strided(x, need_x ? m : 0, k), grad_s = poisoned(x, m, rank);
+  bool aligned = rows_aligned(a) && rows_aligned(b);
   for (const Matrix* t : {&grad_y, &x, &s, &w}) aligned = aligned && rows_aligned(*t);
   const LoraBackwardConfig config =
       lora_backward_config(m, n, k, rank, aligned, need_x, need_a, need_b, {.sms = sms, .shared_per_block = 99 << 10});
-  const auto adapter_grad = [&](bool need, py::ssize_t rows, py::ssize_t columns) -> py::array {
-    if (!a.is_float) return poisoned(need ? rows : 0, columns);
-    return workspace(need ? rows * columns : 0).reshape({need ? rows : 0, columns});
-  };
-  py::array grad_a = adapter_grad(need_a, rank, k), grad_b = adapter_grad(need_b, n, rank);
+  Matrix grad_a = poisoned(a, need_a ? rank : 0, k), grad_b = poisoned(a, need_b ? n : 0, rank);
   auto counters_x = zeros(config.grad_x.counters), counters = zeros(config.grads.counters);
   auto partial_grad_b = workspace(config.partial_grad_b), partials = workspace(config.grads.partials);
   const Dropout dropout = make_dropout(0, dropout_p);
   const int64_t seed_value = seed.value_or(0);
-  std::vector<emu::Range> global = {range_of(a.array), range_of(b.array), {&kScalingFactor, sizeof kScalingFactor}};
+  std::vector<emu::Range> global = {range_of(a), range_of(b), {&kScalingFactor, sizeof kScalingFactor}};
   for (const Matrix* t : {&grad_y, &x, &s, &w, &grad_x, &grad_s}) global.push_back(range_of(*t));
-  for (const py::array* t : {&grad_a, &grad_b}) global.push_back(range_of(*t));
+  for (const Matrix* t : {&grad_a, &grad_b}) global.push_back(range_of(*t));
   for (const py::array& t :
        {py::array(counters_x), py::array(counters), py::array(partial_grad_b), py::array(partials)}) {
     global.push_back(range_of(t));
@@ -176,21 +166,21 @@ py::tuple lora_linear_backward(const std::string& dtype, const Matrix& grad_y, c
 
   const LoraLinearParams p{.x = grad_y.data(),
                            .w = w.data(),
-                           .a = b.array.data(),
-                           .b = a.array.data(),
+                           .a = b.data(),
+                           .b = a.data(),
                            .bias = nullptr,
                            .y = data_of(grad_x),
                            .s = data_of(grad_s),
                            .x_stride = row_stride(grad_y),
                            .w_stride = row_stride(w),
-                           .a_stride = b.stride(),
-                           .b_stride = a.stride(),
+                           .a_stride = row_stride(b),
+                           .b_stride = row_stride(a),
                            .y_stride = row_stride(grad_x),
                            .m = static_cast<int32_t>(m),
                            .n = static_cast<int32_t>(need_x ? k : 0),
                            .k = static_cast<int32_t>(n),
                            .rank = static_cast<int32_t>(rank),
-                           .adapters_are_float = a.is_float,
+                           .adapters_are_float = is_wider(a, x),
                            .scaling = static_cast<float>(scaling / 2),
                            .scaling_factor = &kScalingFactor,
                            .dropout_threshold = dropout.threshold,
@@ -215,7 +205,7 @@ py::tuple lora_linear_backward(const std::string& dtype, const Matrix& grad_y, c
                           .n = static_cast<int32_t>(n),
                           .k = static_cast<int32_t>(k),
                           .rank = static_cast<int32_t>(rank),
-                          .grads_are_float = a.is_float,
+                          .grads_are_float = a.itemsize() == 4,
                           .scaling = static_cast<float>(scaling / 2),
                           .scaling_factor = &kScalingFactor,
                           .dropout_threshold = dropout.threshold,
@@ -243,7 +233,7 @@ py::tuple lora_linear_backward(const std::string& dtype, const Matrix& grad_y, c
 py::tuple frozen_linear(const std::string& dtype, const Matrix& x, const Matrix& w, const Bias& bias, int sms,
                         const py::dict& options) {
   const auto m = x.shape(0), k = x.shape(1), n = w.shape(0);
-  const Matrix y = poisoned_and_strided(m, n);
+  const Matrix y = poisoned_and_strided(x, m, n);
   bool aligned = true;
   for (const Matrix* t : {&x, &w, &y}) aligned = aligned && rows_aligned(*t);
   const LoraLinearConfig config = frozen_linear_config(m, n, aligned, {.sms = sms, .shared_per_block = 99 << 10});
@@ -270,9 +260,9 @@ py::tuple frozen_linear(const std::string& dtype, const Matrix& x, const Matrix&
 }
 
 py::dict config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, bool has_dropout, int sms,
-                int shared_per_block) {
-  const LoraLinearConfig c =
-      lora_linear_config(m, n, k, rank, aligned, has_dropout, {.sms = sms, .shared_per_block = shared_per_block});
+                int shared_per_block, int element_bytes) {
+  const LoraLinearConfig c = lora_linear_config(m, n, k, rank, element_bytes, aligned, has_dropout,
+                                                {.sms = sms, .shared_per_block = shared_per_block});
   const TileShape tile = tile_shape(c.tile);
   py::dict d;
   d["schedule"] = name_of(c.schedule);
@@ -319,7 +309,8 @@ PYBIND11_MODULE(_emu, m) {
   m.def("lora_linear", &lk::lora_linear);
   m.def("lora_linear_backward", &lk::lora_linear_backward);
   m.def("frozen_linear", &lk::frozen_linear);
-  m.def("lora_linear_config", &lk::config);
+  m.def("lora_linear_config", &lk::config, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+        py::arg(), py::arg("element_bytes") = 2);
   m.def("lora_backward_config", &lk::backward_config);
   m.def("work_of_ticket", &lk::work);
 }

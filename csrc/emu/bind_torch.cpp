@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "../bind/cuda_counters.h"
@@ -26,38 +27,44 @@ struct Launch {
 
 constexpr float kOne = 1.0f;
 
-emu::Range rows_range(const void* data, int64_t rows, int64_t columns, int64_t stride, size_t element_size = 2) {
+emu::Range rows_range(const void* data, int64_t rows, int64_t columns, int64_t stride, size_t element_size) {
   return {data, rows == 0 || columns == 0 ? 0 : ((rows - 1) * stride + columns) * element_size};
 }
 
-void poison(uint16_t* data, int64_t rows, int64_t columns, int64_t stride) {
-  for (int64_t row = 0; row < rows; ++row) std::fill_n(data + row * stride, columns, uint16_t{0xFFFF});  // NaN
+void poison(void* data, int64_t rows, int64_t columns, int64_t stride, size_t element_size) {
+  for (int64_t row = 0; row < rows; ++row) {
+    std::memset(static_cast<char*>(data) + row * stride * element_size, 0xFF, columns * element_size);  // NaN
+  }
 }
+
+template <class Element>
+constexpr size_t kSize = sizeof(typename Element::Storage);
 
 bool all_zero(const uint32_t* words, int64_t count) {
   return std::all_of(words, words + count, [](uint32_t word) { return word == 0; });
 }
 
 // Outputs and workspace of the launch become NaN; returns what the kernel may touch.
-std::vector<emu::Range> prepare(const LoraLinearParams& p, const LoraLinearConfig& config, Layout adapters) {
-  poison(p.y, p.m, p.n, p.y_stride);
-  if (p.s != nullptr) poison(p.s, p.m, p.rank, p.rank);
+std::vector<emu::Range> prepare(const LoraLinearParams& p, const LoraLinearConfig& config, Layout adapters,
+                                size_t element_size) {
+  poison(p.y, p.m, p.n, p.y_stride, element_size);
+  if (p.s != nullptr) poison(p.s, p.m, p.rank, p.rank, element_size);
   std::fill_n(p.partials, config.partials, NAN);
-  const size_t adapter_size = p.adapters_are_float ? 4 : 2;
+  const size_t adapter_size = p.adapters_are_float ? 4 : element_size;
   const bool transposed = adapters == Layout::kColumns;
   const auto matrix = [&](const void* data, int64_t rows, int64_t columns, int64_t stride, size_t size) {
     return transposed ? rows_range(data, columns, rows, stride, size) : rows_range(data, rows, columns, stride, size);
   };
-  std::vector<emu::Range> global = {rows_range(p.x, p.m, p.k, p.x_stride),
-                                    matrix(p.w, p.n, p.k, p.w_stride, 2),
+  std::vector<emu::Range> global = {rows_range(p.x, p.m, p.k, p.x_stride, element_size),
+                                    matrix(p.w, p.n, p.k, p.w_stride, element_size),
                                     matrix(p.a, p.rank, p.k, p.a_stride, adapter_size),
                                     matrix(p.b, p.n, p.rank, p.b_stride, adapter_size),
-                                    rows_range(p.y, p.m, p.n, p.y_stride),
-                                    rows_range(p.s, p.m, p.rank, p.rank),
+                                    rows_range(p.y, p.m, p.n, p.y_stride, element_size),
+                                    rows_range(p.s, p.m, p.rank, p.rank, element_size),
                                     {p.scaling_factor, sizeof(float)},
                                     {p.counters, config.counters * sizeof(uint32_t)},
                                     {p.partials, config.partials * sizeof(float)}};
-  if (p.bias != nullptr) global.push_back({p.bias, p.n * sizeof(uint16_t)});
+  if (p.bias != nullptr) global.push_back({p.bias, p.n * element_size});
   if (p.seed != nullptr) global.push_back({p.seed, sizeof *p.seed});
   return global;
 }
@@ -83,7 +90,7 @@ cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig
     *p.counters = 1;
     return cudaErrorLaunchFailure;
   }
-  const auto global = prepare(p, config, Layout::kRows);
+  const auto global = prepare(p, config, Layout::kRows, kSize<Element>);
   return with_lora_linear_variant<Element>(config, [&](auto variant) {
     using Variant = decltype(variant);
     return run<Variant>(&lora_linear_kernel<Variant>, config.blocks, p, global);
@@ -92,7 +99,7 @@ cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig
 
 template <class Element>
 cudaError_t launch_frozen_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t) {
-  const auto global = prepare(p, config, Layout::kRows);
+  const auto global = prepare(p, config, Layout::kRows, kSize<Element>);
   return with_frozen_linear_variant<Element>(config, [&](auto variant) {
     using Variant = decltype(variant);
     return run<Variant>(&lora_linear_kernel<Variant>, config.blocks, p, global);
@@ -101,8 +108,8 @@ cudaError_t launch_frozen_linear(const LoraLinearParams& p, const LoraLinearConf
 
 template <class Element>
 cudaError_t launch_lora_grad_x(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t) {
-  auto global = prepare(p, config, Layout::kColumns);
-  global.push_back(rows_range(p.saved_s, p.m, p.rank, p.rank));
+  auto global = prepare(p, config, Layout::kColumns, kSize<Element>);
+  global.push_back(rows_range(p.saved_s, p.m, p.rank, p.rank, kSize<Element>));
   if (p.partial_grad_b != nullptr) {
     const int64_t floats = blocks_of(p.m, tile_shape(config.tile).rows) * p.k * 16;
     std::fill_n(p.partial_grad_b, floats, NAN);
@@ -116,12 +123,12 @@ cudaError_t launch_lora_grad_x(const LoraLinearParams& p, const LoraLinearConfig
 
 template <class Element>
 cudaError_t launch_lora_grads(const LoraGradsParams& p, const LoraGradsConfig& config, cudaStream_t) {
-  const size_t size = p.grads_are_float ? 4 : 2;
+  const size_t size = p.grads_are_float ? 4 : kSize<Element>;
   std::fill_n(p.partials, config.partials, NAN);
-  std::vector<emu::Range> global = {rows_range(p.x, p.m, p.k, p.x_stride),
-                                    rows_range(p.grad_y, p.m, p.n, p.grad_y_stride),
-                                    rows_range(p.s, p.m, p.rank, p.rank),
-                                    rows_range(p.grad_s, p.m, p.rank, p.rank),
+  std::vector<emu::Range> global = {rows_range(p.x, p.m, p.k, p.x_stride, kSize<Element>),
+                                    rows_range(p.grad_y, p.m, p.n, p.grad_y_stride, kSize<Element>),
+                                    rows_range(p.s, p.m, p.rank, p.rank, kSize<Element>),
+                                    rows_range(p.grad_s, p.m, p.rank, p.rank, kSize<Element>),
                                     {p.scaling_factor, sizeof(float)},
                                     {p.counters, config.counters * sizeof(uint32_t)},
                                     {p.partials, config.partials * sizeof(float)},

@@ -231,7 +231,8 @@ enum class Collective {
   kLoadMatrix,
   kLoadMatrixTransposed,
   kMultiplyAddBFloat16,
-  kMultiplyAddFloat16
+  kMultiplyAddFloat16,
+  kMultiplyAddTensorFloat32
 };
 
 // One lane's part of a collective.
@@ -284,6 +285,21 @@ void transfer_matrices(const uint16_t (&rows)[kLanes][8], bool transposed, const
   }
 }
 
+// Adds a[16, depth] b[depth, 8] to the lanes' accumulators.
+template <int kDepth>
+void add_product(const float (&a)[16][kDepth], const float (&b)[kDepth][8], const Operands (&operands)[kLanes]) {
+  float product[16][8] = {};
+  for (int m = 0; m < 16; ++m) {
+    for (int k = 0; k < kDepth; ++k) {
+      for (int n = 0; n < 8; ++n) product[m][n] += a[m][k] * b[k][n];
+    }
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int group = lane / 4, pair = lane % 4 * 2;
+    for (int i = 0; i < 4; ++i) operands[lane].d[i] += product[group + i / 2 * 8][pair + i % 2];
+  }
+}
+
 template <class Format>
 void multiply_add_fragments(const Operands (&operands)[kLanes]) {
   float a[16][16], b[16][8];
@@ -300,16 +316,20 @@ void multiply_add_fragments(const Operands (&operands)[kLanes]) {
       b[pair + i * 8 + 1][group] = Format::high(o.b[i]);
     }
   }
-  float product[16][8] = {};
-  for (int m = 0; m < 16; ++m) {
-    for (int k = 0; k < 16; ++k) {
-      for (int n = 0; n < 8; ++n) product[m][n] += a[m][k] * b[k][n];
-    }
-  }
+  add_product(a, b, operands);
+}
+
+// Fragments of mma.m16n8k8. The tensor cores do not see the bits of an operand that tf32 has not.
+void multiply_add_tf32_fragments(const Operands (&operands)[kLanes]) {
+  float a[16][8], b[8][8];
+  const auto seen = [](uint32_t bits) { return float_of(bits & ~0x1FFFu); };
   for (int lane = 0; lane < kLanes; ++lane) {
-    const int group = lane / 4, pair = lane % 4 * 2;
-    for (int i = 0; i < 4; ++i) operands[lane].d[i] += product[group + i / 2 * 8][pair + i % 2];
+    const Operands& o = operands[lane];
+    const int group = lane / 4, k = lane % 4;
+    for (int i = 0; i < 4; ++i) a[group + i % 2 * 8][k + i / 2 * 4] = seen(o.a[i]);
+    for (int i = 0; i < 2; ++i) b[k + i * 4][group] = seen(o.b[i]);
   }
+  add_product(a, b, operands);
 }
 
 // ------------------------------------------------------------------------------------------------- the machine
@@ -725,6 +745,10 @@ void Machine::perform(Warp& w) {
       multiply_add_fragments<Float16>(w.operands);
       ++report_.mma;
       break;
+    case Collective::kMultiplyAddTensorFloat32:
+      multiply_add_tf32_fragments(w.operands);
+      ++report_.mma;
+      break;
   }
 }
 
@@ -1072,9 +1096,10 @@ void multiply_add(Element element, float* d, const uint32_t* a, uint32_t b0, uin
   operands.a = a;
   operands.b[0] = b0;
   operands.b[1] = b1;
-  const bool is_bfloat16 = element == Element::kBFloat16;
-  running().join_collective(is_bfloat16 ? Collective::kMultiplyAddBFloat16 : Collective::kMultiplyAddFloat16, operands,
-                            site);
+  const auto collective = element == Element::kBFloat16  ? Collective::kMultiplyAddBFloat16
+                          : element == Element::kFloat16 ? Collective::kMultiplyAddFloat16
+                                                         : Collective::kMultiplyAddTensorFloat32;
+  running().join_collective(collective, operands, site);
 }
 
 }  // namespace lk::emu

@@ -96,7 +96,7 @@ Report launch(int blocks, int threads, int dynamic_shared_bytes, const std::vect
 
 // -------------------------------------------------------------------------------- what the twins below are made of
 
-enum class Element { kBFloat16, kFloat16 };
+enum class Element { kBFloat16, kFloat16, kTensorFloat32 };
 
 int thread_index();
 int block_index();
@@ -173,6 +173,10 @@ inline void store_shared_16(uint32_t address, const Vec16& v, emu::Site site = e
   emu::store_shared(address, &v, sizeof v, site);
 }
 
+inline void store_shared_8(uint32_t address, Float2 v, emu::Site site = emu::Site::current()) {
+  emu::store_shared(address, &v, sizeof v, site);
+}
+
 inline void store_shared_4(uint32_t address, uint32_t v, emu::Site site = emu::Site::current()) {
   emu::store_shared(address, &v, sizeof v, site);
 }
@@ -219,6 +223,8 @@ inline void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t row_address, em
 }
 
 struct BFloat16 {
+  using Storage = uint16_t;
+
   static uint32_t pack(float low, float high) { return round(low) | round(high) << 16; }
   static float low(uint32_t packed) { return float_of(packed << 16); }
   static float high(uint32_t packed) { return float_of(packed & 0xFFFF0000u); }
@@ -236,6 +242,8 @@ struct BFloat16 {
 };
 
 struct Float16 {
+  using Storage = uint16_t;
+
   static uint32_t pack(float low, float high) { return round(low) | round(high) << 16; }
 
   static float low(uint32_t packed) {
@@ -263,6 +271,22 @@ struct Float16 {
     // The last bit of a float in [0.5, 1) is worth the smallest subnormal: the addition rounds.
     if (magnitude < 0x1p-14f) return sign | (bits_of(magnitude + 0.5f) - bits_of(0.5f));
     return sign | (bits - (112u << 23) + 0xFFFu + (bits >> 13 & 1)) >> 13;
+  }
+};
+
+struct TensorFloat32 {
+  using Storage = uint32_t;
+
+  static uint32_t round(uint32_t bits) {
+    if (std::isnan(float_of(bits))) return 0x7FFFFFFFu;
+    return (bits + 0x1000u) & ~0x1FFFu;  // the sign apart, bits are ordered like numbers; infinity stays
+  }
+
+  static float low(uint32_t bits) { return float_of(bits); }
+
+  static void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                           emu::Site site = emu::Site::current()) {
+    emu::multiply_add(emu::Element::kTensorFloat32, d, a, b0, b1, site);
   }
 };
 

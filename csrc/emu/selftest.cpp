@@ -217,7 +217,52 @@ void check_matrix_product(bool b_transposed) {
   }
 }
 
+// d[16, 8] = a[16, 8] b[8, 8] in tf32, of which the lanes fetch a's fragments with load_matrix_x4.
+void check_tf32_product() {
+  using Format = TensorFloat32;
+  std::mt19937 random(7);
+  std::uniform_real_distribution<float> value(-2, 2);
+  std::vector<float> a(16 * 8), b(8 * 8), d(16 * 8);
+  for (auto* matrix : {&a, &b}) {
+    for (float& e : *matrix) e = value(random);
+  }
+  emu::launch(1, 32, 16 * 32, {range_of(a), range_of(b), range_of(d)}, {}, [&] {
+    const uint32_t a_smem = dynamic_shared();
+    const int lane = thread_index(), group = lane / 4, k = lane % 4;
+    copy_async_16(a_smem + lane * 16, &a[lane * 4], 16);
+    copy_async_commit();
+    copy_async_wait<0>();
+    sync_block();
+    uint32_t a_reg[4];
+    load_matrix_x4(a_reg, a_smem + lane % 16 * 32 + lane / 16 * 16);
+    for (uint32_t& word : a_reg) word = Format::round(word);
+    const uint32_t b_reg[2] = {bits_of(load_global(&b[k * 8 + group])), bits_of(load_global(&b[(k + 4) * 8 + group]))};
+    float d_reg[4] = {1, 1, 1, 1};
+    Format::multiply_add(d_reg, a_reg, Format::round(b_reg[0]), Format::round(b_reg[1]));
+    for (int i = 0; i < 4; ++i) store_global(&d[(group + i / 2 * 8) * 8 + k * 2 + i % 2], d_reg[i]);
+  });
+  const auto tf32 = [](float f) {
+    return std::ldexp(std::round(std::ldexp(f, 10 - std::ilogb(f))), std::ilogb(f) - 10);
+  };
+  for (int m = 0; m < 16; ++m) {
+    for (int n = 0; n < 8; ++n) {
+      double sum = 1;
+      for (int k = 0; k < 8; ++k) sum += tf32(a[m * 8 + k]) * tf32(b[k * 8 + n]);
+      require(std::fabs(d[m * 8 + n] - sum) < 1e-5, "wrong product in tf32");
+    }
+  }
+}
+
+void test_rounding_to_tf32() {
+  const std::pair<uint32_t, uint32_t> cases[] = {
+      {0x3F800FFF, 0x3F800000}, {0x3F801000, 0x3F802000}, {0xBF801000, 0xBF802000},  // ties go away from zero
+      {0x7F800000, 0x7F800000}, {0x7F7FFFFF, 0x7F800000}, {0x00000FFF, 0x00000000}};
+  for (const auto& [bits, rounded] : cases) require(TensorFloat32::round(bits) == rounded, "wrong rounding to tf32");
+  require(std::isnan(float_of(TensorFloat32::round(0x7FFFFFFF))), "a NaN stays one");
+}
+
 void test_matrix_products() {
+  check_tf32_product();
   for (bool transposed : {false, true}) {
     check_matrix_product<BFloat16>(transposed);
     check_matrix_product<Float16>(transposed);
@@ -439,6 +484,7 @@ constexpr Test kTests[] = {
     TEST(test_async_copy),
     TEST(test_missing_wait_is_caught),
     TEST(test_matrix_products),
+    TEST(test_rounding_to_tf32),
     TEST(test_formats),
     TEST(test_flags_order_blocks),
     TEST(test_missing_order_is_caught),

@@ -6,8 +6,6 @@
 
 namespace lk {
 
-static_assert(kDropoutGroup == kChunkElements, "a chunk is one Philox group");
-
 // The mask of a matrix with `columns` columns.
 struct DropoutMask {
   int64_t groups_per_row;
@@ -24,21 +22,32 @@ struct DropoutMask {
   }
 };
 
-// Zeroes what is dropped in a tile in shared memory, whose first element is (row0, column0) of the matrix.
+// Zeroes what is dropped in a tile in shared memory, whose first element is (row0, column0) of the matrix. A Philox
+// group is one chunk of 16-bit elements, or two of 32-bit ones.
 template <class Tile, int kRows, int kThreads>
 LK_DEVICE void drop_tile(uint32_t smem, int row0, int column0, const DropoutMask& mask) {
-  for (int i = thread_index(); i < kRows * Tile::kChunks; i += kThreads) {
-    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
-    const PhiloxWords words = mask.words(row0 + row, column0 + chunk * kChunkElements);
-    const uint32_t address = smem + Tile::offset(row, chunk);
-    Vec16 v = load_shared_16(address);
+  constexpr int kGroupChunks = kDropoutGroup / Tile::kChunkElements, kGroups = Tile::kChunks / kGroupChunks;
+  for (int i = thread_index(); i < kRows * kGroups; i += kThreads) {
+    const int row = i / kGroups, group = i % kGroups;
+    PhiloxWords words = mask.words(row0 + row, column0 + group * kDropoutGroup);
+    // Of two chunks, half of the threads that access memory together take the second one first: other banks.
+    const int first = kGroupChunks == 1 ? 0 : i >> 2 & 1;
+    if (first == 1) words = {{words.word[2], words.word[3], words.word[0], words.word[1]}};
+    const auto kept = [&](int element) { return dropout_bits(words, element) >= mask.threshold; };
     LK_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t low = dropout_bits(words, 2 * j) >= mask.threshold ? 0x0000FFFFu : 0u;
-      const uint32_t high = dropout_bits(words, 2 * j + 1) >= mask.threshold ? 0xFFFF0000u : 0u;
-      v.word[j] &= low | high;
+    for (int chunk = 0; chunk < kGroupChunks; ++chunk) {
+      const uint32_t address = smem + Tile::offset(row, group * kGroupChunks + (chunk ^ first));
+      Vec16 v = load_shared_16(address);
+      LK_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if constexpr (kGroupChunks == 1) {
+          v.word[j] &= (kept(2 * j) ? 0x0000FFFFu : 0u) | (kept(2 * j + 1) ? 0xFFFF0000u : 0u);
+        } else {
+          v.word[j] = kept(4 * chunk + j) ? v.word[j] : 0u;
+        }
+      }
+      store_shared_16(address, v);
     }
-    store_shared_16(address, v);
   }
 }
 

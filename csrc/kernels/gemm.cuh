@@ -13,46 +13,68 @@ struct Operand {
   const void* data;
   int64_t stride;
   int32_t rows, depth;
-  bool is_float = false;  // elements are fp32 (AdapterLoader), else 16 bits wide
+  bool is_float = false;  // elements are fp32 that the kernel rounds to its 16-bit type (TileLoader)
 };
 
 // A tile of an operand, kRows x kDepth, in shared memory. `Lanes` says how a fragment is spread over the lanes.
-template <int kRows, int kDepth, Layout kLayout, class Lanes>
+template <class Element, int kRows, int kDepth, Layout kLayout, class Lanes>
 struct OperandTile {
   static constexpr bool kTransposed = kLayout == Layout::kColumns;
-  using Tile = SharedTile<kTransposed ? kRows : kDepth>;
+  using Tile = SharedTile<kTransposed ? kRows : kDepth, sizeof(typename Element::Storage)>;
   static constexpr int kBytes = Tile::bytes(kTransposed ? kDepth : kRows);
+  static constexpr int kFragmentDepth = 2 * Tile::kChunkElements;
 
   // Where this lane reads for the fragments from `row` on.
   LK_DEVICE static uint32_t lane_offset(int row) {
     const int lane = thread_index() % kWarp;
-    return kTransposed ? Tile::offset(Lanes::row(lane), row / kChunkElements + Lanes::chunk(lane))
-                       : Tile::offset(row + Lanes::row(lane), Lanes::chunk(lane));
+    if constexpr (!kTransposed) return Tile::offset(row + Lanes::row(lane), Lanes::chunk(lane));
+    if constexpr (kWide) return Tile::element_offset(lane % 4, row + lane / 4);
+    return Tile::offset(Lanes::row(lane), row / Tile::kChunkElements + Lanes::chunk(lane));
   }
 
-  // Rows [16 i, 16 i + 16) from there, depth [16 step, 16 step + 16). Sixteen rows of memory on, the turn of a row is
-  // the same; two chunks on, the address differs by an exclusive or.
+  // Rows [16 i, 16 i + 16) from there, fragment `step` of the depth. Eight rows of memory on, the turn of a row is the
+  // same; two chunks on, the address differs by an exclusive or.
   LK_DEVICE static void load(uint32_t (&fragment)[4], uint32_t lane_address, int i, int step) {
-    if constexpr (kTransposed) {
+    if constexpr (!kTransposed) {
+      load_matrix_x4(fragment, (lane_address ^ (step * 2 * kChunkBytes)) + i * 16 * Tile::kRowBytes);
+    } else if constexpr (!kWide) {
       load_matrix_x4_transposed(fragment, (lane_address ^ (i * 2 * kChunkBytes)) + step * 16 * Tile::kRowBytes);
     } else {
-      load_matrix_x4(fragment, (lane_address ^ (step * 2 * kChunkBytes)) + i * 16 * Tile::kRowBytes);
+      // ldmatrix transposes 16-bit elements only. Lane 4g + t has row g, four deep at t.
+      LK_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const int deep = Lanes::row(8 * j) / 8 * 4, eight_rows = Lanes::chunk(8 * j);
+        const uint32_t chunks = static_cast<uint32_t>((i * 2 + eight_rows) * 2 ^ Tile::turn(deep));
+        fragment[j] =
+            load_shared_4((lane_address ^ (chunks * kChunkBytes)) + (step * kFragmentDepth + deep) * Tile::kRowBytes);
+      }
+    }
+    if constexpr (kWide) {
+      LK_UNROLL
+      for (int j = 0; j < 4; ++j) fragment[j] = Element::round(fragment[j]);
     }
   }
+
+ private:
+  static constexpr bool kWide = sizeof(typename Element::Storage) == 4;
 };
 
 // Brings rows [row0, row0 + kRows) of an operand into shared memory, kDepth of the depth at a time. What lies past the
 // depth is zero, in both operands, because NaN · 0 is NaN; the products of rows past the end nobody stores. Where
 // `Rounded` is an element type, the operand may be fp32 and is rounded to that type on the way.
-template <int kRows, int kDepth, Layout kLayout, int kThreads, bool kAligned, class Rounded = void>
+template <class Element, int kRows, int kDepth, Layout kLayout, int kThreads, bool kAligned, class Rounded = void>
 class TileLoader {
+  using Storage = typename Element::Storage;
   static constexpr bool kTransposed = kLayout == Layout::kColumns, kMayBeFloat = !std::is_void_v<Rounded>;
-  using Tile = SharedTile<kTransposed ? kRows : kDepth>;
+  static_assert(!kMayBeFloat || sizeof(Storage) == 2, "what is as wide as fp32 is not rounded here");
+  using Tile = SharedTile<kTransposed ? kRows : kDepth, sizeof(Storage)>;
+  static constexpr int kChunkElements = Tile::kChunkElements;
   static constexpr int kTileRows = kTransposed ? kDepth : kRows;
   // A thread's chunks lie in one column of chunks, so many rows of the tile apart.
   static constexpr int kRowStep = kThreads / Tile::kChunks;
   static constexpr int kSteps = (kTileRows + kRowStep - 1) / kRowStep;
-  static_assert(kThreads % Tile::kChunks == 0 && kRowStep % 8 == 0, "a thread's rows have the same turn");
+  static_assert(kThreads % Tile::kChunks == 0 && (kRowStep & (kRowStep - 1)) == 0,
+                "sums of a row and steps do not carry");
 
  public:
   LK_DEVICE TileLoader(const Operand& m, int row0, int k0) : is_float_(m.is_float) {
@@ -73,7 +95,7 @@ class TileLoader {
       LK_UNROLL
       for (int i = 1; i < kSteps; ++i) {
         // Known to fit in 32 bits as a count of units, an offset takes one register of the main loop, not two.
-        constexpr uint64_t kUnit = kAligned ? kChunkBytes : 2;
+        constexpr uint64_t kUnit = kAligned ? kChunkBytes : sizeof(Storage);
         const int64_t rows = smaller(row0 + row + i * kRowStep, last) - first;
         offset_[i - 1] = static_cast<uint32_t>(static_cast<uint64_t>(rows * m.stride * element_size()) / kUnit) * kUnit;
       }
@@ -87,7 +109,8 @@ class TileLoader {
       if (kTileRows % kRowStep != 0 && thread_index() / Tile::kChunks + i * kRowStep >= kTileRows) break;
       const unsigned char* const source = kTransposed || i == 0 ? source_ : source_ + offset_[i - 1];
       const bool inside = kTransposed ? i * kRowStep < left_ : 0 < left_;
-      const uint32_t address = smem + target_ + i * kRowStep * Tile::kRowBytes;
+      const uint32_t turn = static_cast<uint32_t>(Tile::turn(i * kRowStep)) * kChunkBytes;
+      const uint32_t address = smem + (target_ ^ turn) + i * kRowStep * Tile::kRowBytes;
       if (kMayBeFloat && is_float_) {
         if constexpr (kMayBeFloat) store_shared_16(address, round(source, valid(inside)));
       } else if constexpr (kAligned) {
@@ -102,7 +125,7 @@ class TileLoader {
   }
 
  private:
-  LK_DEVICE int element_size() const { return kMayBeFloat && is_float_ ? 4 : 2; }
+  LK_DEVICE int element_size() const { return kMayBeFloat && is_float_ ? 4 : sizeof(Storage); }
 
   LK_DEVICE const unsigned char* place(const Operand& m, int row, int column) const {
     return static_cast<const unsigned char*>(m.data) + (row * m.stride + column) * element_size();
@@ -116,11 +139,12 @@ class TileLoader {
 
   // A chunk at any address, element by element; zero from element `valid` on.
   LK_DEVICE static Vec16 gather(const unsigned char* source, int valid) {
+    constexpr int kPerWord = 4 / sizeof(Storage);
     Vec16 v = {};
     LK_UNROLL
     for (int j = 0; j < kChunkElements; ++j) {
-      const uint32_t bits = j < valid ? load_global(reinterpret_cast<const uint16_t*>(source) + j) : 0u;
-      v.word[j / 2] |= bits << (16 * (j % 2));
+      const uint32_t bits = j < valid ? load_global(reinterpret_cast<const Storage*>(source) + j) : 0u;
+      v.word[j / kPerWord] |= bits << (16 * (j % kPerWord));
     }
     return v;
   }
@@ -164,21 +188,43 @@ LK_DEVICE float scaling_of(const Params& p) {
 
 LK_DEVICE Vec16 vec16_of(const float (&f)[4]) { return {{bits_of(f[0]), bits_of(f[1]), bits_of(f[2]), bits_of(f[3])}}; }
 
+// Two neighbours, rounded to elements.
+template <class Element>
+LK_DEVICE void store_shared_pair(uint32_t address, float low, float high) {
+  if constexpr (sizeof(typename Element::Storage) == 2) {
+    store_shared_4(address, Element::pack(low, high));
+  } else {
+    store_shared_8(address, Float2{low, high});
+  }
+}
+
+// The same to memory.
+template <class Element>
+LK_DEVICE void store_global_pair(typename Element::Storage* target, Float2 v) {
+  if constexpr (sizeof(typename Element::Storage) == 2) {
+    store_global(reinterpret_cast<uint32_t*>(target), Element::pack(v.x, v.y));
+  } else {
+    store_global(reinterpret_cast<Float2*>(target), v);
+  }
+}
+
 // Writes a [kRows, kColumns] tile, staged in shared memory by all threads, to rows and columns of `out` that exist.
-template <int kRows, int kColumns, int kThreads, bool kAligned>
-LK_DEVICE void store_tile(uint32_t smem, uint16_t* out, int64_t stride, int rows, int columns, int row0, int column0) {
-  using Tile = SharedTile<kColumns>;
-  constexpr int kTotal = kRows * Tile::kChunks;
+template <class Element, int kRows, int kColumns, int kThreads, bool kAligned>
+LK_DEVICE void store_tile(uint32_t smem, void* out, int64_t stride, int rows, int columns, int row0, int column0) {
+  using Storage = typename Element::Storage;
+  using Tile = SharedTile<kColumns, sizeof(Storage)>;
+  constexpr int kTotal = kRows * Tile::kChunks, kPerWord = 4 / sizeof(Storage);
   for (int i = thread_index(); i < kTotal; i += kThreads) {
-    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks, column = column0 + chunk * kChunkElements;
+    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks, column = column0 + chunk * Tile::kChunkElements;
     if (row0 + row >= rows || column >= columns) continue;
     const Vec16 v = load_shared_16(smem + Tile::offset(row, chunk));
-    uint16_t* target = out + (row0 + row) * stride + column;
+    Storage* target = static_cast<Storage*>(out) + (row0 + row) * stride + column;
     if constexpr (kAligned) {
       store_global(reinterpret_cast<Vec16*>(target), v);
     } else {
-      for (int j = 0; j < kChunkElements; ++j) {
-        if (column + j < columns) store_global(target + j, static_cast<uint16_t>(v.word[j / 2] >> (16 * (j % 2))));
+      for (int j = 0; j < Tile::kChunkElements; ++j) {
+        const uint32_t bits = v.word[j / kPerWord] >> (16 * (j % kPerWord));
+        if (column + j < columns) store_global(target + j, static_cast<Storage>(bits));
       }
     }
   }
@@ -194,9 +240,10 @@ struct Alone {
 
 // One block's tile: kM x kN, kDepth of the reduction at a time, kStages of them under way. A stage has kBesideBytes for
 // what is brought along.
-template <int kM_, int kN_, int kDepth_, int kWarpsM_, int kWarpsN_, int kStages_, Layout kLayoutP = Layout::kRows,
-          Layout kLayoutQ = Layout::kRows, int kBesideBytes = 0>
+template <class Element_, int kM_, int kN_, int kDepth_, int kWarpsM_, int kWarpsN_, int kStages_,
+          Layout kLayoutP = Layout::kRows, Layout kLayoutQ = Layout::kRows, int kBesideBytes = 0>
 struct Gemm {
+  using Element = Element_;
   static constexpr int kM = kM_, kN = kN_, kDepth = kDepth_, kStages = kStages_;
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kThreads = kWarpsM * kWarpsN * kWarp;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
@@ -204,17 +251,19 @@ struct Gemm {
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "a warp loads fragments of 16 rows of either operand");
 
   using TileP =
-      OperandTile<kM, kDepth, kLayoutP, std::conditional_t<kLayoutP == Layout::kRows, RowsFirst, ChunksFirst>>;
+      OperandTile<Element, kM, kDepth, kLayoutP, std::conditional_t<kLayoutP == Layout::kRows, RowsFirst, ChunksFirst>>;
   using TileQ =
-      OperandTile<kN, kDepth, kLayoutQ, std::conditional_t<kLayoutQ == Layout::kRows, ChunksFirst, RowsFirst>>;
+      OperandTile<Element, kN, kDepth, kLayoutQ, std::conditional_t<kLayoutQ == Layout::kRows, ChunksFirst, RowsFirst>>;
+  static constexpr int kFragmentDepth = TileP::kFragmentDepth, kSteps = kDepth / kFragmentDepth;
   template <bool kAligned>
-  using LoaderP = TileLoader<kM, kDepth, kLayoutP, kThreads, kAligned>;
+  using LoaderP = TileLoader<Element, kM, kDepth, kLayoutP, kThreads, kAligned>;
   template <bool kAligned, class Rounded = void>
-  using LoaderQ = TileLoader<kN, kDepth, kLayoutQ, kThreads, kAligned, Rounded>;
+  using LoaderQ = TileLoader<Element, kN, kDepth, kLayoutQ, kThreads, kAligned, Rounded>;
 
   static constexpr int kOffsetQ = TileP::kBytes, kOffsetBeside = kOffsetQ + TileQ::kBytes;
   static constexpr int kBytesStage = kOffsetBeside + kBesideBytes;
   static constexpr int kSharedBytes = kStages * kBytesStage;
+  static constexpr int kBytesResult = SharedTile<kN, sizeof(typename Element::Storage)>::bytes(kM);
 
   using Accumulator = float[kFragmentsM][kFragmentsN][4];
 
@@ -224,7 +273,7 @@ struct Gemm {
   LK_DEVICE static uint32_t lane_offset_P() { return TileP::lane_offset(warp_row()); }
   LK_DEVICE static uint32_t lane_offset_Q() { return kOffsetQ + TileQ::lane_offset(warp_column()); }
 
-  // f(mi, ni, a, b0, b1) for every fragment product of depth [16 step, 16 step + 16) of one stage.
+  // f(mi, ni, a, b0, b1) for every fragment product of fragment `step` of one stage's depth.
   template <class F>
   LK_DEVICE static void for_fragments(uint32_t stage, uint32_t offset_P, uint32_t offset_Q, int step, const F& f) {
     uint32_t a[kFragmentsM][4], b[kFragmentsN / 2][4];
@@ -241,7 +290,7 @@ struct Gemm {
 
   // acc += P[row0 ...] Q[column0 ...]ᵀ over depth [k0, k1). Q may be fp32 where RoundedQ is Element. The last stages
   // may still be read by other warps on return.
-  template <class Element, bool kAligned, class RoundedQ = void, class Beside>
+  template <bool kAligned, class RoundedQ = void, class Beside>
   LK_DEVICE static void run(uint32_t smem, const Operand& p, int row0, const Operand& q, int column0, int k0, int k1,
                             Accumulator& acc, Beside&& beside) {
     LoaderP<kAligned> load_P({p.data, p.stride, p.rows, k1}, row0, k0);
@@ -267,7 +316,7 @@ struct Gemm {
       beside.arrived(stage, k0 + (tiles - left) * kDepth);
       if constexpr (std::remove_reference_t<Beside>::kChanges) sync_block();
       LK_UNROLL
-      for (int step = 0; step < kDepth / 16; ++step) {
+      for (int step = 0; step < kSteps; ++step) {
         for_fragments(stage, offset_P, offset_Q, step,
                       [&](int mi, int ni, const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {
                         Element::multiply_add(acc[mi][ni], a, b0, b1);
@@ -308,10 +357,10 @@ struct Gemm {
     }
   }
 
-  // Stages value(mi, ni, pair) of every accumulator pair in shared memory, as 16-bit elements of a [kM, kN] tile.
-  template <class Element, class Value>
+  // Stages value(mi, ni, pair) of every accumulator pair in shared memory, as elements of a [kM, kN] tile.
+  template <class Value>
   LK_DEVICE static void stage_accumulators(uint32_t smem, const Value& value) {
-    using Out = SharedTile<kN>;
+    using Out = SharedTile<kN, sizeof(typename Element::Storage)>;
     const int lane = thread_index() % kWarp;
     LK_UNROLL
     for (int mi = 0; mi < kFragmentsM; ++mi) {
@@ -321,9 +370,8 @@ struct Gemm {
         for (int half = 0; half < 2; ++half) {
           const int row = warp_row() + mi * 16 + half * 8 + FragmentC::row(lane);
           const int column = warp_column() + ni * 8 + FragmentC::column(lane);
-          const uint32_t address = smem + Out::offset(row, column / kChunkElements) + column % kChunkElements * 2;
-          store_shared_4(address,
-                         Element::pack(value(mi, ni, half * 2, column), value(mi, ni, half * 2 + 1, column + 1)));
+          store_shared_pair<Element>(smem + Out::element_offset(row, column), value(mi, ni, half * 2, column),
+                                     value(mi, ni, half * 2 + 1, column + 1));
         }
       }
     }

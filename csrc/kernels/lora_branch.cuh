@@ -6,8 +6,26 @@
 
 namespace lk {
 
-// How a product of 16 ranks enters the accumulator. Scaled in fp32: s and b are rounded already, their product must not
-// be.
+// What fp32 adapters are rounded to on the way, `Rounded` of TileLoader: nothing where elements are as wide.
+template <class Element>
+using RoundedAdapter = std::conditional_t<sizeof(typename Element::Storage) == 2, Element, void>;
+
+template <class T>
+struct TypeOf {
+  using Type = T;
+};
+
+// f(TypeOf<Rounded>{}): a choice made once, outside of f's loops.
+template <class Element, class F>
+LK_DEVICE void with_rounding(bool adapters_are_float, const F& f) {
+  if constexpr (sizeof(typename Element::Storage) == 2) {
+    if (adapters_are_float) return f(TypeOf<Element>{});
+  }
+  f(TypeOf<void>{});
+}
+
+// How a product of a fragment's ranks enters the accumulator. Scaled in fp32: s and b are rounded already, their
+// product must not be.
 struct ScaledSum {
   float scale;
 
@@ -41,8 +59,9 @@ struct MaskedSum {
   }
 };
 
-template <class Element, class Base, bool kAligned>
+template <class Base, bool kAligned>
 struct LoraBranch {
+  using Element = typename Base::Element;
   // As many ranks at a time as the stages hold; s lies where a stage has P, b where it has Q.
   static constexpr int kThreads = Base::kThreads, kM = Base::kM, kDepth = Base::kDepth;
   static constexpr int kBatch = Base::kStages * kDepth;
@@ -92,18 +111,17 @@ struct LoraBranch {
   LK_DEVICE static void store_s(const LoraLinearParams& p, uint32_t smem, int row0) {
     LK_NO_UNROLL
     for (int r = 0; r < p.rank; r += kDepth) {
-      store_tile<kM, kDepth, kThreads, kAligned>(stage_of(smem, r), p.s, p.rank, p.m, p.rank, row0, r);
+      store_tile<Element, kM, kDepth, kThreads, kAligned>(stage_of(smem, r), p.s, p.rank, p.m, p.rank, row0, r);
     }
   }
 
  private:
   LK_DEVICE static void load_b(const LoraLinearParams& p, uint32_t smem, int column0, int begin, int end) {
     // The choice lies outside of the loop: within, it costs the large tile a register too many on sm_90.
-    if (p.adapters_are_float) {
-      load_b<Element>({p.b, p.b_stride, p.n, p.rank, true}, smem, column0, begin, end);
-    } else {
-      load_b<void>({p.b, p.b_stride, p.n, p.rank}, smem, column0, begin, end);
-    }
+    with_rounding<Element>(p.adapters_are_float, [&](auto rounded) {
+      using Rounded = typename decltype(rounded)::Type;
+      load_b<Rounded>({p.b, p.b_stride, p.n, p.rank, !std::is_void_v<Rounded>}, smem, column0, begin, end);
+    });
   }
 
   template <class Rounded>
@@ -117,8 +135,8 @@ struct LoraBranch {
   LK_DEVICE static void multiply(uint32_t smem, int ranks, typename Base::Accumulator& acc, Sum sum) {
     const uint32_t offset_P = Base::lane_offset_P(), offset_Q = Base::lane_offset_Q();
     LK_NO_UNROLL
-    for (int r = 0; r < ranks; r += 16) {
-      Base::for_fragments(stage_of(smem, r), offset_P, offset_Q, r % kDepth / 16,
+    for (int r = 0; r < ranks; r += Base::kFragmentDepth) {
+      Base::for_fragments(stage_of(smem, r), offset_P, offset_Q, r % kDepth / Base::kFragmentDepth,
                           [&](int mi, int ni, const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {
                             float product[4] = {};
                             Element::multiply_add(product, a, b0, b1);
@@ -130,15 +148,17 @@ struct LoraBranch {
 
 // Beside the product with w: s = x aᵀ for the tile's rows, without dropout, all ranks (at most kRankTile). The warps
 // that share rows of x divide the work: by rows if there are enough, else by depth, and add up at the end.
-template <class Element, class Base, int kRankTile, bool kAligned>
+template <class Base, int kRankTile, bool kAligned>
 class ShrinkBeside {
-  static constexpr int kDepth = Base::kDepth, kSteps = kDepth / 16;
+  using Element = typename Base::Element;
+  static constexpr int kDepth = Base::kDepth, kSteps = Base::kSteps;
   static constexpr bool kSplitsDepth = Base::kFragmentsM < Base::kWarpsN;
   static constexpr int kFragmentsN = kRankTile / 8;
   static constexpr int kRowFragments = kSplitsDepth ? Base::kFragmentsM : Base::kFragmentsM / Base::kWarpsN;
   static_assert(kSplitsDepth ? kSteps % Base::kWarpsN == 0 : Base::kFragmentsM % Base::kWarpsN == 0);
-  using TileA = OperandTile<kRankTile, kDepth, Layout::kRows, ChunksFirst>;
-  using Loader = TileLoader<kRankTile, kDepth, Layout::kRows, Base::kThreads, kAligned, Element>;
+  using TileA = OperandTile<Element, kRankTile, kDepth, Layout::kRows, ChunksFirst>;
+  using Loader =
+      TileLoader<Element, kRankTile, kDepth, Layout::kRows, Base::kThreads, kAligned, RoundedAdapter<Element>>;
 
  public:
   static constexpr bool kChanges = false;
@@ -186,10 +206,8 @@ class ShrinkBeside {
           const int column = ni * 8 + FragmentC::column(lane);
           const float low = column < rank ? acc_[mi][ni][half * 2] : 0.0f;
           const float high = column + 1 < rank ? acc_[mi][ni][half * 2 + 1] : 0.0f;
-          const uint32_t address = LoraBranch<Element, Base, kAligned>::stage_of(smem, column) +
-                                   Base::TileP::Tile::offset(row, column % kDepth / kChunkElements) +
-                                   column % kChunkElements * 2;
-          store_shared_4(address, Element::pack(low, high));
+          const uint32_t stage = LoraBranch<Base, kAligned>::stage_of(smem, column);
+          store_shared_pair<Element>(stage + Base::TileP::Tile::element_offset(row, column % kDepth), low, high);
           if (partial != nullptr) {
             store_global(reinterpret_cast<Float2*>(partial + row * kRankTile + column), Float2{low, high});
           }
@@ -237,17 +255,19 @@ class ShrinkBeside {
 };
 
 // y = acc + bias, by way of shared memory, where all threads have finished.
-template <class Element, class Base, bool kAligned>
+template <class Base, bool kAligned>
 LK_DEVICE void store_result(const LoraLinearParams& p, uint32_t smem, int row0, int column0,
                             const typename Base::Accumulator& acc) {
+  using Element = typename Base::Element;
+  const auto* const bias_gmem = static_cast<const typename Element::Storage*>(p.bias);
   sync_block();
-  Base::template stage_accumulators<Element>(smem, [&](int mi, int ni, int i, int column) {
-    const bool has_bias = p.bias != nullptr && column0 + column < p.n;
-    const float bias = has_bias ? Element::low(load_global(p.bias + column0 + column)) : 0.0f;
+  Base::stage_accumulators(smem, [&](int mi, int ni, int i, int column) {
+    const bool has_bias = bias_gmem != nullptr && column0 + column < p.n;
+    const float bias = has_bias ? Element::low(load_global(bias_gmem + column0 + column)) : 0.0f;
     return acc[mi][ni][i] + bias;
   });
   sync_block();
-  store_tile<Base::kM, Base::kN, Base::kThreads, kAligned>(smem, p.y, p.y_stride, p.m, p.n, row0, column0);
+  store_tile<Element, Base::kM, Base::kN, Base::kThreads, kAligned>(smem, p.y, p.y_stride, p.m, p.n, row0, column0);
 }
 
 }  // namespace lk

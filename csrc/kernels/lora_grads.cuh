@@ -18,11 +18,11 @@ template <class Element_, int kRankTile, bool kAligned_>
 struct LoraGrads {
   using Element = Element_;
   static constexpr bool kAligned = kAligned_;
-  static constexpr int kThreads = 128, kMinBlocks = 2, kDepth = 32, kStages = 4;
-  using TileA = Gemm<kRankTile, kGradColumns, kDepth, 1, 4, kStages, Layout::kColumns, Layout::kColumns>;
-  using TileB = Gemm<kGradColumns, kRankTile, kDepth, 4, 1, kStages, Layout::kColumns, Layout::kColumns>;
-  static constexpr int kSharedBytes = larger(TileA::kSharedBytes, larger(SharedTile<kGradColumns>::bytes(kRankTile),
-                                                                         SharedTile<kRankTile>::bytes(kGradColumns)));
+  static constexpr int kElementBytes = sizeof(typename Element::Storage);
+  static constexpr int kThreads = 128, kMinBlocks = 2, kDepth = 64 / kElementBytes, kStages = 4;
+  using TileA = Gemm<Element, kRankTile, kGradColumns, kDepth, 1, 4, kStages, Layout::kColumns, Layout::kColumns>;
+  using TileB = Gemm<Element, kGradColumns, kRankTile, kDepth, 4, 1, kStages, Layout::kColumns, Layout::kColumns>;
+  static constexpr int kSharedBytes = larger(TileA::kSharedBytes, larger(TileA::kBytesResult, TileB::kBytesResult));
   static_assert(TileA::kPartial == TileB::kPartial && TileA::kSharedBytes == TileB::kSharedBytes);
 
   LK_DEVICE static void run(const LoraGradsParams& p) {
@@ -60,8 +60,8 @@ struct LoraGrads {
     const Operand grad_s{p.grad_s, p.rank, p.rank, p.m}, x{p.x, p.x_stride, p.k, p.m};
     typename TileA::Accumulator acc = {};
     const auto run = [&](auto&& beside) {
-      TileA::template run<Element, kAligned>(smem, grad_s, rank0, x, column0, first_row(p, split),
-                                             first_row(p, split + 1), acc, beside);
+      TileA::template run<kAligned>(smem, grad_s, rank0, x, column0, first_row(p, split), first_row(p, split + 1), acc,
+                                    beside);
     };
     float scale = scaling_of(p);
     if (p.seed != nullptr) {
@@ -76,8 +76,8 @@ struct LoraGrads {
   LK_DEVICE static void product_B(const LoraGradsParams& p, uint32_t smem, int tile, int split, int row0, int rank0) {
     const Operand grad_y{p.grad_y, p.grad_y_stride, p.n, p.m}, s{p.s, p.rank, p.rank, p.m};
     typename TileB::Accumulator acc = {};
-    TileB::template run<Element, kAligned>(smem, grad_y, row0, s, rank0, first_row(p, split), first_row(p, split + 1),
-                                           acc, Alone{});
+    TileB::template run<kAligned>(smem, grad_y, row0, s, rank0, first_row(p, split), first_row(p, split + 1), acc,
+                                  Alone{});
     finish<TileB>(p, smem, tile, split, acc, scaling_of(p), p.grad_b, p.rank, p.n, p.rank, row0, rank0);
   }
 
@@ -97,16 +97,14 @@ struct LoraGrads {
       if (!arrive_last(p.counters + tile, p.splits, smem)) return;
       Tile::sum_partials(partials, p.splits, acc);
     }
-    if (p.grads_are_float) {
+    if (kElementBytes == 2 && p.grads_are_float) {
       store_floats<Tile>(static_cast<float*>(out), stride, rows, columns, row0, column0, acc, scale);
       return;
     }
     sync_block();  // the stages are free
-    Tile::template stage_accumulators<Element>(smem,
-                                               [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
+    Tile::stage_accumulators(smem, [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
     sync_block();
-    store_tile<Tile::kM, Tile::kN, kThreads, kAligned>(smem, static_cast<uint16_t*>(out), stride, rows, columns, row0,
-                                                       column0);
+    store_tile<Element, Tile::kM, Tile::kN, kThreads, kAligned>(smem, out, stride, rows, columns, row0, column0);
   }
 
   template <class Tile>
@@ -158,22 +156,24 @@ struct LoraGrads {
   // Elements [first, first + 4) of dB, of which `valid` exist; with kAligned, all.
   LK_DEVICE static void store_four(const LoraGradsParams& p, int64_t first, const float (&f)[4], int valid) {
     float* const floats = static_cast<float*>(p.grad_b) + first;
-    uint16_t* const halves = static_cast<uint16_t*>(p.grad_b) + first;
-    if constexpr (kAligned) {
-      if (p.grads_are_float) {
+    if (kElementBytes == 4 || p.grads_are_float) {
+      if constexpr (kAligned) {
         store_global(reinterpret_cast<Vec16*>(floats), vec16_of(f));
       } else {
+        LK_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if (j < valid) store_global(floats + j, f[j]);
+        }
+      }
+    } else if constexpr (kElementBytes == 2) {
+      uint16_t* const halves = static_cast<uint16_t*>(p.grad_b) + first;
+      if constexpr (kAligned) {
         const Float2 both = {float_of(Element::pack(f[0], f[1])), float_of(Element::pack(f[2], f[3]))};
         store_global(reinterpret_cast<Float2*>(halves), both);
-      }
-    } else {
-      LK_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        if (j >= valid) continue;
-        if (p.grads_are_float) {
-          store_global(floats + j, f[j]);
-        } else {
-          store_global(halves + j, static_cast<uint16_t>(Element::pack(f[j], 0.0f)));
+      } else {
+        LK_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if (j < valid) store_global(halves + j, static_cast<uint16_t>(Element::pack(f[j], 0.0f)));
         }
       }
     }

@@ -52,20 +52,21 @@ struct DropX {
 };
 
 // What the shrink tile of the backward does beside s' = dY B: while dY is here, these rows' part of dB = dYᵀ s.
-template <class Element, class Shrink, bool kAligned>
+template <class Shrink, bool kAligned>
 class PartOfGradB {
-  static constexpr int kM = Shrink::kM, kRank = Shrink::kN, kSteps = kM / 16;
+  using Element = typename Shrink::Element;
+  static constexpr int kM = Shrink::kM, kRank = Shrink::kN, kSteps = kM / Shrink::kFragmentDepth;
   static_assert(kRank == 16);
-  using SavedS = OperandTile<kRank, kM, Layout::kColumns, RowsFirst>;
-  using GradY = OperandTile<Shrink::kDepth, kM, Layout::kColumns, ChunksFirst>;  // a stage's tile, seen as dYᵀ
+  using SavedS = OperandTile<Element, kRank, kM, Layout::kColumns, RowsFirst>;
+  using GradY = OperandTile<Element, Shrink::kDepth, kM, Layout::kColumns, ChunksFirst>;  // a stage's tile, seen as dYᵀ
 
  public:
   static constexpr bool kChanges = false;
-  static_assert(SavedS::kBytes == kM * kRank * 2);
+  static_assert(SavedS::kBytes == Shrink::kBytesResult, "as many bytes as LoraLinear keeps for it");
 
   LK_DEVICE PartOfGradB(const LoraLinearParams& p, uint32_t smem, int row_block) : n_(p.k) {
     const Operand s{p.saved_s, p.rank, p.rank, p.m};
-    TileLoader<kRank, kM, Layout::kColumns, Shrink::kThreads, kAligned>(s, 0, row_block * kM).load(smem);
+    TileLoader<Element, kRank, kM, Layout::kColumns, Shrink::kThreads, kAligned>(s, 0, row_block * kM).load(smem);
     copy_async_commit();
     copy_async_wait<0>();
     sync_block();
@@ -113,21 +114,22 @@ class PartOfGradB {
   float* out_;
 };
 
-template <class Element_, class Base_, int kRankTile, bool kAligned_, Direction kDirection, bool kColumn0 = false>
+template <class Base_, int kRankTile, bool kAligned_, Direction kDirection, bool kColumn0 = false>
 struct LoraLinear {
-  using Element = Element_;
   using Base = Base_;
-  using Branch = LoraBranch<Element, Base, kAligned_>;
+  using Element = typename Base::Element;
+  using Branch = LoraBranch<Base, kAligned_>;
   static constexpr bool kAligned = kAligned_, kBackward = kDirection == Direction::kBackward;
   static constexpr int kThreads = Base::kThreads, kM = Base::kM;
   static constexpr int kMinBlocks = kThreads <= 128 ? 2 : 1;  // per SM: bounds the registers
-  using Shrink = Gemm<kM, kRankTile, Base::kDepth, kThreads / kWarp, 1, Base::kStages, Layout::kRows,
+  using Shrink = Gemm<Element, kM, kRankTile, Base::kDepth, kThreads / kWarp, 1, Base::kStages, Layout::kRows,
                       kBackward ? Layout::kColumns : Layout::kRows>;
   using Keep = KeepBits<kM, Base::kN>;
   static constexpr bool kComputesGradB = kBackward && kRankTile == 16;
   // Behind the stages: saved s in a shrink tile, the mask in a base tile.
-  static constexpr int kOffsetBehind = larger(Base::kSharedBytes, SharedTile<Base::kN>::bytes(kM));
-  static constexpr int kBehind = !kBackward ? 0 : kComputesGradB ? larger(kM * 16 * 2, Keep::kBytes) : Keep::kBytes;
+  static constexpr int kOffsetBehind = larger(Base::kSharedBytes, Base::kBytesResult);
+  static constexpr int kBytesSavedS = kComputesGradB ? Shrink::kBytesResult : 0;
+  static constexpr int kBehind = !kBackward ? 0 : larger(Keep::kBytes, kBytesSavedS);
   static constexpr int kOffsetWork = kOffsetBehind + kBehind, kSharedBytes = kOffsetWork + 16;
   static_assert(Shrink::kSharedBytes <= kOffsetBehind, "a rank tile is no wider than a base tile");
 
@@ -180,16 +182,14 @@ struct LoraLinear {
     const Operand x{p.x, p.x_stride, p.m, p.k}, a{p.a, p.a_stride, p.rank, p.k, p.adapters_are_float};
     typename Shrink::Accumulator acc = {};
     const auto run = [&](auto&& beside) {
-      // Asked once, not for every stage.
-      if (p.adapters_are_float) {
-        Shrink::template run<Element, kAligned, Element>(smem, x, row0, a, column0, 0, p.k, acc, beside);
-      } else {
-        Shrink::template run<Element, kAligned>(smem, x, row0, a, column0, 0, p.k, acc, beside);
-      }
+      with_rounding<Element>(p.adapters_are_float, [&](auto rounded) {
+        using Rounded = typename decltype(rounded)::Type;
+        Shrink::template run<kAligned, Rounded>(smem, x, row0, a, column0, 0, p.k, acc, beside);
+      });
     };
     float scale = 1.0f;
     if (kComputesGradB && p.partial_grad_b != nullptr) {
-      if constexpr (kComputesGradB) run(PartOfGradB<Element, Shrink, kAligned>(p, smem + kOffsetBehind, work.row));
+      if constexpr (kComputesGradB) run(PartOfGradB<Shrink, kAligned>(p, smem + kOffsetBehind, work.row));
     } else if (!kBackward && p.seed != nullptr) {
       run(DropX<Shrink>{row0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
       scale = p.dropout_scale;
@@ -197,10 +197,9 @@ struct LoraLinear {
       run(Alone{});
     }
     sync_block();  // the stages are free
-    Shrink::template stage_accumulators<Element>(smem,
-                                                 [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
+    Shrink::stage_accumulators(smem, [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
     sync_block();
-    store_tile<kM, kRankTile, kThreads, kAligned>(smem, p.s, p.rank, p.m, p.rank, row0, column0);
+    store_tile<Element, kM, kRankTile, kThreads, kAligned>(smem, p.s, p.rank, p.m, p.rank, row0, column0);
     sync_block();
     if (thread_index() == 0) atomic_add_acquire_release(flag_of(p, work.row), 1);
   }
@@ -209,13 +208,13 @@ struct LoraLinear {
     typename Base::Accumulator acc = {};
     const auto run = [&](auto&& beside) {
       const WorkItem work = drawn(smem);
-      Base::template run<Element, kAligned>(smem, {p.x, p.x_stride, p.m, p.k}, work.row * kM,
-                                            {p.w, p.w_stride, p.n, p.k}, work.column * Base::kN, 0, p.k, acc, beside);
+      Base::template run<kAligned>(smem, {p.x, p.x_stride, p.m, p.k}, work.row * kM, {p.w, p.w_stride, p.n, p.k},
+                                   work.column * Base::kN, 0, p.k, acc, beside);
       sync_block();  // the stages are free
     };
     if (kColumn0 && drawn(smem).column == 0) {
       if constexpr (kColumn0) {
-        ShrinkBeside<Element, Base, kRankTile, kAligned> shrink(p, 0, p.k);
+        ShrinkBeside<Base, kRankTile, kAligned> shrink(p, 0, p.k);
         run(shrink);
         Branch::add_beside(p, smem, 0, shrink, nullptr, acc, [&] {
           const int row_block = drawn(smem).row;
@@ -229,7 +228,7 @@ struct LoraLinear {
       add_branch(p, smem, acc);
     }
     const WorkItem work = drawn(smem);
-    store_result<Element, Base, kAligned>(p, smem, work.row * kM, work.column * Base::kN, acc);
+    store_result<Base, kAligned>(p, smem, work.row * kM, work.column * Base::kN, acc);
   }
 
   // With s from the shrink tiles, or from column 0.

@@ -11,15 +11,15 @@
 
 namespace lk {
 
-template <class Element_, class Base_, int kRankTile, bool kAligned_>
+template <class Base_, int kRankTile, bool kAligned_>
 struct LoraLinearDual {
-  using Element = Element_;
   using Base = Base_;
+  using Element = typename Base::Element;
   static constexpr bool kAligned = kAligned_;
   static constexpr int kThreads = Base::kThreads, kM = Base::kM, kMinBlocks = 2;
-  using Branch = LoraBranch<Element, Base, kAligned>;
-  using Shrink = ShrinkBeside<Element, Base, kRankTile, kAligned>;
-  static constexpr int kSharedBytes = larger(Base::kSharedBytes, SharedTile<Base::kN>::bytes(kM));
+  using Branch = LoraBranch<Base, kAligned>;
+  using Shrink = ShrinkBeside<Base, kRankTile, kAligned>;
+  static constexpr int kSharedBytes = larger(Base::kSharedBytes, Base::kBytesResult);
 
   LK_DEVICE static void run(const LoraLinearParams& p) {
     const uint32_t smem = dynamic_shared();
@@ -31,7 +31,7 @@ struct LoraLinearDual {
 
     typename Base::Accumulator acc = {};
     Shrink shrink(p, k0, k1);
-    Base::template run<Element, kAligned>(smem, x, row0, w, column0, k0, k1, acc, shrink);
+    Base::template run<kAligned>(smem, x, row0, w, column0, k0, k1, acc, shrink);
     sync_block();  // the stages are free
     const bool is_split = p.splits > 1;
     float* const partial_s = column_block == 0 && is_split ? partials_of_s(p, row_block) + split * kPartialS : nullptr;
@@ -45,7 +45,7 @@ struct LoraLinearDual {
       Base::sum_partials(partials, p.splits, acc);
       if (column_block == 0) store_sum_of_s(p, row_block);
     }
-    store_result<Element, Base, kAligned>(p, smem, row0, column0, acc);
+    store_result<Base, kAligned>(p, smem, row0, column0, acc);
   }
 
  private:
@@ -68,8 +68,9 @@ struct LoraLinearDual {
         sum.x += part.x;
         sum.y += part.y;
       }
-      uint16_t* const target = p.s + static_cast<int64_t>(row) * p.rank + column;
-      store_global(reinterpret_cast<uint32_t*>(target), Element::pack(sum.x, sum.y));  // aligned: the rank is even
+      using Storage = typename Element::Storage;
+      // Aligned: the rank is even.
+      store_global_pair<Element>(static_cast<Storage*>(p.s) + static_cast<int64_t>(row) * p.rank + column, sum);
     }
   }
 };

@@ -12,24 +12,33 @@ namespace lk {
 // A config counts blocks by the shape that it was told; the kernel divides the work by its own.
 template <class Base>
 constexpr bool has_shape(TileShape tile) {
-  return Base::kM == tile.rows && Base::kN == tile.columns && Base::kDepth == tile.depth &&
-         Base::kStages == tile.stages;
+  return Base::kM == tile.rows && Base::kN == tile.columns &&
+         Base::kDepth == tile.depth(sizeof(typename Base::Element::Storage)) && Base::kStages == tile.stages;
 }
 
 // Bytes beside a stage for a tile of A.
-constexpr int beside(int rank_tile, int depth) { return rank_tile * depth * 2; }
+constexpr int beside(int rank_tile, LoraTile tile) { return rank_tile * tile_shape(tile).depth_bytes; }
 
-// Four warps need the fewest instructions for the large tile, but all registers there are: with the wider rank tile, or
-// with w transposed, the compiler spills some. Then there are eight warps, and one block per SM instead of two.
-template <int kWarpsN, Layout kLayoutW = Layout::kRows, int kBeside = 0>
-using LargeTile = Gemm<128, 128, 32, 2, kWarpsN, 4, Layout::kRows, kLayoutW, kBeside>;
-template <Layout kLayoutW = Layout::kRows, int kBeside = 0>
-using SmallTile = Gemm<64, 64, 64, 2, 2, 3, Layout::kRows, kLayoutW, kBeside>;
-template <int kBeside>
-using FlatTile = Gemm<16, 64, 64, 1, 4, 4, Layout::kRows, Layout::kRows, kBeside>;
-static_assert(has_shape<LargeTile<2>>(tile_shape(LoraTile::kLarge)));
-static_assert(has_shape<SmallTile<>>(tile_shape(LoraTile::kSmall)));
-static_assert(has_shape<FlatTile<0>>(tile_shape(LoraTile::kFlat)));
+// Depth of a tile in elements.
+template <class Element, LoraTile kTile>
+constexpr int kDepthOf = tile_shape(kTile).depth(sizeof(typename Element::Storage));
+
+// Four warps need the fewest instructions for the large tile, but all registers there are: with the wider rank tile,
+// with w transposed, or with tf32's conversions, the compiler spills some. Then there are eight warps, and one block
+// per SM instead of two.
+template <class Element>
+constexpr int kFewestWarpsN = sizeof(typename Element::Storage) == 2 ? 2 : 4;
+template <class Element, int kWarpsN, Layout kLayoutW = Layout::kRows, int kBeside = 0>
+using LargeTile =
+    Gemm<Element, 128, 128, kDepthOf<Element, LoraTile::kLarge>, 2, kWarpsN, 4, Layout::kRows, kLayoutW, kBeside>;
+template <class Element, Layout kLayoutW = Layout::kRows, int kBeside = 0>
+using SmallTile = Gemm<Element, 64, 64, kDepthOf<Element, LoraTile::kSmall>, 2, 2, 3, Layout::kRows, kLayoutW, kBeside>;
+template <class Element, int kBeside>
+using FlatTile =
+    Gemm<Element, 16, 64, kDepthOf<Element, LoraTile::kFlat>, 1, 4, 4, Layout::kRows, Layout::kRows, kBeside>;
+static_assert(has_shape<LargeTile<BFloat16, 2>>(tile_shape(LoraTile::kLarge)));
+static_assert(has_shape<SmallTile<BFloat16>>(tile_shape(LoraTile::kSmall)));
+static_assert(has_shape<FlatTile<BFloat16, 0>>(tile_shape(LoraTile::kFlat)));
 
 template <class Variant>
 LK_KERNEL(Variant::kThreads, Variant::kMinBlocks)
@@ -49,26 +58,27 @@ auto with_lora_linear_variant(const LoraLinearConfig& config, const F& f) {
   constexpr Direction kForward = Direction::kForward;
   const bool narrow = config.rank_tile == 16;
   if (config.schedule == Schedule::kDecode) {
-    return narrow ? f(LoraLinearDual<Element, FlatTile<beside(16, 64)>, 16, true>{})
-                  : f(LoraLinearDual<Element, FlatTile<beside(64, 64)>, 64, true>{});
+    return narrow ? f(LoraLinearDual<FlatTile<Element, beside(16, LoraTile::kFlat)>, 16, true>{})
+                  : f(LoraLinearDual<FlatTile<Element, beside(64, LoraTile::kFlat)>, 64, true>{});
   }
   if (config.schedule == Schedule::kDual) {
-    return narrow ? f(LoraLinearDual<Element, SmallTile<Layout::kRows, beside(16, 64)>, 16, true>{})
-                  : f(LoraLinearDual<Element, SmallTile<Layout::kRows, beside(64, 64)>, 64, true>{});
+    return narrow ? f(LoraLinearDual<SmallTile<Element, Layout::kRows, beside(16, LoraTile::kSmall)>, 16, true>{})
+                  : f(LoraLinearDual<SmallTile<Element, Layout::kRows, beside(64, LoraTile::kSmall)>, 64, true>{});
   }
   if (config.schedule == Schedule::kColumn0) {
-    return f(LoraLinear<Element, LargeTile<4, Layout::kRows, beside(64, 32)>, 64, true, kForward, true>{});
+    return f(
+        LoraLinear<LargeTile<Element, 4, Layout::kRows, beside(64, LoraTile::kLarge)>, 64, true, kForward, true>{});
   }
   if (!config.aligned) {
-    return narrow ? f(LoraLinear<Element, SmallTile<>, 16, false, kForward>{})
-                  : f(LoraLinear<Element, SmallTile<>, 64, false, kForward>{});
+    return narrow ? f(LoraLinear<SmallTile<Element>, 16, false, kForward>{})
+                  : f(LoraLinear<SmallTile<Element>, 64, false, kForward>{});
   }
   if (config.tile == LoraTile::kSmall) {
-    return narrow ? f(LoraLinear<Element, SmallTile<>, 16, true, kForward>{})
-                  : f(LoraLinear<Element, SmallTile<>, 64, true, kForward>{});
+    return narrow ? f(LoraLinear<SmallTile<Element>, 16, true, kForward>{})
+                  : f(LoraLinear<SmallTile<Element>, 64, true, kForward>{});
   }
-  return narrow ? f(LoraLinear<Element, LargeTile<2>, 16, true, kForward>{})
-                : f(LoraLinear<Element, LargeTile<4>, 64, true, kForward>{});
+  return narrow ? f(LoraLinear<LargeTile<Element, kFewestWarpsN<Element>>, 16, true, kForward>{})
+                : f(LoraLinear<LargeTile<Element, 4>, 64, true, kForward>{});
 }
 
 // The same for the gradient of x.
@@ -78,15 +88,15 @@ auto with_lora_grad_x_variant(const LoraLinearConfig& config, const F& f) {
   constexpr Layout kColumns = Layout::kColumns;
   const bool narrow = config.rank_tile == 16;
   if (!config.aligned) {
-    return narrow ? f(LoraLinear<Element, SmallTile<kColumns>, 16, false, kBackward>{})
-                  : f(LoraLinear<Element, SmallTile<kColumns>, 64, false, kBackward>{});
+    return narrow ? f(LoraLinear<SmallTile<Element, kColumns>, 16, false, kBackward>{})
+                  : f(LoraLinear<SmallTile<Element, kColumns>, 64, false, kBackward>{});
   }
   if (config.tile == LoraTile::kSmall) {
-    return narrow ? f(LoraLinear<Element, SmallTile<kColumns>, 16, true, kBackward>{})
-                  : f(LoraLinear<Element, SmallTile<kColumns>, 64, true, kBackward>{});
+    return narrow ? f(LoraLinear<SmallTile<Element, kColumns>, 16, true, kBackward>{})
+                  : f(LoraLinear<SmallTile<Element, kColumns>, 64, true, kBackward>{});
   }
-  return narrow ? f(LoraLinear<Element, LargeTile<4, kColumns>, 16, true, kBackward>{})
-                : f(LoraLinear<Element, LargeTile<4, kColumns>, 64, true, kBackward>{});
+  return narrow ? f(LoraLinear<LargeTile<Element, 4, kColumns>, 16, true, kBackward>{})
+                : f(LoraLinear<LargeTile<Element, 4, kColumns>, 64, true, kBackward>{});
 }
 
 template <class Element, class F>
@@ -99,9 +109,9 @@ auto with_lora_grads_variant(const LoraGradsConfig& config, const F& f) {
 // The forward's base product alone.
 template <class Element, class F>
 auto with_frozen_linear_variant(const LoraLinearConfig& config, const F& f) {
-  if (!config.aligned) return f(FrozenLinear<Element, SmallTile<>, false>{});
-  if (config.tile == LoraTile::kSmall) return f(FrozenLinear<Element, SmallTile<>, true>{});
-  return f(FrozenLinear<Element, LargeTile<2>, true>{});
+  if (!config.aligned) return f(FrozenLinear<SmallTile<Element>, false>{});
+  if (config.tile == LoraTile::kSmall) return f(FrozenLinear<SmallTile<Element>, true>{});
+  return f(FrozenLinear<LargeTile<Element, kFewestWarpsN<Element>>, true>{});
 }
 
 }  // namespace lk

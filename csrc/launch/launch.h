@@ -41,6 +41,7 @@ KernelInfo describe_prefix_kv_backward(FloatType type, bool aligned);
 // Element types of what follows.
 struct BFloat16;
 struct Float16;
+struct TensorFloat32;
 
 template <class Element>
 cudaError_t launch_lora_linear(const LoraLinearParams& params, const LoraLinearConfig& config, cudaStream_t stream);

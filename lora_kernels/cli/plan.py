@@ -28,7 +28,7 @@ def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=size, required=True, help="output features: rows of the weight")
     parser.add_argument("--k", type=size, required=True, help="input features: columns of the weight")
     parser.add_argument("--r", type=arguments.integer(1, MAX_RANK), required=True, help="rank of the adapter")
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), required=True)
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "tf32"), required=True, help="tf32: fp32 tensors")
     parser.add_argument("--dropout", action="store_true", help="the branch drops out elements of x")
     parser.add_argument("--unaligned", action="store_true", help="rows of the tensors do not begin at 16 bytes")
 

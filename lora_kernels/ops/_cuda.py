@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..precision import float32_products
 from ..reasons import Reason
 from ..spec import Verdict
 
@@ -21,9 +22,11 @@ MAX_ROW = 2**25
 SMALLEST_TILE = 64
 SMALLEST_RANK_TILE = 16
 
+_PLAN_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "tf32"}
+"""Of x, by what ``lora_kernels._cuda`` calls its products."""
 PROMPT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-TENSOR_CORES = Verdict("tensor cores", "bf16 and fp16 on sm_80 and newer")
+TENSOR_CORES = Verdict("tensor cores", "bf16, fp16 and, where torch allows it, tf32 on sm_80 and newer")
 """The schedule depends on sizes and alignment, and is chosen when the launch is planned: see ``planned``."""
 
 _FP32_STRICT = Verdict(None, Reason.FP32_STRICT)
@@ -41,10 +44,10 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def tensor_core_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) -> Verdict:
     """Whether the tensor-core kernels of a LoRA linear serve the rows of ``x``, for these sizes of the weight."""
-    if x.dtype == torch.float32:
-        return _FP32_STRICT
-    if x.dtype != torch.bfloat16 and x.dtype != torch.float16:
+    if x.dtype not in _PLAN_DTYPES:
         return _DTYPE
+    if float32_products(x.dtype) == "ieee":
+        return _FP32_STRICT
     if rank > MAX_RANK:
         return _RANK
     rows = x.numel() // x.shape[-1]
@@ -79,9 +82,12 @@ def planned(plan: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor, ada
     """What ``plan``, a function of ``lora_kernels._cuda``, would launch; of several launches, the first."""
     device = torch.cuda.get_device_properties(x.device)
     n, k = weight.shape
-    aligned = all(t.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in t.stride()[:-1]) for t in (x, weight, *adapters))
+    aligned = all(
+        t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
+        for t in (x, weight, *adapters)
+    )
     launch = plan(
-        dtype="bf16" if x.dtype == torch.bfloat16 else "fp16", m=x.numel() // k, n=n, k=k, rank=adapters[0].shape[0],
+        dtype=_PLAN_DTYPES[x.dtype], m=x.numel() // k, n=n, k=k, rank=adapters[0].shape[0],
         rows_aligned=aligned, has_dropout=has_dropout, sms=device.multi_processor_count,
         shared_per_block=device.shared_memory_per_block_optin,
     )  # fmt: skip

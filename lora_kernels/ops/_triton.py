@@ -9,10 +9,11 @@ from importlib.util import find_spec
 import torch
 
 from .. import dispatch
+from ..precision import float32_products
 from ..reasons import Reason
 from ..spec import Verdict
 from ..triton_kernels import configs
-from ..triton_kernels.launching import device_of, float32_products
+from ..triton_kernels.launching import device_of
 
 OLDEST = (3, 7)
 """Version of Triton: 3.6 does not compile the kernels under dropout."""

@@ -1,0 +1,10 @@
+#include "variant.h"
+
+namespace lk {
+
+template cudaError_t launch_lora_grad_x<TensorFloat32>(const LoraLinearParams&, const LoraLinearConfig&, cudaStream_t);
+template KernelInfo describe_lora_grad_x<TensorFloat32>(const LoraLinearConfig&);
+template cudaError_t launch_lora_grads<TensorFloat32>(const LoraGradsParams&, const LoraGradsConfig&, cudaStream_t);
+template KernelInfo describe_lora_grads<TensorFloat32>(const LoraGradsConfig&);
+
+}  // namespace lk
