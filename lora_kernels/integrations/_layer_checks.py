@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad as _forward_ad
+from torch.compiler import is_compiling
 from torch.nn.modules import module as _module
 
 from ..modules import FrozenLinear
@@ -274,7 +275,7 @@ def call_reason(x: Any, weight: Tensor, weight_A: Tensor, weight_B: Tensor) -> R
 
 
 def _inside_transform() -> Reason | None:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None or _forward_ad._current_level >= 0:
         return Reason.TRANSFORM
