@@ -192,8 +192,10 @@ def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
     if type(names) is Reason:
         return names
     base = state["_modules"]["base_layer"]
-    if type(base) is not nn.Embedding or base.max_norm is not None or base.sparse or base.scale_grad_by_freq:
+    if type(base) is not nn.Embedding:
         return Reason.PARAMETRIZED if _is_parametrized(base) else Reason.BASE_LAYER
+    if base.max_norm is not None or base.sparse or base.scale_grad_by_freq or hasattr(base, "embed_scale"):
+        return Reason.BASE_LAYER  # PEFT multiplies the adapter's part by embed_scale
     reason = _why_not_called_as_is(base)
     if reason is not None:
         return reason
