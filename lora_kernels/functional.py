@@ -7,6 +7,7 @@ without goes straight to the backend, and under ``torch.compile`` both become th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -213,24 +214,35 @@ def merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0)
         weight.
 
     Raises:
-        ValueError: shapes do not fit, or the update is not finite (weight is then unchanged).
+        ValueError: shapes do not fit, or the merged weight is not finite (weight is then unchanged).
     """
     _check_adapter("merge_", weight, lora_A, lora_B)
     _check_scaling("merge_", scaling)
-    if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
-        raise ValueError("merge_: lora_A and lora_B must be finite; the weight was left unchanged")
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    A, B = lora_A.to(wide), lora_B.to(wide)
-    if weight.dtype == wide:
-        return weight.addmm_(B, A, alpha=scaling)
-    rows = max(1, _MERGE_BLOCK // weight.shape[1])
-    for w, b in zip(weight.split(rows), B.split(rows)):
-        w.copy_(torch.addmm(w.to(wide), b, A, alpha=scaling))
+    if not stays_finite(weight, lora_A, lora_B, scaling):
+        raise ValueError("merge_: lora_A, lora_B and the merged weight must be finite; the weight was left unchanged")
+    for rows, merged in _merged_blocks(weight, lora_A, lora_B, scaling):
+        rows.copy_(merged)
     return weight
 
 
+@torch.no_grad()
+def stays_finite(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> bool:
+    """Whether ``merge_`` would give finite elements only, in the weight's dtype."""
+    finite = [torch.isfinite(merged).all() for _, merged in _merged_blocks(weight, lora_A, lora_B, scaling)]
+    return not finite or bool(torch.stack(finite).all())
+
+
+def _merged_blocks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of weight, a few at a time, and what they become: an update as large as weight is never formed."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    A, B = lora_A.to(wide), lora_B.to(wide)
+    rows = max(1, _MERGE_BLOCK // weight.shape[1])
+    for w, b in zip(weight.split(rows), B.split(rows)):
+        yield w, torch.addmm(w.to(wide), b, A, alpha=scaling).to(weight.dtype)
+
+
 _MERGE_BLOCK = 1 << 20
-"""Elements of weight that a low-precision merge holds in float32 at a time."""
+"""Elements of weight that a merge holds beside it at a time."""
 
 
 def unmerge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
@@ -418,10 +430,9 @@ def _scaling_tensor(op: str, scaling: Tensor, device: torch.device) -> Tensor:
 
 
 def _check_scaling(op: str, scaling: float) -> None:
-    if isinstance(scaling, Tensor) or not isinstance(scaling, (int, float)):
+    if not isinstance(scaling, (int, float)):
         raise TypeError(f"{op}: scaling must be a number, got {type(scaling).__name__}")
-    # A compiler may trace a number as a symbol, which isfinite does not take.
-    if not torch.compiler.is_compiling() and not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:  # isfinite does not take the symbol that a compiler may trace
         raise ValueError(f"{op}: scaling must be finite, got {scaling}")
 
 

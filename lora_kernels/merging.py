@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
+from . import functional
 from .modules import LoRAEmbedding, LoRALinear
 
 
@@ -20,7 +20,7 @@ def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = Fa
 
     Raises:
         RuntimeError: a layer is already merged.
-        ValueError: no such layer; a tied weight; an adapter that is not finite; keep_base together with
+        ValueError: no such layer; a tied weight; a merged weight that would not be finite; keep_base together with
             unload.
     """
     layers = _lora_layers("merge_adapter", model)
@@ -29,8 +29,8 @@ def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = Fa
     for name, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"merge_adapter: {name} is already merged; call unmerge_adapter first")
-        if not all(bool(torch.isfinite(p).all()) for p in (layer.lora_A, layer.lora_B)):
-            raise ValueError(f"merge_adapter: the adapter of {name} is not finite; nothing was merged")
+        if not functional.stays_finite(layer.weight, *layer.update_factors(), layer.scaling):
+            raise ValueError(f"merge_adapter: the merged weight of {name} would not be finite; nothing was merged")
     tied = _tied(model, layers)
     if tied and not untie:
         pairs = ", ".join(f"{name} with {other}" for name, other in tied.items())

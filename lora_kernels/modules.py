@@ -80,7 +80,7 @@ class _LoRALayer(nn.Module):
         self.merged = False
         self._base_copy: Tensor | None = None
 
-    def _update_factors(self) -> tuple[Tensor, Tensor]:
+    def update_factors(self) -> tuple[Tensor, Tensor]:
         """(lora_A, lora_B) such that the update of ``weight`` is ``scaling * lora_B @ lora_A``."""
         return self.lora_A, self.lora_B
 
@@ -95,12 +95,12 @@ class _LoRALayer(nn.Module):
 
         Raises:
             RuntimeError: already merged.
-            ValueError: the adapter is not finite. The weight is then unchanged.
+            ValueError: the merged weight would not be finite. The weight is then unchanged.
         """
         if self.merged:
             raise RuntimeError("merge: the adapter is already merged; call unmerge() first")
         copy = self.weight.detach().to("cpu", copy=True) if keep_base else None
-        functional.merge_(self.weight, *self._update_factors(), self.scaling)
+        functional.merge_(self.weight, *self.update_factors(), self.scaling)
         self._base_copy, self.merged = copy, True
 
     def unmerge(self) -> None:
@@ -115,7 +115,7 @@ class _LoRALayer(nn.Module):
         if not self.merged:
             raise RuntimeError("unmerge: the adapter is not merged")
         if self._base_copy is None:
-            functional.unmerge_(self.weight, *self._update_factors(), self.scaling)
+            functional.unmerge_(self.weight, *self.update_factors(), self.scaling)
         else:
             with torch.no_grad():
                 self.weight.copy_(self._base_copy)
@@ -345,7 +345,7 @@ class LoRAEmbedding(_LoRALayer):
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
 
-    def _update_factors(self) -> tuple[Tensor, Tensor]:
+    def update_factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_B.t(), self.lora_A.t()
 
     def forward(self, input: Tensor) -> Tensor:

@@ -313,7 +313,7 @@ def test_merge_refuses_bad_adapters(model_dir, adapter_dir, tmp_path, capsys):
     bad = copy_adapter(adapter_dir, tmp_path / "nan")
     weights["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][0, 0] = float("nan")
     save_file(weights, bad / ADAPTER_FILES[1])
-    fails(bad, "not finite")
+    fails(bad, "q_proj would not be finite")
 
     bad = copy_adapter(adapter_dir, tmp_path / "truncated")
     (bad / ADAPTER_FILES[1]).write_bytes((adapter_dir / ADAPTER_FILES[1]).read_bytes()[:1000])

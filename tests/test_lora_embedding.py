@@ -285,6 +285,7 @@ FALLBACKS = {
     "subclass": ({"embedding": ScaledEmbedding(V, H)}, None, Reason.BASE_LAYER),
     "max_norm": ({"embedding": nn.Embedding(V, H, max_norm=1.0)}, None, Reason.BASE_LAYER),
     "sparse": ({"embedding": nn.Embedding(V, H, sparse=True)}, None, Reason.BASE_LAYER),
+    "embed_scale": ({}, lambda m: setattr(embed(m).base_layer, "embed_scale", 3.0), Reason.BASE_LAYER),
     "base trains": ({}, lambda m: embed(m).base_layer.weight.requires_grad_(), Reason.BASE_REQUIRES_GRAD),
     "hook": (
         {},

@@ -536,3 +536,29 @@ def test_merge_refuses_nan_and_leaves_the_weight():
     with pytest.raises(ValueError, match="scaling must be finite"):
         lk.merge_(weight, t["lora_A"], t["lora_A"].t()[:24], float("nan"))
     assert torch.equal(weight, t["weight"])
+
+
+def test_merge_refuses_to_overflow():
+    weight = torch.full((4, 3), 6e4, dtype=FP16)
+    before = weight.clone()
+    with pytest.raises(ValueError, match="merged weight must be finite"):
+        lk.merge_(weight, torch.full((1, 3), 100.0), torch.full((4, 1), 100.0))
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_merge_forms_no_update_of_the_weights_size(dtype, monkeypatch):
+    monkeypatch.setattr("lora_kernels.functional._MERGE_BLOCK", 512)
+    weight, A, B = torch.randn(64, 32, dtype=dtype), torch.randn(2, 32), torch.randn(64, 2)
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() != weight.data_ptr():
+                sizes.append(result.numel())
+            return result
+
+    with Sizes():
+        lk.merge_(weight, A, B, 2.0)
+    assert max(sizes) == 512

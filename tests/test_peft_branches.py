@@ -128,6 +128,16 @@ def test_mixed_batch_under_autocast_and_with_tensor_scaling():
     assert lk.stats()["fallback"] == {}
 
 
+def test_mixed_batch_compiles():
+    patched = mixed()
+    lk.patch(patched)
+    x, names = torch.randn(5, 3, K), NAMES["interleaved"]
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(lin(patched), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, adapter_names=names), lin(patched)(x, adapter_names=names))
+
+
 def test_mixed_batch_in_a_whole_model():
     stock = mixed()
     patched = copy.deepcopy(stock)
@@ -342,6 +352,9 @@ def test_dora_norm_is_that_of_the_present_weight():
     check(square.t()[:, :5])
     with torch.inference_mode():
         check(torch.randn(6, 5))
+        dora.norm(square, A[:, :1].expand(2, 6), B, 1.0)  # what is kept here serves training, too
+    B.requires_grad_()
+    (B / dora.norm(square, A[:, :1].expand(2, 6), B, 1.0)[:, None]).sum().backward()
 
 
 def test_dora_model_trains_as_peft():

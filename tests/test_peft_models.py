@@ -173,6 +173,41 @@ def test_models_without_peft_layers_are_refused():
         lk.patch(tiny_llama())
 
 
+def test_patched_model_stays_patched(tmp_path):
+    """Through load_adapter, add_adapter for other layers, pickling, and merge_and_unload, which leaves plain layers."""
+    stock = make(target_modules=["q_proj"]).eval()
+    stock.save_pretrained(tmp_path)
+    patched = pickle.loads(pickle.dumps(patched_twin(stock)))
+    for model in (stock, patched):
+        model.load_adapter(tmp_path, "again")
+        torch.manual_seed(4)
+        model.add_adapter("more", LoraConfig(r=2, target_modules=["v_proj", "embed_tokens"], init_lora_weights=False))
+    for adapter in ("again", "more", "default"):
+        for model in (stock, patched):
+            model.set_adapter(adapter)
+        torch.testing.assert_close(patched(IDS).logits, stock(IDS).logits)
+    assert sum(type(m).__name__ in ("FusedLinear", "FusedEmbedding") for m in patched.modules()) == 7
+    assert set(lk.stats()["fallback"]) == {
+        ("lora_linear", Reason.NO_ACTIVE_ADAPTER), ("lora_embedding", Reason.NO_ACTIVE_ADAPTER)
+    }  # fmt: skip
+    merged = patched.merge_and_unload(adapter_names=["default"])
+    torch.testing.assert_close(merged(IDS).logits, stock(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert {type(m) for m in merged.modules()} == {type(m) for m in tiny_llama().modules()}
+
+
+def test_unpatch_restores_every_kind_of_layer():
+    stock = make(
+        target_modules=["q_proj", "embed_tokens"], target_parameters=["mlp.up_proj.weight"], use_rslora=True
+    ).eval()
+    patched = patched_twin(stock)
+    names = {type(m).__name__ for m in patched.modules()}
+    assert {"FusedLinear", "FusedEmbedding", "CountedParamWrapper"} <= names
+    lk.unpatch(patched)
+    assert classes(patched) == classes(stock)
+    assert vars(patched.base_model).keys() == vars(stock.base_model).keys()
+    assert torch.equal(patched(IDS).logits, stock(IDS).logits)
+
+
 # ------------------------------------------------------------------------------------------------ patch_peft
 
 

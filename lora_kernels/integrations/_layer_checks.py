@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad as _forward_ad
+from torch.compiler import is_compiling
 from torch.nn.modules import module as _module
 
 from ..modules import FrozenLinear
@@ -191,8 +192,10 @@ def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
     if type(names) is Reason:
         return names
     base = state["_modules"]["base_layer"]
-    if type(base) is not nn.Embedding or base.max_norm is not None or base.sparse or base.scale_grad_by_freq:
+    if type(base) is not nn.Embedding:
         return Reason.PARAMETRIZED if _is_parametrized(base) else Reason.BASE_LAYER
+    if base.max_norm is not None or base.sparse or base.scale_grad_by_freq or hasattr(base, "embed_scale"):
+        return Reason.BASE_LAYER  # PEFT multiplies the adapter's part by embed_scale
     reason = _why_not_called_as_is(base)
     if reason is not None:
         return reason
@@ -274,7 +277,7 @@ def call_reason(x: Any, weight: Tensor, weight_A: Tensor, weight_B: Tensor) -> R
 
 
 def _inside_transform() -> Reason | None:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None or _forward_ad._current_level >= 0:
         return Reason.TRANSFORM
