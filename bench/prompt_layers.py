@@ -134,7 +134,6 @@ def main() -> int:
                 torch.manual_seed(0)
                 stock = make_model(method, hidden, rows)
                 patched = copy.copy(stock)  # the same parameters
-                patched.__dict__ = dict(stock.__dict__)
                 lk.patch(patched)
                 steps = {
                     "PEFT": make_step(stock, method, hidden, rows),
