@@ -5,8 +5,9 @@
 The text are movie-review sentences that twenty people rated from -4 to 4 (Hutto and Gilbert, "VADER", ICWSM 2014), from
 the source distribution of the Python package ``vaderSentiment`` (MIT). Sentences rated within 0.5 of zero are left out;
 what remains is half positive. The model reads a sentence and TEMPLATE, and the larger of the logits of two next words
-is its answer: what trains is a prompt in front, the network that makes one, or LoRA. The head is what one would train
-on top of the frozen model instead: logistic regression on the last hidden state, after the same template.
+is its answer: what trains is a prompt in front, the network that makes one, or LoRA. The heads are what one would train
+on top of the frozen model instead: logistic regression on the last hidden state, after the sentence, or after the same
+template, which makes a better one.
 
 Prints a table and draws docs/ptuning.png.
 """
@@ -123,7 +124,7 @@ class Classifier:
         self.words = self.model.get_output_embeddings().weight[words]
 
     def batches(
-        self, sentences: Sentences, size: int, order: random.Random | None = None
+        self, sentences: Sentences, size: int, order: random.Random | None = None, template: str = TEMPLATE
     ) -> Iterator[tuple[Any, Tensor]]:
         """(tokens, labels) of sentences of about one length; in random order if one is given."""
         by_length = sorted(sentences, key=lambda sentence: len(sentence[0]))
@@ -131,7 +132,7 @@ class Classifier:
         if order is not None:
             order.shuffle(batches)
         for batch in batches:
-            tokens = self.tokenizer([text + TEMPLATE for text, _ in batch], padding=True, return_tensors="pt")
+            tokens = self.tokenizer([text + template for text, _ in batch], padding=True, return_tensors="pt")
             yield tokens, torch.tensor([label for _, label in batch])
 
     def last_hidden(self, tokens: Any, prompt: nn.Module | None = None) -> Tensor:
@@ -183,12 +184,12 @@ def train(
     return prompt, sum(p.numel() for p in parameters), losses
 
 
-def head_accuracy(classifier: Classifier, training: Sentences, test: Sentences) -> tuple[float, int]:
+def head_accuracy(classifier: Classifier, training: Sentences, test: Sentences, template: str) -> tuple[float, int]:
     """Accuracy and parameters of logistic regression on the frozen model's last hidden state."""
 
     @torch.no_grad()
     def features(sentences: Sentences) -> tuple[Tensor, Tensor]:
-        pairs = [(classifier.last_hidden(t), y) for t, y in classifier.batches(sentences, 32)]
+        pairs = [(classifier.last_hidden(t), y) for t, y in classifier.batches(sentences, 32, template=template)]
         return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
     (x, y), (test_x, test_y) = features(training), features(test)
@@ -237,7 +238,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="P-tuning against prompt tuning, LoRA and a trained head.")
     parser.add_argument("--cache", type=Path, default=smollm2.DEFAULT_CACHE, help="default: %(default)s")
     parser.add_argument("--train", type=int, default=512, help="sentences to train on (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=600, help="sentences to test on (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=500, help="sentences to test on (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--plot", type=Path, default=Path("docs/ptuning.png"), help="default: %(default)s")
     options = parser.parse_args()
@@ -261,7 +262,9 @@ def main() -> int:
     classifier, start = Classifier(folder), time.perf_counter()
     report("not trained", classifier.accuracy(test), 0, start)
     start = time.perf_counter()
-    report("head", *head_accuracy(classifier, training, test), start)
+    report("head", *head_accuracy(classifier, training, test, template=""), start)
+    start = time.perf_counter()
+    report("head on template", *head_accuracy(classifier, training, test, template=TEMPLATE), start)
     for name, method in METHODS.items():
         start = time.perf_counter()
         prompt, parameters, losses[name] = train(classifier, method, training, options.epochs)
