@@ -96,6 +96,26 @@ def test_block_and_prompt_cases(monkeypatch):
     assert len(names) == len(prompts.METHODS)
 
 
+def test_wrong_models_are_noticed():
+    pytest.importorskip("peft")
+    from transformers import LlamaModel
+
+    from lora_kernels.benchmarks import cases, models
+
+    x, grad = torch.randn(1, 4, 576), torch.randn(1, 4, 576)
+    block = models.variants(LlamaModel(models.smollm2_config(layers=1, vocabulary=16)), 0.1)
+
+    def forward(model):
+        return model(inputs_embeds=x, use_cache=False).last_hidden_state
+
+    models.check(block, forward, grad)
+    for module in block["fused"].modules():
+        if hasattr(module, "lora_A"):
+            module.scaling["default"] *= 0.99
+    with pytest.raises(cases.WrongResult, match="fused"):
+        models.check(block, forward, grad)
+
+
 def test_addmm_function_has_the_right_gradients():
     leaves = [torch.randn(2, 5, 6), torch.randn(7, 6), torch.randn(3, 6), torch.randn(7, 3)]
     x, weight, A, B = (t.double().requires_grad_() for t in leaves)

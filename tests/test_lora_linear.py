@@ -187,7 +187,10 @@ def strided_inputs():
 @pytest.mark.parametrize("layout", list(strided_inputs()))
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(
-    ("dtype", "library"), [(FP32, "aten"), (FP32, "onednn"), (FP32, "decode"), (BF16, "aten")], ids=str, indirect=["library"]
+    ("dtype", "library"),
+    [(FP32, "aten"), (FP32, "onednn"), (FP32, "decode"), (BF16, "aten")],
+    ids=str,
+    indirect=["library"],
 )
 def test_non_contiguous_inputs_and_gradients(layout, p, dtype, library):
     x = strided_inputs()[layout].to(dtype)

@@ -190,7 +190,8 @@ def _write_rows(task, b, row_block, hidden_block, tokens, prompt_rows,
             number = tl.load(task.task_ids.data + b * task.task_ids.stride).to(tl.int64)
             task_fits = (number >= 0) & (number < task.tasks)
             tl.device_assert(task_fits, "prompt_embedding: task_ids out of range")
-            prompt_valid = is_prompt & task_fits
+            # Triton 3.9's interpreter makes no mask of a scalar and a block.
+            prompt_valid = is_prompt & (slot < tl.where(task_fits, length, 0))
         prompt = tl.load(_pointers(task.prompt, number, slot, h), mask=prompt_valid[:, None] & inside, other=nan)
         tile = tl.where(is_prompt[:, None], prompt.to(tile.dtype), tile)
     at = (b * rows + r)[:, None] * task.hidden + h[None, :]
@@ -236,10 +237,11 @@ def _prompt_gradient(task, batch, tokens, prompt_rows,
             # Samples beyond the last repeat it, with no rows.
             b = tl.minimum(b0 + i, batch - 1).to(tl.int64)
             first, split, length = _place_of(task.layout, b)
-            r = first + split + slot
-            valid = (b0 + i < batch) & (slot < length) & (slot < prompt_rows) & (r >= 0) & (r < tokens + prompt_rows)
+            length = tl.where(b0 + i < batch, length, 0)
             if task.task_ids is not None:
-                valid &= tl.load(task.task_ids.data + b * task.task_ids.stride) == number
+                length = tl.where(tl.load(task.task_ids.data + b * task.task_ids.stride) == number, length, 0)
+            r = first + split + slot
+            valid = (slot < length) & (slot < prompt_rows) & (r >= 0) & (r < tokens + prompt_rows)
             rows = tl.load(_pointers(task.grad, b, r, h), mask=valid[:, None] & inside, other=0.0)
             accumulator += rows.to(tl.float32)
     at = (number.to(tl.int64) * prompt_rows + slot)[:, None] * task.hidden + h[None, :]
@@ -293,7 +295,8 @@ def _weight_gradient(task, ids, order, vocabulary, count, tokens, prompt_rows,
                 r = _row_of(task.layout, b, at % tokens)
                 valid = goes_on & (r >= 0) & (r < tokens + prompt_rows)
                 pointers = task.grad.data + b * task.grad.batch_stride + r * task.grad.row_stride
-                row = tl.load(pointers + h.to(tl.int64) * task.grad.stride, mask=valid & inside, other=0.0)
+                exists = h < tl.where(valid, task.hidden, 0)
+                row = tl.load(pointers + h.to(tl.int64) * task.grad.stride, mask=exists, other=0.0)
                 accumulator += row.to(tl.float32)
             j += UNROLL
         tl.store(task.out + number * task.hidden + h, accumulator.to(task.out.dtype.element_ty), mask=inside)

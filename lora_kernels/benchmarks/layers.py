@@ -1,6 +1,6 @@
 """One LoRA layer: frozen linear, stock PEFT, PEFT compiled, addmm, fused, and the peers that are installed.
 
-"frozen_linear" is the frozen layer as lora_kernels computes it: what of a gain is due to another product, not to fusion.
+"frozen_linear" is the frozen layer as lora_kernels computes it: it shows what of a gain is due to another product.
 """
 
 from __future__ import annotations

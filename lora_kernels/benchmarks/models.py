@@ -17,7 +17,8 @@ from .measure import Step
 
 RANK, ALPHA, BATCH, SEQ, NEW_TOKENS = 16, 32, 4, 128, 8
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-MAX_LOSS_DIFFERENCE = 1e-4
+MAX_ERROR = 1e-3
+"""Of a result, relative to its largest element; the models are deep, and their products are made by other libraries."""
 
 
 def smollm2_config(layers: int = 30, vocabulary: int = 49152) -> Any:
@@ -69,11 +70,22 @@ def use_addmm(model: nn.Module) -> None:
             layer.forward = lambda x, w=weights, s=scaling: peers.AddmmLoRA.apply(x, *w, s)  # type: ignore[method-assign]
 
 
-def _compare(values: dict[str, float], dropout: float) -> None:
-    """PEFT's value is everybody's; under dropout masks differ, and nothing can be compared."""
-    for name, value in values.items():
-        if name != "frozen" and not dropout and not abs(value - values[BASELINE]) <= MAX_LOSS_DIFFERENCE:
-            raise WrongResult(f"{name} computes {value}, PEFT {values[BASELINE]}")
+def check(models: dict[str, nn.Module], forward: Callable[[nn.Module], Tensor], grad: Tensor) -> None:
+    """Outputs and gradients of every adapter parameter are PEFT's; without dropout, whose masks differ.
+
+    Raises:
+        WrongResult: they are not.
+    """
+    reference: list[Tensor] = []
+    for name in (BASELINE, *(models.keys() - {BASELINE, "frozen"})):
+        model = models[name].eval()
+        y = forward(model)
+        results = [y, *torch.autograd.grad(y, [p for p in model.parameters() if p.requires_grad], grad)]
+        model.train()
+        reference = reference or results
+        for value, expected in zip(results, reference, strict=True):
+            if not (value - expected).abs().max() <= MAX_ERROR * expected.abs().max():
+                raise WrongResult(f"{name} does not compute what PEFT does")
 
 
 def block_cases(device: torch.device, compile_too: bool = True) -> Iterator[Case]:
@@ -96,8 +108,7 @@ def block_cases(device: torch.device, compile_too: bool = True) -> Iterator[Case
             for name in (BASELINE, OURS):
                 compiled = torch.compile(forward, dynamic=False)
                 calls[f"{name} compiled"] = lambda m=models[name], f=compiled: f(m)
-        with torch.no_grad():
-            _compare({name: (call() * grad).mean().item() for name, call in calls.items()}, dropout)
+        check(models, forward, grad)
         leaves = [x, *[p for model in models.values() for p in model.parameters() if p.requires_grad]]
 
         def step(call: Callable[[], Tensor], grad: Tensor = grad, leaves: list[Tensor] = leaves) -> None:
@@ -130,8 +141,11 @@ def model_cases(device: torch.device) -> Iterator[Case]:
                 name: lambda m=model: m(input_ids=tokens, labels=tokens, use_cache=False).loss
                 for name, model in models.items()
             }
-            with torch.no_grad():
-                _compare({name: forward().item() for name, forward in forwards.items()}, dropout)
+            check(
+                models,
+                lambda m: m(input_ids=tokens, labels=tokens, use_cache=False).loss,
+                torch.ones((), device=device),
+            )
             constants = [t for model in models.values() for t in [*model.parameters(), *model.buffers()]]
             steps = {name: _training_step(models[name], forward) for name, forward in forwards.items()}
             title = f"Llama of 135M, {BATCH}x{SEQ} tokens, r={RANK}, float32, dropout {dropout:g}"

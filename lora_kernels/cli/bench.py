@@ -21,6 +21,7 @@ from ._models import DTYPES, pick_device, require
 
 LEVELS = ("layer", "decode", "sweep", "prompt", "block", "model")
 ALL, MODELLED = "all", "modelled"
+CPU = torch.device("cpu")
 
 
 def add_parser(commands: Any) -> None:
@@ -125,7 +126,7 @@ def _measure_all(
         # A graph holds a layer; a model's step has an optimizer and decoding, which wait for the host.
         graphed = device.type == "cuda" and case.level in ("layer", "decode", "ranks", "tokens")
         timer = GraphTimer(device) if graphed else host
-        result = measure(case, options.pairs, timer, device, light.seconds)
+        result = measure(case, options.pairs, timer, device if case.level != "prompt" else CPU, light.seconds)
         results.append(result)
         if options.levels:
             ratio, null = result.speedup[OURS], result.speedup[NULL]

@@ -49,7 +49,7 @@ def _cpu_supports(prefix, layers, heads, batch, copies, dtype) -> Verdict:
 
 def _cuda_supports(prefix, layers, heads, batch, copies, dtype) -> Verdict:
     tokens, width = prefix.shape
-    rows = tokens * max(batch, 1) * 2 * layers * heads
+    rows = tokens * (batch if copies else 1) * 2 * layers * heads
     return _cuda.prompt_refusal(prefix.device, dtype, prefix.dtype, rows, width) or _TRANSPOSE
 
 
