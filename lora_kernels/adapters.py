@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .inject import Targets, first_match, inject
-from .modules import LoRALinear, scaling_of
+from .modules import LoRAEmbedding, LoRALinear, scaling_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -55,7 +55,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         raise ValueError(f"save_adapter: {target} is not a directory")
     peft_adapter = _peft_adapter("save_adapter", model)
     if peft_adapter is None:
-        layers = _lora_layers(model)
+        layers = _lora_layers("save_adapter", model)
         if not layers:
             raise ValueError("save_adapter: the model has no LoRALinear layer")
         config = json.dumps(_describe(model, layers), indent=2, sort_keys=True)
@@ -102,7 +102,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     _refuse_more_than_lora(config, source / CONFIG_FILE)
     targets = _targets(config, source / CONFIG_FILE)
-    layers = _lora_layers(model)
+    layers = _lora_layers("load_adapter", model)
     if layers:
         _check_scaling({name: layer.scaling for name, layer in layers.items()}, config, source / CONFIG_FILE)
         merged = next((name for name, layer in layers.items() if layer.merged), None)
@@ -117,7 +117,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             shapes |= {_key(name, "lora_A"): (rank, k), _key(name, "lora_B"): (n, rank)}
         _check_tensors(shapes, tensors, weights_file)
         inject(model, **vars(targets), dropout=config["lora_dropout"], use_rslora=config["use_rslora"])
-        layers = _lora_layers(model)
+        layers = _lora_layers("load_adapter", model)
     _copy(tensors, _parameters(layers))
 
 
@@ -141,7 +141,10 @@ def _peft_adapter(op: str, model: nn.Module) -> str | None:
     return model.active_adapters[0]
 
 
-def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def _lora_layers(op: str, model: nn.Module) -> dict[str, LoRALinear]:
+    embedding = next((name for name, module in model.named_modules() if isinstance(module, LoRAEmbedding)), None)
+    if embedding is not None:
+        raise ValueError(f"{op}: {embedding or 'the model'} is a LoRAEmbedding, which adapter files do not hold yet")
     return {name: module for name, module in model.named_modules() if name and isinstance(module, LoRALinear)}
 
 

@@ -6,16 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import dispatch
 
 _BLOCK = 1 << 20
 """Elements of a 16-bit matrix that are held in float32 at a time."""
-
-# ||W||^2 of each row, beside the version and address of the W it was taken from.
-_squared_norms = WeakTensorKeyDictionary()
 
 
 @torch.no_grad()
@@ -41,24 +36,14 @@ def _norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tenso
     wide = torch.promote_types(weight.dtype, torch.float32)
     A, B = lora_A.to(wide), lora_B.to(wide) * scaling
     WA = torch.cat([rows.to(wide) @ A.t() for rows in _blocks(weight, wide)])
-    return (_squared_norm(weight, wide) + ((2 * WA + B @ (A @ A.t())) * B).sum(1)).clamp_min_(0).sqrt_()
+    # Taken anew in each call: a write through weight.data, which merging and many loaders make, leaves no trace.
+    squared = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+    return (squared + ((2 * WA + B @ (A @ A.t())) * B).sum(1)).clamp_min_(0).sqrt_()
 
 
 def _blocks(matrix: Tensor, wide: torch.dtype) -> tuple[Tensor, ...]:
     """Rows of a matrix: all, or as many as may be copied to a wider dtype at a time."""
     return (matrix,) if matrix.dtype == wide else matrix.split(max(1, _BLOCK // max(1, matrix.shape[1])))
-
-
-def _squared_norm(weight: Tensor, wide: torch.dtype) -> Tensor:
-    if torch.compiler.is_compiling() or isinstance(weight, FakeTensor) or weight.is_inference():  # nothing to go by
-        return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
-    owner = weight if weight._base is None else weight._base  # a Conv1D's weight is a new view in each call
-    state = (weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
-    cached = _squared_norms.get(owner)
-    if cached is None or cached[0] != state:
-        cached = state, torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
-        _squared_norms[owner] = cached
-    return cached[1]
 
 
 def scale_columns(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:

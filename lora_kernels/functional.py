@@ -107,9 +107,8 @@ def dora_linear(
         magnitude: [out_features], floating point.
 
     Returns:
-        [..., out_features], dtype of x. The norm takes no part in the gradient, as in the paper's section 4.3. Of the
-        three terms of its square, the rows' ||weight||^2 is kept from call to call for as long as weight is not
-        written to. As for autograd, a write through ``weight.data`` does not count.
+        [..., out_features], dtype of x. The norm takes no part in the gradient, as in the paper's section 4.3.
+        ``lk.stats()`` and ``lk.why`` count and name the ``lora_linear`` inside.
 
     Raises:
         TypeError, ValueError: as ``lora_linear``.
@@ -283,6 +282,11 @@ def _why_lora_embedding(ids, weight, lora_A, lora_B, *, scaling=1.0, padding_idx
     return _lora_embedding_args(ids, weight, lora_A, lora_B, scaling, padding_idx)
 
 
+def _why_dora_linear(x, weight, lora_A, lora_B, magnitude=None, bias=None, *, scaling=1.0) -> tuple:
+    """DoRA counts as the ``lora_linear`` inside it."""
+    return _lora_linear_args(x, weight, lora_A, lora_B, None, scaling, 0.0, False, None)
+
+
 def _why_frozen_linear(x, weight, bias=None) -> tuple:
     _check_base("frozen_linear", x, weight, bias)
     return x, weight, bias
@@ -295,6 +299,7 @@ def _why_dropout_mask(rows, columns, p, seed) -> tuple:
 
 _ARGUMENTS = {
     "lora_linear": (_lora_op.SPEC, _why_lora_linear),
+    "dora_linear": (_lora_op.SPEC, _why_dora_linear),
     "lora_embedding": (_embedding_op.SPEC, _why_lora_embedding),
     "frozen_linear": (_frozen_op.SPEC, _why_frozen_linear),
     "dropout_mask": (_mask_op.SPEC, _why_dropout_mask),

@@ -85,5 +85,7 @@ def _memory(parameter: nn.Parameter) -> object:
 def _untie(model: nn.Module, layer: LoRALinear | LoRAEmbedding) -> None:
     layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False) and model.get_output_embeddings() is layer:
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    if layer is model.get_output_embeddings() or layer is model.get_input_embeddings():
         config.tie_word_embeddings = False  # transformers would tie them again when it saves or loads

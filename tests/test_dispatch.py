@@ -91,6 +91,11 @@ def test_cuda_serves_float32_where_torch_allows_tf32(monkeypatch, fp32_precision
     assert cuda_verdict(monkeypatch, dtype=torch.float64) == (None, lk.Reason.DTYPE)
 
 
+def test_why_knows_dora():
+    x, weight, A, B = torch.randn(9, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    assert lk.why("dora_linear", x, weight, A, B, torch.ones(6)) == lk.why("lora_linear", x, weight, A, B)
+
+
 def test_why_checks_arguments_and_names():
     with pytest.raises(ValueError, match="unknown op 'lora'"):
         lk.why("lora")

@@ -95,6 +95,15 @@ def test_opcheck_gradcheck_and_compile():
         torch.testing.assert_close(ours, eager)
 
 
+def test_adapter_files_refuse_what_they_cannot_hold(tmp_path):
+    model = torch.nn.Sequential(
+        lk.LoRAEmbedding.from_embedding(torch.nn.Embedding(7, 4), r=2, alpha=2), lk.LoRALinear(4, 4, r=2, alpha=2)
+    )
+    with pytest.raises(ValueError, match="save_adapter: 0 is a LoRAEmbedding"):
+        lk.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_why_names_the_backend():
     problem = [t.float() for t in make_problem()]
     choice = lk.why("lora_embedding", torch.randint(V, (3,)), *problem)

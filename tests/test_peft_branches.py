@@ -332,7 +332,7 @@ def test_dora_norm_needs_no_matrix_of_the_weights_size():
 
 
 def test_dora_norm_is_that_of_the_present_weight():
-    """||W||^2 is kept, and taken anew after a write, a cast, a move of the storage, and for a view."""
+    """After a write, also through ``data``, a cast, a move of the storage, and for a view."""
     weight, A, B = torch.randn(6, 5), torch.randn(2, 5), torch.randn(6, 2)
 
     def check(w):
@@ -343,6 +343,8 @@ def test_dora_norm_is_that_of_the_present_weight():
     check(weight)
     weight.mul_(2)
     check(weight)
+    weight.data.copy_(torch.randn(6, 5))
+    check(weight)
     weight.data = torch.randn(6, 5)
     check(weight)
     check(weight.bfloat16())
@@ -352,7 +354,7 @@ def test_dora_norm_is_that_of_the_present_weight():
     check(square.t()[:, :5])
     with torch.inference_mode():
         check(torch.randn(6, 5))
-        dora.norm(square, A[:, :1].expand(2, 6), B, 1.0)  # what is kept here serves training, too
+        dora.norm(square, A[:, :1].expand(2, 6), B, 1.0)
     B.requires_grad_()
     (B / dora.norm(square, A[:, :1].expand(2, 6), B, 1.0)[:, None]).sum().backward()
 
@@ -374,7 +376,7 @@ def test_dora_model_trains_as_peft():
         curves.append(losses)
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     assert curves[0][-1] < curves[0][0]
-    with torch.no_grad():  # merging changes the weight in place; the next forward must see it
+    with torch.no_grad():
         expected = patched.eval()(x)
         patched.merge_adapter()
         torch.testing.assert_close(patched(x), expected, rtol=1e-4, atol=1e-5)
