@@ -8,6 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import (
     MultitaskPromptTuningConfig,
     PeftModel,
@@ -105,9 +106,14 @@ def results(model, inputs):
 
 
 def assert_close(ours, expected):
+    """Relative to each tensor's own maximum: some whole gradients are of the order of 1e-7.
+
+    The gradient of a multitask prompt's columns is a sum whose terms cancel to a small part of their size, so that the
+    order of adding shows: up to 1e-5 of it in float32 (5e-14 in float64), where no other tensor is off by 1e-6.
+    """
     assert ours.keys() == expected.keys()
     for name, value in ours.items():
-        bound = 2e-5 * max(1.0, expected[name].abs().max().item())
+        bound = (1e-4 if "prefix_task_cols" in name else 2e-5) * expected[name].abs().max().item()
         torch.testing.assert_close(
             value, expected[name], rtol=0, atol=bound, msg=lambda text, name=name: f"{name}: {text}"
         )
@@ -142,6 +148,7 @@ def test_equals_stock_peft(base, kind, side):
         expected = results(stock, inputs)
     except ValueError as problem:  # transformers that calls the cache `cache` has no place for it in PEFT's eyes
         assert base in ("sequence", "token")
+        assert is_prefix(kind)
         with pytest.raises(ValueError, match=str(problem)):
             patched(**inputs)
         return
@@ -213,7 +220,7 @@ def test_bfloat16_base_under_float32_prompt(kind):
     assert ours["output"].dtype == torch.bfloat16
     assert torch.equal(ours["output"], expected["output"])
     for name, value in ours.items():  # PEFT sums the batch in bfloat16
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=0.03 * expected[name].abs().max().item() + 1e-6)
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0.03 * expected[name].abs().max().item())
 
 
 def test_the_encoder_runs_on_its_tokens_once_whatever_the_batch():
@@ -405,6 +412,28 @@ def test_fixed_left_padding_never_uses_another_layout():
         model(**inputs)
 
 
+def test_fixed_left_padding_needs_every_prompt_fused():
+    def forward_replaced(kind):
+        model = make("causal", kind)
+        model.forward = lambda **inputs: None
+        return model
+
+    cpt = peft.CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2], num_virtual_tokens=2
+    )
+    refused = {
+        forward_replaced("prompt"): Reason.INSTANCE_FORWARD,
+        get_peft_model(tiny_llama(), cpt): Reason.LAYER_TYPE,
+    }
+    for model, reason in refused.items():
+        both = torch.nn.ModuleList([make("causal", "prompt"), model])
+        with pytest.raises(ValueError, match=f'"fixed" needs .* 1.prompt_encoder.default cannot be: {reason}'):
+            lk.patch(both, left_padding="fixed")
+        assert not any(type(module) in _peft_prompt.PLAIN for module in both)
+    prefix = forward_replaced("prefix")
+    assert lk.patch(prefix, left_padding="fixed").kept == [("prompt_encoder.default", Reason.INSTANCE_FORWARD)]
+
+
 # ------------------------------------------------------------------------------------------------------ fallback
 
 
@@ -524,6 +553,64 @@ def test_patched_models_are_copied_pickled_and_switched():
         assert torch.equal(model(**inputs).logits, stock(**inputs).logits)
         assert model(**inputs).logits.shape[1] == TOKENS
     assert lk.stats()["fallback"] == {}
+
+
+def test_disabled_adapters_do_not_keep_patch_off():
+    model = make("causal", "prompt")
+    inputs = batch()
+    before = results(model, inputs)
+    with model.disable_adapter():
+        assert lk.patch(model).kept == [("prompt_encoder.default", Reason.INSTANCE_FORWARD)]
+    assert "forward" in model.__dict__  # PEFT leaves it there
+    assert lk.patch(model, left_padding="fixed").kept == []
+    assert lk.patch(model).fused == [("prompt_encoder.default", "prompt_embedding")]
+    assert_close(results(model, inputs), before)
+    assert served() == {"prompt_embedding", "prompt_embedding_backward"}
+    lk.unpatch(model)
+    assert torch.equal(results(model, inputs)["output"], before["output"])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_unpatch_after_and_while_adapters_are_disabled(inside):
+    model = make("causal", "prompt")
+    inputs = batch()
+    before = results(model, inputs)
+    torch.manual_seed(1)
+    text = generate(model, "left")
+    lk.patch(model)
+    with model.disable_adapter():
+        alone = model(**inputs).logits
+        if inside:
+            lk.unpatch(model)
+            assert torch.equal(model(**inputs).logits, alone)
+    lk.unpatch(model)
+    assert "forward" not in model.__dict__
+    assert torch.equal(results(model, inputs)["output"], before["output"])
+    torch.manual_seed(1)
+    assert torch.equal(generate(model, "left"), text)
+    assert lk.patch(model).kept == []
+
+
+def test_unpatch_rebinds_what_an_accelerate_hook_wraps():
+    model = make("causal", "prompt")
+    inputs = batch()
+    expected = model(**inputs).logits
+    lk.patch(model)
+    add_hook_to_module(model, ModelHook())
+    lk.unpatch(model)
+    assert torch.equal(model(**inputs).logits, expected)
+    remove_hook_from_module(model)  # leaves the method that it wrapped on the instance
+    assert torch.equal(model(**inputs).logits, expected)
+    assert lk.patch(model).kept == []
+
+
+@pytest.mark.parametrize("base", ["causal", "seq2seq", "sequence", "token", "features"])
+def test_the_class_has_the_name_that_pipelines_look_for(base):
+    stock = make(base, "prompt")
+    patched = patched_twin(stock)
+    assert type(patched) is not type(stock)
+    assert patched.__class__.__name__ == stock.__class__.__name__
+    assert type(pickle.loads(pickle.dumps(patched))) is type(patched)
 
 
 def test_patch_peft(clean_peft):

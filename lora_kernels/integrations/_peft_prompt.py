@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -55,6 +58,16 @@ original_setup_prompt_encoder = PeftModel._setup_prompt_encoder
 
 
 # -------------------------------------------------------------------------------------------- which and why not
+
+
+def model_reason(model: PeftModel) -> Reason | None:
+    """Why the calls of a model would not reach ours if its class were swapped; None if they would, or do."""
+    if type(model) in PLAIN:
+        return None
+    if type(model) not in FUSED:
+        return Reason.LAYER_TYPE
+    is_replaced = "forward" in model.__dict__ and "forward" not in _own_methods(model)
+    return Reason.INSTANCE_FORWARD if is_replaced else None
 
 
 def adapter_reason(model: PeftModel, adapter: str) -> Reason | None:
@@ -114,6 +127,15 @@ class _FusedPrompts:
 
     _left_padding_fixed = False
     """Set on an instance by ``patch(model, left_padding="fixed")``."""
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """PEFT's, which leaves bound methods on the instance: they would outlive this class in ``unpatch``."""
+        try:
+            with super().disable_adapter():
+                yield
+        finally:
+            _drop_own_methods(self)
 
     def get_prompt(self, batch_size: int, *args: Any, **kwargs: Any) -> Any:
         """PEFT's method; a prefix is computed once for the batch, and is the cache without being copied into it."""
@@ -440,17 +462,51 @@ FUSED = {
 """PEFT's class to ours."""
 PLAIN = {fused: plain for plain, fused in FUSED.items()}
 
+for _plain, _fused in FUSED.items():
+    # Pipelines of transformers know a model by this name. Pickle goes by __qualname__, which stays ours.
+    _fused.__name__ = _plain.__name__
+
 
 def fuse(model: PeftModel) -> Reason | None:
     """Swaps the class of a model; the reason where its calls would not reach ours."""
-    if type(model) in PLAIN:
-        return None
-    if type(model) not in FUSED:
-        return Reason.LAYER_TYPE
-    if "forward" in model.__dict__:
-        return Reason.INSTANCE_FORWARD
-    model.__class__ = FUSED[type(model)]
-    return None
+    reason = model_reason(model)
+    if reason is None and type(model) in FUSED:
+        _drop_own_methods(model)
+        model.__class__ = FUSED[type(model)]
+    return reason
+
+
+def unfuse(model: PeftModel) -> None:
+    """Gives a model PEFT's class back, and what is bound to it on the instance PEFT's methods."""
+    ours = type(model)
+    if ours not in PLAIN:
+        return
+    plain = model.__class__ = PLAIN[ours]
+    model.__dict__.pop("_left_padding_fixed", None)
+    for name, value in list(model.__dict__.items()):
+        # An accelerate hook keeps the method that it wraps on the instance, by another name.
+        if isinstance(value, MethodType) and value.__self__ is model:
+            method = value.__func__.__name__
+            if value.__func__ is getattr(ours, method, None) and hasattr(plain, method):
+                model.__dict__[name] = MethodType(getattr(plain, method), model)
+
+
+def _own_methods(model: PeftModel) -> list[str]:
+    """Names under which the instance keeps what its class, as PEFT made it or swapped, has anyway."""
+    kinds = [kind for kind in (type(model), FUSED.get(type(model)), PLAIN.get(type(model))) if kind is not None]
+    return [
+        name
+        for name, value in model.__dict__.items()
+        if isinstance(value, MethodType)
+        and value.__self__ is model
+        and any(value.__func__ is getattr(kind, name, None) for kind in kinds)
+    ]
+
+
+def _drop_own_methods(model: PeftModel) -> None:
+    """``disable_adapter`` of PEFT leaves such methods behind, which would hide those of another class."""
+    for name in _own_methods(model):
+        del model.__dict__[name]
 
 
 def setup_in_patched_peft(model: PeftModel, adapter_name: str) -> Any:

@@ -25,7 +25,7 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
 
     Prompts of prompt tuning, P-tuning, multitask prompt tuning and prefix tuning are put in front of the text by one
     op, where and as PEFT does it, in forward and in ``generate``; for these the class of the ``PeftModel`` itself
-    changes. The attention mask keeps its dtype, which PEFT makes float32.
+    changes, but not its ``__name__``. The attention mask keeps its dtype, which PEFT makes float32.
 
     Args:
         model: a PEFT model, or any module that contains PEFT layers.
@@ -41,7 +41,7 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
 
     Raises:
         ValueError: there is no PEFT layer or prompt in ``model`` and ``frozen_linears`` is False, or left_padding is
-            neither "peft" nor "fixed".
+            neither "peft" nor "fixed", or it is "fixed" and a prompt cannot be fused. Nothing is swapped then.
     """
     if left_padding not in ("peft", "fixed"):
         raise ValueError(f'patch: left_padding must be "peft" or "fixed", got {left_padding!r}')
@@ -52,6 +52,8 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
             f"patch: {type(model).__name__} holds no PEFT layer; make it a PEFT model first, use lk.inject, "
             "or pass frozen_linears=True"
         )
+    if left_padding == "fixed":
+        _check_all_fusable(prompts)
     report = Report()
     for name, layer in peft_layers.items():
         is_fused, by_what_or_why_not = _fuse(layer)
@@ -85,8 +87,7 @@ def unpatch(model: nn.Module) -> None:
     for tuner in _tuner_models(model):
         tuner.__dict__.pop("_create_new_module", None)
     for _, peft_model in _prompt_models(model):
-        peft_model.__dict__.pop("_left_padding_fixed", None)
-        peft_model.__class__ = _peft_prompt().PLAIN.get(type(peft_model), type(peft_model))
+        _peft_prompt().unfuse(peft_model)
 
 
 def patch_peft() -> None:
@@ -209,6 +210,20 @@ def _prompt_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield name, module
 
 
+def _check_all_fusable(prompts: dict[str, nn.Module]) -> None:
+    """Raises if PEFT, whose layout is not wanted, would put in one of the prompts; prefixes have no such layout."""
+    for name, model in prompts.items():
+        for adapter in model.prompt_encoder:
+            reason = _peft_prompt().model_reason(model) or _peft_prompt().adapter_reason(model, adapter)
+            if reason is not None and model.peft_config[adapter].peft_type != "PREFIX_TUNING":
+                row = _prompt_name(name, adapter)
+                raise ValueError(f'patch: left_padding="fixed" needs every prompt fused, {row} cannot be: {reason}')
+
+
+def _prompt_name(model: str, adapter: str) -> str:
+    return ".".join(filter(None, (model, PROMPT_MODULE, adapter)))
+
+
 def _patch_prompts(name: str, model: nn.Module, left_padding_fixed: bool, report: Report) -> None:
     """Swaps the class of a model with prompts; a row for each of them."""
     prompt = _peft_prompt()
@@ -217,7 +232,7 @@ def _patch_prompts(name: str, model: nn.Module, left_padding_fixed: bool, report
         model._left_padding_fixed = left_padding_fixed
     for adapter in model.prompt_encoder:
         reason = of_model or prompt.adapter_reason(model, adapter)
-        row = ".".join(filter(None, (name, PROMPT_MODULE, adapter)))
+        row = _prompt_name(name, adapter)
         if reason is not None:
             report.kept.append((row, reason))
         elif model.peft_config[adapter].peft_type == "PREFIX_TUNING":
