@@ -1,6 +1,6 @@
 """P-tuning of SmolLM2-135M on a few hundred labelled sentences, against prompt tuning, LoRA and a trained head.
 
-    python examples/ptuning.py            # about 8 minutes on two cores; the model is made by `make demo`, or here
+    python examples/ptuning.py            # the model is made by `make demo`, or here
 
 The text are movie-review sentences that twenty people rated from -4 to 4 (Hutto and Gilbert, "VADER", ICWSM 2014), from
 the source distribution of the Python package ``vaderSentiment`` (MIT). Sentences rated within 0.5 of zero are left out;
