@@ -2,10 +2,10 @@
 #
 #   make demo       fine-tune a real model, fused against stock PEFT, with a plot  (about 8 minutes after the set-up)
 #   make test       build and run the test suite
-#   make test-full  the same, then the exhaustive tests                           (about 2 minutes more on two cores)
+#   make test-full  the same, then the exhaustive tests                           (long)
 #   make build      build the extensions and say what was built
 #   make lint       ruff, clang-format
-#   make bench      every benchmark, with plots in build/bench                    (about 15 minutes on two cores)
+#   make bench      every benchmark, with plots in build/bench                    (long)
 #   make ptx        PTX of every CUDA kernel, in build/ptx/<arch>/                (needs nvcc, no GPU)
 #   make clean      remove build products; `make distclean` also removes $(VENV)
 #
