@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
@@ -25,3 +26,18 @@ def assert_as_accurate(ours: Tensor, unfused: Tensor, exact: Tensor, name: str =
     allowed = 2 * max_error(unfused, exact) + 4 * ulp
     error = max_error(ours, exact)
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+class ResultSizes(TorchDispatchMode):
+    """Collects in ``sizes`` how many elements every result has that does not share the memory of ``weight``."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self._weight = weight.data_ptr()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() != self._weight:
+            self.sizes.append(result.numel())
+        return result

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_as_accurate
+from numerics import ResultSizes, assert_as_accurate
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
@@ -553,15 +553,6 @@ def test_merge_refuses_to_overflow():
 def test_merge_forms_no_update_of_the_weights_size(dtype, monkeypatch):
     monkeypatch.setattr("lora_kernels.functional._MERGE_BLOCK", 512)
     weight, A, B = torch.randn(64, 32, dtype=dtype), torch.randn(2, 32), torch.randn(64, 2)
-    sizes = []
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() != weight.data_ptr():
-                sizes.append(result.numel())
-            return result
-
-    with Sizes():
+    with ResultSizes(weight) as made:
         lk.merge_(weight, A, B, 2.0)
-    assert max(sizes) == 512
+    assert max(made.sizes) == 512

@@ -241,6 +241,15 @@ class _FusedPrompts:
         return "position_ids" in inspect.signature(self.get_base_model().forward).parameters
 
 
+def _output_options(output_attentions: Any, output_hidden_states: Any, return_dict: Any) -> dict[str, Any]:
+    """What the caller wants back, for the base model as for PEFT's forward."""
+    return {
+        "output_attentions": output_attentions,
+        "output_hidden_states": output_hidden_states,
+        "return_dict": return_dict,
+    }
+
+
 def _count(op: str, reason: Reason) -> None:
     if not torch.compiler.is_compiling():  # a counter in traced code would recompile on every call
         dispatch.count_fallback(op, reason)
@@ -274,11 +283,7 @@ class FusedCausalLM(_FusedPrompts, PeftModelForCausalLM):
         self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, output_attentions=None,
         output_hidden_states=None, return_dict=None, task_ids=None, **kwargs,
     ):  # fmt: skip
-        outputs = {
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-        }
+        outputs = _output_options(output_attentions, output_hidden_states, return_dict)
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         fused = None
         if self.active_peft_config.peft_type in _PROMPTS:
@@ -346,11 +351,7 @@ class _FusedClassification(_FusedPrompts):
         self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, output_attentions=None,
         output_hidden_states=None, return_dict=None, task_ids=None, **kwargs,
     ):  # fmt: skip
-        outputs = {
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-        }
+        outputs = _output_options(output_attentions, output_hidden_states, return_dict)
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         fused = None
         if self.active_peft_config.peft_type in _PROMPTS:
@@ -380,11 +381,7 @@ class FusedFeatureExtraction(_FusedPrompts, PeftModelForFeatureExtraction):
         self, input_ids=None, attention_mask=None, inputs_embeds=None, output_attentions=None,
         output_hidden_states=None, return_dict=None, task_ids=None, **kwargs,
     ):  # fmt: skip
-        outputs = {
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-        }
+        outputs = _output_options(output_attentions, output_hidden_states, return_dict)
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         fused = None
         if self.active_peft_config.peft_type in _PROMPTS:
@@ -404,11 +401,7 @@ class FusedSeq2SeqLM(_FusedPrompts, PeftModelForSeq2SeqLM):
         decoder_attention_mask=None, decoder_inputs_embeds=None, labels=None, output_attentions=None,
         output_hidden_states=None, return_dict=None, task_ids=None, **kwargs,
     ):  # fmt: skip
-        outputs = {
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-        }
+        outputs = _output_options(output_attentions, output_hidden_states, return_dict)
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         decoder = {
             "decoder_input_ids": decoder_input_ids,

@@ -17,8 +17,9 @@ ONEDNN_FROM_ROWS = 128
 """oneDNN brings the weight into a layout of its own first, which pays from about this many rows on."""
 
 ATEN = Verdict("aten", "vendor GEMM, low-rank branch accumulated into its output")
-ONEDNN = Verdict("onednn", "oneDNN's GEMM, which beats MKL's on this CPU; low-rank branch accumulated into its output")
+ONEDNN = Verdict("onednn", "oneDNN's GEMM, taken on AMD's processors; low-rank branch accumulated into its output")
 FEW_ROWS = 4
+"""Up to so many rows of x, most of the time goes into reading the weight."""
 DECODE = Verdict("decode", "few rows: the weight is read once, by a kernel that adds the low-rank branch on the way")
 UPCAST = Verdict("upcast", "no native matmul for this dtype on this CPU: blocks go through fp32")
 REFUSED_DTYPE = Verdict(None, Reason.DTYPE)
