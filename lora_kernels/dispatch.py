@@ -18,6 +18,8 @@ from .spec import OpSpec, Verdict
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _REFERENCE_ONLY = ("reference",)
+any_autocast = torch._C._is_any_autocast_enabled
+"""Several times cheaper than asking for one device."""
 
 _SPECS: dict[str, OpSpec] = {}
 _native_ops: dict[str, Any] = {}  # looked up once: attribute access on torch.ops costs a microsecond
@@ -82,7 +84,7 @@ def _autocast_rule(spec: OpSpec, device_type: str, key: str):
 
 def autocast_enabled(device_type: str) -> bool:
     """``torch.is_autocast_enabled``, False for devices that know no autocast (meta)."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return any_autocast() and device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def autocast_args(spec: OpSpec, device_type: str, args: tuple) -> tuple:
@@ -172,11 +174,9 @@ def backends() -> dict[str, BackendStatus]:
 
 def _ask(spec: OpSpec, backend: str, args: tuple) -> Verdict:
     """What ``backend`` says to this call."""
-    if backend == "reference":
-        return _REFERENCE
     kernel = spec.kernels.get(backend)
     if kernel is None:
-        return _NO_KERNEL
+        return _REFERENCE if backend == "reference" else _NO_KERNEL
     if (backend == "cpu" and _native.cpu is None) or (backend == "cuda" and _native.cuda is None):
         return _NOT_BUILT
     return kernel.supports(*args)
@@ -190,7 +190,7 @@ _NOT_BUILT = Verdict(None, Reason.EXTENSION_NOT_BUILT)
 def _device_type(args: tuple) -> str:
     """An op's first argument is a tensor or a list of them."""
     first = args[0]
-    return (first[0] if isinstance(first, (list, tuple)) else first).device.type
+    return (first if isinstance(first, torch.Tensor) else first[0]).device.type
 
 
 def _select(spec: OpSpec, args: tuple) -> tuple[str, Verdict, tuple[tuple[str, Reason], ...]]:

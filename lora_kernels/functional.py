@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import dispatch, dora, prefix_functional, prompt_functional
 from ._checks import refuse_transforms
@@ -73,11 +73,9 @@ def lora_linear(
     if torch.compiler.is_compiling():
         return torch.ops.lora_kernels.lora_linear.default(*args)[0]
     refuse_transforms("lora_linear", args)
-    if dispatch.autocast_enabled(x.device.type):
+    if dispatch.any_autocast() and dispatch.autocast_enabled(x.device.type):
         args = dispatch.autocast_args(_lora_op.SPEC, x.device.type, args)
-    x, weight, lora_A, lora_B, bias, *_ = args
-    trains = lora_A.requires_grad or lora_B.requires_grad or x.requires_grad or weight.requires_grad
-    if torch.is_grad_enabled() and (trains or (bias is not None and bias.requires_grad)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
         return LoRALinearFunction.apply(*args)
     return dispatch.run(_lora_op.SPEC, *args)[0]
 
@@ -312,6 +310,9 @@ _ARGUMENTS = {
 
 def _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed) -> tuple:
     """The op's positional arguments, checked; draws the seed where dropout is active."""
+    plain = bias is None and dropout_p == 0.0 and type(scaling) is float and -math.inf < scaling < math.inf
+    if plain and _fit(x, weight, lora_A, lora_B):
+        return x, weight, lora_A, lora_B, None, None, scaling, 0.0
     op = "lora_linear"
     _check_base(op, x, weight, bias)
     _check_adapter(op, weight, lora_A, lora_B)
@@ -350,6 +351,23 @@ def _lora_embedding_args(ids, weight, lora_A, lora_B, scaling, padding_idx) -> t
     if padding_idx is not None and not 0 <= padding_idx < weight.shape[0]:
         raise ValueError(f"{op}: padding_idx must be in [0, {weight.shape[0]}), got {padding_idx}")
     return ids, weight, lora_A, lora_B, float(scaling), -1 if padding_idx is None else padding_idx
+
+
+def _fit(x: Any, weight: Any, lora_A: Any, lora_B: Any) -> bool:
+    """Whether a glance shows that the checks below would pass. A small layer takes as long as they do, one by one."""
+    for t in (x, weight, lora_A, lora_B):
+        if type(t) is not Tensor and type(t) is not nn.Parameter:
+            return False
+    if weight.dim() != 2 or lora_A.dim() != 2 or x.dim() == 0:
+        return False
+    n, k = weight.shape
+    rank = lora_A.shape[0]
+    dtype, device = weight.dtype, weight.device
+    return (
+        x.shape[-1] == k and lora_A.shape[1] == k and lora_B.shape == (n, rank) and rank > 0
+        and dtype in _FLOATS and x.dtype == dtype and lora_A.dtype == dtype and lora_B.dtype == dtype
+        and x.device == device and lora_A.device == device and lora_B.device == device
+    )  # fmt: skip
 
 
 def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

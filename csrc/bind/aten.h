@@ -82,10 +82,14 @@ inline Tensor as_rows(const Tensor& t) {
 
 // [rows, n] contiguous, shown as `like`'s leading dimensions and n columns.
 inline Tensor with_leading_sizes_of(const Tensor& rows, const Tensor& like) {
-  if (like.dim() == 2) return rows;
-  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  const int64_t dim = like.dim();
+  if (dim == 2) return rows;
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end()), strides(dim, 1);
   sizes.back() = rows.size(1);
-  return torch::stable::view(rows, sizes);
+  for (int64_t d = dim - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(rows.get(), dim, sizes.data(), strides.data(), 0, &out));
+  return Tensor(out);
 }
 
 inline Tensor cast(const Tensor& t, ScalarType dtype) {

@@ -176,39 +176,40 @@ void lora_shrink_any(const LoraShrinkParams& p, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------------- decode
 
-// out[i][j] = row i of a · row j of b, over `depth` columns.
+// A tile of y: whole vectors of products, and what is left of rows that are no multiple of a vector long.
 template <int kRows, int kColumns>
-inline void dot_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
-                     float (&out)[kRows][kColumns]) {
-  VecF acc[kRows][kColumns] = {};
-  int64_t p = 0;
-  for (; p + kLanes <= depth; p += kLanes) {
-    VecF a_row[kRows];
-    for (int i = 0; i < kRows; ++i) a_row[i] = load(a + i * a_stride + p);
-    for (int j = 0; j < kColumns; ++j) {
-      const VecF b_row = load(b + j * b_stride + p);
-      for (int i = 0; i < kRows; ++i) acc[i][j] += a_row[i] * b_row;
+struct Dots {
+  VecF vector[kRows][kColumns] = {};
+  float rest[kRows][kColumns] = {};
+
+  // Adds factor · (row i of a · row j of b), over `depth` columns.
+  inline void add(float factor, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth) {
+    int64_t p = 0;
+    for (; p + kLanes <= depth; p += kLanes) {
+      VecF a_row[kRows];
+      for (int i = 0; i < kRows; ++i) a_row[i] = load(a + i * a_stride + p) * factor;
+      for (int j = 0; j < kColumns; ++j) {
+        const VecF b_row = load(b + j * b_stride + p);
+        for (int i = 0; i < kRows; ++i) vector[i][j] += a_row[i] * b_row;
+      }
+    }
+    for (; p < depth; ++p) {
+      for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kColumns; ++j) rest[i][j] += factor * a[i * a_stride + p] * b[j * b_stride + p];
+      }
     }
   }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kColumns; ++j) {
-      out[i][j] = sum(acc[i][j]);
-      for (int64_t q = p; q < depth; ++q) out[i][j] += a[i * a_stride + q] * b[j * b_stride + q];
-    }
-  }
-}
+};
 
 template <int kRows, int kColumns>
 inline void decode_tile(const LoraDecodeParams& p, int64_t m, int64_t n) {
-  float y[kRows][kColumns], update[kRows][kColumns] = {};
-  dot_tile<kRows, kColumns>(p.x + m * p.x_stride, p.x_stride, p.w + n * p.w_stride, p.w_stride, p.k, y);
-  if (p.s != nullptr) {
-    dot_tile<kRows, kColumns>(p.s + m * p.rank, p.rank, p.b + n * p.b_stride, p.b_stride, p.rank, update);
-  }
+  Dots<kRows, kColumns> y;
+  if (p.s != nullptr) y.add(p.alpha, p.s + m * p.rank, p.rank, p.b + n * p.b_stride, p.b_stride, p.rank);
+  y.add(1.0f, p.x + m * p.x_stride, p.x_stride, p.w + n * p.w_stride, p.w_stride, p.k);
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kColumns; ++j) {
       const float bias = p.bias != nullptr ? p.bias[n + j] : 0.0f;
-      p.y[(m + i) * p.n + n + j] = y[i][j] + bias + p.alpha * update[i][j];
+      p.y[(m + i) * p.n + n + j] = sum(y.vector[i][j]) + y.rest[i][j] + bias;
     }
   }
 }

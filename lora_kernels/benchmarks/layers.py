@@ -22,6 +22,7 @@ SIZES = ((576, 576), (1536, 576), (2048, 2048), (4096, 4096))
 """out_features, in_features: SmolLM2-135M's projections, and those of models with 1 and 7 billion parameters."""
 TOKENS = (512, 2048)
 RANK, SCALING, CHECKED_ROWS = 16, 2.0, 256
+OWN = "LoRALinear"
 SWEPT_RANKS, SWEPT_TOKENS = (1, 8, 16, 32, 64, 128, 256), (1, 4, 16, 64, 256, 1024)
 
 
@@ -113,6 +114,10 @@ def make_case(
         "frozen": lambda: base(x), BASELINE: lambda: stock(x), OURS: lambda: fused(x),
         "frozen_linear": lambda: lk.frozen_linear(x, base.weight),
     }  # fmt: skip
+    if what == "decode":  # PEFT's class, patched, looks up on every call what may have changed; this layer is its own
+        own = lk.LoRALinear.from_peft(stock)
+        check_peer(OWN, lambda x, *_: own(x), stock, few, grad[:CHECKED_ROWS])
+        calls[OWN] = lambda: own(x)
     if compiled:
         compiled_layer = torch.compile(stock, dynamic=False)
         calls[f"{BASELINE} compiled"] = lambda: compiled_layer(x)
