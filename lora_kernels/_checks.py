@@ -1,9 +1,10 @@
-"""Argument checks that several public functions share."""
+"""Checks that several public functions share."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .reasons import Reason
 
@@ -16,3 +17,9 @@ def refuse_transforms(op: str, args: tuple) -> None:
         isinstance(t, Tensor) and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in args
     ):
         raise RuntimeError(f"{op}: {Reason.TRANSFORM} (vmap, grad, jvp) is not supported; use plain autograd")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return _has_any_global_hook() or any(getattr(module, name) for name in hooks)

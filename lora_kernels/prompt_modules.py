@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._checks import has_hooks
+from .encoder_networks import run_lstm, run_mlp
 from .prompt_functional import PromptEmbeddingOutput, prompt_embedding
 
 PROMPT_KEY = "prompt_embeddings"
@@ -274,12 +276,6 @@ class PromptEncoder(_Prompt):
         return f"num_virtual_tokens={self.num_virtual_tokens}, hidden_size={self.hidden_size}, kind={self.kind!r}"
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in hooks)
-
-
 def plain_weight(embedding: nn.Module) -> Tensor | None:
     """The table of a module whose call is exactly a gather of ``weight``, else None."""
     if type(embedding) is not nn.Embedding or "forward" in embedding.__dict__ or embedding.max_norm is not None:
@@ -304,7 +300,7 @@ def encoded_rows(encoder: nn.Module) -> Tensor:
     """The prompt of a ``PromptEncoder``, ours or PEFT's: [num_virtual_tokens, hidden_size]."""
     rows = all_rows(encoder.embedding)
     lstm = encoder._modules.get("lstm_head")
-    return encoder.mlp_head(rows if lstm is None else lstm(rows.unsqueeze(0))[0].squeeze(0))
+    return run_mlp(encoder.mlp_head, rows if lstm is None else run_lstm(lstm, rows))
 
 
 @torch.no_grad()

@@ -33,8 +33,16 @@ inline void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, co
 
 inline bool has_onednn() { return aoti_torch_cpu__linear_pointwise != nullptr; }
 
+// oneDNN multiplies by plain loops, a thousand times slower, where neither rows nor columns lie one behind the other.
+inline Tensor dense(const Tensor& t) {
+  const bool rows = t.stride(1) == 1 && t.stride(0) == t.size(1),
+             columns = t.stride(0) == 1 && t.stride(1) == t.size(0);
+  return rows || columns ? t : torch::stable::contiguous(t);
+}
+
 // x Wᵀ + bias by oneDNN, in a tensor of its own. Operands are fp32; W may be a transposed view.
-inline Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+inline Tensor onednn_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+  const Tensor weight = dense(w);
   // oneDNN does not look at the bias's stride.
   const std::optional<Tensor> row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
   AtenTensorHandle out, bias_handle = row ? row->get() : nullptr;

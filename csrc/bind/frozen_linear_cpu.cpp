@@ -1,14 +1,33 @@
 // frozen_linear and its input gradient on the CPU: the base GEMM of lora_linear alone.
 #include <string>
 
+#include "cpu_decode.h"
 #include "cpu_gemm.h"
 
 namespace lk {
 namespace {
 
+Tensor frozen_decode(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor y = new_empty_as(rows, {rows.size(0), weight.size(0)});
+  const std::optional<Tensor> bias_row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  LoraDecodeParams p{};
+  p.x = floats(rows);
+  p.x_stride = rows.stride(0);
+  p.rows = rows.size(0);
+  p.k = rows.size(1);
+  p.w = floats(weight);
+  p.w_stride = weight.stride(0);
+  p.bias = bias_row ? floats(*bias_row) : nullptr;
+  p.y = mutable_floats(y);
+  p.n = weight.size(0);
+  run_decode(p);
+  return y;
+}
+
 Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string schedule) {
   const bool upcast = schedule == "upcast";
   const Tensor rows = as_rows(x);
+  if (schedule == "decode") return with_leading_sizes_of(frozen_decode(rows, weight, bias), x);
   if (schedule == "onednn") return with_leading_sizes_of(onednn_linear(rows, weight, bias), x);
   const Tensor y = new_empty_as(x, {rows.size(0), weight.size(0)});
   for_row_blocks(rows.size(0), upcast, [&](int64_t m0, int64_t m1) {

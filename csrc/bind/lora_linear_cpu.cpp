@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "../cpu/kernels.h"
+#include "cpu_decode.h"
 #include "cpu_gemm.h"
 
 namespace lk {
@@ -20,9 +21,6 @@ Tensor as_float_rows(const Tensor& t) {
   const Tensor f = cast(t, ScalarType::Float);
   return f.stride(1) == 1 ? f : torch::stable::contiguous(f);
 }
-
-const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
-float* mutable_floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 // The kernels' own narrow products pay from this many rows on; below, packing the other operand costs more.
 constexpr int64_t kOwnProductRows = 64;
@@ -118,15 +116,6 @@ void add_dropout_grads(const Tensor* grad_x, const Tensor* grad_A, const Tensor&
   p.first_row = first_row;
   p.dropout = dropout;
   run_lora_grad(p);
-}
-
-// A parallel region costs some microseconds: a thread gets at least so many multiply-adds.
-constexpr int64_t kDecodeWork = 1 << 16;
-
-void run_decode(const LoraDecodeParams& p) {
-  const int64_t grain = std::max<int64_t>(8, kDecodeWork / std::max<int64_t>(1, p.rows * (p.k + p.rank)));
-  torch::stable::parallel_for(0, p.n, grain,
-                              [&](int64_t begin, int64_t end) { cpu::kernels().lora_decode(p, begin, end); });
 }
 
 // y and s of a few fp32 rows, without the vendor library: W is read once, and every call into ATen would cost as much

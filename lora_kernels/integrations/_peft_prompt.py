@@ -35,10 +35,11 @@ from torch.autograd import forward_ad as _forward_ad
 from transformers import Cache
 
 from .. import dispatch
+from .._checks import has_hooks
 from ..ops.prompt_embedding import FLOATS, INDICES
 from ..prefix_functional import KeysAndValues, prefix_kv
 from ..prompt_functional import PromptEmbeddingOutput, prompt_embedding
-from ..prompt_modules import all_rows, encoded_rows, has_hooks, plain_weight
+from ..prompt_modules import all_rows, encoded_rows, plain_weight
 from ..reasons import Reason
 from . import _cache
 

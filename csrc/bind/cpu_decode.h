@@ -1,0 +1,23 @@
+// The product of a few fp32 rows with a weight, without the vendor library.
+#pragma once
+
+#include <algorithm>
+
+#include "../cpu/kernels.h"
+#include "aten.h"
+
+namespace lk {
+
+inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+inline float* mutable_floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// A parallel region costs some microseconds: a thread gets at least so many multiply-adds.
+constexpr int64_t kDecodeWork = 1 << 16;
+
+inline void run_decode(const LoraDecodeParams& p) {
+  const int64_t grain = std::max<int64_t>(8, kDecodeWork / std::max<int64_t>(1, p.rows * (p.k + p.rank)));
+  torch::stable::parallel_for(0, p.n, grain,
+                              [&](int64_t begin, int64_t end) { cpu::kernels().lora_decode(p, begin, end); });
+}
+
+}  // namespace lk
