@@ -5,18 +5,21 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import setup_script
+import torch
 
 import lora_kernels as lk
 from lora_kernels import _native
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(lk.__file__).parent
+AARCH64 = "aarch64-linux-gnu-g++"
 KERNEL_TABLE = ROOT / "build" / "kernel_resources.txt"
 
 
@@ -152,6 +155,24 @@ def test_build_settings_are_checked(checkout, environment, message):
     )
     assert (message or "") in run.stderr
     assert (run.returncode == 0) == (message is None)
+
+
+@pytest.mark.skipif(shutil.which(AARCH64) is None, reason=f"{AARCH64} is not installed")
+def test_the_cpu_extension_compiles_for_arm(monkeypatch, tmp_path):
+    setup = setup_script.load()
+    monkeypatch.setattr(setup.platform, "machine", lambda: "aarch64")
+    headers = [Path(torch.__file__).parent / "include", Path(sysconfig.get_path("include"))]
+    compiler = [AARCH64, *setup.CXX_FLAGS, "-O1", *setup.STABLE_ABI, *(f"-I{path}" for path in headers)]
+    sources = [ROOT / source for source in setup.sources("_C")]
+    assert not {source.name for source in sources} & setup.ISA_FLAGS.keys()
+    # A distribution's Python.h may ask for the target's own pyconfig.h.
+    asked = subprocess.run([*compiler, "-x", "c++", "-fsyntax-only", "-"], input=b"#include <Python.h>")
+    if asked.returncode != 0:
+        sources = [source for source in sources if "<Python.h>" not in source.read_text()]
+    run = subprocess.run([*compiler, "-c", *sources], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    compiled = {path.stem for path in tmp_path.glob("*.o")}
+    assert compiled == {source.stem for source in sources} >= {"lora_branch_portable", "lora_linear_cpu"}
 
 
 PTXAS_LOG = """

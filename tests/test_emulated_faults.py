@@ -14,17 +14,17 @@ from emulated import check_backward, check_forward, grad_y_of, matrices, saved_s
 MANY = 1000
 
 
-def forward(problem, **options):
+def forward(problem, name="bf16", **options):
     def run(**fault):
-        *_, schedule, report = check_forward(matrices(*problem, "bf16"), **options, **fault)
+        *_, schedule, report = check_forward(matrices(*problem, name), **options, **fault)
         return schedule, [report]
 
     return run
 
 
-def backward(problem, **options):
+def backward(problem, name="bf16", **options):
     def run(**fault):
-        x, weight, lora_A, lora_B, _ = matrices(*problem, "bf16")
+        x, weight, lora_A, lora_B, _ = matrices(*problem, name)
         s = saved_s(x, lora_A, options.get("p", 0.0))
         _, reports = check_backward((grad_y_of(x, weight), x, s, weight, lora_A, lora_B), **options, **fault)
         return "backward", reports
@@ -33,15 +33,18 @@ def backward(problem, **options):
 
 
 # More k-tiles than stages, so that the last one lies where a result is staged first; two batches of ranks where there
-# can be.
+# can be. tf32 has other stages and fragments: half as deep, and transposed without ldmatrix.
 SCENARIOS = {
     "ticketed": forward((256, 136, 272, 200), p=0.3),
     "ticketed-unaligned": forward((150, 75, 443, 200), p=0.3),
+    "ticketed-tf32": forward((200, 132, 76, 72), "tf32", p=0.3),
     "column-0": forward((256, 136, 272, 40)),
     "dual": forward((150, 64, 424, 24)),
     "decode": forward((5, 136, 1544, 16), sms=40),
     "backward": backward((200, 264, 136, 16), p=0.3),
     "backward-wide": backward((600, 272, 136, 200), p=0.3, sms=MANY),
+    "backward-tf32": backward((200, 76, 132, 12), "tf32", p=0.3),
+    "backward-wide-tf32": backward((520, 100, 68, 72), "tf32", p=0.3, sms=MANY),
 }
 
 
@@ -95,10 +98,11 @@ def test_everything_left_out_is_caught(scenario, fault):
 
 @pytest.mark.parametrize(
     ("scenario", "fault"),
-    # The blocks of decode meet in one atomic addition: there is no flag to load.
+    # The blocks of dual do not meet, and those of decode meet in one atomic addition: there is no flag to load.
     [
         (s, f)
-        for s in ("ticketed", "column-0", "decode", "backward", "backward-wide")
+        for s in SCENARIOS
+        if s != "dual" and not s.endswith("unaligned")
         for f in ("drop_acquire", "drop_release_order", "early_release")
         if (s, f) != ("decode", "drop_acquire")
     ],

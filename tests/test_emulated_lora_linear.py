@@ -6,7 +6,7 @@ import emulator
 import pytest
 import torch
 from covering import case_id, covering_pairs
-from emulated import DTYPES, array, check_forward, matrices, operand, run_forward, unfused_forward
+from emulated import DTYPES, array, check_forward, matrices, operand, rounded_forward, run_forward, unfused_forward
 from numerics import assert_as_accurate
 
 MANY = 1000  # SMs: more than there are tiles
@@ -81,6 +81,16 @@ def test_the_comparison_sees_a_missing_base_product():
         assert_as_accurate(branch, torch_y, exact)
 
 
+def test_the_comparison_sees_bits_cut_off_one_factor_of_tf32():
+    x, *rest = matrices(150, 72, 40, 8, "tf32")
+    cut = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    y, s, *_ = run_forward(cut, *rest)
+    both = [rounded_forward(x, *rest, None, 1.0, s, dtype) for dtype in (torch.float32, torch.float64)]
+    for ours, *expected in zip((y, s), *both, strict=True):
+        with pytest.raises(AssertionError, match="error"):
+            assert_as_accurate(ours, *expected)
+
+
 @pytest.mark.parametrize(
     ("schedule", "problem", "options"),
     [
@@ -130,7 +140,7 @@ def test_no_redundant_multiply_adds(rank, name, depth):
 def test_frozen_linear(name, m, n, k):
     x, weight, _, _, bias = matrices(m, n, k, 1, name, bias=True)
     y, report = emulator.load().frozen_linear(name, *(array(t) for t in (x, weight, bias)), 1, {})
-    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    exact = torch.nn.functional.linear(operand(x).double(), operand(weight).double(), bias.double())
     unfused = torch.nn.functional.linear(operand(x), operand(weight), bias)
     assert_as_accurate(emulator.values(y, x.dtype), unfused, exact)
     assert report.multiply_adds > 0

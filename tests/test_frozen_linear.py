@@ -76,6 +76,15 @@ def test_opcheck_and_compile():
     assert torch.equal(compiled(x, weight), lk.frozen_linear(x, weight))
 
 
+def test_a_result_may_be_changed_in_place():
+    x, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(6, 8)
+    y = lk.frozen_linear(x, weight)
+    y += 1
+    y.sum().backward()
+    torch.testing.assert_close(y, F.linear(x, weight) + 1)
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(2, 3, 8))
+
+
 def test_a_weight_that_trains_is_refused():
     x, weight = torch.randn(5, 8), torch.randn(6, 8, requires_grad=True)
     y = lk.frozen_linear(x, weight)

@@ -353,3 +353,27 @@ def test_frozen_linear_that_is_unfrozen_trains(native):
     layer.bias.requires_grad_()
     layer(torch.randn(3, K, dtype=BF16)).sum().backward()
     assert layer.bias.grad.float().eq(3).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("leading", [(5,), (2, 3), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_a_result_may_be_changed_in_place(kind, leading, backend):
+    if kind == "linear":
+        layer, inputs = lk.LoRALinear.from_linear(nn.Linear(8, 6), r=2, alpha=4), torch.randn(*leading, 8)
+    else:
+        layer = lk.LoRAEmbedding.from_embedding(nn.Embedding(9, 6), r=2, alpha=4)
+        inputs = torch.randint(0, 9, leading)
+    nn.init.normal_(layer.lora_A)
+    nn.init.normal_(layer.lora_B)
+    residual = torch.randn(*leading, 6)
+    results = []
+    for in_place in (False, True):
+        layer.zero_grad()
+        with lk.use_backend(backend):
+            y = layer(inputs)
+            y = y.add_(residual) if in_place else y + residual
+            y.square().sum().backward()
+        results.append((y, layer.lora_A.grad, layer.lora_B.grad))
+    for ours, expected in zip(*results):
+        assert torch.equal(ours, expected)

@@ -138,7 +138,7 @@ py::tuple lora_linear(const std::string& dtype, const Matrix& x, const Matrix& w
   return py::make_tuple(y, s, name_of(config.schedule), counters, report);
 }
 
-// Gradients that are not wanted are empty. Returns (dX, dA, dB, counters of the two launches, their reports).
+// Gradients that are not wanted are empty. Returns (dX, dA, dB, dY B, counters of the two launches, their reports).
 py::tuple lora_linear_backward(const std::string& dtype, const Matrix& grad_y, const Matrix& x, const Matrix& s,
                                const Matrix& w, const Matrix& a, const Matrix& b, double scaling, double dropout_p,
                                std::optional<int64_t> seed, bool need_x, bool need_a, bool need_b, int sms,
@@ -226,7 +226,7 @@ py::tuple lora_linear_backward(const std::string& dtype, const Matrix& grad_y, c
     });
     return py::make_tuple(first, second);
   });
-  return py::make_tuple(grad_x, grad_a, grad_b, py::make_tuple(counters_x, counters), reports);
+  return py::make_tuple(grad_x, grad_a, grad_b, grad_s, py::make_tuple(counters_x, counters), reports);
 }
 
 // Returns (y, report).

@@ -41,7 +41,7 @@ from ..prefix_functional import KeysAndValues, prefix_kv
 from ..prompt_functional import PromptEmbeddingOutput, prompt_embedding
 from ..prompt_modules import all_rows, encoded_rows, plain_weight
 from ..reasons import Reason
-from . import _cache
+from . import _cache, _classes
 
 _ENCODERS = {
     PeftType.PROMPT_TUNING: PromptEmbedding,
@@ -63,7 +63,7 @@ original_setup_prompt_encoder = PeftModel._setup_prompt_encoder
 
 def model_reason(model: PeftModel) -> Reason | None:
     """Why the calls of a model would not reach ours if its class were swapped; None if they would, or do."""
-    if type(model) in PLAIN:
+    if _classes.our_class(model, PLAIN) is not None:
         return None
     if type(model) not in FUSED:
         return Reason.LAYER_TYPE
@@ -472,10 +472,10 @@ def fuse(model: PeftModel) -> Reason | None:
 
 def unfuse(model: PeftModel) -> None:
     """Gives a model PEFT's class back, and what is bound to it on the instance PEFT's methods."""
-    ours = type(model)
-    if ours not in PLAIN:
+    swapped = _classes.give_back(model, PLAIN)
+    if swapped is None:
         return
-    plain = model.__class__ = PLAIN[ours]
+    ours, plain = swapped
     model.__dict__.pop("_left_padding_fixed", None)
     for name, value in list(model.__dict__.items()):
         # An accelerate hook keeps the method that it wraps on the instance, by another name.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..modules import FrozenLinear, upcasts
 from ..reasons import Reason
 from ..report import FROZEN_UPCAST, FUSED, PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
-from . import _layer_checks
+from . import _classes, _layer_checks
 
 
 def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "peft") -> Report:
@@ -70,22 +70,21 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
 def unpatch(model: nn.Module) -> None:
     """Restores the classes that ``patch`` or ``patch_peft`` changed in ``model``; without any, does nothing."""
     for module in model.modules():
-        if type(module) is FrozenLinear:
-            module.__class__ = nn.Linear
+        _classes.give_back(module, {FrozenLinear: nn.Linear})
     if not _peft_imported():
         return
     fused = _peft_linear()
     originals = {ours: theirs for theirs, ours in fused.SWAPS.items()}
     for module in model.modules():
-        ours = type(module)
-        if ours in originals:
-            module.__class__ = originals[ours]
+        swapped = _classes.give_back(module, originals)
+        if swapped is not None:
+            ours, theirs = swapped
             for name, value in list(module.__dict__.items()):
                 # An accelerate hook keeps the method that it wraps on the instance.
                 if getattr(value, "__func__", None) is ours.forward:
-                    module.__dict__[name] = MethodType(originals[ours].forward, module)
-    for tuner in _tuner_models(model):
-        tuner.__dict__.pop("_create_new_module", None)
+                    module.__dict__[name] = MethodType(theirs.forward, module)
+        if module.__dict__.get("_create_new_module") is fused.create_in_patched_model:
+            del module.__dict__["_create_new_module"]
     for _, peft_model in _prompt_models(model):
         _peft_prompt().unfuse(peft_model)
 
@@ -247,7 +246,7 @@ def _fuse(layer: nn.Module) -> tuple[bool, str]:
     """
     layers = _peft_linear()
     kind = type(layer)
-    if kind not in layers.SWAPS and kind not in layers.SWAPS.values():
+    if kind not in layers.SWAPS and _classes.our_class(layer, layers.SWAPS.values()) is None:
         return False, f"{Reason.LAYER_TYPE}: {kind.__name__}"
     if kind in layers.SWAPS and "forward" in layer.__dict__:
         # What the instance calls is bound to the old class: swapping would change nothing.

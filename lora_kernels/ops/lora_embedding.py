@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .. import dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from . import _cpu
+from ._autograd import not_a_view
 
 _ATEN = Verdict("aten", "rows gathered once, low-rank branch accumulated into them by the vendor GEMM")
 
@@ -177,7 +178,7 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
         output = dispatch.run(SPEC, *args)
         _save(ctx, args, output)
         ctx.forced_backend = dispatch.forced_backend()
-        return output[0]
+        return not_a_view(output[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

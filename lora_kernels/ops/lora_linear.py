@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _native, dispatch, philox
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from . import _cpu, _cuda, _gpu, _triton
+from ._autograd import not_a_view
 
 # ---------------------------------------------------------------------------------------------------- forward
 
@@ -242,7 +243,7 @@ class LoRALinearFunction(torch.autograd.Function):
         output = dispatch.run(SPEC, *args)
         _save(ctx, args, output)
         ctx.forced_backend = dispatch.forced_backend()
-        return output[0]
+        return not_a_view(output[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
