@@ -1,8 +1,9 @@
 """The networks that make a prompt, while they train on a CPU.
 
 A prompt is one sequence of some tens of rows, and its encoder is as wide as the model: nearly all of the time goes into
-reading weights and writing their gradients. torch's LSTM writes the gradient of its recurrent weight once per step;
-here one product at the end makes it. The linear layers' products go to the faster one of torch's two libraries.
+reading weights and writing their gradients. Here an LSTM's steps are products of a matrix and a vector by the kernel
+that decodes, and one product at the end makes the gradient of its recurrent weight; the linear layers' products go to
+the faster one of torch's two libraries. What neither helps is left to torch's modules.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from .ops import _cpu
 
 ONEDNN_FROM_ROWS = 16
 """Where the gradient of the weight is made, too, oneDNN's own layout pays sooner than for a frozen weight."""
+
+FEW_STEPS, WIDE_HIDDEN = 32, 1024
+"""torch's LSTM (oneDNN's) costs much per call and little per step, as long as the weights stay in the cache."""
 
 
 def run_mlp(mlp: nn.Module, rows: Tensor) -> Tensor:
@@ -38,6 +42,8 @@ def run_lstm(lstm: nn.Module, rows: Tensor) -> Tensor:
         [steps, directions * hidden_size]. Gradients are torch's, summed in another order; dropout draws its mask.
     """
     if type(lstm) is not nn.LSTM or not _is_plain(lstm) or lstm.proj_size or not _trains_on_cpu(rows, lstm):
+        return lstm(rows.unsqueeze(0))[0].squeeze(0)
+    if rows.shape[0] > FEW_STEPS and lstm.hidden_size < WIDE_HIDDEN:
         return lstm(rows.unsqueeze(0))[0].squeeze(0)
     directions = 2 if lstm.bidirectional else 1
     for layer in range(lstm.num_layers):

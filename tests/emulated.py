@@ -93,13 +93,16 @@ def check_forward(args, *, p=0.0, **options):
     exact_y, exact_s = unfused_forward(*(None if t is None else t.double() for t in args), keep, scale)
     torch_y, torch_s = unfused_forward(*args, keep, scale)
     y, s, schedule, report = run_forward(*args, p=p, **options)
+    y_terms = s_terms = None
     if s.dtype == torch.float32:
         rounded_y, torch_s = rounded_forward(*args, keep, scale, s, torch.float32)
         rounded_exact_y, exact_s = rounded_forward(*args, keep, scale, s, torch.float64)
+        magnitudes = (None if t is None else t.abs() for t in args)
+        y_terms, s_terms = rounded_forward(*magnitudes, keep, scale, s.abs(), torch.float64)
         if schedule != "decode":  # which rounds the s of each part of the depth
             torch_y, exact_y = rounded_y, rounded_exact_y
-    assert_as_accurate(s, torch_s, exact_s, "s")
-    assert_as_accurate(y, torch_y, exact_y, "y")
+    assert_as_accurate(s, torch_s, exact_s, "s", s_terms)
+    assert_as_accurate(y, torch_y, exact_y, "y", y_terms)
     return y, s, schedule, report
 
 
@@ -157,18 +160,22 @@ def check_backward(args, *, p=0.0, needs=ALL, **options):
     """Runs and compares; ``args`` are (grad_y, x, s, weight, lora_A, lora_B)."""
     keep, scale = _mask(args[1], p)
     grads, grad_s, reports = _run_backward(*args, p=p, needs=needs, **options)
+    terms: list = [None] * 4
     if grad_s.dtype == torch.float32:
         torch_grads, exact = (
             rounded_backward(*args, keep, scale, grad_s, dtype) for dtype in (torch.float32, torch.float64)
         )
+        magnitudes = (t.abs() for t in args)
+        terms = rounded_backward(*magnitudes, keep, scale, grad_s.abs(), torch.float64)
         if needs[0] or needs[1]:
-            assert_as_accurate(grad_s, torch_grads[3], exact[3], "dY B")
+            assert_as_accurate(grad_s, torch_grads[3], exact[3], "dY B", terms[3])
     else:
         exact = unfused_backward(*(t.double() for t in args), keep, scale)
         torch_grads = unfused_backward(*args, keep, scale)
-    for need, ours, unfused, reference, name in zip(needs, grads, torch_grads, exact, ("dX", "dA", "dB")):
+    for i, name in enumerate(("dX", "dA", "dB")):
+        need, ours = needs[i], grads[i]
         if need:
-            assert_as_accurate(ours, unfused, reference, name)
+            assert_as_accurate(ours, torch_grads[i], exact[i], name, terms[i])
         else:
             assert ours.numel() == 0
     return grads, reports

@@ -65,6 +65,11 @@ def test_lstm_equals_torch(bidirectional, bias, steps):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
+def test_a_long_narrow_lstm_is_torchs():
+    assert is_ours(run_lstm, lstm(), torch.randn(encoder_networks.FEW_STEPS, 5, dtype=FP64))
+    assert not is_ours(run_lstm, lstm(), torch.randn(encoder_networks.FEW_STEPS + 1, 5, dtype=FP64))
+
+
 def test_lstm_of_which_a_part_trains():
     torch.manual_seed(0)
     network = lstm(layers=1)

@@ -14,7 +14,6 @@ from torch import Tensor
 from .. import dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from . import _cpu
-from ._autograd import not_a_view
 
 
 def _flops(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
@@ -28,10 +27,6 @@ def _bytes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
 
 def _cpu_supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Verdict:
     return _cpu.matmul_verdict(x)
-
-
-def _run(schedule: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return not_a_view(torch.ops.lora_kernels_native.frozen_linear.default(x, weight, bias, schedule))
 
 
 BACKWARD = dispatch.register(
@@ -69,7 +64,7 @@ SPEC = dispatch.register(
         schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
         reference=torch.nn.functional.linear,
         fake=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
-        kernels={"cpu": Kernel(_cpu_supports, _run)},
+        kernels={"cpu": Kernel(_cpu_supports)},
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 1, 2),
         flops=_flops,
