@@ -23,6 +23,8 @@ from .cases import BASELINE, OURS, Case, WrongResult
 BATCH, TOKENS, VOCABULARY = 8, 512, 49152
 SHAPES = {576: (30, 9, 3), 2048: (16, 32, 8)}
 """Hidden size to layers, heads, heads of keys and values: SmolLM2-135M and Llama-3.2-1B."""
+ENCODER = "PEFT's encoder alone"
+"""What P-tuning takes where everything around the network costs nothing."""
 METHODS = ("prompt", "mlp", "lstm", "multitask", "prefix", "projected prefix")
 
 
@@ -97,7 +99,21 @@ def make_step(model: peft.PeftModel, method: str, hidden: int, rows: int) -> Cal
     return step
 
 
-def check(stock: peft.PeftModel, patched: peft.PeftModel, steps: dict[str, Callable[[], list[Tensor]]]) -> None:
+def make_encoder_step(model: peft.PeftModel, hidden: int, rows: int) -> Callable[[], None]:
+    """Forward and backward of the network that makes the prompt."""
+    encoder = model.prompt_encoder["default"]
+    parameters, tokens = list(encoder.parameters()), torch.arange(rows).unsqueeze(0)
+    grad = torch.randn(1, rows, hidden, generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        encoder(tokens).backward(grad)
+
+    return step
+
+
+def check(stock: peft.PeftModel, patched: peft.PeftModel, steps: dict[str, Callable[[], Any]]) -> None:
     """Outputs and gradients are PEFT's, and no call fell back.
 
     Raises:
@@ -130,10 +146,12 @@ def prompt_cases(
                 for ours, theirs in zip(patched.parameters(), stock.parameters(), strict=True):
                     ours.data = theirs.data  # the same memory: neither is in the cache when the other is not
                 lk.patch(patched)
-                steps = {
+                steps: dict[str, Callable[[], Any]] = {
                     BASELINE: make_step(stock, method, hidden, count),
                     OURS: make_step(patched, method, hidden, count),
                 }
                 check(stock, patched, steps)
+                if method in ("mlp", "lstm"):
+                    steps[ENCODER] = make_encoder_step(stock, hidden, count)
                 name = f"{method}, H={hidden}, P={count}, B={BATCH}, T={TOKENS}, float32"
                 yield Case("prompt", name, "forward+backward", steps)
