@@ -46,7 +46,7 @@ PACKAGE = "vaderSentiment==3.3.2"
 RATINGS = "movieReviewSnippets_GroundTruth.txt"
 LEAST_RATING, LEAST_WORDS, MOST_WORDS = 0.5, 4, 16
 TEMPLATE, WORDS = "\nThis movie was", (" terrible", " great")
-ROWS, WARM_UP, SEED = 8, 10, 0
+ROWS, BATCH, WARM_UP, SEED = 8, 8, 10, 0
 HEAD, FOLDS, PENALTIES = "head on template", 5, [10.0 ** (k / 2) for k in range(-6, 3)]
 
 Sentences = list[tuple[str, int]]
@@ -57,7 +57,6 @@ class Method(NamedTuple):
 
     make: Callable[[nn.Module], tuple[nn.Module | None, list[nn.Parameter]]]
     rate: float
-    batch: int = 4
 
 
 def prompt_of(make: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], tuple[nn.Module, list[nn.Parameter]]]:
@@ -80,7 +79,7 @@ METHODS = {
     "prompt tuning": Method(prompt_of(lambda e: lk.PromptEmbedding.from_vocabulary(e, ROWS)), 1e-2),
     "P-tuning, MLP": Method(prompt_of(lambda e: lk.PromptEncoder(ROWS, e.embedding_dim)), 1e-3),
     "P-tuning, LSTM": Method(
-        prompt_of(lambda e: lk.PromptEncoder(ROWS, e.embedding_dim, kind="LSTM", num_layers=1)), 1e-3, batch=8
+        prompt_of(lambda e: lk.PromptEncoder(ROWS, e.embedding_dim, kind="LSTM", num_layers=1)), 1e-3
     ),
     "LoRA, r=8": Method(with_lora, 1e-3),
 }
@@ -193,9 +192,9 @@ def train(
     torch.manual_seed(SEED)
     prompt, parameters = method.make(classifier.model)
     optimizer = torch.optim.AdamW(parameters, lr=method.rate, weight_decay=0.0)
-    order, losses, steps = random.Random(SEED), [], epochs * math.ceil(len(sentences) / method.batch)
+    order, losses, steps = random.Random(SEED), [], epochs * math.ceil(len(sentences) / BATCH)
     for _ in range(epochs):
-        for tokens, labels in classifier.batches(sentences, method.batch, order):
+        for tokens, labels in classifier.batches(sentences, BATCH, order):
             done = len(losses)
             decay = 0.5 + 0.5 * math.cos(math.pi * done / steps)
             optimizer.param_groups[0]["lr"] = method.rate * min(1.0, (done + 1) / WARM_UP) * decay
@@ -284,7 +283,7 @@ def main() -> int:
     """Train, print, plot."""
     parser = argparse.ArgumentParser(description="P-tuning against prompt tuning, LoRA and a trained head.")
     parser.add_argument("--cache", type=Path, default=smollm2.DEFAULT_CACHE, help="default: %(default)s")
-    parser.add_argument("--train", type=int, default=256, help="sentences to train on (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=512, help="sentences to train on (default: %(default)s)")
     parser.add_argument("--test", type=int, default=500, help="sentences to test on (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--validate", action="store_true", help="report on as many other sentences, to choose settings")
