@@ -3,7 +3,7 @@
 A prompt is one sequence of some tens of rows, and its encoder is as wide as the model: nearly all of the time goes into
 reading weights and writing their gradients. Here an LSTM's steps are products of a matrix and a vector by the kernel
 that decodes, and one product at the end makes the gradient of its recurrent weight; the linear layers' products go to
-the faster one of torch's two libraries. What neither helps is left to torch's modules.
+the faster one of torch's two libraries. What neither helps is left to torch's modules. There is no double backward.
 """
 
 from __future__ import annotations
@@ -68,20 +68,25 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _trains_on_cpu(rows: Tensor, network: nn.Module) -> bool:
-    """Whether gradients will be asked for, of fp32 or fp64 parameters on the CPU, and not by a compiler."""
+    """Whether fp32 or fp64 parameters on the CPU may get gradients now, eagerly, and no other backend was asked for."""
+    if dispatch.forced_backend() not in (None, "cpu"):
+        return False
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or dispatch.any_autocast():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or rows.device.type != "cpu":
         return False
-    wide = rows.dtype == torch.float32 or rows.dtype == torch.float64
-    return wide and all(p.dtype == rows.dtype and p.device == rows.device for p in network.parameters())
+    if rows.dtype != torch.float32 and rows.dtype != torch.float64:
+        return False
+    parameters = list(network.parameters())
+    trains = rows.requires_grad or any(p.requires_grad for p in parameters)
+    return trains and all(p.dtype == rows.dtype and p.device == rows.device for p in parameters)
 
 
 # -------------------------------------------------------------------------------------------------------- linear
 
 
 def _onednn_is_faster(rows: Tensor) -> bool:
-    allowed = torch._C._get_mkldnn_enabled() and rows.dtype == torch.float32
+    allowed = torch._C._get_mkldnn_enabled() and rows.dtype == torch.float32 and rows.dim() == 2
     return allowed and rows.shape[0] >= ONEDNN_FROM_ROWS and _cpu.prefers_onednn()
 
 
@@ -134,7 +139,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
-        steps, hidden = inputs.shape[0], weight.shape[1]
+        steps, hidden, weight = inputs.shape[0], weight.shape[1], weight.contiguous()
         gates = torch.empty_like(inputs, memory_format=torch.contiguous_format)
         cells, squashed, states = (inputs.new_empty(steps, hidden) for _ in range(3))
         i, f, g, o = (gate.unbind(0) for gate in gates.view(steps, 4, hidden).unbind(1))

@@ -55,7 +55,7 @@ for m, n, k, rank, sms in ((70, 72, 136, 16, 9), (200, 72, 136, 16, 1), (200, 72
         y, s, schedule, counters, _ = emu.lora_linear("bf16", x, w, a, b, None, 0.5, p, seed, sms, {})
         assert not counters.any()
         check(y, wide(x) @ wide(w).T + 0.5 * wide(s) @ wide(b).T)
-        grad_x, grad_a, grad_b, counters, _ = emu.lora_linear_backward(
+        grad_x, grad_a, grad_b, _, counters, _ = emu.lora_linear_backward(
             "bf16", grad_y, x, s, w, a, b, 0.5, p, seed, True, True, True, sms, {})
         assert not any(c.any() for c in counters)
         check(grad_b, 0.5 * wide(grad_y).T @ wide(s))

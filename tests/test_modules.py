@@ -9,6 +9,7 @@ import torch
 from numerics import assert_as_accurate
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 
 import lora_kernels as lk
 from lora_kernels import modules
@@ -377,3 +378,29 @@ def test_a_result_may_be_changed_in_place(kind, leading, backend):
         results.append((y, layer.lora_A.grad, layer.lora_B.grad))
     for ours, expected in zip(*results):
         assert torch.equal(ours, expected)
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "lora_B", amount=1)
+
+
+def parametrized(layer):
+    parametrize.register_parametrization(layer, "lora_A", nn.Tanh())
+
+
+@pytest.mark.parametrize("change", [pruned, parametrized])
+def test_parameters_that_became_attributes(change):
+    torch.manual_seed(0)
+    layer, x = lk.LoRALinear.from_linear(nn.Linear(6, 5), r=2, alpha=4), torch.randn(3, 6)
+    nn.init.normal_(layer.lora_B)
+    change(layer)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias) + 2 * x @ layer.lora_A.t() @ layer.lora_B.t()
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_replica():
+    layer, x = lk.LoRALinear.from_linear(nn.Linear(6, 5), r=2, alpha=4), torch.randn(3, 6)
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer.named_parameters():
+        setattr(replica, name, parameter.detach())
+    torch.testing.assert_close(replica(x), layer(x))

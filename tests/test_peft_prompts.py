@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from numerics import assert_as_accurate
 from peft import (
     MultitaskPromptTuningConfig,
     PeftModel,
@@ -153,7 +154,12 @@ def test_equals_stock_peft(base, kind, side):
             patched(**inputs)
         return
     ours = results(patched, inputs)
-    assert_close(ours, expected)
+    if kind == "lstm":  # whose gradients are summed in another order
+        exact = results(copy.deepcopy(stock).double(), inputs)
+        for name, value in ours.items():
+            assert_as_accurate(value, expected[name], exact[name], name)
+    else:
+        assert_close(ours, expected)
     assert any("prompt_encoder" in name for name in ours)
     op = "prefix_kv" if is_prefix(kind) else "prompt_embedding"
     assert served() == {op, f"{op}_backward"}

@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
 }
 
 // All operands 16-bit, of one dtype that the CPU multiplies itself: converting them would take longer than the
-// products. grad_s is rounded, as s is.
+// products. grad_s is rounded, as s is, after the scaling: fp16 may not hold it before.
 std::tuple<Tensor, Tensor, Tensor> backward_16bit(const Tensor& grad_y, const Tensor& x, const Tensor& s,
                                                   const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                                   double scaling, bool need_x, bool need_A, bool need_B) {
@@ -198,12 +198,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_16bit(const Tensor& grad_y, const Te
   const Tensor grad_A = need_A ? new_empty_as(x, {rank, k}) : new_empty_as(x, {0});
   const Tensor grad_B = need_B ? new_empty_as(x, {n, rank}) : new_empty_as(x, {0});
   const Tensor grad_s = new_empty_as(x, {m, rank});
-  if (need_x || need_A) mm_out(grad_s, grad_y, lora_B);
+  if (need_x || need_A) addmm_out(grad_s, grad_s, grad_y, lora_B, 0.0, scaling);
   if (need_x) {
     mm_out(grad_x, grad_y, weight);
-    addmm_out(grad_x, grad_x, grad_s, lora_A, 1.0, scaling);
+    addmm_out(grad_x, grad_x, grad_s, lora_A, 1.0, 1.0);
   }
-  if (need_A) addmm_out(grad_A, grad_A, transposed(grad_s), x, 0.0, scaling);
+  if (need_A) mm_out(grad_A, transposed(grad_s), x);
   if (need_B) addmm_out(grad_B, grad_B, transposed(grad_y), s, 0.0, scaling);
   return {grad_x, grad_A, grad_B};
 }
@@ -212,12 +212,12 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
                                                         Tensor lora_B, std::optional<Tensor> seed, double scaling,
                                                         double dropout_p, bool need_x, bool need_A, bool need_B,
                                                         std::string schedule) {
-  // The adapters' gradients and grad_s are summed in fp32 (fp64 for fp64) and rounded to the adapter's dtype once.
+  // The adapters' gradients are summed in fp32 (fp64 for fp64) and rounded to the adapter's dtype once.
   const ScalarType dtype = x.scalar_type(), wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const bool onednn = schedule == "onednn", native = schedule != "upcast";
   const Tensor grad_rows = as_rows(grad_y), x_rows = as_rows(x);
   const Tensor s_rows = as_rows(torch::stable::contiguous(s));
-  if (native && !seed && dtype != wide && lora_A.scalar_type() == dtype) {
+  if (schedule == "native" && !seed && lora_A.scalar_type() == dtype) {
     auto [grad_x, grad_A, grad_B] =
         backward_16bit(grad_rows, x_rows, s_rows, weight, lora_A, lora_B, scaling, need_x, need_A, need_B);
     return {need_x ? with_leading_sizes_of(grad_x, x) : grad_x, grad_A, grad_B};

@@ -24,7 +24,7 @@ BATCH, TOKENS, VOCABULARY = 8, 512, 49152
 SHAPES = {576: (30, 9, 3), 2048: (16, 32, 8)}
 """Hidden size to layers, heads, heads of keys and values: SmolLM2-135M and Llama-3.2-1B."""
 ENCODER = "PEFT's encoder alone"
-"""What P-tuning takes where everything around the network costs nothing."""
+"""What P-tuning would take if everything around PEFT's network cost nothing."""
 METHODS = ("prompt", "mlp", "lstm", "multitask", "prefix", "projected prefix")
 
 

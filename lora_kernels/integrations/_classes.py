@@ -7,6 +7,7 @@ subclass made for the purpose, whose bases are its own mixin and the class that 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,11 +15,15 @@ from torch import nn
 
 
 def our_class(module: nn.Module, ours: Collection[type]) -> type | None:
-    """Which of ``ours`` the module has, be it under a subclass that somebody has made for it; None if it has none."""
+    """Which of ``ours`` the module has, be it under what ``fully_shard`` made of it; None if it has none.
+
+    A subclass that somebody wrote is theirs.
+    """
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     for kind in type(module).__mro__:
         if kind in ours:
             return kind
-        if "__init__" in vars(kind) or "forward" in vars(kind):  # somebody's own module
+        if not issubclass(kind, sharded):
             return None
     return None
 

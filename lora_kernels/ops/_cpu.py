@@ -22,6 +22,7 @@ FEW_ROWS = 4
 """Up to so many rows of x, most of the time goes into reading the weight."""
 DECODE = Verdict("decode", "few rows: the weight is read once, by a kernel that adds the low-rank branch on the way")
 UPCAST = Verdict("upcast", "no native matmul for this dtype on this CPU: blocks go through fp32")
+NATIVE = Verdict("native", "vendor GEMM in 16 bits, which this CPU has instructions for")
 REFUSED_DTYPE = Verdict(None, Reason.DTYPE)
 
 
@@ -32,6 +33,11 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
         return True
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, name)())
+
+
+def is_native_16bit(dtype: torch.dtype) -> bool:
+    """True for bf16 and fp16 where this CPU multiplies them itself."""
+    return dtype in (torch.bfloat16, torch.float16) and has_native_matmul(dtype)
 
 
 @functools.cache

@@ -115,7 +115,11 @@ def _fake_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_
 
 
 def _cpu_supports_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, *needs) -> Verdict:
-    return _cpu.REFUSED_DTYPE if seed is not None and x.dtype == torch.float64 else _cpu.matmul_verdict(x)
+    if seed is not None and x.dtype == torch.float64:
+        return _cpu.REFUSED_DTYPE
+    verdict = _cpu.matmul_verdict(x)
+    # A few 16-bit rows are "aten", too, where the CPU has no instructions for them.
+    return _cpu.NATIVE if verdict is _cpu.ATEN and _cpu.is_native_16bit(x.dtype) else verdict
 
 
 def _triton_supports_backward(grad_y, x, s, weight, *_) -> Verdict:
