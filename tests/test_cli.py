@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -358,3 +360,11 @@ def test_help_and_mistakes(capsys):
     assert "default: 16" in capsys.readouterr().out
     assert main(["frobnicate"]) == 2
     assert main([]) == 2
+
+
+def test_output_that_nobody_reads():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = subprocess.run([sys.executable, "-m", "lora_kernels", "info"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (command.returncode, command.stderr) == (141, b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -36,13 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
     0: done. 1: failed while running. 2: the request cannot be carried out as given. 130: interrupted.
+    141: nobody reads the output any more, as behind ``| head``.
     """
     try:
         options = build_parser().parse_args(argv)
-        return options.run(options)
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
     except CliError as problem:
         error(str(problem))
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+        return 141
