@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from . import _native, dispatch
@@ -27,7 +28,7 @@ FEW_STEPS, WIDE_HIDDEN = 32, 1024
 
 def run_mlp(mlp: nn.Module, rows: Tensor) -> Tensor:
     """``mlp(rows)`` for rows [rows, features]."""
-    if type(mlp) is not nn.Sequential or not _is_plain(mlp) or not _trains_on_cpu(rows, mlp):
+    if is_compiling() or type(mlp) is not nn.Sequential or not _is_plain(mlp) or not _trains_on_cpu(rows, mlp):
         return mlp(rows)
     for module in mlp:
         plain = type(module) is nn.Linear and _is_plain(module)
@@ -41,9 +42,9 @@ def run_lstm(lstm: nn.Module, rows: Tensor) -> Tensor:
     Returns:
         [steps, directions * hidden_size]. Gradients are torch's, summed in another order; dropout draws its mask.
     """
-    if type(lstm) is not nn.LSTM or not _is_plain(lstm) or lstm.proj_size or not _trains_on_cpu(rows, lstm):
-        return lstm(rows.unsqueeze(0))[0].squeeze(0)
-    if rows.shape[0] > FEW_STEPS and lstm.hidden_size < WIDE_HIDDEN:
+    faster = not is_compiling() and (rows.shape[0] <= FEW_STEPS or lstm.hidden_size >= WIDE_HIDDEN)
+    plain = faster and type(lstm) is nn.LSTM and _is_plain(lstm) and not lstm.proj_size
+    if not plain or not _trains_on_cpu(rows, lstm):
         return lstm(rows.unsqueeze(0))[0].squeeze(0)
     directions = 2 if lstm.bidirectional else 1
     for layer in range(lstm.num_layers):
@@ -68,10 +69,10 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _trains_on_cpu(rows: Tensor, network: nn.Module) -> bool:
-    """Whether fp32 or fp64 parameters on the CPU may get gradients now, eagerly, and no other backend was asked for."""
+    """Whether fp32 or fp64 parameters on the CPU may get gradients now, and no other backend was asked for."""
     if dispatch.forced_backend() not in (None, "cpu"):
         return False
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or dispatch.any_autocast():
+    if not torch.is_grad_enabled() or dispatch.any_autocast():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or rows.device.type != "cpu":
         return False
