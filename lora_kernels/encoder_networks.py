@@ -97,7 +97,8 @@ def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _Linear.apply(x, weight, bias) if _onednn_is_faster(x) else F.linear(x, weight, bias)
+    fits = x.shape[-1] == weight.shape[1]  # torch says what does not fit, oneDNN only that something does not
+    return _Linear.apply(x, weight, bias) if fits and _onednn_is_faster(x) else F.linear(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):

@@ -20,4 +20,18 @@ inline void run_decode(const LoraDecodeParams& p) {
                               [&](int64_t begin, int64_t end) { cpu::kernels().lora_decode(p, begin, end); });
 }
 
+// y = x Wᵀ, with nothing added yet; unit column strides.
+inline LoraDecodeParams decode_params(const Tensor& x, const Tensor& weight, const Tensor& y) {
+  LoraDecodeParams p{};
+  p.x = floats(x);
+  p.x_stride = x.stride(0);
+  p.rows = x.size(0);
+  p.k = x.size(1);
+  p.w = floats(weight);
+  p.w_stride = weight.stride(0);
+  p.y = mutable_floats(y);
+  p.n = weight.size(0);
+  return p;
+}
+
 }  // namespace lk

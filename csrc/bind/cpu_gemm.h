@@ -1,8 +1,9 @@
 // The base GEMMs of the CPU ops, one block of rows at a time.
 //
 // Schedule "aten" hands the operands to the library that ATen was built with, as they are. Schedule "onednn" hands them
-// to oneDNN, which torch carries too. Schedule "upcast" is for 16-bit weights on a CPU without 16-bit arithmetic: the
-// caller passes fp32 rows, and W goes through fp32 a few megabytes at a time.
+// to oneDNN, which torch carries too. "native" is "aten" for 16-bit operands of a CPU that multiplies such. Schedule
+// "upcast" is for 16-bit weights on a CPU without 16-bit arithmetic: the caller passes fp32 rows, and W goes through
+// fp32 a few megabytes at a time.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>

@@ -11,16 +11,8 @@ Tensor frozen_decode(const Tensor& rows, const Tensor& w, const std::optional<Te
   const Tensor weight = w.stride(1) == 1 ? w : torch::stable::contiguous(w);
   const Tensor y = new_empty_as(rows, {rows.size(0), weight.size(0)});
   const std::optional<Tensor> bias_row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
-  LoraDecodeParams p{};
-  p.x = floats(rows);
-  p.x_stride = rows.stride(0);
-  p.rows = rows.size(0);
-  p.k = rows.size(1);
-  p.w = floats(weight);
-  p.w_stride = weight.stride(0);
+  LoraDecodeParams p = decode_params(rows, weight, y);
   p.bias = bias_row ? floats(*bias_row) : nullptr;
-  p.y = mutable_floats(y);
-  p.n = weight.size(0);
   run_decode(p);
   return y;
 }

@@ -125,27 +125,15 @@ std::tuple<Tensor, Tensor> lora_decode(const Tensor& x, const Tensor& weight, co
   const Tensor rows = as_rows(x), a = as_float_rows(lora_A), b = as_float_rows(lora_B);
   const Tensor y = new_empty_as(x, {rows.size(0), weight.size(0)}), s = new_empty_as(x, {rows.size(0), a.size(0)});
   const std::optional<Tensor> bias_row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
-  LoraDecodeParams p{};
-  p.x = floats(rows);
-  p.x_stride = rows.stride(0);
-  p.rows = rows.size(0);
-  p.k = rows.size(1);
-  p.w = floats(a);
-  p.w_stride = a.stride(0);
-  p.y = mutable_floats(s);
-  p.n = a.size(0);
-  run_decode(p);
+  run_decode(decode_params(rows, a, s));
 
+  LoraDecodeParams p = decode_params(rows, weight, y);
   p.s = floats(s);
   p.rank = a.size(0);
   p.b = floats(b);
   p.b_stride = b.stride(0);
   p.alpha = static_cast<float>(scaling);
   p.bias = bias_row ? floats(*bias_row) : nullptr;
-  p.w = floats(weight);
-  p.w_stride = weight.stride(0);
-  p.y = mutable_floats(y);
-  p.n = weight.size(0);
   run_decode(p);
   return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
 }
