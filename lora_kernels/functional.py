@@ -358,13 +358,12 @@ def _fit(x: Any, weight: Any, lora_A: Any, lora_B: Any) -> bool:
     for t in (x, weight, lora_A, lora_B):
         if type(t) is not Tensor and type(t) is not nn.Parameter:
             return False
-    if weight.dim() != 2 or lora_A.dim() != 2 or x.dim() == 0:
+    a, b, lead = lora_A.shape, lora_B.shape, x.shape
+    if len(a) != 2 or len(b) != 2 or not lead:
         return False
-    n, k = weight.shape
-    rank = lora_A.shape[0]
-    dtype, device = weight.dtype, weight.device
+    (rank, k), (n, width), dtype, device = a, b, weight.dtype, weight.device
     return (
-        x.shape[-1] == k and lora_A.shape[1] == k and lora_B.shape == (n, rank) and rank > 0
+        rank == width and rank > 0 and lead[-1] == k and weight.shape == (n, k)
         and dtype in _FLOATS and x.dtype == dtype and lora_A.dtype == dtype and lora_B.dtype == dtype
         and x.device == device and lora_A.device == device and lora_B.device == device
     )  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lora_kernels as lk
 from lora_kernels.benchmarks import traffic
 from lora_kernels.benchmarks.measure import Timings, host_timer, interleave, peak_bytes, saved_bytes
 from lora_kernels.benchmarks.peers import AddmmLoRA
@@ -82,6 +83,17 @@ def test_layer_cases_compute_and_are_checked(what, dtype, adapters):
     assert set(result.seconds) >= {"frozen", "PEFT", "fused"}
     assert (what == "decode") == (result.saved == {})
     assert (result.flops > 0) == (dtype == adapters)
+
+
+def test_cases_without_onednn_switch_it_back_on():
+    pytest.importorskip("peft")
+    from lora_kernels.benchmarks import layers
+
+    enabled = torch.backends.mkldnn.enabled
+    with layers.without_onednn():
+        x, weight = torch.randn(9, 16).bfloat16(), torch.randn(24, 16).bfloat16()
+        assert lk.why("frozen_linear", x, weight).schedule == "upcast"
+    assert torch.backends.mkldnn.enabled == enabled
 
 
 def test_block_and_prompt_cases(monkeypatch):

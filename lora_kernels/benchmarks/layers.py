@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 import lora_kernels as lk
 
 from .. import dispatch
+from ..ops import _cpu
 from . import peers
 from .cases import BASELINE, OURS, Case, WrongResult
 from .measure import Step
@@ -164,16 +167,36 @@ def _step(call: Callable[[], Tensor], what: str, grad: Tensor, leaves: list[Tens
 
 
 def layer_cases(device: torch.device, compile_peft: bool = True) -> Iterator[Case]:
-    """Training shapes in fp32 with and without dropout, and 16-bit ones."""
+    """Training shapes in fp32 with and without dropout, and 16-bit ones with and without the CPU's instructions."""
     for what in ("forward", "forward+backward"):
         for dropout in (0.0, 0.1):
             for n, k in SIZES:
                 for m in TOKENS:
                     compiled = compile_peft and (n, k, m) == (1536, 576, 512)
                     yield make_case(device, m, n, k, dropout=dropout, what=what, compiled=compiled)
-        for dtype in (torch.bfloat16, torch.float16):
-            for adapters in (dtype, torch.float32):
-                yield make_case(device, 512, 576, 576, what=what, dtype=dtype, adapter_dtype=adapters)
+        yield from _low_precision_cases(device, what)
+        if device.type == "cpu" and _cpu.has_native_matmul(torch.bfloat16):
+            with without_onednn():
+                for case in _low_precision_cases(device, what, (torch.bfloat16,)):
+                    yield replace(case, name=f"{case.name}, oneDNN off")
+
+
+def _low_precision_cases(
+    device: torch.device, what: str, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+) -> Iterator[Case]:
+    for dtype in dtypes:
+        for adapters in (dtype, torch.float32):
+            yield make_case(device, 512, 576, 576, what=what, dtype=dtype, adapter_dtype=adapters)
+
+
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """torch then multiplies in 16 bits as it does on CPUs without instructions for it."""
+    enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
 
 
 def decode_cases(device: torch.device) -> Iterator[Case]:

@@ -26,11 +26,18 @@ NATIVE = Verdict("native", "vendor GEMM in 16 bits, which this CPU has instructi
 REFUSED_DTYPE = Verdict(None, Reason.DTYPE)
 
 
-@functools.cache
 def has_native_matmul(dtype: torch.dtype) -> bool:
-    """True where torch's matmul for ``dtype`` is a real kernel on this CPU, not its slow portable loop."""
+    """True where torch's matmul for ``dtype`` is a real kernel on this CPU now, not its slow portable loop.
+
+    16-bit kernels are oneDNN's, which a program can switch off (``torch.backends.mkldnn.enabled``).
+    """
     if dtype in (torch.float32, torch.float64):
         return True
+    return torch._C._get_mkldnn_enabled() and _onednn_multiplies(dtype)
+
+
+@functools.cache
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, name)())
 
