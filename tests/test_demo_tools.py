@@ -85,6 +85,24 @@ def test_layer_cases_compute_and_are_checked(what, dtype, adapters):
     assert (result.flops > 0) == (dtype == adapters)
 
 
+@pytest.mark.parametrize(("nulls", "counted", "quotable"), [([1.5, 1.01, 1.0], 2, True), ([1.5, 0.9, 1.03], 3, False)])
+def test_noisy_cases_are_measured_anew(monkeypatch, nulls, counted, quotable):
+    from lora_kernels.benchmarks import cases
+
+    attempts = []
+
+    def interleave(steps, rounds, **_):
+        attempts.append(nulls[len(attempts)])
+        return Timings({"PEFT": [3.0] * rounds, "fused": [2.0] * rounds, "PEFT again": [3.0 / attempts[-1]] * rounds})
+
+    monkeypatch.setattr(cases, "interleave", interleave)
+    case = cases.Case("layer", "a case", "forward", {"PEFT": lambda: None, "fused": lambda: None})
+    result = cases.measure(case, 3, host_timer(), torch.device("cpu"), lambda case: 0.0, attempts=3)
+    assert len(attempts) == counted
+    assert result.quotable == quotable
+    assert result.speedup["fused"].median == 1.5
+
+
 def test_cases_without_onednn_switch_it_back_on():
     pytest.importorskip("peft")
     from lora_kernels.benchmarks import layers

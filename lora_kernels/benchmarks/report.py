@@ -133,12 +133,15 @@ def plot(folder: Path, results: Sequence[Result], env: dict[str, Any], light: Li
     if layers:
         figure, axis = pyplot.subplots(figsize=(7.5, 0.28 * len(layers) + 1.2), layout="constrained")
         names = [f"{r.name.replace(', float32', '')}, {r.what}" for r in layers]
-        axis.barh(names, [r.speedup[OURS].median for r in layers], color=COLOURS[OURS])
+        ratios = [r.speedup[OURS] for r in layers]
+        spread = [[q.median - q.low for q in ratios], [q.high - q.median for q in ratios]]
+        colours = [COLOURS[OURS] if r.quotable else COLOURS["frozen"] for r in layers]
+        axis.barh(names, [q.median for q in ratios], xerr=spread, color=colours, error_kw={"linewidth": 0.8})
         axis.axvline(1, color=COLOURS[BASELINE])
         axis.invert_yaxis()
         axis.margins(y=0.01)
         axis.tick_params(axis="y", labelsize=7)
-        axis.set(xlabel="PEFT's time / fused time")
+        axis.set(xlabel="PEFT's time / fused time, with quartiles; grey: too noisy to quote")
         save(figure, "layers.png")
     roofs = [r for r in results if r.flops and r.bytes and "float32" in r.name]
     if roofs:

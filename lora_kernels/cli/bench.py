@@ -49,6 +49,8 @@ def add_parser(commands: Any) -> None:
     add("--dtype", choices=sorted(DTYPES), default="fp32", help="dtype of x and the frozen weight; the adapter is fp32")
     add("--dropout", type=arguments.probability, default=0.0, metavar="P", help="dropout on the LoRA branch")
     add("--pairs", type=arguments.integer(3), default=11, metavar="N", help="interleaved rounds")
+    add("--attempts", type=arguments.integer(1), default=3, metavar="N",
+        help="how often a case is measured at most while PEFT differs from itself by more than 2 %%")  # fmt: skip
     add("--device", default="auto", help="cpu, cuda, ...; auto is the GPU where there is one")
     add("--clock", choices=("wall", "cpu"), default="wall",
         help="cpu: seconds that this process computed, for a busy machine; use it with --threads 1")  # fmt: skip
@@ -126,7 +128,9 @@ def _measure_all(
         # A graph holds a layer; a model's step has an optimizer and decoding, which wait for the host.
         graphed = device.type == "cuda" and case.level in ("layer", "decode", "ranks", "tokens")
         timer = GraphTimer(device) if graphed else host
-        result = measure(case, options.pairs, timer, device if case.level != "prompt" else CPU, light.seconds)
+        result = measure(
+            case, options.pairs, timer, device if case.level != "prompt" else CPU, light.seconds, options.attempts
+        )
         results.append(result)
         if options.levels:
             ratio, null = result.speedup[OURS], result.speedup[NULL]
