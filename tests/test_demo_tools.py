@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
+from lora_kernels import _native
 from lora_kernels.benchmarks import traffic
 from lora_kernels.benchmarks.measure import Timings, host_timer, interleave, peak_bytes, saved_bytes
 from lora_kernels.benchmarks.peers import AddmmLoRA
@@ -176,12 +177,34 @@ def test_peak_bytes_counts_what_is_held_at_once():
 def test_modelled_traffic(case):
     schedule, m, n, k, r, rows = case
     columns = 128 if rows == 128 else 64
-    row = traffic.model((m, n, k, r), {"schedule": schedule, "kernel": f"GemmILi{rows}ELi{columns}E"})
+    row = traffic.model(
+        (m, n, k, r), {"schedule": schedule, "kernel": f"NS_4GemmINS_8BFloat16ELi{rows}ELi{columns}ELi32E"}
+    )
     assert row.compulsory == 2 * (m * k + n * k + r * (n + k) + m * n + m * r)
     assert row.compulsory < row.fused
     assert (row.fused < row.peft) == (schedule == "ticketed")  # in decode every tile reads A
     assert row.least_flops == 2 * m * k * (n + r) + 2 * m * n * r
     assert (row.flops == row.least_flops) == (schedule == "ticketed")
+
+
+@pytest.mark.skipif(_native.cuda is None, reason=f"lora_kernels._cuda: {_native.cuda_error}")
+def test_modelled_traffic_of_the_kernels_that_are_built(capsys):
+    assert main(["bench", "modelled"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("MODEL, not a measurement")
+    for m, n, k, r in traffic.PROBLEMS:
+        (line,) = (line for line in lines if line.startswith(f"{m}x{n}x{k}, r={r} "))
+        assert float(line.split()[-1]) >= 1  # mma work over the least
+
+
+def test_only_the_model_needs_the_cuda_extension(monkeypatch, capsys):
+    from lora_kernels.cli import bench
+
+    monkeypatch.setattr(_native, "cuda", None)
+    monkeypatch.setattr(bench, "_cases", lambda options, device: iter(()))
+    assert main(["bench", "modelled"]) == 2
+    assert main(["bench", "layer", "modelled", "--clock", "cpu"]) == 0
+    assert capsys.readouterr().err.count("the model reads tiles from the CUDA extension") == 2
 
 
 def test_report_has_every_case_and_plots(tmp_path):

@@ -38,6 +38,10 @@ class Row(NamedTuple):
     least_flops: int
 
 
+_TILE = re.compile(r"4GemmI.*?Li(\d+)ELi(\d+)E")
+"""Rows and columns of y: the first numbers among the template arguments of ``Gemm`` (csrc/kernels/gemm.cuh)."""
+
+
 def _up(size: int, tile: int) -> int:
     return -(-size // tile)
 
@@ -45,7 +49,7 @@ def _up(size: int, tile: int) -> int:
 def model(problem: tuple[int, int, int, int], launch: dict[str, Any]) -> Row:
     """The row of one problem, whose planned ``launch`` is given (``lora-kernels plan``)."""
     m, n, k, r = problem
-    rows, columns = (int(size) for size in re.search(r"GemmILi(\d+)ELi(\d+)E", launch["kernel"]).groups())
+    rows, columns = (int(size) for size in _TILE.search(launch["kernel"]).groups())
     schedule = launch["schedule"]
     y_tiles = _up(m, rows) * _up(n, columns)
     base_reads = y_tiles * (min(m, rows) + min(n, columns)) * k
