@@ -92,6 +92,12 @@ def _summary(results: Sequence[Result]) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
+def _common(results: Sequence[Result]) -> str:
+    """What the names of these results have in common."""
+    parts = [result.name.split(", ") for result in results]
+    return ", ".join(part for part in parts[0] if all(part in others for others in parts))
+
+
 def write_json(path: Path, results: Sequence[Result], env: dict[str, Any]) -> None:
     """Everything, for later."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +130,9 @@ def plot(folder: Path, results: Sequence[Result], env: dict[str, Any], light: Li
                 axis.plot([r.shape[key] for r in swept], values, "o-", color=COLOURS[name], label=name)
             axis.axhline(0, color=COLOURS["frozen"], linewidth=1)
             axis.set_xscale("log", base=2)
-            axis.set(xlabel=label, ylabel="time over the frozen layer, %", title=f"forward + backward, {swept[0].name}")
+            axis.set(
+                xlabel=label, ylabel="time over the frozen layer, %", title=f"forward + backward, {_common(swept)}"
+            )
             axis.title.set_fontsize(9)
             axis.legend(frameon=False)
             save(figure, f"overhead_by_{level}.png")
@@ -141,7 +149,7 @@ def plot(folder: Path, results: Sequence[Result], env: dict[str, Any], light: Li
         axis.invert_yaxis()
         axis.margins(y=0.01)
         axis.tick_params(axis="y", labelsize=7)
-        axis.set(xlabel="PEFT's time / fused time, with quartiles; grey: too noisy to quote")
+        axis.set(xlabel="PEFT / fused, with quartiles; grey: too noisy to quote")
         save(figure, "layers.png")
     roofs = [r for r in results if r.flops and r.bytes and "float32" in r.name]
     if roofs:
