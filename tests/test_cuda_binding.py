@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import emulator
+import misfits
 import pytest
 import torch
 from emulated import grad_y_of, matrices, run_backward, run_forward
@@ -163,7 +164,8 @@ def test_float32_is_multiplied_in_tf32(native, n, k, rank, aligned):
     grads = op(grad_y, x, s, *rest[:3], None, 1.7, 0.0, True, True, True, "")
     for ours, expected in zip(grads, run_backward(grad_y, x, s, *rest[:3])[0]):
         assert torch.equal(ours, expected)
-    assert torch.equal(emulated(x, rest[0], rest[1], rest[2].double())[0], emulated(x, *rest[:3])[0]), "other adapters"
+    other = emulated(x, rest[0], rest[1].double(), rest[2].double())
+    assert torch.equal(other[0], emulated(x, *rest[:3])[0]), "other adapters"
 
 
 @pytest.mark.parametrize(("m", "schedule"), [(3, "decode"), (70, "ticketed")])
@@ -294,3 +296,17 @@ def test_no_rows_launch_nothing(native):
     y, s = emulated(torch.empty(0, 40).bfloat16(), *matrices(1, 72, 40, 8, "bf16")[1:4])
     assert (y.shape, s.shape) == ((0, 72), (0, 8))
     assert native.memsets() == before
+
+
+@pytest.mark.parametrize("rows", [1, misfits.M])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_is_launched_on_what_does_not_fit(rows, dtype):
+    ops = torch.ops.lora_kernels_emulated
+    for name in misfits.FORWARD:
+        with pytest.raises(RuntimeError, match="must"):
+            ops.lora_linear(*misfits.lora_linear(name, rows, dtype), "")
+    for name in misfits.BACKWARD:
+        with pytest.raises(RuntimeError, match="must"):
+            ops.lora_linear_backward(*misfits.lora_linear_backward(name, rows, dtype), "")
+    with pytest.raises(RuntimeError, match="must"):
+        ops.frozen_linear(torch.randn(rows, 8).to(dtype), torch.randn(6, 16).to(dtype), None, "")

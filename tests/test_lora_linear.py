@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import misfits
 import pytest
 import torch
 import torch.nn.functional as F
@@ -504,6 +505,29 @@ def test_nothing_is_written_into_the_inputs():
 def test_bad_arguments(change, error, message):
     with pytest.raises(error, match=f"lora_linear: .*{message}"):
         lk.lora_linear(**{**small(grad=False), "training": True, **change})
+
+
+@pytest.mark.parametrize("rows", [1, misfits.M])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_registered_ops_read_nothing_that_does_not_fit(rows, dtype):
+    ops = torch.ops.lora_kernels
+    for name in misfits.FORWARD:
+        with pytest.raises(RuntimeError, match="must"):
+            ops.lora_linear(*misfits.lora_linear(name, rows, dtype))
+    for name in misfits.BACKWARD:
+        with pytest.raises(RuntimeError, match="must"):
+            ops.lora_linear_backward(*misfits.lora_linear_backward(name, rows, dtype))
+    x, weight, bias = torch.randn(rows, 8).to(dtype), torch.randn(6, 8).to(dtype), torch.randn(6).to(dtype)
+    for args in (
+        (x, weight[:, 1:], bias),
+        (x, weight, bias[1:]),
+        (x, weight.double(), bias),
+        (x, weight, bias.double()),
+    ):
+        with pytest.raises(RuntimeError, match="must"):
+            ops.frozen_linear(*args)
+    with pytest.raises(RuntimeError, match="must"):
+        ops.frozen_linear_backward(x, weight)
 
 
 def test_float16_adapters_over_bfloat16_are_refused():

@@ -3,6 +3,7 @@
 
 #include "cpu_decode.h"
 #include "cpu_gemm.h"
+#include "lora_checks.h"
 
 namespace lk {
 namespace {
@@ -18,6 +19,7 @@ Tensor frozen_decode(const Tensor& rows, const Tensor& w, const std::optional<Te
 }
 
 Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string schedule) {
+  check_frozen_linear(x, weight, bias);
   const bool upcast = schedule == "upcast";
   const Tensor rows = as_rows(x);
   if (schedule == "decode") return with_leading_sizes_of(frozen_decode(rows, weight, bias), x);
@@ -31,6 +33,7 @@ Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::s
 }
 
 Tensor frozen_linear_backward(Tensor grad_y, Tensor weight, std::string schedule) {
+  check_frozen_linear_backward(grad_y, weight);
   const bool upcast = schedule == "upcast";
   const Tensor rows = as_rows(grad_y);
   if (schedule == "onednn") return with_leading_sizes_of(onednn_linear(rows, transposed(weight), std::nullopt), grad_y);

@@ -6,6 +6,7 @@
 #include "../cpu/kernels.h"
 #include "cpu_decode.h"
 #include "cpu_gemm.h"
+#include "lora_checks.h"
 
 namespace lk {
 namespace {
@@ -141,6 +142,7 @@ std::tuple<Tensor, Tensor> lora_decode(const Tensor& x, const Tensor& weight, co
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
                                        std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
                                        double dropout_p, std::string schedule) {
+  check_lora_linear(x, weight, lora_A, lora_B, bias, seed);
   if (schedule == "decode") return lora_decode(x, weight, lora_A, lora_B, bias, scaling);
   const bool upcast = schedule == "upcast", onednn = schedule == "onednn";
   const ScalarType compute = upcast ? ScalarType::Float : x.scalar_type();
@@ -200,6 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
                                                         Tensor lora_B, std::optional<Tensor> seed, double scaling,
                                                         double dropout_p, bool need_x, bool need_A, bool need_B,
                                                         std::string schedule) {
+  check_lora_linear_backward(grad_y, x, s, weight, lora_A, lora_B, seed);
   // The adapters' gradients are summed in fp32 (fp64 for fp64) and rounded to the adapter's dtype once.
   const ScalarType dtype = x.scalar_type(), wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const bool onednn = schedule == "onednn", native = schedule != "upcast";

@@ -6,6 +6,7 @@
 #include "../launch/launch.h"
 #include "aten.h"
 #include "cuda_counters.h"
+#include "lora_checks.h"
 
 namespace lk {
 namespace {
@@ -60,6 +61,7 @@ const float* one() {
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
                                        std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
                                        double dropout_p, std::string) {
+  check_lora_linear(x, weight, lora_A, lora_B, bias, seed);
   const CudaCall call(x);
   const Tensor rows = matrix_of(x), w = matrix_of(weight), a = adapter_rows(lora_A, x), b = adapter_rows(lora_B, x);
   if (bias) bias = torch::stable::contiguous(*bias);
@@ -112,6 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
                                                         Tensor lora_B, std::optional<Tensor> seed, double scaling,
                                                         double dropout_p, bool need_x, bool need_A, bool need_B,
                                                         std::string) {
+  check_lora_linear_backward(grad_y, x, s, weight, lora_A, lora_B, seed);
   const CudaCall call(x);
   const Tensor gy = matrix_of(grad_y), rows = matrix_of(x), saved_s = torch::stable::contiguous(as_rows(s));
   const Tensor w = matrix_of(weight), a = adapter_rows(lora_A, x), b = adapter_rows(lora_B, x);
@@ -206,6 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
 }
 
 Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string) {
+  check_frozen_linear(x, weight, bias);
   const CudaCall call(x);
   const Tensor rows = matrix_of(x), w = matrix_of(weight);
   if (bias) bias = torch::stable::contiguous(*bias);

@@ -1,0 +1,54 @@
+// What the kernels of lora_linear and frozen_linear take for granted about their operands. The package's functions
+// check more and say what is wrong with which argument; the registered ops can be called without them.
+#pragma once
+
+#include "aten.h"
+
+namespace lk {
+
+inline void check_frozen_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(x.dim() > 0 && weight.dim() == 2 && x.size(x.dim() - 1) == weight.size(1),
+                  "x must be [..., k] and weight [n, k]");
+  STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "weight must have x's dtype");
+  if (!bias) return;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias must be [n]");
+  STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type(), "bias must have x's dtype");
+}
+
+inline void check_lora_linear(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                              const std::optional<Tensor>& bias, const std::optional<Tensor>& seed) {
+  check_frozen_linear(x, weight, bias);
+  STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.size(1) == weight.size(1), "lora_A must be [rank, k]");
+  STD_TORCH_CHECK(lora_B.dim() == 2 && lora_B.size(0) == weight.size(0) && lora_B.size(1) == lora_A.size(0),
+                  "lora_B must be [n, rank]");
+  STD_TORCH_CHECK(lora_A.scalar_type() == lora_B.scalar_type(), "lora_B must have lora_A's dtype");
+  STD_TORCH_CHECK(!seed || (seed->scalar_type() == ScalarType::Long && seed->numel() == 1),
+                  "seed must be one int64 number");
+}
+
+// Whether `rows` is [..., columns] with x's leading sizes.
+inline bool has_rows_of(const Tensor& x, const Tensor& rows, int64_t columns) {
+  const int64_t last = x.dim() - 1;
+  if (rows.dim() != x.dim() || rows.size(last) != columns) return false;
+  for (int64_t d = 0; d < last; ++d) {
+    if (rows.size(d) != x.size(d)) return false;
+  }
+  return true;
+}
+
+inline void check_lora_linear_backward(const Tensor& grad_y, const Tensor& x, const Tensor& s, const Tensor& weight,
+                                       const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& seed) {
+  check_lora_linear(x, weight, lora_A, lora_B, std::nullopt, seed);
+  STD_TORCH_CHECK(has_rows_of(x, grad_y, weight.size(0)), "grad_y must be [..., n], with x's leading sizes");
+  STD_TORCH_CHECK(has_rows_of(x, s, lora_A.size(0)), "s must be [..., rank], with x's leading sizes");
+  STD_TORCH_CHECK(grad_y.scalar_type() == x.scalar_type() && s.scalar_type() == x.scalar_type(),
+                  "grad_y and s must have x's dtype");
+}
+
+inline void check_frozen_linear_backward(const Tensor& grad_y, const Tensor& weight) {
+  STD_TORCH_CHECK(grad_y.dim() > 0 && weight.dim() == 2 && grad_y.size(grad_y.dim() - 1) == weight.size(0),
+                  "grad_y must be [..., n] and weight [n, k]");
+  STD_TORCH_CHECK(grad_y.scalar_type() == weight.scalar_type(), "weight must have grad_y's dtype");
+}
+
+}  // namespace lk
