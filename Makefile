@@ -5,7 +5,7 @@
 #   make test-full  the same, then the exhaustive tests                           (long)
 #   make build      build the extensions and say what was built
 #   make lint       ruff, clang-format
-#   make bench      every benchmark, with plots in build/bench                    (long)
+#   make bench      every benchmark, with plots in build/bench                    (about an hour)
 #   make ptx        PTX of every CUDA kernel, in build/ptx/<arch>/                (needs nvcc, no GPU)
 #   make clean      remove build products; `make distclean` also removes $(VENV)
 #
