@@ -25,12 +25,19 @@ BACKWARD = FORWARD | {"grad_y": torch.randn(M, N - 8), "s": torch.randn(M, RANK 
 del BACKWARD["bias"]
 
 
-def lora_linear(name, m, dtype):
+def message(name):
+    """What the op says, as a pattern: a weight is compared with x."""
+    return rf"\b{'x' if name == 'weight' else name} must be"
+
+
+def lora_linear(name, m, dtype, *, drops=True):
     """Arguments of ``lora_linear`` of which ``name`` does not fit."""
     given = _operands(m, dtype)
+    if not drops:
+        given["seed"] = None
     given[name] = _misfit(FORWARD[name], m, given[name])
     tensors = [given[key] for key in ("x", "weight", "lora_A", "lora_B", "bias", "seed")]
-    return *tensors, 2.0, 0.1
+    return *tensors, 2.0, 0.1 if drops else 0.0
 
 
 def lora_linear_backward(name, m, dtype):
