@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextvars
-import functools
 import os
 import threading
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from . import _native
 from .reasons import Reason
-from .spec import OpSpec, Verdict
+from .spec import Kernel, OpSpec, Verdict
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -22,7 +22,7 @@ any_autocast = torch._C._is_any_autocast_enabled
 """Several times cheaper than asking for one device."""
 
 _SPECS: dict[str, OpSpec] = {}
-_native_ops: dict[str, Any] = {}  # looked up once: attribute access on torch.ops costs a microsecond
+_native_ops: dict[str, Callable[..., Any]] = {}
 _public = torch.library.Library("lora_kernels", "DEF")
 _native_lib = torch.library.Library("lora_kernels_native", "DEF")
 
@@ -63,12 +63,23 @@ def register(spec: OpSpec) -> OpSpec:
 
     # The native twin takes the schedule that dispatch chose as one more argument.
     arguments, returns = spec.schema.split(" -> ")
-    _native_lib.define(f"{name}{arguments[:-1]}, str schedule) -> {returns}")
-    torch.library.register_fake(
-        f"lora_kernels_native::{name}", lambda *args, **_: spec.fake(*args[:-1]), lib=_native_lib
+    _native_ops[name] = define_native(
+        name, f"{arguments[:-1]}, str schedule) -> {returns}", lambda *args, **_: spec.fake(*args[:-1])
     )
-    _native_ops[name] = getattr(torch.ops.lora_kernels_native, name).default
     return spec
+
+
+def define_native(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines ``torch.ops.lora_kernels_native.<name>``, for the extensions to implement; returns what calls it."""
+    _native_lib.define(name + schema)
+    torch.library.register_fake(f"lora_kernels_native::{name}", fake, lib=_native_lib)
+    # OpOverload's own __call__ and the way to it from torch.ops are felt in a small layer.
+    return getattr(torch.ops.lora_kernels_native, name).default._op
+
+
+def native(spec: OpSpec) -> Callable[..., Any]:
+    """What computes the op in an extension: its arguments, then the schedule."""
+    return _native_ops[spec.name]
 
 
 def _autocast_rule(spec: OpSpec, device_type: str, key: str):
@@ -252,20 +263,23 @@ def run(spec: OpSpec, *args: Any) -> Any:
             _fallback[spec.name, str(reason)] += 1
     kernel = spec.kernels.get(backend)
     if kernel is not None and kernel.run is None:
-        return _native_ops[spec.name](*args, verdict.schedule)
+        return (kernel.native or _native_ops[spec.name])(*args, verdict.schedule)
     device_type = _device_type(args)
-    compute = spec.reference if kernel is None else functools.partial(kernel.run, verdict.schedule)
-    if not autocast_enabled(device_type):
-        return compute(*args)
-    with torch.autocast(device_type, enabled=False):
-        return compute(*args)
+    if any_autocast() and autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return _compute(spec, kernel, verdict, args)
+    return _compute(spec, kernel, verdict, args)
+
+
+def _compute(spec: OpSpec, kernel: Kernel | None, verdict: Verdict, args: tuple) -> Any:
+    return spec.reference(*args) if kernel is None else kernel.run(verdict.schedule, *args)
 
 
 # -------------------------------------------------------------------------------------------------- counters
 
 _lock = threading.Lock()
-_served: Counter[tuple[str, str]] = Counter()
-_fallback: Counter[tuple[str, str]] = Counter()
+_served: defaultdict[tuple[str, str], int] = defaultdict(int)
+_fallback: defaultdict[tuple[str, str], int] = defaultdict(int)
 
 
 def count_fallback(op: str, reason: Reason) -> None:

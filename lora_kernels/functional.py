@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import dispatch, dora, prefix_functional, prompt_functional
 from ._checks import refuse_transforms
@@ -70,14 +71,35 @@ def lora_linear(
         ValueError: shapes, devices or numbers do not fit. The message names the argument.
     """
     args = _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return torch.ops.lora_kernels.lora_linear.default(*args)[0]
     refuse_transforms("lora_linear", args)
     if dispatch.any_autocast() and dispatch.autocast_enabled(x.device.type):
         args = dispatch.autocast_args(_lora_op.SPEC, x.device.type, args)
+    return _run_lora_linear(args)
+
+
+def lora_linear_of_layer(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float | Tensor,
+    dropout_p: float, training: bool,
+) -> Tensor:  # fmt: skip
+    """``lora_linear`` for a layer that has looked at types, dtypes and transforms itself.
+
+    A small layer takes as long as looking twice does.
+    """
+    if (
+        type(scaling) is float and -math.inf < scaling < math.inf and (dropout_p == 0.0 or not training)
+        and not is_compiling() and not dispatch.any_autocast() and (bias is None or bias.dtype == x.dtype)
+        and _sizes_fit(x, weight, lora_A, lora_B, bias)
+    ):  # fmt: skip
+        return _run_lora_linear((x, weight, lora_A, lora_B, bias, None, scaling, 0.0))
+    return lora_linear(x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p, training=training)
+
+
+def _run_lora_linear(args: tuple) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
         return LoRALinearFunction.apply(*args)
-    return dispatch.run(_lora_op.SPEC, *args)[0]
+    return dispatch.run(_lora_op.INFERENCE, *args)[0]
 
 
 def dora_linear(
@@ -152,7 +174,7 @@ def lora_embedding(
         IndexError: an id is out of range (on a GPU, a device-side assertion).
     """
     args = _lora_embedding_args(ids, weight, lora_A, lora_B, scaling, padding_idx)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return torch.ops.lora_kernels.lora_embedding.default(*args)[0]
     refuse_transforms("lora_embedding", args)
     if torch.is_grad_enabled() and (lora_A.requires_grad or args[3].requires_grad or weight.requires_grad):
@@ -310,9 +332,10 @@ _ARGUMENTS = {
 
 def _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed) -> tuple:
     """The op's positional arguments, checked; draws the seed where dropout is active."""
-    plain = bias is None and dropout_p == 0.0 and type(scaling) is float and -math.inf < scaling < math.inf
-    if plain and _fit(x, weight, lora_A, lora_B):
-        return x, weight, lora_A, lora_B, None, None, scaling, 0.0
+    drops_nothing = dropout_p == 0.0 or (not training and type(dropout_p) is float and 0.0 < dropout_p <= 1.0)
+    plain = drops_nothing and type(scaling) is float and -math.inf < scaling < math.inf
+    if plain and _types_fit(x, weight, lora_A, lora_B, bias) and _sizes_fit(x, weight, lora_A, lora_B, bias):
+        return x, weight, lora_A, lora_B, bias, None, scaling, 0.0
     op = "lora_linear"
     _check_base(op, x, weight, bias)
     _check_adapter(op, weight, lora_A, lora_B)
@@ -353,20 +376,31 @@ def _lora_embedding_args(ids, weight, lora_A, lora_B, scaling, padding_idx) -> t
     return ids, weight, lora_A, lora_B, float(scaling), -1 if padding_idx is None else padding_idx
 
 
-def _fit(x: Any, weight: Any, lora_A: Any, lora_B: Any) -> bool:
-    """Whether a glance shows that the checks below would pass. A small layer takes as long as they do, one by one."""
+def _types_fit(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any) -> bool:
+    """Whether a glance shows that the types pass the checks below, which take as long as a small layer."""
     for t in (x, weight, lora_A, lora_B):
         if type(t) is not Tensor and type(t) is not nn.Parameter:
             return False
+    dtype = weight.dtype
+    if dtype not in _FLOATS or x.dtype != dtype or lora_A.dtype != dtype or lora_B.dtype != dtype:
+        return False
+    return bias is None or ((type(bias) is nn.Parameter or type(bias) is Tensor) and bias.dtype == dtype)
+
+
+def _sizes_fit(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
+    """As ``_types_fit``, for sizes and devices."""
     a, b, lead = lora_A.shape, lora_B.shape, x.shape
     if len(a) != 2 or len(b) != 2 or not lead:
         return False
-    (rank, k), (n, width), dtype, device = a, b, weight.dtype, weight.device
-    return (
-        rank == width and rank > 0 and lead[-1] == k and weight.shape == (n, k)
-        and dtype in _FLOATS and x.dtype == dtype and lora_A.dtype == dtype and lora_B.dtype == dtype
-        and x.device == device and lora_A.device == device and lora_B.device == device
-    )  # fmt: skip
+    (rank, k), (n, width) = a, b
+    if rank != width or rank < 1 or lead[-1] != k or weight.shape != (n, k):
+        return False
+    if bias is not None and (bias.shape != (n,) or bias.device != weight.device):
+        return False
+    if x.is_cpu:
+        return weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu
+    device = x.device
+    return weight.device == device and lora_A.device == device and lora_B.device == device
 
 
 def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -29,11 +29,13 @@ class Kernel:
     """One backend's implementation of an op.
 
     ``supports(*args) -> Verdict`` is pure and cheap: it runs on every call.
-    ``run(schedule, *args)`` computes the op's outputs. None means the native op of the same schema.
+    ``run(schedule, *args)`` computes the op's outputs, out of autocast's reach. None means that an extension does, by
+    ``native(*args, schedule)``; None there is the native op of the same schema.
     """
 
     supports: Callable[..., Verdict]
     run: Callable[..., Any] | None = None
+    native: Callable[..., Any] | None = None
     explain: Callable[..., Verdict] | None = None
     """For ``lk.why``: a verdict in more detail, where ``supports`` has said yes and leaves the choice to the kernel."""
 

@@ -424,6 +424,23 @@ def test_autocast_follows_linear(dtype, adapter_dtype):
     assert t["lora_A"].grad.dtype == t["lora_A"].dtype
 
 
+@pytest.mark.parametrize("library", ["aten", "decode"], indirect=True)
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 0), (1, 1), (3,), (2, 3), (2, 1, 3)], ids=str)
+def test_without_gradients_the_bits_are_the_same(lead, library):
+    """Few rows are then computed by an op of their own, which keeps no s."""
+    for k, n, r in ((40, 24, 4), (17, 33, 1), (130, 9, 40)):
+        t = small(k=k, n=n, r=r)
+        x = torch.randn(2 * k, *lead).movedim(0, -1)[..., ::2]
+        for bias in (t["bias"], None):
+            kept = lk.lora_linear(**t | {"x": x, "bias": bias}, scaling=SCALING)
+            with torch.no_grad():
+                y = lk.lora_linear(**t | {"x": x, "bias": bias}, scaling=SCALING)
+            assert kept.requires_grad
+            assert y.shape == (*lead, n)
+            assert torch.equal(y, kept)
+    assert lk.stats()["served"] == {("lora_linear", "cpu"): 12}
+
+
 def test_inference_mode_and_no_grad():
     t = small()
     expected = lk.lora_linear(**t).detach()
@@ -515,9 +532,15 @@ def test_registered_ops_read_nothing_that_does_not_fit(rows, dtype):
         for drops in (True, name == "seed"):  # without dropout, few rows are the decode kernel's
             with pytest.raises(RuntimeError, match=misfits.message(name)):
                 ops.lora_linear(*misfits.lora_linear(name, rows, dtype, drops=drops))
+    for name in misfits.FORWARD.keys() - {"seed"}:
+        x, weight, lora_A, lora_B, bias, _, scaling, _ = misfits.lora_linear(name, rows, dtype, drops=False)
+        with pytest.raises(RuntimeError, match=misfits.message(name)):
+            torch.ops.lora_kernels_native.lora_decode(x, weight, lora_A, lora_B, bias, scaling)
     for name in misfits.BACKWARD:
         with pytest.raises(RuntimeError, match=misfits.message(name)):
             ops.lora_linear_backward(*misfits.lora_linear_backward(name, rows, dtype))
+    with pytest.raises(RuntimeError, match="seed must be one int64 number"):
+        ops.dropout_mask(misfits.FORWARD["seed"], rows, 8, 0.5)
     x, weight, bias = torch.randn(rows, 8).to(dtype), torch.randn(6, 8).to(dtype), torch.randn(6).to(dtype)
     for args in (
         (x, weight[:, 1:], bias),

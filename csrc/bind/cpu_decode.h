@@ -20,8 +20,8 @@ inline void run_decode(const LoraDecodeParams& p) {
                               [&](int64_t begin, int64_t end) { cpu::kernels().lora_decode(p, begin, end); });
 }
 
-// y = x Wᵀ, with nothing added yet; unit column strides.
-inline LoraDecodeParams decode_params(const Tensor& x, const Tensor& weight, const Tensor& y) {
+// y = x Wᵀ, with nothing added yet; unit column strides, y contiguous.
+inline LoraDecodeParams decode_params(const Tensor& x, const Tensor& weight, float* y) {
   LoraDecodeParams p{};
   p.x = floats(x);
   p.x_stride = x.stride(0);
@@ -29,7 +29,7 @@ inline LoraDecodeParams decode_params(const Tensor& x, const Tensor& weight, con
   p.k = x.size(1);
   p.w = floats(weight);
   p.w_stride = weight.stride(0);
-  p.y = mutable_floats(y);
+  p.y = y;
   p.n = weight.size(0);
   return p;
 }

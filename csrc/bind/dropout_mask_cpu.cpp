@@ -3,11 +3,13 @@
 
 #include "../cpu/kernels.h"
 #include "aten.h"
+#include "lora_checks.h"
 
 namespace lk {
 namespace {
 
 Tensor dropout_mask(Tensor seed, int64_t rows, int64_t columns, double p, std::string) {
+  check_seed(seed);
   const Tensor keep = new_empty_as(seed, {rows, columns}, ScalarType::Bool);
   const DropoutMaskParams params{static_cast<bool*>(keep.mutable_data_ptr()), rows, columns,
                                  static_cast<const int64_t*>(seed.const_data_ptr()), dropout_threshold(p)};

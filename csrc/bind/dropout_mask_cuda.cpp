@@ -7,13 +7,13 @@
 
 #include "../launch/launch.h"
 #include "cuda_device.h"
+#include "lora_checks.h"
 
 namespace lk {
 namespace {
 
-using torch::stable::Tensor;
-
 Tensor dropout_mask(Tensor seed, int64_t rows, int64_t columns, double p, std::string) {
+  check_seed(seed);
   const CudaCall call(seed);
   const Tensor keep =
       torch::stable::new_empty(seed, std::vector<int64_t>{rows, columns}, torch::headeronly::ScalarType::Bool);

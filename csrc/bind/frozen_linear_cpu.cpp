@@ -12,7 +12,7 @@ Tensor frozen_decode(const Tensor& rows, const Tensor& w, const std::optional<Te
   const Tensor weight = w.stride(1) == 1 ? w : torch::stable::contiguous(w);
   const Tensor y = new_empty_as(rows, {rows.size(0), weight.size(0)});
   const std::optional<Tensor> bias_row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
-  LoraDecodeParams p = decode_params(rows, weight, y);
+  LoraDecodeParams p = decode_params(rows, weight, mutable_floats(y));
   p.bias = bias_row ? floats(*bias_row) : nullptr;
   run_decode(p);
   return y;

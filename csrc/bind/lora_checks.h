@@ -1,4 +1,4 @@
-// What the kernels of lora_linear and frozen_linear take for granted about their operands. The package's functions
+// What the kernels of lora_linear, frozen_linear and dropout_mask take for granted about their operands. The package's functions
 // check more and say what is wrong with which argument; the registered ops can be called without them.
 #pragma once
 
@@ -15,6 +15,10 @@ inline void check_frozen_linear(const Tensor& x, const Tensor& weight, const std
   STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type(), "bias must have x's dtype");
 }
 
+inline void check_seed(const Tensor& seed) {
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64 number");
+}
+
 inline void check_lora_linear(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                               const std::optional<Tensor>& bias, const std::optional<Tensor>& seed) {
   check_frozen_linear(x, weight, bias);
@@ -22,8 +26,7 @@ inline void check_lora_linear(const Tensor& x, const Tensor& weight, const Tenso
   STD_TORCH_CHECK(lora_B.dim() == 2 && lora_B.size(0) == weight.size(0) && lora_B.size(1) == lora_A.size(0),
                   "lora_B must be [n, rank]");
   STD_TORCH_CHECK(lora_A.scalar_type() == lora_B.scalar_type(), "lora_B must have lora_A's dtype");
-  STD_TORCH_CHECK(!seed || (seed->scalar_type() == ScalarType::Long && seed->numel() == 1),
-                  "seed must be one int64 number");
+  if (seed) check_seed(*seed);
 }
 
 // Whether `rows` is [..., columns] with x's leading sizes.

@@ -119,36 +119,49 @@ void add_dropout_grads(const Tensor* grad_x, const Tensor* grad_A, const Tensor&
   run_lora_grad(p);
 }
 
-// y and s of a few fp32 rows, without the vendor library: W is read once, and every call into ATen would cost as much
-// as a small layer takes.
-std::tuple<Tensor, Tensor> lora_decode(const Tensor& x, const Tensor& weight, const Tensor& lora_A,
-                                       const Tensor& lora_B, const std::optional<Tensor>& bias, double scaling) {
-  const Tensor rows = as_rows(x), a = as_float_rows(lora_A), b = as_float_rows(lora_B);
-  const Tensor y = new_empty_as(x, {rows.size(0), weight.size(0)}), s = new_empty_as(x, {rows.size(0), a.size(0)});
+// y of a few fp32 rows, and into `s` [rows, rank] what its name says, without the vendor library: W is read once, and
+// every call into ATen would cost as much as a small layer takes.
+Tensor decode_rows(const Tensor& rows, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                   const std::optional<Tensor>& bias, double scaling, float* s) {
+  STD_TORCH_CHECK(is_fp32(rows) && weight.stride(1) == 1, "the decode schedule serves fp32 with unit column stride");
+  const Tensor a = as_float_rows(lora_A), b = as_float_rows(lora_B);
+  const Tensor y = new_empty_as(rows, {rows.size(0), weight.size(0)});
   const std::optional<Tensor> bias_row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
   run_decode(decode_params(rows, a, s));
 
-  LoraDecodeParams p = decode_params(rows, weight, y);
-  p.s = floats(s);
+  LoraDecodeParams p = decode_params(rows, weight, mutable_floats(y));
+  p.s = s;
   p.rank = a.size(0);
   p.b = floats(b);
   p.b_stride = b.stride(0);
   p.alpha = static_cast<float>(scaling);
   p.bias = bias_row ? floats(*bias_row) : nullptr;
   run_decode(p);
-  return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
+  return y;
+}
+
+// The decode schedule where s is not asked for. Its call is a good part of a small layer's time, so it takes and
+// returns no more than it needs.
+Tensor lora_decode(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, std::optional<Tensor> bias, double scaling) {
+  check_lora_linear(x, weight, lora_A, lora_B, bias, std::nullopt);
+  const Tensor rows = as_rows(x);
+  std::unique_ptr<float[]> s(new float[rows.size(0) * lora_A.size(0)]);
+  return with_leading_sizes_of(decode_rows(rows, weight, lora_A, lora_B, bias, scaling, s.get()), x);
 }
 
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
                                        std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
                                        double dropout_p, std::string schedule) {
   check_lora_linear(x, weight, lora_A, lora_B, bias, seed);
-  if (schedule == "decode") return lora_decode(x, weight, lora_A, lora_B, bias, scaling);
+  const Tensor rows = as_rows(x);
+  const Tensor s = new_empty_as(x, {rows.size(0), lora_A.size(0)});
+  if (schedule == "decode") {
+    const Tensor y = decode_rows(rows, weight, lora_A, lora_B, bias, scaling, mutable_floats(s));
+    return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
+  }
   const bool upcast = schedule == "upcast", onednn = schedule == "onednn";
   const ScalarType compute = upcast ? ScalarType::Float : x.scalar_type();
-  const Tensor rows = as_rows(x);
   const Tensor y = onednn ? onednn_linear(rows, weight, bias) : new_empty_as(x, {rows.size(0), weight.size(0)});
-  const Tensor s = new_empty_as(x, {rows.size(0), lora_A.size(0)});
   const Tensor a_transposed = transposed(cast(lora_A, compute)), b_transposed = transposed(cast(lora_B, compute));
   std::optional<Dropout> dropout;
   if (seed) dropout = read_dropout(*seed, dropout_p);
@@ -273,6 +286,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
   m.impl("lora_linear", TORCH_BOX(&lora_linear));
+  m.impl("lora_decode", TORCH_BOX(&lora_decode));
   m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
 }
 

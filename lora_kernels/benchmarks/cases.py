@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +39,8 @@ class Case:
     """Least work and traffic of the fused result; 0 where the share of the speed of light is not asked for."""
     shape: Mapping[str, float] = field(default_factory=dict)
     """Numbers of the problem for plots: m, n, k, rank, dropout."""
+    within: Callable[[], AbstractContextManager] = nullcontext
+    """Entered once around all samples: a context of each call's own would be timed with it."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,14 @@ def measure(
         light: seconds that the least work of a case takes at this machine's measured speeds; 0 where unknown.
     """
     saved = {name: saved_bytes(forward, case.constants) for name, forward in case.forwards.items()}
-    peak = {name: peak_bytes(step, device) for name, step in case.steps.items()}
     steps = {**case.steps, NULL: case.steps[BASELINE]}
-    repeats = repeats_for(case.steps[OURS], SAMPLE_S)
-    for _ in range(attempts):
-        times = interleave(steps, rounds, repeats=repeats, warmup=2, timer=timer)
-        if is_quiet(times.ratio(BASELINE, NULL)):
-            break
+    with case.within():
+        peak = {name: peak_bytes(step, device) for name, step in case.steps.items()}
+        repeats = repeats_for(case.steps[OURS], SAMPLE_S)
+        for _ in range(attempts):
+            times = interleave(steps, rounds, repeats=repeats, warmup=2, timer=timer)
+            if is_quiet(times.ratio(BASELINE, NULL)):
+                break
     shortest = light(case)
     return Result(
         case.level, case.name, case.what,

@@ -148,22 +148,19 @@ def make_case(
         forwards={} if what == "decode" else {name: calls[name] for name in ("frozen", BASELINE, OURS)},
         constants=[base.weight, *weights(stock), *weights(fused)], flops=flops, bytes=traffic,
         shape={"m": m, "n": n, "k": k, "rank": rank, "dropout": dropout},
+        within=torch.no_grad if what == "decode" else contextlib.nullcontext,
     )  # fmt: skip
 
 
 def _step(call: Callable[[], Tensor], what: str, grad: Tensor, leaves: list[Tensor]) -> Step:
     """Gradients are dropped, so that every call allocates them as a training step does."""
 
-    def decode() -> None:
-        with torch.no_grad():
-            call()
-
     def train() -> None:
         call().backward(grad)
         for leaf in leaves:
             leaf.grad = None
 
-    return {"forward": call, "forward+backward": train, "decode": decode}[what]
+    return train if what == "forward+backward" else call
 
 
 def layer_cases(device: torch.device, compile_peft: bool = True) -> Iterator[Case]:

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
 from torch import Tensor, nn
 
 from .. import dispatch
-from ..functional import dora_linear, lora_embedding, lora_linear
+from ..functional import dora_linear, lora_embedding, lora_linear_of_layer
 from ..reasons import Reason
 from . import _layer_checks, _mixed_batch
 
@@ -39,9 +39,7 @@ class FusedLinear(Linear):
                 weight, lora_A, lora_B, bias, scaling, dropout_p, training, magnitude = found
                 reason = _layer_checks.call_reason(x, weight, lora_A, lora_B)
                 if reason is None and magnitude is None:
-                    return lora_linear(
-                        x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p, training=training
-                    )
+                    return lora_linear_of_layer(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training)
                 if reason is None:
                     return dora_linear(x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling)
             else:

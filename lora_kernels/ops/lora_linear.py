@@ -5,6 +5,7 @@ LoRA is from Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", IC
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def _fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
 def _cpu_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
     if seed is not None:
         return _cpu.REFUSED_DTYPE if x.dtype == torch.float64 else _cpu.matmul_verdict(x)
-    if x.dtype == torch.float32 and x.numel() <= _cpu.FEW_ROWS * x.shape[-1] and weight.stride(1) == 1:
+    # stride() and shape take half as long as stride(1) and size(-1).
+    if x.dtype == torch.float32 and x.numel() <= _cpu.FEW_ROWS * x.shape[-1] and weight.stride()[1] == 1:
         return _cpu.DECODE
     return _cpu.matmul_verdict(x)
 
@@ -233,6 +235,22 @@ SPEC = dispatch.register(
         bytes=_bytes,
     )
 )
+
+_decode = dispatch.define_native(
+    "lora_decode",
+    "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling) -> Tensor",
+    lambda x, weight, lora_A, lora_B, bias, scaling: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+
+
+def _cpu_inference(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, schedule) -> tuple[Tensor, ...]:
+    if schedule == "decode":
+        return (_decode(x, weight, lora_A, lora_B, bias, scaling),)
+    return dispatch.native(SPEC)(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, schedule)
+
+
+INFERENCE = replace(SPEC, kernels={**SPEC.kernels, "cpu": Kernel(_cpu_supports, native=_cpu_inference)})
+"""``lora_linear`` where only y is asked for: nothing is kept for a backward."""
 
 
 class LoRALinearFunction(torch.autograd.Function):
