@@ -8,36 +8,53 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from . import functional
 from .ops import _cpu
+from .report import FROZEN_NOT_MKL, FROZEN_UPCAST
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
-def upcasts(weight: Tensor) -> bool:
-    """True where ``frozen_linear`` beats torch for a frozen [N, K] weight: a CPU without a matmul for its dtype."""
-    return _is_low_precision_on_cpu(weight) and not _cpu.has_native_matmul(weight.dtype)
+def faster_product(weight: Tensor) -> str | None:
+    """How ``frozen_linear`` multiplies by a frozen [N, K] weight where it beats torch, as a row of the report.
+
+    That is on a CPU without a matmul for the weight's dtype, and in fp32 on AMD's processors, where torch takes MKL.
+    """
+    if weight.device.type != "cpu":
+        return None
+    if weight.dtype in _LOW_PRECISION:
+        return None if _cpu.has_native_matmul(weight.dtype) else FROZEN_UPCAST
+    return FROZEN_NOT_MKL if weight.dtype == torch.float32 and _cpu.prefers_onednn() else None
 
 
-def _is_low_precision_on_cpu(t: Tensor) -> bool:
-    return t.dtype in _LOW_PRECISION and t.device.type == "cpu"
+def _may_gain(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``frozen_linear`` may be faster for these two, which are of one dtype."""
+    if weight.device.type != "cpu":
+        return False
+    if weight.dtype in _LOW_PRECISION:
+        return True  # the op asks the CPU at run time; asking here would be traced by torch.compile
+    if weight.dtype != torch.float32 or is_compiling() or not _cpu.prefers_onednn():
+        return False
+    large = weight.numel() >= _cpu.LARGE_WEIGHT
+    return _cpu.matmul_verdict(x) is _cpu.ONEDNN or (large and _cpu.reads_weight_once(x, weight))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear``, through ``frozen_linear`` where that may be faster and nothing but x needs a gradient.
-
-    The op asks the CPU at run time; asking here would be traced by torch.compile.
-    """
+    """``F.linear``, through ``frozen_linear`` where that may be faster and nothing but x needs a gradient."""
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trains or x.dtype != weight.dtype or not _is_low_precision_on_cpu(weight) or torch.is_autocast_enabled("cpu"):
+    if trains or x.dtype != weight.dtype or not _may_gain(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return functional.frozen_linear(x, weight, bias)
 
 
 class FrozenLinear(nn.Linear):
-    """``nn.Linear`` whose frozen 16-bit weight is multiplied through fp32 on a CPU without native bf16/fp16.
+    """``nn.Linear`` whose frozen weight is multiplied by ``lk.frozen_linear`` where that is faster on a CPU.
+
+    In bf16 and fp16 through fp32, on a CPU without instructions for them; in fp32 on AMD's processors by oneDNN from
+    128 rows on, and for up to four rows and a large weight by a kernel that reads the weight once.
 
     ``patch(model, frozen_linears=True)`` swaps the class of existing layers; results equal ``nn.Linear``'s up to
     rounding.

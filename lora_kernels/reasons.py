@@ -53,7 +53,7 @@ class Reason(str, enum.Enum):
     DEVICES = "tensors on several devices"
     TASK_IDS = "task_ids missing, or not one integer per sample"
     MODEL_CACHE = "the model's cache is of its own kind"
-    NOT_LOW_PRECISION = "native matmul is fast for this dtype"
+    FAST_PRODUCT = "torch multiplies this dtype fast here"
 
     def __str__(self) -> str:
         return self.value

@@ -12,6 +12,8 @@ FUSED = "lora_linear"
 """Reason of a fused row: every plain call of the layer is one ``lora_linear``."""
 FROZEN_UPCAST = "frozen, upcast"
 """Reason of a fused row: a frozen ``nn.Linear`` whose low-precision product goes through fp32."""
+FROZEN_NOT_MKL = "frozen, oneDNN instead of MKL"
+"""Reason of a fused row: a frozen fp32 ``nn.Linear`` on an AMD processor."""
 PROMPT = "prompt_embedding"
 """Reason of a fused row: the op puts an adapter's prompt in front of the text, in PEFT's layout."""
 PROMPT_FIXED = "prompt_embedding, left padding fixed"
@@ -22,7 +24,8 @@ PROMPT_MODULE = "prompt_encoder"
 """Where PEFT's models keep what makes their prompts."""
 
 _PROMPT_ROWS = (PROMPT, PROMPT_FIXED, PREFIX)
-_FROZEN_ROWS = (FROZEN_UPCAST, Reason.NOT_LOW_PRECISION)
+_FROZEN_PRODUCTS = {FROZEN_UPCAST: "upcast", FROZEN_NOT_MKL: "by oneDNN"}
+_FROZEN_ROWS = (*_FROZEN_PRODUCTS, Reason.FAST_PRODUCT)
 
 
 @dataclass
@@ -51,17 +54,19 @@ class Report:
         return "\n".join(lines)
 
     def _summary(self) -> str:
-        upcast = sum(reason == FROZEN_UPCAST for _, reason in self.fused)
+        frozen = Counter(reason for _, reason in self.fused if reason in _FROZEN_PRODUCTS)
         fused_prompts = sum(reason in _PROMPT_ROWS for _, reason in self.fused)
         prompts = fused_prompts + sum(PROMPT_MODULE in name.split(".") for name, _ in self.kept)
         layers = sum(reason not in _FROZEN_ROWS for _, reason in self.fused + self.kept) - prompts
         parts = []
         if layers:
-            parts.append(f"{len(self.fused) - upcast - fused_prompts} of {layers} LoRA layers fused")
+            parts.append(f"{len(self.fused) - frozen.total() - fused_prompts} of {layers} LoRA layers fused")
         if prompts:
             parts.append(f"{fused_prompts} of {prompts} prompt{'' if prompts == 1 else 's'} fused")
-        if upcast or not parts:
-            parts.append(f"{upcast} frozen linear{'' if upcast == 1 else 's'} upcast")
+        for reason, count in frozen.items():
+            parts.append(f"{count} frozen linear{'' if count == 1 else 's'} {_FROZEN_PRODUCTS[reason]}")
+        if not parts:
+            parts.append("0 frozen linears swapped")
         return ", ".join(parts)
 
 

@@ -20,6 +20,7 @@ def _matmul(request, monkeypatch):
             pytest.skip("this torch has no oneDNN")
         monkeypatch.setattr(_cpu, "prefers_onednn", lambda: True)
         monkeypatch.setattr(_cpu, "ONEDNN_FROM_ROWS", 0)
+        monkeypatch.setattr(_cpu, "FEW_ROWS", 0)
     if request.param == "no native 16-bit matmul":
         monkeypatch.setattr(_cpu, "has_native_matmul", lambda dtype: dtype in (torch.float32, torch.float64))
 
@@ -54,6 +55,8 @@ def test_schedules(monkeypatch):
     assert schedule(_cpu.UPCAST_ABOVE_ROWS) == "aten"
     assert schedule(_cpu.UPCAST_ABOVE_ROWS + 1) == "upcast"
     assert lk.why("frozen_linear", torch.randn(100, 8), weight.float()).schedule == "aten"
+    assert lk.why("frozen_linear", torch.randn(_cpu.FEW_ROWS, 8), weight.float()).schedule == "decode"
+    assert lk.why("frozen_linear", torch.randn(_cpu.FEW_ROWS, 6), weight.float().t()).schedule == "aten"
 
 
 def test_any_leading_shape_and_strides():

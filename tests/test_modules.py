@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 import lora_kernels as lk
-from lora_kernels import modules
+from lora_kernels import _native, modules
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 K, N, R, ALPHA = 23, 17, 5, 12
@@ -347,6 +347,27 @@ def test_frozen_linear_is_nn_linear(dtype, native):
     assert served == (dtype == BF16)
     schedule = lk.why("frozen_linear", x, layer.weight, layer.bias).schedule
     assert schedule == ("upcast" if dtype == BF16 and not native else "aten")
+
+
+@pytest.mark.skipif(not _native.cpu.onednn, reason="this torch has no oneDNN")
+@pytest.mark.parametrize("prefers", [True, False])
+def test_frozen_linear_in_fp32_takes_the_op_where_it_pays(prefers, monkeypatch):
+    monkeypatch.setattr(modules._cpu, "prefers_onednn", lambda: prefers)
+    layer = frozen_linear(FP32)
+
+    def served(rows):
+        lk.reset_stats()
+        x = torch.randn(rows, K)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        return lk.stats()["served"] == {("frozen_linear", "cpu"): 1}
+
+    few, many = modules._cpu.FEW_ROWS, modules._cpu.ONEDNN_FROM_ROWS
+    assert [served(rows) for rows in (0, few, many - 1, many)] == [False, False, False, prefers]
+    monkeypatch.setattr(modules._cpu, "LARGE_WEIGHT", K * N)
+    assert [served(rows) for rows in (few, few + 1)] == [prefers, False]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(many, K))
+    assert lk.stats()["served"] == {}
 
 
 def test_frozen_linear_that_is_unfrozen_trains(native):

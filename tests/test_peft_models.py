@@ -20,7 +20,7 @@ from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import lora_kernels as lk
-from lora_kernels import modules
+from lora_kernels import _native, modules
 from lora_kernels.reasons import Reason
 
 IDS = torch.arange(14).view(2, 7)
@@ -386,12 +386,32 @@ def test_frozen_linears_of_an_injected_model(no_native_bf16):
     assert {op for op, _ in lk.stats()["served"]} >= {"lora_linear", "frozen_linear"}
 
 
-def test_fast_dtypes_are_left_alone():
+def test_fast_dtypes_are_left_alone(monkeypatch):
+    monkeypatch.setattr(modules._cpu, "prefers_onednn", lambda: False)
     model = tiny_llama().requires_grad_(False)
     before = classes(model)
     report = lk.patch(model, frozen_linears=True)
-    assert {reason for _, reason in report.kept} == {Reason.NOT_LOW_PRECISION}
+    assert str(report).splitlines()[0] == "0 frozen linears swapped"
+    assert {reason for _, reason in report.kept} == {Reason.FAST_PRODUCT}
     assert classes(model) == before
+
+
+@pytest.mark.skipif(not _native.cpu.onednn, reason="this torch has no oneDNN")
+def test_fp32_goes_past_mkl_where_that_is_slow(monkeypatch):
+    monkeypatch.setattr(modules._cpu, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(modules._cpu, "ONEDNN_FROM_ROWS", 4)
+    stock = make(tiny_llama(), target_modules=["q_proj"])
+    patched = copy.deepcopy(stock)
+    report = lk.patch(patched, frozen_linears=True)
+    assert str(report).splitlines()[0] == "3 of 3 LoRA layers fused, 19 frozen linears by oneDNN"
+    assert ("base_model.model.lm_head", "frozen, oneDNN instead of MKL") in report.fused
+
+    results = [loss_and_gradients(model) for model in (patched, stock)]
+    assert lk.stats()["served"]["frozen_linear", "cpu"] == 19
+    assert lk.stats()["served"]["frozen_linear_backward", "cpu"] == 17, "the first k and v need no gradient of x"
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+    lk.unpatch(patched)
+    assert classes(patched) == classes(stock)
 
 
 # --------------------------------------------------------------------------------------------------- imports

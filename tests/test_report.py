@@ -51,5 +51,5 @@ def test_table_is_aligned_and_grouped_by_reason():
 
 
 def test_summary_without_lora_layers():
-    report = Report(kept=[("lm_head", Reason.NOT_LOW_PRECISION)])
-    assert str(report).splitlines()[0] == "0 frozen linears upcast"
+    report = Report(kept=[("lm_head", Reason.FAST_PRODUCT)])
+    assert str(report).splitlines()[0] == "0 frozen linears swapped"

@@ -17,6 +17,7 @@ from .measure import Step
 
 RANK, ALPHA, BATCH, SEQ, NEW_TOKENS = 16, 32, 4, 128, 8
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OURS_AND_FROZEN = f"{OURS}, frozen too"
 MAX_ERROR = 1e-3
 """Of a result, relative to its largest element; the models are deep, and their products are made by other libraries."""
 
@@ -32,7 +33,10 @@ def smollm2_config(layers: int = 30, vocabulary: int = 49152) -> Any:
 
 
 def variants(base: nn.Module, dropout: float) -> dict[str, nn.Module]:
-    """Frozen, PEFT, addmm (without dropout) and fused models, which share the frozen weights."""
+    """Frozen, PEFT, addmm (without dropout) and fused models, which share the frozen weights.
+
+    One more is fused with ``frozen_linears=True``, where that swaps a layer beside the LoRA layers (the head).
+    """
     import peft
 
     def with_adapter() -> nn.Module:
@@ -53,6 +57,9 @@ def variants(base: nn.Module, dropout: float) -> dict[str, nn.Module]:
     report = lk.patch(models[OURS])
     if report.kept:
         raise WrongResult(f"not every layer is fused:\n{report}")
+    with_frozen = with_adapter()
+    if len(lk.patch(with_frozen, frozen_linears=True).fused) > len(report.fused):
+        models[OURS_AND_FROZEN] = with_frozen
     if dropout == 0.0:
         models["addmm"] = with_adapter()
         use_addmm(models["addmm"])

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..modules import FrozenLinear, upcasts
+from ..modules import FrozenLinear, faster_product
 from ..reasons import Reason
-from ..report import FROZEN_UPCAST, FUSED, PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
+from ..report import FUSED, PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
 from . import _classes, _layer_checks
 
 
@@ -29,8 +29,9 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
 
     Args:
         model: a PEFT model, or any module that contains PEFT layers.
-        frozen_linears: also swap frozen ``nn.Linear`` layers whose dtype this CPU has no matmul for (bfloat16
-            or float16 on many machines). Works without PEFT.
+        frozen_linears: also swap frozen ``nn.Linear`` layers (``lk.FrozenLinear``), whose product torch makes slowly:
+            bfloat16 or float16 on a CPU without instructions for it, and fp32 on AMD's processors, where torch takes
+            MKL. Works without PEFT.
         left_padding: where a prompt goes in a batch that is padded on the left. "peft": [prompt, pads, text], with
             positions that count the pads, as PEFT does. "fixed": [pads, prompt, text], with positions that do not, so
             that a text's logits do not depend on its pads; a call that cannot be served so raises. Prefixes are not
@@ -281,9 +282,8 @@ def _patch_frozen(model: nn.Module, peft_layers: dict[str, nn.Module], report: R
             continue
         if weight.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad):
             continue
-        slow = upcasts(weight)
-        if slow:
+        faster = faster_product(weight)
+        if faster is not None:
             module.__class__ = FrozenLinear
         if module not in fused:
-            pair = (name, FROZEN_UPCAST if slow else Reason.NOT_LOW_PRECISION)
-            (report.fused if slow else report.kept).append(pair)
+            (report.kept if faster is None else report.fused).append((name, faster or Reason.FAST_PRODUCT))

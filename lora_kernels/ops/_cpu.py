@@ -20,6 +20,8 @@ ATEN = Verdict("aten", "vendor GEMM, low-rank branch accumulated into its output
 ONEDNN = Verdict("onednn", "oneDNN's GEMM, taken on AMD's processors; low-rank branch accumulated into its output")
 FEW_ROWS = 4
 """Up to so many rows of x, most of the time goes into reading the weight."""
+LARGE_WEIGHT = 1 << 20
+"""From so many elements on, a few rows' product takes so long that the way to an op does not count."""
 DECODE = Verdict("decode", "few rows: the weight is read once, by a kernel that adds the low-rank branch on the way")
 UPCAST = Verdict("upcast", "no native matmul for this dtype on this CPU: blocks go through fp32")
 NATIVE = Verdict("native", "vendor GEMM in 16 bits, which this CPU has instructions for")
@@ -52,6 +54,12 @@ def prefers_onednn() -> bool:
     """True where torch multiplies fp32 by MKL and has oneDNN too, on AMD's processors: there oneDNN was faster."""
     module = _native.cpu
     return bool(module is not None and module.onednn and module.amd and torch.backends.mkl.is_available())
+
+
+def reads_weight_once(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernel for few rows multiplies ``x`` [..., K] by ``weight`` [N, K]."""
+    # stride() and shape take half as long as stride(1) and size(-1).
+    return x.dtype == torch.float32 and x.numel() <= FEW_ROWS * x.shape[-1] and weight.stride()[1] == 1
 
 
 def matmul_verdict(x: torch.Tensor) -> Verdict:

@@ -26,7 +26,11 @@ def _bytes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
 
 
 def _cpu_supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Verdict:
-    return _cpu.matmul_verdict(x)
+    return _cpu.DECODE if _cpu.reads_weight_once(x, weight) else _cpu.matmul_verdict(x)
+
+
+def _cpu_supports_backward(grad_y: Tensor, weight: Tensor) -> Verdict:
+    return _cpu.matmul_verdict(grad_y)
 
 
 BACKWARD = dispatch.register(
@@ -35,7 +39,7 @@ BACKWARD = dispatch.register(
         schema="(Tensor grad_y, Tensor weight) -> Tensor",
         reference=torch.matmul,
         fake=lambda grad_y, weight: grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1])),
-        kernels={"cpu": Kernel(_cpu_supports)},
+        kernels={"cpu": Kernel(_cpu_supports_backward)},
         flops=lambda grad_y, weight: 2 * grad_y.numel() * weight.shape[1],
         bytes=lambda grad_y, weight: _bytes(grad_y, weight.t()),
     )

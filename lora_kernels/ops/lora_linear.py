@@ -44,10 +44,7 @@ def _fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
 def _cpu_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
     if seed is not None:
         return _cpu.REFUSED_DTYPE if x.dtype == torch.float64 else _cpu.matmul_verdict(x)
-    # stride() and shape take half as long as stride(1) and size(-1).
-    if x.dtype == torch.float32 and x.numel() <= _cpu.FEW_ROWS * x.shape[-1] and weight.stride()[1] == 1:
-        return _cpu.DECODE
-    return _cpu.matmul_verdict(x)
+    return _cpu.DECODE if _cpu.reads_weight_once(x, weight) else _cpu.matmul_verdict(x)
 
 
 def _triton_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
