@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import importlib.util
@@ -15,6 +16,7 @@ import torch
 import lora_kernels as lk
 from lora_kernels import _native
 from lora_kernels.benchmarks import traffic
+from lora_kernels.benchmarks.cases import BASELINE, OURS, Case, measure
 from lora_kernels.benchmarks.measure import Timings, host_timer, interleave, peak_bytes, saved_bytes
 from lora_kernels.benchmarks.peers import AddmmLoRA
 from lora_kernels.cli import main
@@ -37,6 +39,23 @@ def test_interleave_calls_every_variant_once_per_round():
     assert [len(values) for values in times.seconds.values()] == [6, 6, 6]
     ratio = Timings({"x": [1.0, 4.0, 3.0], "y": [2.0, 2.0, 3.0]}).ratio("x", "y")
     assert ratio == (1.0, 0.75, 1.5)
+
+
+def test_a_case_is_timed_within_its_context_and_that_is_not_timed():
+    modes, entered = [], []
+
+    @contextlib.contextmanager
+    def within():
+        entered.append(True)
+        with torch.no_grad():
+            yield
+
+    steps = {name: lambda: modes.append(torch.is_grad_enabled()) for name in (BASELINE, OURS)}
+    case = Case("decode", "nothing", "decode", steps, within=within)
+    measure(case, 3, lambda step, repeats: step() or 1.0, torch.device("cpu"), light=lambda case: 0.0)
+    assert len(modes) >= 9
+    assert not any(modes)
+    assert entered == [True]
 
 
 @pytest.mark.parametrize("dropout", ["0", "0.1"])
