@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from . import functional
+from ._checks import PLAIN_TENSORS, inside_transform
 from .ops import _cpu
 from .report import FROZEN_NOT_MKL, FROZEN_UPCAST
 
@@ -32,7 +33,9 @@ def faster_product(weight: Tensor) -> str | None:
 
 def _may_gain(x: Tensor, weight: Tensor) -> bool:
     """Whether ``frozen_linear`` may be faster for these two, which are of one dtype."""
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or type(x) not in PLAIN_TENSORS or type(weight) not in PLAIN_TENSORS:
+        return False
+    if inside_transform():  # F.linear has rules for these
         return False
     if weight.dtype in _LOW_PRECISION:
         return True  # the op asks the CPU at run time; asking here would be traced by torch.compile

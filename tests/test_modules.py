@@ -370,6 +370,31 @@ def test_frozen_linear_in_fp32_takes_the_op_where_it_pays(prefers, monkeypatch):
     assert lk.stats()["served"] == {}
 
 
+class Marked(torch.Tensor):
+    """A tensor with a life of its own, as a DTensor is."""
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_frozen_linear_leaves_transforms_and_subclasses_to_torch(dtype, monkeypatch):
+    monkeypatch.setattr(modules._cpu, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(modules._cpu, "ONEDNN_FROM_ROWS", 1)
+    layer, x = frozen_linear(dtype), torch.randn(3, 9, K, dtype=dtype)
+
+    def stock(x):
+        return F.linear(x, layer.weight, layer.bias)
+
+    expected = stock(x)
+    assert torch.equal(torch.vmap(layer)(x), torch.vmap(stock)(x))
+    for ours, theirs in zip(torch.func.jvp(layer, (x,), (x,)), torch.func.jvp(stock, (x,), (x,))):
+        assert torch.equal(ours, theirs)
+    marked = layer(x.as_subclass(Marked))
+    assert type(marked) is Marked
+    assert torch.equal(marked.as_subclass(torch.Tensor), expected)
+    assert lk.stats()["served"] == {}
+    layer(x)
+    assert lk.stats()["served"] == {("frozen_linear", "cpu"): 1}
+
+
 def test_frozen_linear_that_is_unfrozen_trains(native):
     layer = frozen_linear(BF16)
     layer.bias.requires_grad_()

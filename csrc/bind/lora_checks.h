@@ -1,5 +1,5 @@
-// What the kernels of lora_linear, frozen_linear and dropout_mask take for granted about their operands. The package's functions
-// check more and say what is wrong with which argument; the registered ops can be called without them.
+// What the kernels of lora_linear, frozen_linear and dropout_mask take for granted about their operands. The package's
+// functions check more and say what is wrong with which argument; the registered ops can be called without them.
 #pragma once
 
 #include "aten.h"

@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad as _forward_ad
-from torch.compiler import is_compiling
 from torch.nn.modules import module as _module
 
+from .._checks import PLAIN_TENSORS, inside_transform
 from ..modules import FrozenLinear
 from ..reasons import Reason
 
@@ -26,7 +24,6 @@ Branch = tuple[Tensor, Tensor, "Tensor | None", "float | Tensor", float, bool, "
 EmbeddingOperands = tuple[Tensor, Tensor, Tensor, "float | Tensor", "int | None"]
 """weight, lora_A, lora_B, scaling, padding_idx."""
 
-_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # torch.export traces with fakes
 _PLAIN_LINEARS = (nn.Linear, FrozenLinear)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -93,7 +90,7 @@ def branch_operands(layer: nn.Module, name: str, *also_skipped: nn.Module) -> Br
     lora_A, lora_B, lora_bias = own_A.get("weight"), own_B.get("weight"), own_B["bias"]
     if own_A["bias"] is not None:
         return Reason.ADAPTER_MODULES
-    if type(lora_A) not in _PLAIN_TENSORS or type(lora_B) not in _PLAIN_TENSORS:
+    if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS:
         return Reason.DTENSOR
     scaling = state["scaling"][name]
     if type(scaling) is not float and not _is_scalar(scaling):
@@ -118,7 +115,7 @@ def _base_operands(base: nn.Module) -> tuple[Tensor, Tensor | None] | Reason:
     reason = _why_not_frozen(weight)
     if reason is not None:
         return reason
-    if bias is not None and type(bias) not in _PLAIN_TENSORS:
+    if bias is not None and type(bias) not in PLAIN_TENSORS:
         return Reason.DTENSOR
     return (weight if plain else weight.t()), bias
 
@@ -141,7 +138,7 @@ def _magnitude(layer: nn.Module, name: str, p: float, training: bool, lora_bias:
     if reason is not None:
         return reason
     magnitude = module._parameters.get("weight")
-    if type(magnitude) not in _PLAIN_TENSORS:
+    if type(magnitude) not in PLAIN_TENSORS:
         return Reason.DTENSOR
     if magnitude.device != layer.lora_A[name].weight.device:
         return Reason.DORA  # "ephemeral_gpu_offload" keeps it elsewhere
@@ -214,7 +211,7 @@ def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
         scaling = state["scaling"][name]
         if not _is_scalar(scaling):
             return Reason.TENSOR_SCALING
-        if type(lora_A) not in _PLAIN_TENSORS or type(lora_B) not in _PLAIN_TENSORS or name in layer.input_fns:
+        if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS or name in layer.input_fns:
             return Reason.DTENSOR
         fits = lora_A.dtype == weight.dtype or (lora_A.dtype == torch.float32 and weight.dtype in _LOW_PRECISION)
         if not fits or lora_B.dtype != lora_A.dtype or weight.dtype not in _FLOATS:
@@ -226,13 +223,13 @@ def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
 
 def ids_reason(ids: Any) -> Reason | None:
     """Why these token ids cannot be served by ``lora_embedding``; None if they can."""
-    if type(ids) not in _PLAIN_TENSORS:
+    if type(ids) not in PLAIN_TENSORS:
         return Reason.DTENSOR
     if ids.layout != torch.strided or ids.is_nested:
         return Reason.LAYOUT
     if ids.dtype != torch.int64 and ids.dtype != torch.int32:
         return Reason.DTYPE
-    return _inside_transform()
+    return Reason.TRANSFORM if inside_transform() else None
 
 
 # ------------------------------------------------------------------------------------------------------ shared
@@ -257,7 +254,7 @@ def active_adapters(state: dict[str, Any], container: str) -> str | list[str] | 
 
 def call_reason(x: Any, weight: Tensor, weight_A: Tensor, weight_B: Tensor) -> Reason | None:
     """Why this input cannot be served by ``lora_linear`` on these weights; None if it can."""
-    if type(x) not in _PLAIN_TENSORS:
+    if type(x) not in PLAIN_TENSORS:
         return Reason.DTENSOR
     if x.layout != torch.strided or x.is_nested:
         return Reason.LAYOUT
@@ -273,15 +270,7 @@ def call_reason(x: Any, weight: Tensor, weight_A: Tensor, weight_B: Tensor) -> R
     wide = weight_A.dtype
     if wide != weight_B.dtype or not (wide == dtype or (wide == torch.float32 and dtype in _LOW_PRECISION)):
         return Reason.MIXED_DTYPES
-    return _inside_transform()
-
-
-def _inside_transform() -> Reason | None:
-    if is_compiling():
-        return None
-    if torch._C._functorch.peek_interpreter_stack() is not None or _forward_ad._current_level >= 0:
-        return Reason.TRANSFORM
-    return None
+    return Reason.TRANSFORM if inside_transform() else None
 
 
 def _stack(adapters: list[tuple[Tensor, Tensor, float | Tensor]]) -> tuple[Tensor, Tensor, float | Tensor] | Reason:
@@ -298,7 +287,7 @@ def _stack(adapters: list[tuple[Tensor, Tensor, float | Tensor]]) -> tuple[Tenso
 
 def _why_not_frozen(weight: Any) -> Reason | None:
     """Why a base weight is not a plain frozen matrix; None if it is."""
-    if type(weight) not in _PLAIN_TENSORS:
+    if type(weight) not in PLAIN_TENSORS:
         return Reason.DTENSOR
     if weight.layout != torch.strided:
         return Reason.LAYOUT
@@ -324,7 +313,7 @@ def _why_not_called_as_is(*modules: nn.Module) -> Reason | None:
 
 def _is_scalar(scaling: Any) -> bool:
     """A number, or a tensor without dimensions, which takes no part in type promotion."""
-    return not isinstance(scaling, Tensor) or (type(scaling) in _PLAIN_TENSORS and scaling.dim() == 0)
+    return not isinstance(scaling, Tensor) or (type(scaling) in PLAIN_TENSORS and scaling.dim() == 0)
 
 
 def _is_parametrized(module: nn.Module) -> bool:
