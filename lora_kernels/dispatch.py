@@ -73,7 +73,7 @@ def define_native(name: str, schema: str, fake: Callable[..., Any]) -> Callable[
     """Defines ``torch.ops.lora_kernels_native.<name>``, for the extensions to implement; returns what calls it."""
     _native_lib.define(name + schema)
     torch.library.register_fake(f"lora_kernels_native::{name}", fake, lib=_native_lib)
-    # OpOverload's own __call__ and the way to it from torch.ops are felt in a small layer.
+    # _op is what OpOverload's own __call__ calls; that, and the way to it from torch.ops, are felt in a small layer.
     return getattr(torch.ops.lora_kernels_native, name).default._op
 
 

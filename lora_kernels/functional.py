@@ -332,7 +332,7 @@ _ARGUMENTS = {
 
 def _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed) -> tuple:
     """The op's positional arguments, checked; draws the seed where dropout is active."""
-    drops_nothing = dropout_p == 0.0 or (not training and type(dropout_p) is float and 0.0 < dropout_p <= 1.0)
+    drops_nothing = type(dropout_p) in (float, int) and (dropout_p == 0.0 or (not training and 0.0 < dropout_p <= 1.0))
     plain = drops_nothing and type(scaling) is float and -math.inf < scaling < math.inf
     if plain and _types_fit(x, weight, lora_A, lora_B, bias) and _sizes_fit(x, weight, lora_A, lora_B, bias):
         return x, weight, lora_A, lora_B, bias, None, scaling, 0.0

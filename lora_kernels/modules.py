@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from . import functional
+from . import dispatch, functional
 from ._checks import PLAIN_TENSORS, inside_transform
 from .ops import _cpu
-from .report import FROZEN_NOT_MKL, FROZEN_UPCAST
+from .report import FROZEN_PAST_MKL, FROZEN_UPCAST
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -28,21 +28,28 @@ def faster_product(weight: Tensor) -> str | None:
         return None
     if weight.dtype in _LOW_PRECISION:
         return None if _cpu.has_native_matmul(weight.dtype) else FROZEN_UPCAST
-    return FROZEN_NOT_MKL if weight.dtype == torch.float32 and _cpu.prefers_onednn() else None
+    return FROZEN_PAST_MKL if weight.dtype == torch.float32 and _cpu.prefers_onednn() else None
 
 
 def _may_gain(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``frozen_linear`` may be faster for these two, which are of one dtype."""
-    if weight.device.type != "cpu" or type(x) not in PLAIN_TENSORS or type(weight) not in PLAIN_TENSORS:
+    """Whether ``frozen_linear`` serves these two, which are of one dtype, and may be faster."""
+    dtype = weight.dtype
+    if weight.device.type != "cpu" or (dtype != torch.float32 and dtype not in _LOW_PRECISION):
         return False
-    if inside_transform():  # F.linear has rules for these
+    if dtype == torch.float32 and (is_compiling() or not _cpu.prefers_onednn()):
         return False
-    if weight.dtype in _LOW_PRECISION:
+    if not _is_plain(x) or not _is_plain(weight) or inside_transform():
+        return False
+    if not is_compiling() and dispatch.forced_backend() not in (None, "cpu", "reference"):
+        return False
+    if dtype in _LOW_PRECISION:
         return True  # the op asks the CPU at run time; asking here would be traced by torch.compile
-    if weight.dtype != torch.float32 or is_compiling() or not _cpu.prefers_onednn():
-        return False
     large = weight.numel() >= _cpu.LARGE_WEIGHT
     return _cpu.matmul_verdict(x) is _cpu.ONEDNN or (large and _cpu.reads_weight_once(x, weight))
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in PLAIN_TENSORS and t.layout == torch.strided and not t.is_nested
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -56,11 +63,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class FrozenLinear(nn.Linear):
     """``nn.Linear`` whose frozen weight is multiplied by ``lk.frozen_linear`` where that is faster on a CPU.
 
-    In bf16 and fp16 through fp32, on a CPU without instructions for them; in fp32 on AMD's processors by oneDNN from
-    128 rows on, and for up to four rows and a large weight by a kernel that reads the weight once.
+    In bf16 and fp16 through fp32, on a CPU without instructions for them. In fp32 on AMD's processors, where torch
+    takes MKL: by oneDNN from 128 rows on, and for up to four rows and a large weight by a kernel that reads the weight
+    once; in fp32 under ``torch.compile`` it is ``nn.Linear``.
 
     ``patch(model, frozen_linears=True)`` swaps the class of existing layers; results equal ``nn.Linear``'s up to
-    rounding.
+    rounding. The op has no double backward.
     """
 
     def forward(self, input: Tensor) -> Tensor:

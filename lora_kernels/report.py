@@ -12,8 +12,8 @@ FUSED = "lora_linear"
 """Reason of a fused row: every plain call of the layer is one ``lora_linear``."""
 FROZEN_UPCAST = "frozen, upcast"
 """Reason of a fused row: a frozen ``nn.Linear`` whose low-precision product goes through fp32."""
-FROZEN_NOT_MKL = "frozen, oneDNN instead of MKL"
-"""Reason of a fused row: a frozen fp32 ``nn.Linear`` on an AMD processor."""
+FROZEN_PAST_MKL = "frozen, past MKL"
+"""Reason of a fused row: a frozen fp32 ``nn.Linear`` on an AMD processor, where torch's library is slow."""
 PROMPT = "prompt_embedding"
 """Reason of a fused row: the op puts an adapter's prompt in front of the text, in PEFT's layout."""
 PROMPT_FIXED = "prompt_embedding, left padding fixed"
@@ -24,7 +24,7 @@ PROMPT_MODULE = "prompt_encoder"
 """Where PEFT's models keep what makes their prompts."""
 
 _PROMPT_ROWS = (PROMPT, PROMPT_FIXED, PREFIX)
-_FROZEN_PRODUCTS = {FROZEN_UPCAST: "upcast", FROZEN_NOT_MKL: "by oneDNN"}
+_FROZEN_PRODUCTS = {FROZEN_UPCAST: "upcast", FROZEN_PAST_MKL: "past MKL"}
 _FROZEN_ROWS = (*_FROZEN_PRODUCTS, Reason.FAST_PRODUCT)
 
 

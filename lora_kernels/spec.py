@@ -2,7 +2,8 @@
 
 An op file in ``lora_kernels/ops/`` builds an ``OpSpec`` and hands it to ``dispatch.register``. From the one schema
 string come the public op ``torch.ops.lora_kernels.<name>`` (what ``torch.compile`` sees) and its native twin
-``torch.ops.lora_kernels_native.<name>``, which the C++ and CUDA extensions implement.
+``torch.ops.lora_kernels_native.<name>``, which the C++ and CUDA extensions implement. ``dispatch.define_native`` adds
+native ops that have no public one, for a kernel's own use.
 """
 
 from __future__ import annotations

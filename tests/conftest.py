@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import lora_kernels as lk
+from lora_kernels import _native
+from lora_kernels.ops import _cpu
 
 
 def pytest_configure():
@@ -22,3 +24,11 @@ def fp32_precision():
     before = torch.backends.cuda.matmul.fp32_precision
     yield lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value)
     torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Prefer oneDNN on any machine whose torch has it."""
+    if _native.cpu is None or not _native.cpu.onednn:
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(_cpu, "prefers_onednn", lambda: True)

@@ -12,9 +12,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import profile
 
 import lora_kernels as lk
-from lora_kernels import _native, encoder_networks
+from lora_kernels import encoder_networks
 from lora_kernels.encoder_networks import run_lstm, run_mlp
-from lora_kernels.ops import _cpu
 
 FP64 = torch.float64
 
@@ -103,14 +102,6 @@ def test_lstm_of_which_a_part_trains():
         gradients(run_lstm, network, rows, grad), gradients(call, network, rows, grad), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
-
-
-@pytest.fixture
-def onednn(monkeypatch):
-    """Prefer oneDNN on any machine whose torch has it."""
-    if _native.cpu is None or not _native.cpu.onednn:
-        pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr(_cpu, "prefers_onednn", lambda: True)
 
 
 @pytest.mark.parametrize("rows", [16, 50])

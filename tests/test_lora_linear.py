@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_kernels as lk
 from lora_kernels import _native, philox
 from lora_kernels.ops import _cpu
+from lora_kernels.ops import lora_linear as _lora_op
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # (dtype of x and weight, dtype of the adapters)
@@ -426,8 +427,11 @@ def test_autocast_follows_linear(dtype, adapter_dtype):
 
 @pytest.mark.parametrize("library", ["aten", "decode"], indirect=True)
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 0), (1, 1), (3,), (2, 3), (2, 1, 3)], ids=str)
-def test_without_gradients_the_bits_are_the_same(lead, library):
-    """Few rows are then computed by an op of their own, which keeps no s."""
+def test_without_gradients_the_bits_are_the_same(lead, library, monkeypatch):
+    """Few rows are then computed by an op of their own, which returns no s."""
+    decodes = []
+    native_decode = _lora_op._decode
+    monkeypatch.setattr(_lora_op, "_decode", lambda *args: decodes.append(args) or native_decode(*args))
     for k, n, r in ((40, 24, 4), (17, 33, 1), (130, 9, 40)):
         t = small(k=k, n=n, r=r)
         x = torch.randn(2 * k, *lead).movedim(0, -1)[..., ::2]
@@ -439,6 +443,7 @@ def test_without_gradients_the_bits_are_the_same(lead, library):
             assert y.shape == (*lead, n)
             assert torch.equal(y, kept)
     assert lk.stats()["served"] == {("lora_linear", "cpu"): 12}
+    assert len(decodes) == (6 if library == "decode" or 0 in lead else 0)
 
 
 def test_inference_mode_and_no_grad():
@@ -539,6 +544,15 @@ def test_registered_ops_read_nothing_that_does_not_fit(rows, dtype):
     for name in misfits.BACKWARD:
         with pytest.raises(RuntimeError, match=misfits.message(name)):
             ops.lora_linear_backward(*misfits.lora_linear_backward(name, rows, dtype))
+    x, weight, lora_A, lora_B = torch.randn(rows, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    native = torch.ops.lora_kernels_native
+    for wrong in ((x.to(BF16), weight.to(BF16)), (x, weight.t().contiguous().t())):
+        with pytest.raises(RuntimeError, match="the decode schedule serves fp32 with unit column stride"):
+            native.lora_decode(*wrong, lora_A, lora_B, None, 2.0)
+    with pytest.raises(RuntimeError, match="the decode schedule serves fp32"):
+        native.frozen_linear(x.to(BF16), weight.to(BF16), None, "decode")
+    with pytest.raises(RuntimeError, match="the onednn schedule serves fp32"):
+        native.frozen_linear(x.to(BF16), weight.to(BF16), None, "onednn")
     with pytest.raises(RuntimeError, match="seed must be one int64 number"):
         ops.dropout_mask(misfits.FORWARD["seed"], rows, 8, 0.5)
     x, weight, bias = torch.randn(rows, 8).to(dtype), torch.randn(6, 8).to(dtype), torch.randn(6).to(dtype)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 import lora_kernels as lk
-from lora_kernels import _native, modules
+from lora_kernels import modules
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 K, N, R, ALPHA = 23, 17, 5, 12
@@ -349,10 +349,10 @@ def test_frozen_linear_is_nn_linear(dtype, native):
     assert schedule == ("upcast" if dtype == BF16 and not native else "aten")
 
 
-@pytest.mark.skipif(not _native.cpu.onednn, reason="this torch has no oneDNN")
 @pytest.mark.parametrize("prefers", [True, False])
-def test_frozen_linear_in_fp32_takes_the_op_where_it_pays(prefers, monkeypatch):
-    monkeypatch.setattr(modules._cpu, "prefers_onednn", lambda: prefers)
+def test_frozen_linear_in_fp32_takes_the_op_where_it_pays(prefers, onednn, monkeypatch):
+    if not prefers:
+        monkeypatch.setattr(modules._cpu, "prefers_onednn", lambda: False)
     layer = frozen_linear(FP32)
 
     def served(rows):
@@ -375,8 +375,7 @@ class Marked(torch.Tensor):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_frozen_linear_leaves_transforms_and_subclasses_to_torch(dtype, monkeypatch):
-    monkeypatch.setattr(modules._cpu, "prefers_onednn", lambda: True)
+def test_frozen_linear_leaves_to_torch_what_the_op_cannot_do(dtype, onednn, monkeypatch):
     monkeypatch.setattr(modules._cpu, "ONEDNN_FROM_ROWS", 1)
     layer, x = frozen_linear(dtype), torch.randn(3, 9, K, dtype=dtype)
 
@@ -390,6 +389,11 @@ def test_frozen_linear_leaves_transforms_and_subclasses_to_torch(dtype, monkeypa
     marked = layer(x.as_subclass(Marked))
     assert type(marked) is Marked
     assert torch.equal(marked.as_subclass(torch.Tensor), expected)
+    nested = layer(torch.nested.nested_tensor([x[0], x[1, :4]]))
+    for ours, sample in zip(nested.unbind(), (x[0], x[1, :4])):
+        torch.testing.assert_close(ours, stock(sample))
+    with lk.use_backend("triton"):
+        layer(x)
     assert lk.stats()["served"] == {}
     layer(x)
     assert lk.stats()["served"] == {("frozen_linear", "cpu"): 1}

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import lora_kernels as lk
-from lora_kernels import _native, modules
+from lora_kernels import modules
 from lora_kernels.reasons import Reason
 
 IDS = torch.arange(14).view(2, 7)
@@ -396,15 +396,13 @@ def test_fast_dtypes_are_left_alone(monkeypatch):
     assert classes(model) == before
 
 
-@pytest.mark.skipif(not _native.cpu.onednn, reason="this torch has no oneDNN")
-def test_fp32_goes_past_mkl_where_that_is_slow(monkeypatch):
-    monkeypatch.setattr(modules._cpu, "prefers_onednn", lambda: True)
+def test_fp32_goes_past_mkl_where_that_is_slow(onednn, monkeypatch):
     monkeypatch.setattr(modules._cpu, "ONEDNN_FROM_ROWS", 4)
     stock = make(tiny_llama(), target_modules=["q_proj"])
     patched = copy.deepcopy(stock)
     report = lk.patch(patched, frozen_linears=True)
-    assert str(report).splitlines()[0] == "3 of 3 LoRA layers fused, 19 frozen linears by oneDNN"
-    assert ("base_model.model.lm_head", "frozen, oneDNN instead of MKL") in report.fused
+    assert str(report).splitlines()[0] == "3 of 3 LoRA layers fused, 19 frozen linears past MKL"
+    assert ("base_model.model.lm_head", "frozen, past MKL") in report.fused
 
     results = [loss_and_gradients(model) for model in (patched, stock)]
     assert lk.stats()["served"]["frozen_linear", "cpu"] == 19

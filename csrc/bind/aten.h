@@ -16,6 +16,8 @@ namespace lk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline bool is_fp32(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
+
 // A [rows, columns] view with these strides, starting `offset` elements after t's first.
 inline Tensor view2d(const Tensor& t, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides,
                      int64_t offset = 0) {

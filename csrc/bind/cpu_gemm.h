@@ -43,6 +43,7 @@ inline Tensor dense(const Tensor& t) {
 
 // x Wᵀ + bias by oneDNN, in a tensor of its own. Operands are fp32; W may be a transposed view.
 inline Tensor onednn_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(has_onednn() && is_fp32(x), "the onednn schedule serves fp32, in a torch that has oneDNN");
   const Tensor weight = dense(w);
   // oneDNN does not look at the bias's stride.
   const std::optional<Tensor> row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;

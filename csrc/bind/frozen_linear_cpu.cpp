@@ -9,6 +9,7 @@ namespace lk {
 namespace {
 
 Tensor frozen_decode(const Tensor& rows, const Tensor& w, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(is_fp32(rows), "the decode schedule serves fp32");
   const Tensor weight = w.stride(1) == 1 ? w : torch::stable::contiguous(w);
   const Tensor y = new_empty_as(rows, {rows.size(0), weight.size(0)});
   const std::optional<Tensor> bias_row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;

@@ -26,8 +26,6 @@ Tensor as_float_rows(const Tensor& t) {
 // The kernels' own narrow products pay from this many rows on; below, packing the other operand costs more.
 constexpr int64_t kOwnProductRows = 64;
 
-bool is_fp32(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
-
 // s = dropout(x) Wᵀ for blocks of rows of x, W [rank, k] packed once for all of them.
 class Shrink {
  public:

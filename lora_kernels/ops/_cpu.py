@@ -22,7 +22,7 @@ FEW_ROWS = 4
 """Up to so many rows of x, most of the time goes into reading the weight."""
 LARGE_WEIGHT = 1 << 20
 """From so many elements on, a few rows' product takes so long that the way to an op does not count."""
-DECODE = Verdict("decode", "few rows: the weight is read once, by a kernel that adds the low-rank branch on the way")
+DECODE = Verdict("decode", "few rows: one kernel reads the weight once, and adds a low-rank branch on the way")
 UPCAST = Verdict("upcast", "no native matmul for this dtype on this CPU: blocks go through fp32")
 NATIVE = Verdict("native", "vendor GEMM in 16 bits, which this CPU has instructions for")
 REFUSED_DTYPE = Verdict(None, Reason.DTYPE)

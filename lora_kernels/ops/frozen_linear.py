@@ -1,7 +1,8 @@
 """``frozen_linear``: ``F.linear`` with a weight that does not train.
 
-On a CPU without native bf16/fp16 matmul it goes through fp32 in blocks, which is many times faster than torch's
-portable loop. It is also the floor that benchmarks of ``lora_linear`` divide by.
+It is the base product of ``lora_linear`` alone. On a CPU without native bf16/fp16 matmul it goes through fp32 in
+blocks, which is many times faster than torch's portable loop; a few fp32 rows are the decode kernel's, and many go to
+oneDNN on AMD's processors.
 """
 
 from __future__ import annotations

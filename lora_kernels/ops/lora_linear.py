@@ -247,7 +247,7 @@ def _cpu_inference(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, sc
 
 
 INFERENCE = replace(SPEC, kernels={**SPEC.kernels, "cpu": Kernel(_cpu_supports, native=_cpu_inference)})
-"""``lora_linear`` where only y is asked for: nothing is kept for a backward."""
+"""``lora_linear`` where only y, the first result, is asked for: a kernel may leave s out."""
 
 
 class LoRALinearFunction(torch.autograd.Function):
