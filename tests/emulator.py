@@ -18,7 +18,8 @@ import torch
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 BUILD = CSRC.parent / "build" / "emu"
-KERNELS = ("emu/machine.cpp", "emu/bind.cpp")
+MACHINE = ("emu/machine.cpp", "emu/memory.cpp", "emu/fiber.cpp")
+KERNELS = (*MACHINE, "emu/bind.cpp")
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 
 
@@ -46,12 +47,18 @@ def load_prefix_kv() -> ModuleType:
     return _build_over_torch("_emu_prefix_kv", "emu/bind_prefix_kv.cpp")
 
 
+@functools.cache
+def load_dropout_mask() -> ModuleType:
+    """The same for dropout_mask, in ``torch.ops.lora_kernels_emulated_mask``, by three blocks at most."""
+    return _build_over_torch("_emu_dropout_mask", "emu/bind_dropout_mask.cpp")
+
+
 def _build_over_torch(name: str, binding: str) -> ModuleType:
     torch_dir = Path(torch.__file__).parent
     abi = next(flag for flag in setup_script.load().STABLE_ABI if "TORCH_TARGET_VERSION" in flag)
     compile_flags = (f"-I{CSRC}/emu/cuda", "-isystem", f"{torch_dir}/include", abi, "-DUSE_CUDA")
     link_flags = (f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
-    return _build(name, ("emu/machine.cpp", binding), (*compile_flags, *link_flags))
+    return _build(name, (*MACHINE, binding), (*compile_flags, *link_flags))
 
 
 def _build(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ModuleType:

@@ -15,7 +15,7 @@ from lora_kernels.ops.lora_linear import SPEC
 
 pytestmark = pytest.mark.skipif(
     not lk.backends()["cuda"].available,
-    reason=f"{lk.backends()['cuda'].detail}; the emulator runs the same kernels, and of dropout_mask the generator",
+    reason=f"{lk.backends()['cuda'].detail}; the emulator runs the same kernels",
 )
 
 DTYPES = (torch.bfloat16, torch.float16)

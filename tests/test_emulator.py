@@ -15,7 +15,7 @@ CHECKED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=a
 @pytest.mark.parametrize("flags", [("-O2",), CHECKED], ids=["plain", "sanitized"])
 def test_selftest(flags, tmp_path):
     program = tmp_path / "selftest"
-    sources = [str(emulator.CSRC / "emu" / name) for name in ("selftest.cpp", "machine.cpp")]
+    sources = [str(emulator.CSRC / name) for name in ("emu/selftest.cpp", *emulator.MACHINE)]
     command = [os.environ.get("CXX", "g++"), "-std=c++20", "-Wall", "-Wextra", "-Werror", *flags, *sources]
     built = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

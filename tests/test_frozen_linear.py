@@ -6,21 +6,21 @@ import torch.nn.functional as F
 from numerics import assert_as_accurate
 
 import lora_kernels as lk
-from lora_kernels import _native
 from lora_kernels.ops import _cpu
 
 SHAPES = [(0, 8, 8), (1, 7, 5), (4, 33, 130), (5, 64, 48), (37, 1100, 1200), (2050, 24, 20)]
 
 
-@pytest.fixture(params=["this CPU", "no native 16-bit matmul", "oneDNN"])
+@pytest.fixture(params=["this CPU", "ATen", "no native 16-bit matmul", "oneDNN"])
 def _matmul(request, monkeypatch):
-    """Every schedule is tested on every machine."""
-    if request.param == "oneDNN":
-        if not _native.cpu.onednn:
-            pytest.skip("this torch has no oneDNN")
-        monkeypatch.setattr(_cpu, "prefers_onednn", lambda: True)
-        monkeypatch.setattr(_cpu, "ONEDNN_FROM_ROWS", 0)
+    """Every schedule is tested on every machine, and for few rows, too."""
+    if request.param in ("ATen", "oneDNN"):
         monkeypatch.setattr(_cpu, "FEW_ROWS", 0)
+    if request.param == "ATen":
+        monkeypatch.setattr(_cpu, "prefers_onednn", lambda: False)
+    if request.param == "oneDNN":
+        request.getfixturevalue("onednn")
+        monkeypatch.setattr(_cpu, "ONEDNN_FROM_ROWS", 0)
     if request.param == "no native 16-bit matmul":
         monkeypatch.setattr(_cpu, "has_native_matmul", lambda dtype: dtype in (torch.float32, torch.float64))
 

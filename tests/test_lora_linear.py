@@ -11,7 +11,7 @@ from numerics import ResultSizes, assert_as_accurate
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
-from lora_kernels import _native, philox
+from lora_kernels import philox
 from lora_kernels.ops import _cpu
 from lora_kernels.ops import lora_linear as _lora_op
 
@@ -69,9 +69,10 @@ def run(problem, dtype, adapter_dtype, function):
 @pytest.fixture
 def library(request, monkeypatch):
     """Has fp32 products made by the library of this name, whatever dispatch would choose on this CPU."""
-    if request.param == "onednn" and not _native.cpu.onednn:
-        pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(_cpu, "prefers_onednn", lambda: request.param == "onednn")
+    if request.param == "onednn":
+        request.getfixturevalue("onednn")
+    else:
+        monkeypatch.setattr(_cpu, "prefers_onednn", lambda: False)
     monkeypatch.setattr(_cpu, "ONEDNN_FROM_ROWS", 0)
     monkeypatch.setattr(_cpu, "FEW_ROWS", 1 << 20 if request.param == "decode" else 0)
     return request.param

@@ -5,12 +5,9 @@
 namespace lk {
 
 cudaError_t launch_dropout_mask(const DropoutMaskParams& p, cudaStream_t stream) {
-  constexpr int64_t kMaxBlocks = 65536;  // the kernel strides over the rest
-  const int64_t groups = p.rows * dropout_groups_per_row(p.columns);
-  const int64_t blocks = (groups + kDropoutMaskThreads - 1) / kDropoutMaskThreads;
+  const int64_t blocks = dropout_mask_blocks(p, 65536);
   if (blocks == 0) return cudaSuccess;
-  dropout_mask_kernel<<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kDropoutMaskThreads, 0,
-                        stream>>>(p);
+  dropout_mask_kernel<<<static_cast<unsigned>(blocks), kDropoutMaskThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
