@@ -6,7 +6,7 @@ from .adapters import load_adapter, save_adapter
 from .dispatch import BACKENDS, Choice, backends, reset_stats, stats, use_backend
 from .functional import dora_linear, dropout_mask, frozen_linear, lora_embedding, lora_linear, merge_, unmerge_, why
 from .inject import inject
-from .integrations.peft import patch, patch_peft, unpatch, unpatch_peft
+from .integrations.peft import is_fused, patch, patch_peft, unpatch, unpatch_peft
 from .merging import merge_adapter, unmerge_adapter
 from .modules import FrozenLinear, LoRAEmbedding, LoRALinear
 from .ops.lora_embedding import LoRAEmbeddingFunction
@@ -43,6 +43,7 @@ __all__ = [
     "dropout_mask",
     "frozen_linear",
     "inject",
+    "is_fused",
     "load_adapter",
     "lora_embedding",
     "lora_linear",

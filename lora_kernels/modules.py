@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from . import dispatch, functional
 from ._checks import PLAIN_TENSORS, inside_transform
+from .class_swaps import in_place_of
 from .ops import _cpu
 from .report import FROZEN_PAST_MKL, FROZEN_UPCAST
 
@@ -60,6 +61,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return functional.frozen_linear(x, weight, bias)
 
 
+@in_place_of(nn.Linear)
 class FrozenLinear(nn.Linear):
     """``nn.Linear`` whose frozen weight is multiplied by ``lk.frozen_linear`` where that is faster on a CPU.
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .. import dispatch
+from ..class_swaps import in_place_of, our_class
 from ..functional import dora_linear, lora_embedding, lora_linear_of_layer
 from ..reasons import Reason
 from . import _layer_checks, _mixed_batch
@@ -18,6 +20,7 @@ original_create_new_module = LoraModel._create_new_module
 """What ``LoraModel`` had when ``patch_peft`` was called last."""
 
 
+@in_place_of(Linear)
 class FusedLinear(Linear):
     """PEFT's ``lora.Linear`` with a forward of one op where that computes the same.
 
@@ -48,6 +51,7 @@ class FusedLinear(Linear):
         return super().forward(x, *args, **kwargs)
 
 
+@in_place_of(Embedding)
 class FusedEmbedding(Embedding):
     """PEFT's ``lora.Embedding``, as ``FusedLinear`` is its ``lora.Linear``."""
 
@@ -64,15 +68,7 @@ class FusedEmbedding(Embedding):
         return super().forward(x, *args, **kwargs)
 
 
-class CountedParamWrapper(ParamWrapper):
-    """PEFT's layer for ``target_parameters``, which computes ``W + s B A``; only counted."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        _count("lora_linear", Reason.TARGET_PARAMETERS)
-        return super().forward(x, *args, **kwargs)
-
-
-SWAPS = {Linear: FusedLinear, Embedding: FusedEmbedding, ParamWrapper: CountedParamWrapper}
+SWAPS = {Linear: FusedLinear, Embedding: FusedEmbedding}
 """PEFT's layers and what replaces them."""
 
 
@@ -100,8 +96,38 @@ def create_in_patched_model(*args: Any, **kwargs: Any) -> nn.Module:
 
 
 def swap(module: nn.Module) -> nn.Module:
-    """``module``, of our class if it was of PEFT's."""
-    ours = SWAPS.get(type(module))
-    if ours is not None:
-        module.__class__ = ours
+    """``module``, of our class if it is of one that we replace; otherwise its calls are counted as fallbacks.
+
+    What is no layer of PEFT's comes back as it is.
+    """
+    if not isinstance(module, BaseTunerLayer) or our_class(module, SWAPS.values()) is not None:
+        return module
+    if why_not_swapped(module) is None:
+        module.__class__ = SWAPS[type(module)]
+    elif _count_not_swapped not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_count_not_swapped)
     return module
+
+
+def why_not_swapped(layer: nn.Module) -> Reason | None:
+    """Why the class of one of PEFT's layers is not swapped; None if it can be, or is."""
+    if our_class(layer, SWAPS.values()) is not None:
+        return None
+    if type(layer) is ParamWrapper:  # computes W + s B A, a matrix as large as W
+        return Reason.TARGET_PARAMETERS
+    if type(layer) not in SWAPS:
+        return Reason.LAYER_TYPE
+    # What the instance calls is bound to the old class: swapping would change nothing.
+    return Reason.INSTANCE_FORWARD if "forward" in layer.__dict__ else None
+
+
+def _count_not_swapped(layer: nn.Module, args: tuple) -> None:
+    """A forward pre-hook of layers that stay PEFT's."""
+    _count("lora_embedding" if isinstance(layer, Embedding) else "lora_linear", why_not_swapped(layer))
+
+
+def stop_counting(module: nn.Module) -> None:
+    """Takes away what ``swap`` hooked to a layer that it did not swap."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _count_not_swapped:
+            del module._forward_pre_hooks[key]

@@ -34,14 +34,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad as _forward_ad
 from transformers import Cache
 
-from .. import dispatch
+from .. import class_swaps, dispatch
 from .._checks import has_hooks
 from ..ops.prompt_embedding import FLOATS, INDICES
 from ..prefix_functional import KeysAndValues, prefix_kv
 from ..prompt_functional import PromptEmbeddingOutput, prompt_embedding
 from ..prompt_modules import all_rows, encoded_rows, plain_weight
 from ..reasons import Reason
-from . import _cache, _classes
+from . import _cache
 
 _ENCODERS = {
     PeftType.PROMPT_TUNING: PromptEmbedding,
@@ -63,7 +63,7 @@ original_setup_prompt_encoder = PeftModel._setup_prompt_encoder
 
 def model_reason(model: PeftModel) -> Reason | None:
     """Why the calls of a model would not reach ours if its class were swapped; None if they would, or do."""
-    if _classes.our_class(model, PLAIN) is not None:
+    if class_swaps.our_class(model, PLAIN) is not None:
         return None
     if type(model) not in FUSED:
         return Reason.LAYER_TYPE
@@ -457,8 +457,7 @@ FUSED = {
 PLAIN = {fused: plain for plain, fused in FUSED.items()}
 
 for _plain, _fused in FUSED.items():
-    # Pipelines of transformers know a model by this name. Pickle goes by __qualname__, which stays ours.
-    _fused.__name__ = _plain.__name__
+    class_swaps.in_place_of(_plain)(_fused)
 
 
 def fuse(model: PeftModel) -> Reason | None:
@@ -472,7 +471,7 @@ def fuse(model: PeftModel) -> Reason | None:
 
 def unfuse(model: PeftModel) -> None:
     """Gives a model PEFT's class back, and what is bound to it on the instance PEFT's methods."""
-    swapped = _classes.give_back(model, PLAIN)
+    swapped = class_swaps.give_back(model, PLAIN)
     if swapped is None:
         return
     ours, plain = swapped

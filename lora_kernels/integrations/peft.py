@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..modules import FrozenLinear, faster_product
+from .. import class_swaps
+from ..modules import FrozenLinear, LoRAEmbedding, LoRALinear, faster_product
 from ..reasons import Reason
 from ..report import FUSED, PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
-from . import _classes, _layer_checks
+from . import _layer_checks
 
 
 def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "peft") -> Report:
@@ -71,19 +72,20 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
 def unpatch(model: nn.Module) -> None:
     """Restores the classes that ``patch`` or ``patch_peft`` changed in ``model``; without any, does nothing."""
     for module in model.modules():
-        _classes.give_back(module, {FrozenLinear: nn.Linear})
+        class_swaps.give_back(module, {FrozenLinear: nn.Linear})
     if not _peft_imported():
         return
     fused = _peft_linear()
     originals = {ours: theirs for theirs, ours in fused.SWAPS.items()}
     for module in model.modules():
-        swapped = _classes.give_back(module, originals)
+        swapped = class_swaps.give_back(module, originals)
         if swapped is not None:
             ours, theirs = swapped
             for name, value in list(module.__dict__.items()):
                 # An accelerate hook keeps the method that it wraps on the instance.
                 if getattr(value, "__func__", None) is ours.forward:
                     module.__dict__[name] = MethodType(theirs.forward, module)
+        fused.stop_counting(module)
         if module.__dict__.get("_create_new_module") is fused.create_in_patched_model:
             del module.__dict__["_create_new_module"]
     for _, peft_model in _prompt_models(model):
@@ -124,6 +126,16 @@ def unpatch_peft() -> None:
     prompt = _peft_prompt()
     if prompt.PeftModel._setup_prompt_encoder is prompt.setup_in_patched_peft:
         prompt.PeftModel._setup_prompt_encoder = prompt.original_setup_prompt_encoder
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether the forward of this module itself is one of lora_kernels: swapped in by ``patch`` or ``patch_peft``, or a
+    ``LoRALinear`` or ``LoRAEmbedding``.
+
+    A swapped layer keeps its class's name in ``repr``, so this and the report of ``patch`` tell. A call that such a
+    layer cannot serve runs the original forward; ``lk.stats()`` counts those, ``lk.verify`` names them.
+    """
+    return class_swaps.swapped_in(module) is not None or isinstance(module, (LoRALinear, LoRAEmbedding))
 
 
 def plain_adapter(layer: Any, adapter: str | None) -> tuple:
@@ -246,15 +258,10 @@ def _fuse(layer: nn.Module) -> tuple[bool, str]:
     not.
     """
     layers = _peft_linear()
-    kind = type(layer)
-    if kind not in layers.SWAPS and _classes.our_class(layer, layers.SWAPS.values()) is None:
-        return False, f"{Reason.LAYER_TYPE}: {kind.__name__}"
-    if kind in layers.SWAPS and "forward" in layer.__dict__:
-        # What the instance calls is bound to the old class: swapping would change nothing.
-        return False, Reason.INSTANCE_FORWARD
     layers.swap(layer)
-    if isinstance(layer, layers.CountedParamWrapper):
-        return False, Reason.TARGET_PARAMETERS
+    reason = layers.why_not_swapped(layer)
+    if reason is not None:
+        return False, f"{reason}: {type(layer).__name__}" if reason is Reason.LAYER_TYPE else reason
     if isinstance(layer, layers.FusedEmbedding):
         found = _layer_checks.embedding_operands(layer)
         return (False, found) if isinstance(found, Reason) else (True, "lora_embedding")

@@ -1,4 +1,8 @@
-"""Which of our classes a module has, and giving it back the one that it had before.
+"""Our classes in the place of others' classes: their names, which of them a module has, and giving the other back.
+
+PEFT, transformers and accelerate tell classes apart by name, and people read names in ``repr``, warnings and
+``get_layer_status``. So a swapped-in class goes by the name of the one that it replaces; ``lk.is_fused`` and the
+reports say which layers are fused.
 
 Between ``patch`` and ``unpatch`` others may have swapped a module's class in turn: torch's ``fully_shard`` gives it a
 subclass made for the purpose, whose bases are its own mixin and the class that the module had.
@@ -7,11 +11,45 @@ subclass made for the purpose, whose bases are its own mixin and the class that 
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
+
+_SWAPPED_IN: set[type] = set()
+
+
+def in_place_of(original: type) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """A decorator for a class of modules that is swapped in for ``original``: from then on it goes by its name."""
+
+    def rename(ours: type[nn.Module]) -> type[nn.Module]:
+        home = ours.__module__, ours.__qualname__
+
+        def reduce(self: nn.Module, protocol: int) -> tuple:
+            # Pickle finds a class by its name, which is the other's now; so it is told where to look.
+            parts = super(ours, self).__reduce_ex__(protocol)
+            return (_empty, home, *parts[2:]) if type(self) is ours else parts
+
+        ours.__reduce_ex__ = reduce
+        ours.__name__, ours.__qualname__, ours.__module__ = (
+            original.__name__, original.__qualname__, original.__module__,
+        )  # fmt: skip
+        _SWAPPED_IN.add(ours)
+        return ours
+
+    return rename
+
+
+def _empty(module: str, name: str) -> nn.Module:
+    kind = getattr(importlib.import_module(module), name)
+    return kind.__new__(kind)
+
+
+def swapped_in(module: nn.Module) -> type | None:
+    """Which of the classes that go by another's name the module has; None if it has none."""
+    return our_class(module, _SWAPPED_IN)
 
 
 def our_class(module: nn.Module, ours: Collection[type]) -> type | None:
