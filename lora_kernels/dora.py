@@ -15,16 +15,18 @@ _BLOCK = 1 << 20
 
 @torch.no_grad()
 def norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
-    """``(weight + scaling * lora_B @ lora_A).norm(dim=1)`` in float32 (float64 for float64), without that matrix.
+    """``(weight + scaling * lora_B @ lora_A).norm(dim=1)``, without that matrix.
 
-    Row by row the root of ``||W||^2 + 2 s (W A^T, B) + s^2 (B A A^T, B)``. Where W and its update nearly cancel, so do
-    the terms, and the result has fewer digits than W.
+    Row by row the root of ``||W||^2 + 2 s (W A^T, B) + s^2 (B A A^T, B)``, formed in float32 at least. Where W and its
+    update nearly cancel, so do the terms, and the result has fewer digits than W. Where the update is zero, as at the
+    start, the result has the bits of ``weight.norm(dim=1)``, from which PEFT's magnitude is initialised: their quotient
+    is exactly 1.
 
     Args:
         weight: [out_features, in_features]. lora_A: [rank, in_features]. lora_B: [out_features, rank].
 
     Returns:
-        [out_features].
+        [out_features], in the wider of the dtypes of weight and lora_B, as PEFT has it.
     """
     if dispatch.autocast_enabled(weight.device.type):  # the norm is float32 under autocast, too
         with torch.autocast(weight.device.type, enabled=False):
@@ -37,8 +39,11 @@ def _norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tenso
     A, B = lora_A.to(wide), lora_B.to(wide) * scaling
     WA = torch.cat([rows.to(wide) @ A.t() for rows in _blocks(weight, wide)])
     # Taken anew in each call: a write through weight.data, which merging and many loaders make, leaves no trace.
-    squared = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
-    return (squared + ((2 * WA + B @ (A @ A.t())) * B).sum(1)).clamp_min_(0).sqrt_()
+    of_weight = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
+    update = ((2 * WA + B @ (A @ A.t())) * B).sum(1)
+    # The root of a square is not always the number itself.
+    total = torch.where(update == 0, of_weight, (of_weight.square() + update).clamp_min_(0).sqrt_())
+    return total.to(torch.promote_types(weight.dtype, lora_B.dtype))
 
 
 def _blocks(matrix: Tensor, wide: torch.dtype) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from numerics import ResultSizes, assert_as_accurate
+from numerics import assert_as_accurate
 from peft import LoraConfig, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_layers import (
@@ -308,71 +308,28 @@ def test_dora_starts_as_the_base_layer():
     torch.testing.assert_close(lin(model)(x), lin(model).base_layer(x))
 
 
-def test_dora_norm_needs_no_matrix_of_the_weights_size():
-    n, k, r = 300, 200, 4
-    weight, A, B = torch.randn(n, k), torch.randn(r, k), torch.randn(n, r)
-    exact = (weight.double() + 1.3 * B.double() @ A.double()).norm(dim=1)
-    for dtype in (FP32, BF16):
-        unfused = (weight.to(dtype) + 1.3 * B @ A).norm(dim=1)
-        W = weight.to(dtype)
-        bound = exact if dtype == FP32 else (W.double() + 1.3 * B.double() @ A.double()).norm(dim=1)
-        assert_as_accurate(dora.norm(W, A, B, 1.3), unfused, bound)
-    with ResultSizes(weight) as made:
-        dora.norm(weight, A, B, 1.3)
-    assert max(made.sizes) == max(n * r, k * r)
-
-
-def test_dora_norm_is_that_of_the_present_weight():
-    """After a write, also through ``data``, a cast, a move of the storage, and for a view."""
-    weight, A, B = torch.randn(6, 5), torch.randn(2, 5), torch.randn(6, 2)
-
-    def check(w):
-        expected = (w.float() + B @ A).norm(dim=1)
-        torch.testing.assert_close(dora.norm(w, A, B, 1.0), expected)
-        torch.testing.assert_close(dora.norm(w, A, B, 1.0), expected)
-
-    check(weight)
-    weight.mul_(2)
-    check(weight)
-    weight.data.copy_(torch.randn(6, 5))
-    check(weight)
-    weight.data = torch.randn(6, 5)
-    check(weight)
-    check(weight.bfloat16())
-    square = torch.randn(6, 6)
-    check(square[:, :5])
-    check(square[:, 1:])
-    check(square.t()[:, :5])
-    with torch.inference_mode():
-        check(torch.randn(6, 5))
-        dora.norm(square, A[:, :1].expand(2, 6), B, 1.0)
-    B.requires_grad_()
-    (B / dora.norm(square, A[:, :1].expand(2, 6), B, 1.0)[:, None]).sum().backward()
-
-
-def test_dora_model_trains_as_peft():
-    stock = make(use_dora=True)
-    patched = copy.deepcopy(stock)
-    lk.patch(patched)
-    x, curves = torch.randn(20, K), []
-    for model in (stock, patched):
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
-        losses = []
-        for _ in range(5):
-            loss = model(x).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        curves.append(losses)
-    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
-    assert curves[0][-1] < curves[0][0]
-    with torch.no_grad():
-        expected = patched.eval()(x)
-        patched.merge_adapter()
-        torch.testing.assert_close(patched(x), expected, rtol=1e-4, atol=1e-5)
-        patched.unmerge_adapter()
-        torch.testing.assert_close(patched(x), expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("adapters", [None, "cast"])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_dora_norm_without_an_update_has_the_bits_of_pefts(dtype, adapters):
+    """The root of the square of the norm is an ulp off in about one row of four. Where PEFT's magnitude is not rounded
+    to 16 bits on the way (as it is for a 16-bit base with fp32 adapters), the scale is then exactly 1 at the start.
+    """
+    net = Net(linear=lambda *_, **__: nn.Linear(576, 192)).to(dtype)
+    options = {} if adapters is None else {"autocast_adapter_dtype": False}
+    model = get_peft_model(net, LoraConfig(target_modules=["lin"], use_dora=True), **options)
+    layer = lin(model)
+    A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+    weight, scaling = layer.base_layer.weight, layer.scaling["default"]
+    magnitude = layer.lora_magnitude_vector["default"]
+    theirs = magnitude.get_weight_norm(weight.to(A.dtype), B @ A, scaling)
+    ours = dora.norm(weight, A, B, scaling)
+    assert ours.dtype == theirs.dtype
+    assert torch.equal(ours, theirs)
+    if A.dtype == dtype:
+        assert torch.equal(magnitude.weight / ours, torch.ones_like(ours))
+    B[3] = torch.randn(8)
+    changed = dora.norm(weight, A, B, scaling) != theirs
+    assert changed.tolist() == [row == 3 for row in range(192)], "rows without an update keep their bits"
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
