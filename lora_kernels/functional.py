@@ -83,12 +83,12 @@ def lora_linear_of_layer(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float | Tensor,
     dropout_p: float, training: bool,
 ) -> Tensor:  # fmt: skip
-    """``lora_linear`` for a layer that has looked at types, dtypes and transforms itself.
+    """``lora_linear`` for a layer that has looked at types, dtypes, scaling and transforms itself.
 
     A small layer takes as long as looking twice does.
     """
     if (
-        type(scaling) is float and -math.inf < scaling < math.inf and (dropout_p == 0.0 or not training)
+        type(scaling) is float and (dropout_p == 0.0 or not training)
         and not is_compiling() and not dispatch.any_autocast() and (bias is None or bias.dtype == x.dtype)
         and _sizes_fit(x, weight, lora_A, lora_B, bias)
     ):  # fmt: skip

@@ -36,6 +36,8 @@ class Reason(str, enum.Enum):
     FAN_IN_FAN_OUT = "fan_in_fan_out (Conv1D)"
     LORA_BIAS = "bias in lora_B"
     TENSOR_SCALING = "tensor-valued scaling"
+    SCALING = "scaling is not finite"
+    INFERENCE_TENSOR = "base weight made in inference mode"
     SEVERAL_ADAPTERS = "several active adapters under dropout"
     ADAPTER_NAMES = "adapter_names (mixed batch) in a form that is not served"
     ADAPTER_HOOKS = "hooks on lora_A, lora_B, dropout or the base layer"

@@ -2,7 +2,9 @@
 
 import copy
 import warnings
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from numerics import assert_as_accurate
@@ -220,6 +222,33 @@ def test_tensor_scaling(scaling, dtype):
     lin(stock).scaling["default"] = scaling
     unfused = copy.deepcopy(stock).to(dtype)
     assert_fused_and_accurate(stock, torch.randn(30, K, dtype=dtype, requires_grad=True), unfused)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [np.float32(0.75), np.float64(0.75), np.int64(2), Fraction(3, 4), 2, torch.tensor(2), torch.tensor(True)],
+    ids=lambda scaling: f"{type(scaling).__name__} {scaling}",
+)
+@pytest.mark.parametrize("target", ["lin", "emb"])
+def test_numbers_of_other_kinds(scaling, target):
+    """lora_alpha=np.float32(4) gives such a factor; PEFT multiplies by it without looking."""
+    net = nn.ModuleDict({"lin": nn.Linear(K, N), "emb": nn.Embedding(11, 6)})
+    stock = get_peft_model(net, LoraConfig(target_modules=[target], init_lora_weights=False))
+    patched = copy.deepcopy(stock)
+    lk.patch(patched)
+    theirs, ours = (model.base_model.model[target] for model in (stock, patched))
+    ours.scaling["default"] = scaling
+    theirs.scaling["default"] = float(scaling) if isinstance(scaling, Fraction) else scaling  # PEFT takes no fractions
+    x = torch.randn(3, K) if target == "lin" else torch.arange(5)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert lk.stats()["fallback"] == {}
+
+
+def test_dropout_of_another_kind_of_number():
+    stock = make(lora_dropout=np.float32(0.25))
+    lk.patch(stock)
+    lin(stock)(torch.randn(3, K))
+    assert lk.stats()["fallback"] == {}
 
 
 def test_tensor_scaling_that_trains():

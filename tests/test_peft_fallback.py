@@ -1,7 +1,9 @@
 """A patched PEFT layer where it is not fused: bitwise what stock PEFT computes, and the reason is counted."""
 
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -140,6 +142,34 @@ def test_other_arguments():
     assert lk.stats()["fallback"] == {("lora_linear", Reason.EXTRA_ARGUMENTS): 1}
     with pytest.raises(TypeError):
         lin(patched)(x, 3)
+
+
+@pytest.mark.parametrize("scaling", [float("inf"), -math.inf, math.nan, np.float32("inf")], ids=str)
+def test_scaling_that_the_op_refuses(scaling):
+    stock = make()
+    lin(stock).scaling["default"] = scaling
+    patched = copy.deepcopy(stock)
+    assert lk.patch(patched).kept == [("base_model.model.lin", Reason.SCALING)]
+    x = torch.randn(4, K)
+    torch.testing.assert_close(lin(patched)(x), lin(stock)(x), rtol=0, atol=0, equal_nan=True)
+    assert lk.stats() == {"served": {}, "fallback": {("lora_linear", Reason.SCALING): 1}}
+
+
+def test_weight_made_in_inference_mode():
+    """torch's linear saves such a weight only where x needs a gradient; our Function always would."""
+    stock, x = make(), torch.randn(4, K)
+    with torch.inference_mode():
+        weight = nn.Parameter(lin(stock).base_layer.weight.clone(), requires_grad=False)
+    lin(stock).base_layer.weight = weight
+    patched = copy.deepcopy(stock)
+    lin(patched).base_layer.weight = weight
+    lk.patch(patched)
+    ours, theirs = run(lin(patched), x), run(lin(stock), x)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert lk.stats() == {"served": {}, "fallback": {("lora_linear", Reason.INFERENCE_TENSOR): 1}}
+    with torch.no_grad():
+        torch.testing.assert_close(lin(patched)(x), theirs["y"])
+    assert sum(lk.stats()["served"].values()) == 1
 
 
 def test_global_hooks_see_every_module():

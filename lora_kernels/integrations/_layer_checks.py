@@ -7,10 +7,13 @@ a model is sharded or offloaded. So the checks are plain dictionary reads, which
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules import module as _module
 
 from .._checks import PLAIN_TENSORS, inside_transform
@@ -31,6 +34,7 @@ _GLOBAL_HOOKS = (
     _module._global_forward_hooks, _module._global_forward_pre_hooks,
     _module._global_backward_hooks, _module._global_backward_pre_hooks,
 )  # fmt: skip
+_INF = math.inf
 _any_autocast = torch._C._is_any_autocast_enabled  # several times cheaper than asking for one device
 
 
@@ -79,7 +83,7 @@ def branch_operands(layer: nn.Module, name: str, *also_skipped: nn.Module) -> Br
         return Reason.PARAMETRIZED if _is_parametrized(A) or _is_parametrized(B) else _variant_or_modules(layer, name)
     p = 0.0
     if type(dropout) is nn.Dropout and not dropout.inplace:
-        p = dropout.p
+        p = dropout.p if type(dropout.p) is float else float(dropout.p)
     elif type(dropout) is not nn.Identity:
         return Reason.ADAPTER_MODULES
     reason = _why_not_called_as_is(A, B, dropout, *also_skipped)
@@ -93,8 +97,10 @@ def branch_operands(layer: nn.Module, name: str, *also_skipped: nn.Module) -> Br
     if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS:
         return Reason.DTENSOR
     scaling = state["scaling"][name]
-    if type(scaling) is not float and not _is_scalar(scaling):
-        return Reason.TENSOR_SCALING
+    if type(scaling) is not float or not -_INF < scaling < _INF:
+        scaling = _usual_scaling(scaling)
+        if type(scaling) is Reason:
+            return scaling
     magnitude = None
     if name in state["lora_variant"]:
         magnitude = _magnitude(layer, name, p, dropout.training, lora_bias)
@@ -208,9 +214,9 @@ def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
         if name not in layer.lora_embedding_A:
             return Reason.NO_ACTIVE_ADAPTER
         lora_A, lora_B = layer.lora_embedding_A._parameters.get(name), layer.lora_embedding_B._parameters.get(name)
-        scaling = state["scaling"][name]
-        if not _is_scalar(scaling):
-            return Reason.TENSOR_SCALING
+        scaling = _usual_scaling(state["scaling"][name])
+        if type(scaling) is Reason:
+            return scaling
         if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS or name in layer.input_fns:
             return Reason.DTENSOR
         fits = lora_A.dtype == weight.dtype or (lora_A.dtype == torch.float32 and weight.dtype in _LOW_PRECISION)
@@ -270,6 +276,8 @@ def call_reason(x: Any, weight: Tensor, weight_A: Tensor, weight_B: Tensor) -> R
     wide = weight_A.dtype
     if wide != weight_B.dtype or not (wide == dtype or (wide == torch.float32 and dtype in _LOW_PRECISION)):
         return Reason.MIXED_DTYPES
+    if torch.is_grad_enabled() and not is_compiling() and weight.is_inference():
+        return Reason.INFERENCE_TENSOR  # a Function saves the weight, where torch's own linear may not have to
     return Reason.TRANSFORM if inside_transform() else None
 
 
@@ -311,9 +319,18 @@ def _why_not_called_as_is(*modules: nn.Module) -> Reason | None:
     return None
 
 
-def _is_scalar(scaling: Any) -> bool:
-    """A number, or a tensor without dimensions, which takes no part in type promotion."""
-    return not isinstance(scaling, Tensor) or (type(scaling) in PLAIN_TENSORS and scaling.dim() == 0)
+def _usual_scaling(scaling: Any) -> float | Tensor | Reason:
+    """An adapter's factor, whatever kind of number it came as (numpy's, say), as the ops take it.
+
+    A tensor without dimensions takes no part in type promotion; one with dimensions may.
+    """
+    if isinstance(scaling, Tensor):
+        if type(scaling) not in PLAIN_TENSORS or scaling.dim() > 0 or scaling.is_complex():
+            return Reason.TENSOR_SCALING
+        return scaling if scaling.is_floating_point() else scaling.float()
+    if isinstance(scaling, numbers.Real):
+        scaling = float(scaling)
+    return scaling if -_INF < scaling < _INF else Reason.SCALING
 
 
 def _is_parametrized(module: nn.Module) -> bool:
