@@ -19,6 +19,7 @@ from .prompt_functional import PromptEmbeddingOutput, prompt_embedding
 from .prompt_modules import PromptEmbedding, PromptEncoder
 from .reasons import Reason
 from .report import Report
+from .verification import Verification, verify
 
 __all__ = [
     "BACKENDS",
@@ -36,6 +37,7 @@ __all__ = [
     "PromptEncoder",
     "Reason",
     "Report",
+    "Verification",
     "__version__",
     "backends",
     "build_info",
@@ -61,5 +63,6 @@ __all__ = [
     "unpatch",
     "unpatch_peft",
     "use_backend",
+    "verify",
     "why",
 ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -303,6 +304,21 @@ def stats() -> dict[str, dict[tuple[str, str], int]]:
     """
     with _lock:
         return {"served": dict(_served), "fallback": dict(_fallback)}
+
+
+@contextlib.contextmanager
+def own_stats() -> Iterator[None]:
+    """Counters that begin at zero here and are as before afterwards: for calls that are nobody's."""
+    with _lock:
+        before = dict(_served), dict(_fallback)
+    reset_stats()
+    try:
+        yield
+    finally:
+        reset_stats()
+        with _lock:
+            _served.update(before[0])
+            _fallback.update(before[1])
 
 
 def reset_stats() -> None:

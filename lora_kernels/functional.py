@@ -497,11 +497,18 @@ def _check_probability(op: str, name: str, p: float) -> None:
         raise ValueError(f"{op}: {name} must be a number in [0, 1], got {p!r}")
 
 
+def draw_seed(device: torch.device) -> Tensor:
+    """The key of a mask, an int64 [1], from torch's generator of the device.
+
+    Drawn outside the op: checkpoint's RNG stash and CUDA graphs' generator offsets then cover it.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
 def _seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
     """An int64 [1] tensor on ``device``."""
     if seed is None:
-        # Drawn here, outside the op: checkpoint's RNG stash and CUDA graphs' generator offsets then cover it.
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+        return draw_seed(device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(f"{op}: seed must be an int64 tensor of one element, got {seed.dtype} {tuple(seed.shape)}")

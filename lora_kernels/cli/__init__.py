@@ -1,4 +1,4 @@
-"""The ``lora-kernels`` command: info, finetune, merge, bench, plan."""
+"""The ``lora-kernels`` command: info, finetune, merge, verify, bench, plan."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import bench, finetune, info, merge, plan
+from . import bench, finetune, info, merge, plan, verify
 from ._console import CliError, error
 
-_COMMANDS = (info, finetune, merge, bench, plan)
+_COMMANDS = (info, finetune, merge, verify, bench, plan)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType, ModuleType
 from typing import Any
 
@@ -47,8 +48,8 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
     """
     if left_padding not in ("peft", "fixed"):
         raise ValueError(f'patch: left_padding must be "peft" or "fixed", got {left_padding!r}')
-    peft_layers = dict(_tuner_layers(model))
-    prompts = dict(_prompt_models(model))
+    peft_layers = dict(tuner_layers(model))
+    prompts = dict(prompt_models(model))
     if not peft_layers and not prompts and not frozen_linears:
         raise ValueError(
             f"patch: {type(model).__name__} holds no PEFT layer; make it a PEFT model first, use lk.inject, "
@@ -88,7 +89,7 @@ def unpatch(model: nn.Module) -> None:
         fused.stop_counting(module)
         if module.__dict__.get("_create_new_module") is fused.create_in_patched_model:
             del module.__dict__["_create_new_module"]
-    for _, peft_model in _prompt_models(model):
+    for _, peft_model in prompt_models(model):
         _peft_prompt().unfuse(peft_model)
 
 
@@ -196,7 +197,8 @@ def _lora_model() -> type:
     return LoraModel
 
 
-def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """PEFT's layers in ``model``, of any method, with their names."""
     if not _peft_imported():
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -206,13 +208,37 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def why_not_swapped(layer: nn.Module) -> Reason | None:
+    """Why the class of one of PEFT's layers is not swapped; None if it can be, or is."""
+    return _peft_linear().why_not_swapped(layer)
+
+
+def prompt_reason(model: nn.Module) -> Reason | None:
+    """Why the active prompt of a PEFT model is PEFT's own to put in; None if it is ours."""
+    if class_swaps.swapped_in(model) is None:
+        return Reason.LAYER_TYPE
+    return _peft_prompt().adapter_reason(model, model.active_adapter)
+
+
+@contextmanager
+def original_prompts(model: nn.Module) -> Iterator[None]:
+    """A patched model with prompts has PEFT's class inside."""
+    fixed = model._left_padding_fixed
+    _peft_prompt().unfuse(model)
+    try:
+        yield
+    finally:
+        _peft_prompt().fuse(model)
+        model._left_padding_fixed = fixed
+
+
 def _tuner_models(model: nn.Module) -> Iterator[nn.Module]:
     if _peft_imported():
         exact = _lora_model()
         yield from (module for module in model.modules() if type(module) is exact)
 
 
-def _prompt_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def prompt_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The PEFT models in ``model`` that have a prompt, with their names."""
     if _peft_imported():
         from peft import PeftModel
