@@ -19,9 +19,6 @@ from . import _native, dispatch
 from ._checks import has_hooks
 from .ops import _cpu
 
-ONEDNN_FROM_ROWS = 16
-"""Where the gradient of the weight is made, too, oneDNN's own layout pays sooner than for a frozen weight."""
-
 FEW_STEPS, WIDE_HIDDEN = 32, 1024
 """torch's LSTM (oneDNN's) costs much per call and little per step, as long as the weights stay in the cache."""
 
@@ -86,23 +83,23 @@ def _trains_on_cpu(rows: Tensor, network: nn.Module) -> bool:
 # -------------------------------------------------------------------------------------------------------- linear
 
 
-def _onednn_is_faster(rows: Tensor) -> bool:
-    allowed = torch._C._get_mkldnn_enabled() and rows.dtype == torch.float32 and rows.dim() == 2
-    return allowed and rows.shape[0] >= ONEDNN_FROM_ROWS and _cpu.prefers_onednn()
+def _takes_onednn(rows: Tensor, weight: Tensor) -> bool:
+    fits = rows.dtype == torch.float32 and rows.dim() == 2 and rows.shape[-1] == weight.shape[1]
+    return fits and _cpu.matmul_verdict(rows, weight).schedule == "onednn"
 
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a bᵀ + bias by oneDNN."""
-    return torch.ops.lora_kernels_native.frozen_linear.default(a, b, bias, "onednn")
+    """a bᵀ + bias, by the library that is faster."""
+    schedule = _cpu.matmul_verdict(a, b).schedule
+    return torch.ops.lora_kernels_native.frozen_linear.default(a, b, bias, schedule)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    fits = x.shape[-1] == weight.shape[1]  # torch says what does not fit, oneDNN only that something does not
-    return _Linear.apply(x, weight, bias) if fits and _onednn_is_faster(x) else F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if _takes_onednn(x, weight) else F.linear(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
-    """``F.linear`` with its three products by oneDNN."""
+    """``F.linear`` with each of its three products by the library that is faster."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]

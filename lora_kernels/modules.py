@@ -14,22 +14,29 @@ from torch.nn import functional as F
 from . import dispatch, functional
 from ._checks import PLAIN_TENSORS, inside_transform
 from .class_swaps import in_place_of
-from .ops import _cpu
+from .ops import _cpu, _cpu_product
 from .report import FROZEN_PAST_MKL, FROZEN_UPCAST
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
+_USUAL_ROWS = 512
+"""Of a training step, by which a layer is judged before it has seen any."""
+
+
 def faster_product(weight: Tensor) -> str | None:
     """How ``frozen_linear`` multiplies by a frozen [N, K] weight where it beats torch, as a row of the report.
 
-    That is on a CPU without a matmul for the weight's dtype, and in fp32 on AMD's processors, where torch takes MKL.
+    That is on a CPU without a matmul for the weight's dtype, and in fp32 where oneDNN beats MKL, which torch takes.
     """
     if weight.device.type != "cpu":
         return None
     if weight.dtype in _LOW_PRECISION:
         return None if _cpu.has_native_matmul(weight.dtype) else FROZEN_UPCAST
-    return FROZEN_PAST_MKL if weight.dtype == torch.float32 and _cpu.prefers_onednn() else None
+    if weight.dtype != torch.float32 or weight.numel() == 0:
+        return None
+    both = (_cpu.product_verdict(weight.dtype, _USUAL_ROWS, weight, is_gradient) for is_gradient in (False, True))
+    return FROZEN_PAST_MKL if any(verdict.schedule == "onednn" for verdict in both) else None
 
 
 def _may_gain(x: Tensor, weight: Tensor) -> bool:
@@ -37,7 +44,7 @@ def _may_gain(x: Tensor, weight: Tensor) -> bool:
     dtype = weight.dtype
     if weight.device.type != "cpu" or (dtype != torch.float32 and dtype not in _LOW_PRECISION):
         return False
-    if dtype == torch.float32 and (is_compiling() or not _cpu.prefers_onednn()):
+    if dtype == torch.float32 and is_compiling():
         return False
     if not _is_plain(x) or not _is_plain(weight) or inside_transform():
         return False
@@ -45,8 +52,13 @@ def _may_gain(x: Tensor, weight: Tensor) -> bool:
         return False
     if dtype in _LOW_PRECISION:
         return True  # the op asks the CPU at run time; asking here would be traced by torch.compile
-    large = weight.numel() >= _cpu.LARGE_WEIGHT
-    return _cpu.matmul_verdict(x) is _cpu.ONEDNN or (large and _cpu.reads_weight_once(x, weight))
+    if _cpu.reads_weight_once(x, weight):
+        large = weight.numel() >= _cpu.LARGE_WEIGHT
+        return large and _cpu_product.choose_for_few_rows(x.numel() // x.shape[-1], weight).schedule == "decode"
+    if _cpu.matmul_verdict(x, weight).schedule == "onednn":
+        return True
+    rows = x.numel() // max(1, x.shape[-1])
+    return x.requires_grad and _cpu.product_verdict(dtype, rows, weight, is_k_by_n=True).schedule == "onednn"
 
 
 def _is_plain(t: Tensor) -> bool:
@@ -65,8 +77,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class FrozenLinear(nn.Linear):
     """``nn.Linear`` whose frozen weight is multiplied by ``lk.frozen_linear`` where that is faster on a CPU.
 
-    In bf16 and fp16 through fp32, on a CPU without instructions for them. In fp32 on AMD's processors, where torch
-    takes MKL: by oneDNN from 128 rows on, and for up to four rows and a large weight by a kernel that reads the weight
+    In bf16 and fp16 through fp32, on a CPU without instructions for them. In fp32 by oneDNN where that was measured to
+    be faster than torch's own product, and for up to four rows and a large weight by a kernel that reads the weight
     once; in fp32 under ``torch.compile`` it is ``nn.Linear``.
 
     ``patch(model, frozen_linears=True)`` swaps the class of existing layers; results equal ``nn.Linear``'s up to

@@ -5,7 +5,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels import _native
-from lora_kernels.ops import _cpu
+from lora_kernels.ops import _cpu_product
 
 
 def pytest_configure():
@@ -28,7 +28,8 @@ def fp32_precision():
 
 @pytest.fixture
 def onednn(monkeypatch):
-    """Prefer oneDNN on any machine whose torch has it."""
+    """Takes oneDNN on any machine whose torch has it, whatever would be measured."""
     if _native.cpu is None or not _native.cpu.onednn:
         pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr(_cpu, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(_cpu_product, "_has_both", lambda: True)
+    monkeypatch.setattr(_cpu_product, "_mode", "onednn")

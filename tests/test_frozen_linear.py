@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from numerics import assert_as_accurate
 
 import lora_kernels as lk
-from lora_kernels.ops import _cpu
+from lora_kernels.ops import _cpu, _cpu_product
 
 SHAPES = [(0, 8, 8), (1, 7, 5), (4, 33, 130), (5, 64, 48), (37, 1100, 1200), (2050, 24, 20)]
 
@@ -17,10 +17,10 @@ def _matmul(request, monkeypatch):
     if request.param in ("ATen", "oneDNN"):
         monkeypatch.setattr(_cpu, "FEW_ROWS", 0)
     if request.param == "ATen":
-        monkeypatch.setattr(_cpu, "prefers_onednn", lambda: False)
+        monkeypatch.setattr(_cpu_product, "_mode", "mkl")
     if request.param == "oneDNN":
         request.getfixturevalue("onednn")
-        monkeypatch.setattr(_cpu, "ONEDNN_FROM_ROWS", 0)
+        monkeypatch.setattr(_cpu_product, "FROM_ROWS", 0)
     if request.param == "no native 16-bit matmul":
         monkeypatch.setattr(_cpu, "has_native_matmul", lambda dtype: dtype in (torch.float32, torch.float64))
 
@@ -54,6 +54,7 @@ def test_schedules(monkeypatch):
 
     assert schedule(_cpu.UPCAST_ABOVE_ROWS) == "aten"
     assert schedule(_cpu.UPCAST_ABOVE_ROWS + 1) == "upcast"
+    monkeypatch.setattr(_cpu_product, "_mode", "mkl")
     assert lk.why("frozen_linear", torch.randn(100, 8), weight.float()).schedule == "aten"
     assert lk.why("frozen_linear", torch.randn(_cpu.FEW_ROWS, 8), weight.float()).schedule == "decode"
     assert lk.why("frozen_linear", torch.randn(_cpu.FEW_ROWS, 6), weight.float().t()).schedule == "aten"

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
 from lora_kernels import philox
-from lora_kernels.ops import _cpu
+from lora_kernels.ops import _cpu, _cpu_product
 from lora_kernels.ops import lora_linear as _lora_op
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -72,26 +72,24 @@ def library(request, monkeypatch):
     if request.param == "onednn":
         request.getfixturevalue("onednn")
     else:
-        monkeypatch.setattr(_cpu, "prefers_onednn", lambda: False)
-    monkeypatch.setattr(_cpu, "ONEDNN_FROM_ROWS", 0)
+        monkeypatch.setattr(_cpu_product, "_mode", "mkl")
+    monkeypatch.setattr(_cpu_product, "FROM_ROWS", 0)
     monkeypatch.setattr(_cpu, "FEW_ROWS", 1 << 20 if request.param == "decode" else 0)
     return request.param
 
 
-def test_library_is_what_dispatch_says(monkeypatch):
-    monkeypatch.setattr(_cpu, "prefers_onednn", lambda: True)
-
+def test_library_is_what_dispatch_says(onednn):
     def schedule(rows, dtype=FP32):
         sizes = (rows, 8), (24, 8), (2, 8), (24, 2)
         return lk.why("lora_linear", *(torch.randn(size, dtype=dtype) for size in sizes)).schedule
 
-    assert schedule(_cpu.ONEDNN_FROM_ROWS) == "onednn"
-    assert schedule(_cpu.ONEDNN_FROM_ROWS - 1) == "aten"
+    assert schedule(_cpu_product.FROM_ROWS) == "onednn"
+    assert schedule(_cpu_product.FROM_ROWS - 1) == "aten"
     assert schedule(_cpu.FEW_ROWS + 1) == "aten"
     assert schedule(_cpu.FEW_ROWS) == "decode"
-    assert schedule(_cpu.ONEDNN_FROM_ROWS, dtype=FP64) == "aten"
+    assert schedule(_cpu_product.FROM_ROWS, dtype=FP64) == "aten"
     with torch.backends.mkldnn.flags(enabled=False):
-        assert schedule(_cpu.ONEDNN_FROM_ROWS) == "aten"
+        assert schedule(_cpu_product.FROM_ROWS) == "aten"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

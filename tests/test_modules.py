@@ -13,6 +13,8 @@ from torch.nn.utils import parametrize, prune
 
 import lora_kernels as lk
 from lora_kernels import modules
+from lora_kernels.ops import _cpu_product
+from lora_kernels.spec import Verdict
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 K, N, R, ALPHA = 23, 17, 5, 12
@@ -352,7 +354,9 @@ def test_frozen_linear_is_nn_linear(dtype, native):
 @pytest.mark.parametrize("prefers", [True, False])
 def test_frozen_linear_in_fp32_takes_the_op_where_it_pays(prefers, onednn, monkeypatch):
     if not prefers:
-        monkeypatch.setattr(modules._cpu, "prefers_onednn", lambda: False)
+        monkeypatch.setattr(_cpu_product, "_mode", "mkl")
+    few_rows = Verdict("decode" if prefers else "aten", "as the test says")
+    monkeypatch.setattr(_cpu_product, "choose_for_few_rows", lambda rows, weight: few_rows)
     layer = frozen_linear(FP32)
 
     def served(rows):
@@ -361,7 +365,7 @@ def test_frozen_linear_in_fp32_takes_the_op_where_it_pays(prefers, onednn, monke
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
         return lk.stats()["served"] == {("frozen_linear", "cpu"): 1}
 
-    few, many = modules._cpu.FEW_ROWS, modules._cpu.ONEDNN_FROM_ROWS
+    few, many = modules._cpu.FEW_ROWS, _cpu_product.FROM_ROWS
     assert [served(rows) for rows in (0, few, many - 1, many)] == [False, False, False, prefers]
     monkeypatch.setattr(modules._cpu, "LARGE_WEIGHT", K * N)
     assert [served(rows) for rows in (few, few + 1)] == [prefers, False]
@@ -376,7 +380,7 @@ class Marked(torch.Tensor):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_frozen_linear_leaves_to_torch_what_the_op_cannot_do(dtype, onednn, monkeypatch):
-    monkeypatch.setattr(modules._cpu, "ONEDNN_FROM_ROWS", 1)
+    monkeypatch.setattr(_cpu_product, "FROM_ROWS", 1)
     layer, x = frozen_linear(dtype), torch.randn(3, 9, K, dtype=dtype)
 
     def stock(x):

@@ -22,6 +22,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import lora_kernels as lk
 from lora_kernels import modules
 from lora_kernels.integrations import _peft_linear
+from lora_kernels.ops import _cpu_product
 from lora_kernels.reasons import Reason
 
 IDS = torch.arange(14).view(2, 7)
@@ -389,7 +390,7 @@ def test_frozen_linears_of_an_injected_model(no_native_bf16):
 
 
 def test_fast_dtypes_are_left_alone(monkeypatch):
-    monkeypatch.setattr(modules._cpu, "prefers_onednn", lambda: False)
+    monkeypatch.setattr(_cpu_product, "_mode", "mkl")
     model = tiny_llama().requires_grad_(False)
     before = classes(model)
     report = lk.patch(model, frozen_linears=True)
@@ -399,7 +400,7 @@ def test_fast_dtypes_are_left_alone(monkeypatch):
 
 
 def test_fp32_goes_past_mkl_where_that_is_slow(onednn, monkeypatch):
-    monkeypatch.setattr(modules._cpu, "ONEDNN_FROM_ROWS", 4)
+    monkeypatch.setattr(_cpu_product, "FROM_ROWS", 4)
     stock = make(tiny_llama(), target_modules=["q_proj"])
     patched = copy.deepcopy(stock)
     report = lk.patch(patched, frozen_linears=True)

@@ -32,8 +32,8 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
     Args:
         model: a PEFT model, or any module that contains PEFT layers.
         frozen_linears: also swap frozen ``nn.Linear`` layers (``lk.FrozenLinear``), whose product torch makes slowly:
-            bfloat16 or float16 on a CPU without instructions for it, and fp32 on AMD's processors, where torch takes
-            MKL. Works without PEFT.
+            bfloat16 or float16 on a CPU without instructions for it, and fp32 where another library was measured to be
+            faster on this CPU. Works without PEFT.
         left_padding: where a prompt goes in a batch that is padded on the left. "peft": [prompt, pads, text], with
             positions that count the pads, as PEFT does. "fixed": [pads, prompt, text], with positions that do not, so
             that a text's logits do not depend on its pads; a call that cannot be served so raises. Prefixes are not

@@ -6,18 +6,14 @@ import functools
 
 import torch
 
-from .. import _native
 from ..reasons import Reason
 from ..spec import Verdict
+from . import _cpu_product
 
 UPCAST_ABOVE_ROWS = 4
 """torch's own low-precision path is a matrix-vector loop that beats upcasting the whole weight up to this many rows."""
 
-ONEDNN_FROM_ROWS = 128
-"""oneDNN brings the weight into a layout of its own first, which pays from about this many rows on."""
-
-ATEN = Verdict("aten", "vendor GEMM, low-rank branch accumulated into its output")
-ONEDNN = Verdict("onednn", "oneDNN's GEMM, taken on AMD's processors; low-rank branch accumulated into its output")
+ATEN = _cpu_product.MKL
 FEW_ROWS = 4
 """Up to so many rows of x, most of the time goes into reading the weight."""
 LARGE_WEIGHT = 1 << 20
@@ -49,29 +45,28 @@ def is_native_16bit(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and has_native_matmul(dtype)
 
 
-@functools.cache
-def prefers_onednn() -> bool:
-    """True where torch multiplies fp32 by MKL and has oneDNN too, on AMD's processors: there oneDNN was faster."""
-    module = _native.cpu
-    return bool(module is not None and module.onednn and module.amd and torch.backends.mkl.is_available())
-
-
 def reads_weight_once(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernel for few rows multiplies ``x`` [..., K] by ``weight`` [N, K]."""
     # stride() and shape take half as long as stride(1) and size(-1).
     return x.dtype == torch.float32 and x.numel() <= FEW_ROWS * x.shape[-1] and weight.stride()[1] == 1
 
 
-def matmul_verdict(x: torch.Tensor) -> Verdict:
-    """How the CPU kernels multiply ``x`` [..., K] by a weight of its dtype."""
-    dtype = x.dtype
+def matmul_verdict(x: torch.Tensor, weight: torch.Tensor, is_k_by_n: bool = False) -> Verdict:
+    """How the CPU kernels multiply ``x`` [..., K] by a ``weight`` [N, K] of its dtype ([K, N] where ``is_k_by_n``)."""
+    k = x.shape[-1]
+    return product_verdict(x.dtype, x.numel() // k if k else 0, weight, is_k_by_n, x.stride()[-1] == 1)
+
+
+def product_verdict(
+    dtype: torch.dtype, rows: int, weight: torch.Tensor, is_k_by_n: bool = False, x_by_rows: bool = True
+) -> Verdict:
+    """``matmul_verdict`` for an x of so many rows, which lie in one piece each or not."""
     if dtype == torch.float32:
-        large = x.numel() >= ONEDNN_FROM_ROWS * x.shape[-1] and x.numel() > 0
-        return ONEDNN if large and prefers_onednn() and torch._C._get_mkldnn_enabled() else ATEN
+        return _cpu_product.choose(rows, x_by_rows, weight, is_k_by_n)
     if dtype == torch.float64:
         return ATEN
     if dtype != torch.bfloat16 and dtype != torch.float16:
         return REFUSED_DTYPE
-    if has_native_matmul(dtype) or x.numel() <= UPCAST_ABOVE_ROWS * x.shape[-1]:
+    if has_native_matmul(dtype) or rows <= UPCAST_ABOVE_ROWS:
         return ATEN
     return UPCAST

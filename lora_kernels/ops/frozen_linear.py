@@ -2,7 +2,7 @@
 
 It is the base product of ``lora_linear`` alone. On a CPU without native bf16/fp16 matmul it goes through fp32 in
 blocks, which is many times faster than torch's portable loop; a few fp32 rows are the decode kernel's, and many go to
-oneDNN on AMD's processors.
+oneDNN where that is faster.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def _bytes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
 
 
 def _cpu_supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Verdict:
-    return _cpu.DECODE if _cpu.reads_weight_once(x, weight) else _cpu.matmul_verdict(x)
+    return _cpu.DECODE if _cpu.reads_weight_once(x, weight) else _cpu.matmul_verdict(x, weight)
 
 
 def _cpu_supports_backward(grad_y: Tensor, weight: Tensor) -> Verdict:
-    return _cpu.matmul_verdict(grad_y)
+    return _cpu.matmul_verdict(grad_y, weight, is_k_by_n=True)
 
 
 BACKWARD = dispatch.register(

@@ -43,8 +43,8 @@ def _fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
 
 def _cpu_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
     if seed is not None:
-        return _cpu.REFUSED_DTYPE if x.dtype == torch.float64 else _cpu.matmul_verdict(x)
-    return _cpu.DECODE if _cpu.reads_weight_once(x, weight) else _cpu.matmul_verdict(x)
+        return _cpu.REFUSED_DTYPE if x.dtype == torch.float64 else _cpu.matmul_verdict(x, weight)
+    return _cpu.DECODE if _cpu.reads_weight_once(x, weight) else _cpu.matmul_verdict(x, weight)
 
 
 def _triton_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
@@ -116,7 +116,7 @@ def _fake_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_
 def _cpu_supports_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, *needs) -> Verdict:
     if seed is not None and x.dtype == torch.float64:
         return _cpu.REFUSED_DTYPE
-    verdict = _cpu.matmul_verdict(x)
+    verdict = _cpu.matmul_verdict(grad_y, weight, is_k_by_n=True)
     # A few 16-bit rows are "aten", too, where the CPU has no instructions for them.
     return _cpu.NATIVE if verdict is _cpu.ATEN and _cpu.is_native_16bit(x.dtype) else verdict
 
