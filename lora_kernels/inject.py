@@ -12,7 +12,7 @@ from torch import nn
 from .modules import LoRALinear, check_hyperparameters, check_plain_linear
 from .reasons import Reason
 from .report import FUSED, Report
-from .wrappers import check_may_grow, unwrapped
+from .wrappers import check_may_grow, unwrapped, wrapper_kinds
 
 ALL_LINEAR = "all-linear"
 
@@ -63,7 +63,7 @@ def inject(
         target_modules, r, alpha, dict(rank_pattern or {}), dict(alpha_pattern or {}),
         exclude_modules, layers_to_transform, layers_pattern,
     )  # fmt: skip
-    check_may_grow("inject", model)
+    check_may_grow("inject", wrapper_kinds(model))
     with unwrapped(model) as bare:
         plan, kept = targets.plan("inject", bare, dropout)
     model.requires_grad_(False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
@@ -87,11 +87,16 @@ def own_class(model: nn.Module) -> type[nn.Module]:
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, sharded))
 
 
-def check_may_grow(op: str, model: nn.Module) -> None:
-    """ValueError if a wrapper in or around ``model`` knows only the parameters that it was made with."""
+def check_may_grow(op: str, kinds: Collection[str]) -> None:
+    """ValueError if a wrapper of one of these kinds knows only the parameters that it was made with."""
     for kind in (DDP, FSDP1, DEEPSPEED):
-        if kind in wrapper_kinds(model):
+        if kind in kinds:
             raise ValueError(
                 f"{op}: the model is wrapped in {kind}, which would not train parameters added to it now; "
                 "wrap it afterwards"
             )
+
+
+def mentions_wrapper(text: str, kinds: Collection[str]) -> bool:
+    """Whether ``text`` has the name under which a wrapper of one of these kinds holds what it wraps."""
+    return any(_WRAPPERS[kind][2] in text for kind in kinds)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..inject import first_match, inject
 from ..modules import scaling_of
-from ..wrappers import check_may_grow, unwrapped
+from ..wrappers import check_may_grow, unwrapped, wrapper_kinds
 from .config import CONFIG_FILE, WEIGHTS_FILE, read_config, refuse_more_than_lora, targets_of
 from .files import reading
 from .models import (
@@ -59,6 +59,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         config_file, weights_file = locate(CONFIG_FILE), locate(WEIGHTS_FILE)
         config = read_config(config_file)
         tensors = _read_tensors(weights_file, source / _PICKLE_FILE)
+    kinds = wrapper_kinds(model)
     with unwrapped(model) as bare:
         adapter = active_adapter(_OP, bare)
         if adapter is not None:
@@ -67,7 +68,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         layers = lora_layers(_OP, bare)
         refuse_more_than_lora(config, source / CONFIG_FILE)
         if not layers:
-            check_may_grow(f"{_OP}: {source}", model)
+            check_may_grow(f"{_OP}: {source}", kinds)
         _load_into_layers(bare, layers, config, tensors, source)
 
 

@@ -6,20 +6,23 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..modules import LoRALinear
-from ..wrappers import own_class, unwrapped, wrapper_kinds
+from ..wrappers import mentions_wrapper, own_class, unwrapped, wrapper_kinds
 from .config import CONFIG_FILE, WEIGHTS_FILE, alpha_of, describe
 from .files import replacing
 from .models import active_adapter, layer_slots, lora_layers, peft_slots
 from .slots import slots_of
 
 _OP = "save_adapter"
+_ABOUT_NAMES = (
+    "target_modules", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern",
+)  # fmt: skip
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -44,13 +47,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     target = Path(directory)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{_OP}: {target} is not a directory")
-    wrapped = bool(wrapper_kinds(model))
+    kinds = wrapper_kinds(model)
     with unwrapped(model) as bare:
         adapter = active_adapter(_OP, bare)
         if adapter is None:
             _save_layers(bare, target)
         else:
-            _save_peft(bare, adapter, target, wrapped)
+            _save_peft(bare, adapter, target, kinds)
 
 
 def _save_layers(model: nn.Module, target: Path) -> None:
@@ -68,7 +71,7 @@ def _save_layers(model: nn.Module, target: Path) -> None:
         save_file(tensors, staged / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def _save_peft(model: nn.Module, adapter: str, target: Path, wrapped: bool) -> None:
+def _save_peft(model: nn.Module, adapter: str, target: Path, kinds: Collection[str]) -> None:
     """By PEFT's own code, which is given the tensors."""
     options: dict[str, Any] = {}
     config = model.peft_config[adapter]
@@ -85,7 +88,7 @@ def _save_peft(model: nn.Module, adapter: str, target: Path, wrapped: bool) -> N
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(source / name, staged / name)
         written = json.loads((staged / CONFIG_FILE).read_text())
-        changes = _names_without_wrappers(model, adapter, wrapped, written)
+        changes = _names_without_wrappers(model, adapter, kinds, written)
         if changes:
             _write_json(staged / CONFIG_FILE, written | changes)
 
@@ -140,7 +143,7 @@ def _check_one_name_each(model: nn.Module, layers: Mapping[str, LoRALinear]) -> 
 
 
 def _names_without_wrappers(
-    model: nn.Module, adapter: str, wrapped: bool, written: Mapping[str, Any]
+    model: nn.Module, adapter: str, kinds: Collection[str], written: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What is to be changed in the config that PEFT wrote, because an adapter was made, or a class taken, of a wrapped
     model.
@@ -152,7 +155,9 @@ def _names_without_wrappers(
     mapping = written.get("auto_mapping")
     if mapping is not None and own_class(base) is not type(base):
         changes["auto_mapping"] = mapping | _auto_mapping(base)
-    if not wrapped or written["peft_type"] != "LORA" or written.get("target_parameters"):
+    if written["peft_type"] != "LORA" or written.get("target_parameters"):
+        return changes
+    if not mentions_wrapper(json.dumps([written.get(field) for field in _ABOUT_NAMES]), kinds):
         return changes
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     own = {name: layer for name, layer in layers.items() if adapter in layer.scaling}
@@ -163,5 +168,4 @@ def _names_without_wrappers(
         {name: layer.lora_alpha[adapter] for name, layer in own.items()},
         names,
     )
-    choosing = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    return changes | exact | {field: None for field in choosing if field in written}
+    return changes | exact | {field: None for field in _ABOUT_NAMES if field in written and field not in exact}
