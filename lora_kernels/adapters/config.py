@@ -89,7 +89,7 @@ def read_config(file: Path) -> dict[str, Any]:
     if unknown:
         warnings.warn(
             f"load_adapter: {file}: {', '.join(unknown)} is of a newer PEFT than this reader knows, and ignored",
-            stacklevel=4,
+            stacklevel=3,
         )
     return config
 
