@@ -6,9 +6,7 @@ import functools
 import hashlib
 import json
 import math
-import os
 import signal
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..adapters.files import replacing
+
 STATE_FILE = "trainer_state.safetensors"
 _STATE_VERSION = 1
+_EXTRA = {"settings", "held_out", "data"}
 _HELD_OUT_SHARE = 10
 _HELD_OUT_MAX = 16
 
@@ -154,7 +155,12 @@ class Trainer:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value.detach()
         header = {"version": _STATE_VERSION, "losses": self.losses, "extra": extra}
-        save_atomically(path, {k: v.contiguous().cpu() for k, v in tensors.items()}, {"trainer": json.dumps(header)})
+        with replacing(path.parent) as staged:
+            save_file(
+                {k: v.contiguous().cpu() for k, v in tensors.items()},
+                staged / path.name,
+                metadata={"trainer": json.dumps(header)},
+            )
 
     def load(self, path: Path) -> None:
         """Continue from a state that ``save`` wrote.
@@ -171,6 +177,11 @@ class Trainer:
         saved = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameter.")}
         if saved != {f"parameter.{name}": p.shape for name, p in self.parameters.items()}:
             raise StateError(f"{path} is of another model or adapter: parameter names or shapes differ")
+        needed = {"rng.cpu"}
+        if header["losses"]:
+            needed |= {f"{key}.{name}" for name in self.parameters for key in ("step", "exp_avg", "exp_avg_sq")}
+        if needed - tensors.keys():
+            raise StateError(f"{path} is damaged: {min(needed - tensors.keys())} is missing")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter.{name}"])
@@ -199,39 +210,16 @@ def read_header(path: Path) -> dict[str, Any]:
             header = json.loads((file.metadata() or {})["trainer"])
     except FileNotFoundError:
         raise StateError(f"there is no {path.name} in {path.parent}: nothing to resume") from None
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise StateError(f"{path} is damaged or not a trainer state: {error}") from None
+    if not isinstance(header, dict):
+        raise StateError(f"{path} is damaged or not a trainer state: its header is a {type(header).__name__}")
     if header.get("version") != _STATE_VERSION:
         raise StateError(f"{path} has version {header.get('version')}, expected {_STATE_VERSION}")
+    extra = header.get("extra")
+    if not isinstance(header.get("losses"), list) or not isinstance(extra, dict) or not extra.keys() >= _EXTRA:
+        raise StateError(f"{path} is damaged: its header lacks what a resume needs")
     return header
-
-
-# ------------------------------------------------------------------------------------------------------- files
-
-
-def save_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file beside ``path``, flush it to disk, then rename it over ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as temporary:
-        written = Path(temporary) / path.name
-        save_file(tensors, written, metadata=metadata)
-        replace_file(written, path)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """As ``save_atomically``, for text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as temporary:
-        written = Path(temporary) / path.name
-        written.write_text(text, encoding="utf-8")
-        replace_file(written, path)
-
-
-def replace_file(written: Path, path: Path) -> None:
-    """Rename ``written`` to ``path`` once its content has reached the disk."""
-    with written.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(written, path)
 
 
 # ----------------------------------------------------------------------------------------------------- signals
