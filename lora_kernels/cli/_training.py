@@ -21,7 +21,6 @@ from ..adapters.files import replacing
 
 STATE_FILE = "trainer_state.safetensors"
 _STATE_VERSION = 1
-_EXTRA = {"settings", "held_out", "data"}
 _HELD_OUT_SHARE = 10
 _HELD_OUT_MAX = 16
 
@@ -216,10 +215,23 @@ def read_header(path: Path) -> dict[str, Any]:
         raise StateError(f"{path} is damaged or not a trainer state: its header is a {type(header).__name__}")
     if header.get("version") != _STATE_VERSION:
         raise StateError(f"{path} has version {header.get('version')}, expected {_STATE_VERSION}")
-    extra = header.get("extra")
-    if not isinstance(header.get("losses"), list) or not isinstance(extra, dict) or not extra.keys() >= _EXTRA:
+    if not isinstance(header.get("losses"), list) or not _is_complete(header.get("extra")):
         raise StateError(f"{path} is damaged: its header lacks what a resume needs")
     return header
+
+
+def _is_complete(extra: Any) -> bool:
+    """Whether ``extra`` is what a run saves: its settings, (step, held-out loss) pairs and the data's digest."""
+    if not isinstance(extra, dict) or not {"settings", "held_out", "data"} <= extra.keys():
+        return False
+    settings, pairs = extra["settings"], extra["held_out"]
+    return (
+        isinstance(settings, dict)
+        and all(isinstance(settings.get(name), str) for name in ("model", "text"))
+        and isinstance(pairs, list)
+        and len(pairs) > 0
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- signals
