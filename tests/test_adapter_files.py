@@ -213,6 +213,20 @@ def test_every_cut_and_every_bit_of_the_weights_file(base, saved):
     assert_unchanged(base, before)
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_numbers_that_torch_cannot_convert(base, saved, kind):
+    model = MODELS[kind](base)
+    before = snapshot(model)
+    tensors = safetensors.torch.load_file(saved / WEIGHTS)
+    key = list(tensors)[-1]
+    packed = torch.zeros(tensors[key].shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    for wrong in (packed, tensors[key].to(torch.complex64), tensors[key] > 0, tensors[key].int()):
+        safetensors.torch.save_file(tensors | {key: wrong}, saved / WEIGHTS)
+        with pytest.raises(ValueError, match=rf"{WEIGHTS}: {key} is torch\.\w+, expected floating point"):
+            lk.load_adapter(model, saved)
+        assert_unchanged(model, before)
+
+
 def test_every_field_of_pefts_config_is_known():
     """One that is not may change what an adapter computes: find out what it means, and add it to the right list."""
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= adapter_config.known_fields()

@@ -184,6 +184,32 @@ def test_finetune_on_a_full_disk(finetune, tmp_path, capsys, size):
     assert contents(out) == before
 
 
+def test_a_checkpoint_is_saved_as_a_whole(finetune, tmp_path, monkeypatch, capsys):
+    """The adapter is written after the trainer's state: if it fails, the state must not be of another step."""
+    assert finetune("out") == 0
+    before = contents(tmp_path / "out")
+
+    def full(model, directory):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lora_kernels.save_adapter", full)
+    assert main(["finetune", "--resume", str(tmp_path / "out"), "--steps", "8"]) == 1
+    assert "No space left on device" in one_line(capsys)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_run_that_was_killed_while_its_files_moved_is_resumed(finetune, tmp_path):
+    """Its state may be among those that have not moved yet."""
+    assert finetune("out") == 0
+    out = tmp_path / "out"
+    (out / ".saved").mkdir()
+    for name in (_training.STATE_FILE, "adapter_config.json"):
+        (out / name).rename(out / ".saved" / name)
+    assert main(["finetune", "--resume", str(out), "--steps", "8"]) == 0
+    assert len(json.loads((out / "training_log.json").read_text())["losses"]) == 8
+    assert not (out / ".saved").exists()
+
+
 def test_output_on_a_full_disk():
     with open("/dev/full", "w") as full:
         command = subprocess.run(

@@ -259,6 +259,28 @@ def test_wrappers_are_back_after_an_error(base):
     assert [name for name, _ in model.named_modules()] == names
 
 
+def test_compiled_code_is_kept(tmp_path):
+    """Taking wrappers away for a moment must not make torch compile anew."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)))
+    lk.inject(model, r"\d\.0", r=2, alpha=2)
+    for index in range(3):
+        model[index] = torch.compile(model[index], backend=backend)
+    x = torch.randn(2, 4)
+    model(x)
+    compiled = len(graphs)
+    assert compiled
+    lk.save_adapter(model, tmp_path)
+    lk.load_adapter(model, tmp_path)
+    model(x)
+    assert len(graphs) == compiled
+
+
 def test_every_known_class_exists():
     """A class that torch has renamed would not be recognised any more."""
     for kind, (home, name, _) in wrappers._WRAPPERS.items():

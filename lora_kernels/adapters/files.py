@@ -56,11 +56,11 @@ def replacing(directory: Path) -> Iterator[Path]:
             if len(files) == 1:
                 os.replace(files[0], directory / files[0].name)
             elif files:
-                _sync(staged)
+                _sync_directory(staged)
                 os.rename(staged, directory / _COMMITTED)
-                _sync(directory)
+                _sync_directory(directory)
                 _publish_in_any_case(directory)
-            _sync(directory)
+            _sync_directory(directory)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
@@ -141,6 +141,11 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system can
+        _sync(path)
 
 
 def _os_error(error: SafetensorError) -> OSError:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..inject import first_match, inject
@@ -30,6 +31,8 @@ from .slots import Slot, slots_of
 
 _OP = "load_adapter"
 _PICKLE_FILE = "adapter_model.bin"
+_PACKED = {getattr(torch, "float4_e2m1fn_x2", None)}
+"""Floating point that torch converts to no other."""
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -172,7 +175,7 @@ def _check_tensors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str
         found = tuple(tensors[key].shape)
         if found != shape:
             raise ValueError(f"{_OP}: {file}: {key} has shape {found}, the model needs {shape}")
-        if not tensors[key].is_floating_point():
+        if not tensors[key].is_floating_point() or tensors[key].dtype in _PACKED:
             raise ValueError(f"{_OP}: {file}: {key} is {tensors[key].dtype}, expected floating point")
     unexpected = sorted(tensors.keys() - expected.keys())
     if unexpected:
@@ -197,7 +200,7 @@ def _prepare_embeddings(
     first: dict[int, str] = {}
     for key, slot in slots.items():
         other = first.setdefault(id(slot.tensor), key)
-        if not tensors[key].equal(tensors[other]):
+        if other != key and not tensors[key].float().equal(tensors[other].float()):
             raise ValueError(f"{_OP}: {file}: {other} and {key} differ, and are one tied weight in the model")
     return {key: slot.prepare(tensors[key]) for key, slot in slots.items()}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapters.files import replacing
+from ..adapters.files import reading
 
 STATE_FILE = "trainer_state.safetensors"
 _STATE_VERSION = 1
@@ -142,7 +143,7 @@ class Trainer:
         return value
 
     def save(self, path: Path, extra: dict[str, Any]) -> None:
-        """Write everything that a resume needs as one file, replacing an older one only when complete.
+        """Write everything that a resume needs as one new file.
 
         Parameters, optimizer moments and random state are tensors; losses and ``extra`` are JSON in the header.
         """
@@ -154,12 +155,7 @@ class Trainer:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value.detach()
         header = {"version": _STATE_VERSION, "losses": self.losses, "extra": extra}
-        with replacing(path.parent) as staged:
-            save_file(
-                {k: v.contiguous().cpu() for k, v in tensors.items()},
-                staged / path.name,
-                metadata={"trainer": json.dumps(header)},
-            )
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path, metadata={"trainer": json.dumps(header)})
 
     def load(self, path: Path) -> None:
         """Continue from a state that ``save`` wrote.
@@ -169,7 +165,7 @@ class Trainer:
         """
         header = read_header(path)
         try:
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
         except (OSError, SafetensorError) as error:
             raise StateError(f"{path} is damaged: {error}") from None
@@ -205,7 +201,7 @@ def read_header(path: Path) -> dict[str, Any]:
         StateError: there is no such file, or it is not a trainer state.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             header = json.loads((file.metadata() or {})["trainer"])
     except FileNotFoundError:
         raise StateError(f"there is no {path.name} in {path.parent}: nothing to resume") from None
@@ -218,6 +214,12 @@ def read_header(path: Path) -> dict[str, Any]:
     if not isinstance(header.get("losses"), list) or not _is_complete(header.get("extra")):
         raise StateError(f"{path} is damaged: its header lacks what a resume needs")
     return header
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    with reading(path.parent) as locate, safe_open(locate(path.name), framework="pt") as file:
+        yield file
 
 
 def _is_complete(extra: Any) -> bool:

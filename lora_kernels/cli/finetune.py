@@ -359,14 +359,13 @@ class _Session:
         return True
 
     def save(self) -> bool:
-        """Write state, adapter and log, each replaced as a whole. Returns False, with a message, if that failed."""
+        """Write state, adapter and log, all replaced or none. Returns False, with a message, if that failed."""
+        extra = {"settings": self.settings, "held_out": self.held_out, "data": self.data}
+        log = {"losses": self.trainer.losses, "held_out": self.held_out, "settings": self.settings}
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            extra = {"settings": self.settings, "held_out": self.held_out, "data": self.data}
-            self.trainer.save(self.out / STATE_FILE, extra)
-            lk.save_adapter(self.trainer.model, self.out)
-            log = {"losses": self.trainer.losses, "held_out": self.held_out, "settings": self.settings}
             with replacing(self.out) as staged:
+                self.trainer.save(staged / STATE_FILE, extra)
+                lk.save_adapter(self.trainer.model, staged)
                 (staged / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
         except OSError as problem:
             error(f"could not save to {self.out}: {first_sentence(problem)}; what was saved there before is untouched")
