@@ -12,6 +12,7 @@ from torch import nn
 from .modules import LoRALinear, check_hyperparameters, check_plain_linear
 from .reasons import Reason
 from .report import FUSED, Report
+from .wrappers import check_may_grow, unwrapped, wrapper_kinds
 
 ALL_LINEAR = "all-linear"
 
@@ -37,7 +38,8 @@ def inject(
     and ``lora_B`` are added. Nothing is changed if an error is raised.
 
     Args:
-        model: any module.
+        model: any module. Wrappers around and inside it (``torch.compile``, activation checkpointing) do not count in
+            names.
         target_modules: names, matched as a whole or at the end after a dot ("q_proj" chooses
             "layers.0.attn.q_proj"); a string, matched as a regular expression against the whole name; or
             "all-linear", every linear layer except the output embedding.
@@ -54,13 +56,16 @@ def inject(
 
     Raises:
         TypeError, ValueError: bad numbers; nothing matches; a chosen module is no plain ``nn.Linear`` or its
-            forward was replaced; the model already has adapters.
+            forward was replaced; the model already has adapters, or is wrapped in DDP, FSDP or DeepSpeed, which
+            would not train parameters that are added later.
     """
     targets = Targets(
         target_modules, r, alpha, dict(rank_pattern or {}), dict(alpha_pattern or {}),
         exclude_modules, layers_to_transform, layers_pattern,
     )  # fmt: skip
-    plan, kept = targets.plan("inject", model, dropout)
+    check_may_grow("inject", wrapper_kinds(model))
+    with unwrapped(model) as bare:
+        plan, kept = targets.plan("inject", bare, dropout)
     model.requires_grad_(False)
     for layer, rank, scale in plan.values():
         # The class is swapped, as in patch: other references to the layer and its hooks stay valid.

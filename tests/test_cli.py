@@ -1,4 +1,5 @@
 """The command line, on a tiny random Llama."""
+# ruff: noqa: F811  fixtures are imported
 
 from __future__ import annotations
 
@@ -10,72 +11,12 @@ import sys
 
 import pytest
 import torch
+import transformers
+from cli_runs import ADAPTER_FILES, TRAIN, adapter_dir, copy_adapter, finetune, log, model_dir, text_file  # noqa: F401
 from safetensors.torch import load_file, save_file
 
+import lora_kernels as lk
 from lora_kernels.cli import _training, main
-
-transformers = pytest.importorskip("transformers")
-
-SEQ = 16
-TRAIN = ["--rank", "4", "--alpha", "8", "--steps", "6", "--warmup", "2", "--batch", "2", "--seq", str(SEQ)]
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    """A Llama with tied embeddings, and a character-level tokenizer."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("model")
-    characters = ["<unk>", *"abcdefghijklmnopqrstuvwxyz .\n"]
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("the cat sat on the mat and the dog sat on the log. " * 20)
-    return path
-
-
-@pytest.fixture
-def finetune(model_dir, text_file, tmp_path):
-    """Runs ``finetune`` into tmp_path / name."""
-
-    def run(name, *extra):
-        out = str(tmp_path / name)
-        return main(["finetune", "--model", str(model_dir), "--text", str(text_file), "--out", out, *TRAIN, *extra])
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def adapter_dir(model_dir, text_file, tmp_path_factory):
-    """A trained adapter."""
-    out = tmp_path_factory.mktemp("adapter") / "run"
-    arguments = ["--model", str(model_dir), "--text", str(text_file), "--out", str(out), *TRAIN, "--lr", "0.05"]
-    assert main(["finetune", *arguments]) == 0
-    return out
-
-
-def log(folder):
-    return json.loads((folder / "training_log.json").read_text())
-
-
-def copy_adapter(source, target):
-    target.mkdir()
-    for name in ADAPTER_FILES:
-        (target / name).write_bytes((source / name).read_bytes())
-    return target
 
 
 def interrupt_after(monkeypatch, steps):
@@ -206,6 +147,19 @@ def test_finetune_without_peft(finetune, monkeypatch, capsys):
         (["--seq", "2000"], "too short"),
         (["--peft", "--frozen-linears"], "no meaning with --peft"),
         (["--device", "abacus"], "--device abacus"),
+        (["--device", ""], "--device : "),
+        (["--device", "meta"], "--device meta: it has no memory"),
+        (["--device", "privateuseone"], "--device privateuseone"),
+        (["--rank", str(10**9)], "--rank 1000000000 is larger than every layer (48 features at most)"),
+        (["--rank", "49", "--peft"], "--rank 49 is larger than every layer"),
+        (["--threads", "0"], "--threads: must be at least 1, got 0"),
+        (["--threads", "-1"], "--threads: must be at least 1, got -1"),
+        (["--threads", str(10**9)], "--threads: must be at most"),
+        (["--model", ""], "--model: is empty"),
+        (["--text", " "], "--text: is empty"),
+        (["--out", ""], "--out: is empty"),
+        (["--out", "/dev/null/out"], "--out /dev/null/out: "),
+        (["--out", "x" * 300], "File name too long"),
         (["--backend", "cuda"], "--backend cuda is not available"),
     ],
 )
@@ -360,6 +314,13 @@ def test_help_and_mistakes(capsys):
     assert "default: 16" in capsys.readouterr().out
     assert main(["frobnicate"]) == 2
     assert main([]) == 2
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"lora-kernels {lk.__version__}\n"
 
 
 def test_output_that_nobody_reads():

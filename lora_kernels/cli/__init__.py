@@ -8,8 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
+
+from .._version import __version__
 from . import bench, finetune, info, merge, plan, verify
-from ._console import CliError, error
+from ._console import CliError, error, first_sentence
 
 _COMMANDS = (info, finetune, merge, verify, bench, plan)
 
@@ -27,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="lora-kernels",
         description="Fused kernels for LoRA and prompt tuning: inspect the installation, train, merge, measure.",
     )
+    parser.add_argument("--version", action="version", version=f"lora-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in _COMMANDS:
         module.add_parser(commands)
@@ -51,5 +55,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+        _forget_output()
         return 141
+    except OSError as problem:
+        error(first_sentence(problem))
+        try:
+            sys.stdout.flush()
+        except OSError:  # the output's own disk is full
+            _forget_output()
+        return 1
+    except (MemoryError, RuntimeError) as problem:
+        if not _is_out_of_memory(problem):
+            raise
+        error(f"out of memory: {first_sentence(problem)}")
+        return 1
+
+
+def _forget_output() -> None:
+    """What is left of the output goes nowhere: Python flushes it once more when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_out_of_memory(problem: MemoryError | RuntimeError) -> bool:
+    # torch's allocator for CPUs has no exception of its own.
+    return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(problem)

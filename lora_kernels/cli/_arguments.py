@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,18 @@ def names(text: str) -> list[str]:
     return found
 
 
+def path(text: str) -> str:
+    """The name of a file or directory; an empty one would mean the current directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def threads(text: str) -> int:
+    """CPU threads: more than a machine has processors help nobody, and far more cannot be started."""
+    return integer(1, 4 * (os.cpu_count() or 1))(text)
+
+
 def _number(text: str) -> float:
     try:
         return float(text)
@@ -59,10 +72,18 @@ def _number(text: str) -> float:
 
 
 def output_directory(name: str, overwrite: bool, hint: str = "") -> Path:
-    """``name`` as a path that may be written to: a new or empty directory, or any directory with ``overwrite``."""
+    """``name`` as a path that can be written to: a new or empty directory, or any directory with ``overwrite``."""
     path = Path(name)
-    if path.exists() and not path.is_dir():
-        raise CliError(f"{path} is a file; --out must be a directory")
-    if not overwrite and path.is_dir() and any(path.iterdir()):
-        raise CliError(f"{path} is not empty; {hint}replace its files with --overwrite")
+    try:
+        if path.exists() and not path.is_dir():
+            raise CliError(f"{path} is a file; --out must be a directory")
+        if not overwrite and path.is_dir() and any(path.iterdir()):
+            raise CliError(f"{path} is not empty; {hint}replace its files with --overwrite")
+        existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    except OSError as error:
+        raise CliError(f"--out {path}: {error.strerror}") from None
+    if not existing.is_dir():
+        raise CliError(f"--out {path}: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CliError(f"--out {path}: {existing} may not be written to")
     return path

@@ -28,6 +28,14 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
+def first_sentence(error: BaseException) -> str:
+    """The first line of an error's message, which is what fits a terminal; two where the first ends with a colon."""
+    lines = [one_line(line) for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """An aligned text table. ``right`` lists the columns to align on the right (numbers)."""
     lines = [list(header), *[list(row) for row in rows]]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from ._console import CliError, one_line
+from ._console import CliError, first_sentence
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -35,8 +35,10 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA answers with an AssertionError
+    except (RuntimeError, AssertionError, ImportError) as error:  # AssertionError: torch was built without CUDA
         raise CliError(f"--device {name}: {first_sentence(error)}") from None
+    if device.type == "meta":
+        raise CliError(f"--device {name}: it has no memory, so nothing can be computed there")
     return device
 
 
@@ -47,18 +49,44 @@ def load_tokenizer(name: str) -> Any:
         print(f"{name} is not a directory here; looking for it on the Hugging Face hub", flush=True)
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise CliError(f"cannot load a tokenizer from {name!r}: {first_sentence(error)}") from None
+    except Exception as error:  # as many kinds as there are ways in which a file can be wrong
+        raise CliError(f"cannot load a tokenizer from {name!r}: {_what_happened(error)}") from None
 
 
-def load_model(name: str, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
-    """A causal language model from a directory or hub name, ready for inference; dtype "auto" keeps the stored one."""
+def load_model(name: str, dtype: torch.dtype | str, device: torch.device, *, allow_missing: bool = False) -> nn.Module:
+    """A causal language model from a directory or hub name, ready for inference; dtype "auto" keeps the stored one.
+
+    Weights that the model has and the files lack, that the files have and the model lacks, or of another shape, are an
+    error: transformers would draw or drop them. With ``allow_missing`` they are only listed.
+    """
     transformers = _transformers(name)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CliError(f"cannot load the model {name!r}: {first_sentence(error)}") from None
+        # Other shapes are to be reported by name, as the rest: transformers' own error has none.
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # as many kinds as there are ways in which a config or a file can be wrong
+        raise CliError(f"cannot load the model {name!r}: {_what_happened(error)}") from None
+    problems = _misfits(found)
+    if problems and not allow_missing:
+        raise CliError(f"{name} does not hold this model's weights: {problems} (--allow-missing goes on all the same)")
+    if problems:
+        print(f"note: {name} does not hold this model's weights: {problems}", flush=True)
     return model.to(device)
+
+
+def _misfits(found: Mapping[str, Any]) -> str:
+    """What transformers reports after loading, in a few words; empty if every weight found its place."""
+    shapes = [f"{key} is {list(stored)} instead of {list(ours)}" for key, stored, ours in found["mismatched_keys"]]
+    parts = []
+    for what, names in (
+        ("missing", found["missing_keys"]), ("of another shape", shapes), ("unexpected", found["unexpected_keys"]),
+    ):  # fmt: skip
+        listed = sorted(names)
+        if listed:
+            more = f" and {len(listed) - 2} more" if len(listed) > 2 else ""
+            parts.append(f"{len(listed)} {what} ({', '.join(listed[:2])}{more})")
+    return "; ".join(parts)
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -66,10 +94,10 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
 
 
-def first_sentence(error: BaseException) -> str:
-    """The first line of an error message, which is what fits a terminal."""
-    lines = str(error).strip().splitlines()
-    return one_line(lines[0]) if lines else type(error).__name__
+def _what_happened(error: Exception) -> str:
+    """The error's message, with its kind where the message alone says little ("'zzz'")."""
+    text = first_sentence(error)
+    return text if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: {text}"
 
 
 def _transformers(name: str) -> ModuleType:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
-import os
 import signal
-import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..adapters.files import reading
 
 STATE_FILE = "trainer_state.safetensors"
 _STATE_VERSION = 1
@@ -142,7 +143,7 @@ class Trainer:
         return value
 
     def save(self, path: Path, extra: dict[str, Any]) -> None:
-        """Write everything that a resume needs as one file, replacing an older one only when complete.
+        """Write everything that a resume needs as one new file.
 
         Parameters, optimizer moments and random state are tensors; losses and ``extra`` are JSON in the header.
         """
@@ -154,7 +155,7 @@ class Trainer:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value.detach()
         header = {"version": _STATE_VERSION, "losses": self.losses, "extra": extra}
-        save_atomically(path, {k: v.contiguous().cpu() for k, v in tensors.items()}, {"trainer": json.dumps(header)})
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path, metadata={"trainer": json.dumps(header)})
 
     def load(self, path: Path) -> None:
         """Continue from a state that ``save`` wrote.
@@ -164,13 +165,18 @@ class Trainer:
         """
         header = read_header(path)
         try:
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
         except (OSError, SafetensorError) as error:
             raise StateError(f"{path} is damaged: {error}") from None
         saved = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameter.")}
         if saved != {f"parameter.{name}": p.shape for name, p in self.parameters.items()}:
             raise StateError(f"{path} is of another model or adapter: parameter names or shapes differ")
+        needed = {"rng.cpu"}
+        if header["losses"]:
+            needed |= {f"{key}.{name}" for name in self.parameters for key in ("step", "exp_avg", "exp_avg_sq")}
+        if needed - tensors.keys():
+            raise StateError(f"{path} is damaged: {min(needed - tensors.keys())} is missing")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter.{name}"])
@@ -195,43 +201,39 @@ def read_header(path: Path) -> dict[str, Any]:
         StateError: there is no such file, or it is not a trainer state.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             header = json.loads((file.metadata() or {})["trainer"])
     except FileNotFoundError:
         raise StateError(f"there is no {path.name} in {path.parent}: nothing to resume") from None
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise StateError(f"{path} is damaged or not a trainer state: {error}") from None
+    if not isinstance(header, dict):
+        raise StateError(f"{path} is damaged or not a trainer state: its header is a {type(header).__name__}")
     if header.get("version") != _STATE_VERSION:
         raise StateError(f"{path} has version {header.get('version')}, expected {_STATE_VERSION}")
+    if not isinstance(header.get("losses"), list) or not _is_complete(header.get("extra")):
+        raise StateError(f"{path} is damaged: its header lacks what a resume needs")
     return header
 
 
-# ------------------------------------------------------------------------------------------------------- files
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    with reading(path.parent) as locate, safe_open(locate(path.name), framework="pt") as file:
+        yield file
 
 
-def save_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file beside ``path``, flush it to disk, then rename it over ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as temporary:
-        written = Path(temporary) / path.name
-        save_file(tensors, written, metadata=metadata)
-        replace_file(written, path)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """As ``save_atomically``, for text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as temporary:
-        written = Path(temporary) / path.name
-        written.write_text(text, encoding="utf-8")
-        replace_file(written, path)
-
-
-def replace_file(written: Path, path: Path) -> None:
-    """Rename ``written`` to ``path`` once its content has reached the disk."""
-    with written.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(written, path)
+def _is_complete(extra: Any) -> bool:
+    """Whether ``extra`` is what a run saves: its settings, (step, held-out loss) pairs and the data's digest."""
+    if not isinstance(extra, dict) or not {"settings", "held_out", "data"} <= extra.keys():
+        return False
+    settings, pairs = extra["settings"], extra["held_out"]
+    return (
+        isinstance(settings, dict)
+        and all(isinstance(settings.get(name), str) for name in ("model", "text"))
+        and isinstance(pairs, list)
+        and len(pairs) > 0
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- signals

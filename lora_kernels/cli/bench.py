@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,10 +53,12 @@ def add_parser(commands: Any) -> None:
     add("--device", default="auto", help="cpu, cuda, ...; auto is the GPU where there is one")
     add("--clock", choices=("wall", "cpu"), default="wall",
         help="cpu: seconds that this process computed, for a busy machine; use it with --threads 1")  # fmt: skip
-    parser.add_argument("--threads", type=size, metavar="N", help="CPU threads (default: torch's own choice)")
+    parser.add_argument(
+        "--threads", type=arguments.threads, metavar="N", help="CPU threads (default: torch's own choice)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out the rows of torch.compile")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json and plots there")
+    parser.add_argument("--out", type=arguments.path, metavar="DIR", help="write results.json and plots there")
     parser.set_defaults(run=run)
 
 
@@ -76,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
         if options.levels == [MODELLED]:
             return 0
     require("peft", "bench, which compares with stock PEFT,")
+    out = None if options.out is None else arguments.output_directory(options.out, overwrite=True)
     if options.threads:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)
@@ -90,9 +92,9 @@ def run(options: argparse.Namespace) -> int:
           "\n".join([*(f"{key}: {value}" for key, value in env.items()), "", report.render(results)]))  # fmt: skip
     if not options.levels and not options.json and not results[0].quotable:
         print(NOISE)
-    if options.out:
-        report.write_json(options.out / "results.json", results, env)
-        for path in report.plot(options.out, results, env, light):
+    if out is not None:
+        report.write_json(out / "results.json", results, env)
+        for path in report.plot(out, results, env, light):
             print(f"wrote {path}")
     return 0
 

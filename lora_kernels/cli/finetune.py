@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import lora_kernels as lk
 
+from ..adapters.files import replacing
 from . import _arguments as arguments
-from ._console import CliError, Progress, counters, error, progress
-from ._models import DTYPES, first_sentence, linear_names, load_model, load_tokenizer, pick_device, require
+from ._console import CliError, Progress, counters, error, first_sentence, progress
+from ._models import DTYPES, linear_names, load_model, load_tokenizer, pick_device, require
 from ._training import (
     STATE_FILE,
     StateError,
@@ -33,7 +34,6 @@ from ._training import (
     pack_tokens,
     read_header,
     split_blocks,
-    write_text_atomically,
 )
 
 LOG_FILE = "training_log.json"
@@ -58,8 +58,9 @@ _DEFAULTS: dict[str, Any] = {
     "backend": "auto",
     "frozen_linears": False,
     "peft": False,
+    "allow_missing": False,
 }
-_FREE = ("steps", "device", "threads", "eval_every", "save_every", "backend")
+_FREE = ("steps", "device", "threads", "eval_every", "save_every", "backend", "allow_missing")
 """What a resumed run may change: nothing that moves its losses by more than rounding."""
 
 
@@ -81,9 +82,9 @@ def add_parser(commands: Any) -> None:
             text += f" (default: {','.join(default) if isinstance(default, list) else default})"
         parser.add_argument(flag, default=None, help=text, **kwargs)
 
-    add("--model", "model directory, or a name on the Hugging Face hub", metavar="DIR")
-    add("--text", "UTF-8 text file to train on", metavar="FILE")
-    add("--out", "directory for the adapter, the trainer state and the log", metavar="DIR")
+    add("--model", "model directory, or a name on the Hugging Face hub", type=arguments.path, metavar="DIR")
+    add("--text", "UTF-8 text file to train on", type=arguments.path, metavar="FILE")
+    add("--out", "directory for the adapter, the trainer state and the log", type=arguments.path, metavar="DIR")
     add("--rank", "rank of the update", type=arguments.integer(1), metavar="R")
     add("--alpha", "the update is scaled by alpha / rank", type=arguments.positive)
     add("--dropout", "dropout on the LoRA branch, in [0, 1)", type=arguments.probability, metavar="P")
@@ -101,7 +102,7 @@ def add_parser(commands: Any) -> None:
     add("--seed", "seed of the adapter, the data order and dropout", type=arguments.integer(0, 2**31), metavar="N")
     add("--dtype", "dtype of the frozen model; the adapter is fp32", choices=("fp32", "bf16"))
     add("--device", "cpu, cuda, cuda:1, ...; auto is the GPU where there is one")
-    add("--threads", "CPU threads (default: torch's own choice)", type=arguments.integer(1), metavar="N")
+    add("--threads", "CPU threads (default: torch's own choice)", type=arguments.threads, metavar="N")
     add("--eval-every", "also report the held-out loss every N steps", type=arguments.integer(1), metavar="N")
     add("--save-every", "also save every N steps, not only at the end", type=arguments.integer(1), metavar="N")
     add("--backend", "run the fused ops on this backend only", choices=("auto", *lk.BACKENDS))
@@ -111,7 +112,12 @@ def add_parser(commands: Any) -> None:
         action="store_true",
     )
     add("--peft", "train with stock PEFT instead, for comparison", action="store_true")
-    add("--resume", "continue the run saved in DIR; its settings are taken over", metavar="DIR")
+    add(
+        "--allow-missing",
+        "train even if the model's files lack some of its weights, or have others",
+        action="store_true",
+    )
+    add("--resume", "continue the run saved in DIR; its settings are taken over", type=arguments.path, metavar="DIR")
     parser.add_argument("--overwrite", action="store_true", help="write into --out even if it holds files already")
     parser.set_defaults(run=run)
 
@@ -133,7 +139,9 @@ def run(options: argparse.Namespace) -> int:
             blocks = read_blocks(settings["text"], load_tokenizer(settings["model"]), settings["seq"])
             if header and header["extra"]["data"] != digest(blocks):
                 raise CliError(f"{settings['text']} is not the text of the saved run (or its tokenizer changed)")
-            model = load_model(settings["model"], DTYPES[settings["dtype"]], device)
+            model = load_model(
+                settings["model"], DTYPES[settings["dtype"]], device, allow_missing=settings["allow_missing"]
+            )
             _check_fit(model, blocks)
             model = add_adapter(model, settings)
             train, held = split_blocks(blocks)
@@ -170,10 +178,11 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
         raise CliError(str(problem)) from None
     saved = header["extra"]["settings"]
     for name in _DEFAULTS.keys() - set(_FREE):
-        if name in given and given[name] != saved[name]:
+        before = saved.get(name, _DEFAULTS[name])
+        if name in given and given[name] != before:
             flag = "--" + name.replace("_", "-")
-            raise CliError(f"{flag} {given[name]} differs from the {saved[name]} of the run to resume")
-    settings = {**saved, "out": options.resume, **given}
+            raise CliError(f"{flag} {given[name]} differs from the {before} of the run to resume")
+    settings = {**_DEFAULTS, **saved, "out": options.resume, **given}
     done, evaluated = len(header["losses"]), header["extra"]["held_out"][-1][0]
     if done > settings["steps"] or evaluated == settings["steps"]:
         raise CliError(f"the run in {options.resume} has {done} steps already; give a larger --steps to go on")
@@ -239,6 +248,9 @@ def add_adapter(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
         unknown = [name for name in targets if name not in known]
         if unknown:
             raise CliError(f"--targets: no linear layer is called {', '.join(unknown)}; there are {', '.join(known)}")
+    largest = max((max(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear)), default=1)
+    if settings["rank"] > largest:
+        raise CliError(f"--rank {settings['rank']} is larger than every layer ({largest} features at most)")
     model.requires_grad_(False)
     if settings["peft"]:
         peft = require("peft", "--peft")
@@ -347,14 +359,14 @@ class _Session:
         return True
 
     def save(self) -> bool:
-        """Write state, adapter and log, each replaced as a whole. Returns False, with a message, if that failed."""
+        """Write state, adapter and log, all replaced or none. Returns False, with a message, if that failed."""
+        extra = {"settings": self.settings, "held_out": self.held_out, "data": self.data}
+        log = {"losses": self.trainer.losses, "held_out": self.held_out, "settings": self.settings}
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            extra = {"settings": self.settings, "held_out": self.held_out, "data": self.data}
-            self.trainer.save(self.out / STATE_FILE, extra)
-            lk.save_adapter(self.trainer.model, self.out)
-            log = {"losses": self.trainer.losses, "held_out": self.held_out, "settings": self.settings}
-            write_text_atomically(self.out / LOG_FILE, json.dumps(log, indent=1) + "\n")
+            with replacing(self.out) as staged:
+                self.trainer.save(staged / STATE_FILE, extra)
+                lk.save_adapter(self.trainer.model, staged)
+                (staged / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
         except OSError as problem:
             error(f"could not save to {self.out}: {first_sentence(problem)}; what was saved there before is untouched")
             return False

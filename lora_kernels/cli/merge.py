@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,13 @@ from torch import Tensor, nn
 
 import lora_kernels as lk
 
+from ..adapters.files import replacing
 from . import _arguments as arguments
-from ._console import CliError, error
-from ._models import DTYPES, first_sentence, load_model, load_tokenizer
+from ._console import CliError, error, first_sentence
+from ._models import DTYPES, load_model, load_tokenizer
 
 _CHECK_TOKENS = 64
-_LOGITS_LIMIT = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_LOGITS_LIMIT = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Allowed relative difference of the logits: rounding the merged weight to 16 bits moves them."""
 
 
@@ -30,9 +29,19 @@ def add_parser(commands: Any) -> None:
         description="Add an adapter to the weights of its base model (W += scaling * B A) and save a plain model, "
         "which transformers loads like any other and which runs without added latency.",
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="base model: a directory, or a name on the hub")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="adapter directory, from finetune or PEFT")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where to write the merged model")
+    parser.add_argument(
+        "--model",
+        required=True,
+        type=arguments.path,
+        metavar="DIR",
+        help="base model: a directory, or a name on the hub",
+    )
+    parser.add_argument(
+        "--adapter", required=True, type=arguments.path, metavar="DIR", help="adapter directory, from finetune or PEFT"
+    )
+    parser.add_argument(
+        "--out", required=True, type=arguments.path, metavar="DIR", help="where to write the merged model"
+    )
     parser.add_argument(
         "--dtype",
         choices=("auto", *DTYPES),
@@ -45,6 +54,9 @@ def add_parser(commands: Any) -> None:
         help="give a layer whose weight another one shares (a tied output head) a weight of its own; without this an "
         "adapter on such a layer is refused",
     )
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="merge even if the base model's files lack weights, or have others"
+    )
     parser.add_argument("--check", action="store_true", help="load the result and compare its logits before keeping it")
     parser.add_argument("--overwrite", action="store_true", help="write into --out even if it holds files already")
     parser.set_defaults(run=run)
@@ -54,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
     """Carry out the command; see ``main`` for the exit status."""
     out = arguments.output_directory(options.out, options.overwrite)
     device = torch.device("cpu")
-    model = load_model(options.model, DTYPES.get(options.dtype, options.dtype), device)
+    dtype = DTYPES.get(options.dtype, options.dtype)
+    model = load_model(options.model, dtype, device, allow_missing=options.allow_missing)
     try:
         tokenizer = load_tokenizer(options.model)
     except CliError:
@@ -66,34 +79,37 @@ def run(options: argparse.Namespace) -> int:
         tokens = _check_tokens(model)
         expected = _logits(model, tokens) if options.check else None
         lk.merge_adapter(model, untie=options.untie, unload=True)
-    except (ValueError, FileNotFoundError) as problem:
+    except (ValueError, OSError) as problem:
         raise CliError(str(problem).replace("pass untie=True", "pass --untie")) from None
     try:
-        return _write(model, tokenizer, out, layers, tokens, expected)
+        _write(model, tokenizer, out, tokens, expected)
+    except _ComputesSomethingElse:
+        error("the merged model does not compute what base and adapter compute; it was not kept")
+        return 1
     except OSError as problem:
         error(f"could not save to {out}: {first_sentence(problem)}")
         return 1
+    print(f"merged {layers} layers; plain {str(model.dtype).removeprefix('torch.')} model saved in {out}")
+    return 0
 
 
-def _write(model: nn.Module, tokenizer: Any, out: Path, layers: int, tokens: Tensor, expected: Tensor | None) -> int:
-    """Save beside the final place, check, then rename file by file."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".saving-") as temporary:
-        model.save_pretrained(temporary)
+class _ComputesSomethingElse(Exception):
+    pass
+
+
+def _write(model: nn.Module, tokenizer: Any, out: Path, tokens: Tensor, expected: Tensor | None) -> None:
+    """Save beside the final place, check, then put all files there."""
+    with replacing(out) as staged:
+        model.save_pretrained(staged)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            tokenizer.save_pretrained(staged)
         if expected is not None:
-            loaded = load_model(temporary, model.dtype, tokens.device)
+            loaded = load_model(str(staged), model.dtype, tokens.device)
             difference = ((_logits(loaded, tokens) - expected).abs().max() / expected.abs().max()).item()
             limit = _LOGITS_LIMIT[model.dtype]
             print(f"logits, merged against base + adapter: relative difference {difference:.2e} (limit {limit:g})")
             if not difference <= limit:
-                error("the merged model does not compute what base and adapter compute; it was not kept")
-                return 1
-        for file in sorted(Path(temporary).iterdir()):
-            os.replace(file, out / file.name)
-    print(f"merged {layers} layers; plain {str(model.dtype).removeprefix('torch.')} model saved in {out}")
-    return 0
+                raise _ComputesSomethingElse
 
 
 def _check_tokens(model: nn.Module) -> Tensor:

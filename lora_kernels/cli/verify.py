@@ -8,8 +8,8 @@ from typing import Any
 import lora_kernels as lk
 
 from . import _arguments as arguments
-from ._console import CliError
-from ._models import DTYPES, first_sentence, load_model, pick_device, require
+from ._console import CliError, first_sentence
+from ._models import DTYPES, load_model, pick_device, require
 
 
 def add_parser(commands: Any) -> None:
@@ -31,6 +31,9 @@ def add_parser(commands: Any) -> None:
         default="auto",
         help="dtype to load the model in; auto keeps the stored one (default: %(default)s)",
     )
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="go on although files and model do not hold the same weights"
+    )
     parser.add_argument("--device", default="auto", help='"cpu", "cuda", ...; auto takes a GPU if there is one')
     parser.set_defaults(run=run)
 
@@ -39,7 +42,9 @@ def run(options: argparse.Namespace) -> int:
     """Carry out the command; see ``main`` for the exit status."""
     device = pick_device(options.device)
     peft = require("peft", "verify")
-    model = load_model(options.model, DTYPES.get(options.dtype, options.dtype), device)
+    model = load_model(
+        options.model, DTYPES.get(options.dtype, options.dtype), device, allow_missing=options.allow_missing
+    )
     try:
         model = peft.PeftModel.from_pretrained(model, options.adapter, is_trainable=True)
     except (OSError, ValueError, RuntimeError) as error:
