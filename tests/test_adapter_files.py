@@ -370,6 +370,22 @@ def test_killed_anywhere_the_old_or_the_new_adapter_is_there(base, tmp_path, kin
     assert seen == {"old", "new"}
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_others_saved_after_a_kill_counts(base, saved, kind):
+    """PEFT does not know of .saved; what is in there must not come before what it wrote later."""
+    (saved / ".saved").mkdir()
+    os.rename(saved / CONFIG, saved / ".saved" / CONFIG)
+    os.utime(saved / ".saved" / CONFIG, (1, 1))
+    newer = with_peft(twin(base), lora_alpha=6 if kind != "plain" else 99)
+    newer.save_pretrained(saved)
+    model = MODELS[kind](twin(base))
+    lk.load_adapter(model, saved)
+    torch.testing.assert_close(logits(model.eval()), logits(newer), rtol=1e-5, atol=1e-5)
+    lk.save_adapter(model, saved)
+    assert not (saved / ".saved").exists()
+    torch.testing.assert_close(as_peft_reads(base, saved), logits(newer), rtol=1e-5, atol=1e-5)
+
+
 def test_ctrl_c_between_the_renames_completes_them(base, tmp_path, monkeypatch):
     old, new = injected(twin(base)), injected(twin(base), alpha=48)
     lk.save_adapter(old, tmp_path)
@@ -444,6 +460,8 @@ def test_where_there_are_no_locks(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     (tmp_path / ".saving-other").mkdir()
+    (tmp_path / ".saved").mkdir()  # of a process that died
+    (tmp_path / ".saved" / CONFIG).write_text("{}")
     model = injected(base)
     lk.save_adapter(model, tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".saving-other", *BOTH]

@@ -6,6 +6,7 @@ import os
 import pytest
 import safetensors.torch
 import torch
+from adapter_models import assert_unchanged, injected, logits, randomise, snapshot, twin
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import Experts, tiny_llama
 from torch import nn
@@ -13,7 +14,6 @@ from torch import nn
 import lora_kernels as lk
 from lora_kernels import adapters
 
-IDS = torch.arange(14).view(2, 7)
 CONFIGS = [
     {"target_modules": ["q_proj", "down_proj"]},
     {"target_modules": "all-linear", "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.up_proj": 5}, "use_rslora": True},
@@ -29,43 +29,6 @@ CONFIGS = [
 @pytest.fixture
 def base():
     return tiny_llama().eval()
-
-
-def twin(model):
-    """Another model with the weights of ``model``."""
-    other = tiny_llama().eval()
-    other.load_state_dict(model.state_dict())
-    return other
-
-
-def randomise(model):
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def injected(model, **options):
-    lk.inject(model, **({"r": 4, "alpha": 6, "target_modules": ["q_proj", "down_proj"]} | options))
-    return randomise(model)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def snapshot(model):
-    return {name: (id(p), p.clone(), p.requires_grad) for name, p in model.named_parameters()}
-
-
-def assert_unchanged(model, before):
-    now = snapshot(model)
-    assert now.keys() == before.keys()
-    for name, (identity, value, requires_grad) in before.items():
-        assert now[name][0] == identity, name
-        assert torch.equal(now[name][1], value), name
-        assert now[name][2] == requires_grad, name
 
 
 # ------------------------------------------------------------------------------------------- both directions

@@ -38,8 +38,8 @@ def replacing(directory: Path) -> Iterator[Path]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory, shared=False) as alone:
+        _publish(directory)
         if alone:
-            _publish(directory)
             for leftover in directory.glob(f"{_STAGED}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         staged = directory / f"{_STAGED}{uuid.uuid4().hex[:12]}"
@@ -69,12 +69,8 @@ def replacing(directory: Path) -> Iterator[Path]:
 def reading(directory: Path) -> Iterator[Callable[[str], Path]]:
     """A function that says where the file of a name is to be read, while nobody replaces it."""
     with _locked(directory, shared=True):
-
-        def locate(name: str) -> Path:
-            committed = directory / _COMMITTED / name
-            return committed if committed.is_file() else directory / name
-
-        yield locate
+        pending = _pending(directory)
+        yield lambda name: pending.get(name, directory / name)
 
 
 def _publish_in_any_case(directory: Path) -> None:
@@ -88,16 +84,25 @@ def _publish_in_any_case(directory: Path) -> None:
 
 def _publish(directory: Path) -> None:
     """Moves committed files to their places, be it those that a killed process did not come to."""
-    committed = directory / _COMMITTED
-    if not committed.is_dir():
-        return
-    files = sorted((file for file in committed.iterdir() if file.is_file()), key=lambda f: f.name in _OPENED_FIRST)
+    files = sorted(_pending(directory).values(), key=lambda file: file.name in _OPENED_FIRST)
     for file in files:
         if file.name in _OPENED_FIRST:
             (directory / file.name).unlink(missing_ok=True)
     for file in files:
         os.replace(file, directory / file.name)
-    shutil.rmtree(committed)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(directory / _COMMITTED)
+
+
+def _pending(directory: Path) -> dict[str, Path]:
+    """Committed files by name; none if somebody else, PEFT for one, has saved into ``directory`` since."""
+    committed = directory / _COMMITTED
+    files = {file.name: file for file in committed.iterdir() if file.is_file()} if committed.is_dir() else {}
+    for name in files.keys() & set(_OPENED_FIRST):
+        place = directory / name
+        if place.exists() and place.stat().st_mtime_ns > files[name].stat().st_mtime_ns:
+            return {}
+    return files
 
 
 @contextlib.contextmanager
