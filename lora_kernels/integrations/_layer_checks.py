@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules import module as _module
 
-from .._checks import PLAIN_TENSORS, inside_transform
+from .._checks import FLOATS, PLAIN_TENSORS, inside_transform, is_parametrized, not_plain
 from ..modules import FrozenLinear
 from ..reasons import Reason
 
@@ -29,7 +29,6 @@ EmbeddingOperands = tuple[Tensor, Tensor, Tensor, "float | Tensor", "int | None"
 
 _PLAIN_LINEARS = (nn.Linear, FrozenLinear)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GLOBAL_HOOKS = (
     _module._global_forward_hooks, _module._global_forward_pre_hooks,
     _module._global_backward_hooks, _module._global_backward_pre_hooks,
@@ -80,7 +79,7 @@ def branch_operands(layer: nn.Module, name: str, *also_skipped: nn.Module) -> Br
     B = children["lora_B"].__dict__["_modules"][name]
     dropout = children["lora_dropout"].__dict__["_modules"][name]
     if type(A) is not nn.Linear or type(B) is not nn.Linear:
-        return Reason.PARAMETRIZED if _is_parametrized(A) or _is_parametrized(B) else _variant_or_modules(layer, name)
+        return Reason.PARAMETRIZED if is_parametrized(A) or is_parametrized(B) else _variant_or_modules(layer, name)
     p = 0.0
     if type(dropout) is nn.Dropout and not dropout.inplace:
         p = dropout.p if type(dropout.p) is float else float(dropout.p)
@@ -91,11 +90,15 @@ def branch_operands(layer: nn.Module, name: str, *also_skipped: nn.Module) -> Br
         return reason
 
     own_A, own_B = A.__dict__["_parameters"], B.__dict__["_parameters"]
-    lora_A, lora_B, lora_bias = own_A.get("weight"), own_B.get("weight"), own_B["bias"]
-    if own_A["bias"] is not None:
-        return Reason.ADAPTER_MODULES
+    # What a wrapper has moved out of _parameters is found there no more, and never taken for absent.
+    lora_A, lora_B = own_A.get("weight", Reason.DISPLACED), own_B.get("weight", Reason.DISPLACED)
     if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS:
-        return Reason.DTENSOR
+        return not_plain(lora_B if type(lora_A) in PLAIN_TENSORS else lora_A)
+    if own_A.get("bias", Reason.DISPLACED) is not None:
+        return Reason.ADAPTER_MODULES
+    lora_bias = own_B.get("bias", Reason.DISPLACED)
+    if lora_bias is not None and type(lora_bias) not in PLAIN_TENSORS:
+        return not_plain(lora_bias)
     scaling = state["scaling"][name]
     if type(scaling) is not float or not -_INF < scaling < _INF:
         scaling = _usual_scaling(scaling)
@@ -114,15 +117,14 @@ def _base_operands(base: nn.Module) -> tuple[Tensor, Tensor | None] | Reason:
     """Weight [out_features, in_features] and bias of a base layer, whose hooks are not looked at."""
     plain = type(base) in _PLAIN_LINEARS
     if not plain and not _is_conv1d(base):
-        return Reason.PARAMETRIZED if _is_parametrized(base) else Reason.BASE_LAYER
-    # A weight that sharding has moved out of _parameters is None here, and refused like a subclass.
+        return Reason.PARAMETRIZED if is_parametrized(base) else Reason.BASE_LAYER
     parameters = base.__dict__["_parameters"]
-    weight, bias = parameters.get("weight"), parameters.get("bias")
+    weight, bias = parameters.get("weight", Reason.DISPLACED), parameters.get("bias", Reason.DISPLACED)
     reason = _why_not_frozen(weight)
     if reason is not None:
         return reason
     if bias is not None and type(bias) not in PLAIN_TENSORS:
-        return Reason.DTENSOR
+        return not_plain(bias)
     return (weight if plain else weight.t()), bias
 
 
@@ -143,9 +145,9 @@ def _magnitude(layer: nn.Module, name: str, p: float, training: bool, lora_bias:
     reason = _why_not_called_as_is(module)
     if reason is not None:
         return reason
-    magnitude = module._parameters.get("weight")
+    magnitude = module._parameters.get("weight", Reason.DISPLACED)
     if type(magnitude) not in PLAIN_TENSORS:
-        return Reason.DTENSOR
+        return not_plain(magnitude)
     if magnitude.device != layer.lora_A[name].weight.device:
         return Reason.DORA  # "ephemeral_gpu_offload" keeps it elsewhere
     return magnitude
@@ -196,13 +198,13 @@ def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
         return names
     base = state["_modules"]["base_layer"]
     if type(base) is not nn.Embedding:
-        return Reason.PARAMETRIZED if _is_parametrized(base) else Reason.BASE_LAYER
+        return Reason.PARAMETRIZED if is_parametrized(base) else Reason.BASE_LAYER
     if base.max_norm is not None or base.sparse or base.scale_grad_by_freq or hasattr(base, "embed_scale"):
         return Reason.BASE_LAYER  # PEFT multiplies the adapter's part by embed_scale
     reason = _why_not_called_as_is(base)
     if reason is not None:
         return reason
-    weight = base.__dict__["_parameters"].get("weight")
+    weight = base.__dict__["_parameters"].get("weight", Reason.DISPLACED)
     reason = _why_not_frozen(weight)
     if reason is not None:
         return reason
@@ -213,14 +215,17 @@ def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
             return Reason.DORA if is_dora else Reason.VARIANT
         if name not in layer.lora_embedding_A:
             return Reason.NO_ACTIVE_ADAPTER
-        lora_A, lora_B = layer.lora_embedding_A._parameters.get(name), layer.lora_embedding_B._parameters.get(name)
+        lora_A = layer.lora_embedding_A._parameters.get(name, Reason.DISPLACED)
+        lora_B = layer.lora_embedding_B._parameters.get(name, Reason.DISPLACED)
         scaling = _usual_scaling(state["scaling"][name])
         if type(scaling) is Reason:
             return scaling
-        if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS or name in layer.input_fns:
+        if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS:
+            return not_plain(lora_B if type(lora_A) in PLAIN_TENSORS else lora_A)
+        if name in layer.input_fns:
             return Reason.DTENSOR
         fits = lora_A.dtype == weight.dtype or (lora_A.dtype == torch.float32 and weight.dtype in _LOW_PRECISION)
-        if not fits or lora_B.dtype != lora_A.dtype or weight.dtype not in _FLOATS:
+        if not fits or lora_B.dtype != lora_A.dtype or weight.dtype not in FLOATS:
             return Reason.MIXED_DTYPES
         adapters.append((lora_A, lora_B, scaling))
     stacked = adapters[0] if len(adapters) == 1 else _stack(adapters)
@@ -265,7 +270,7 @@ def call_reason(x: Any, weight: Tensor, weight_A: Tensor, weight_B: Tensor) -> R
     if x.layout != torch.strided or x.is_nested:
         return Reason.LAYOUT
     dtype = x.dtype
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         return Reason.DTYPE
     if _any_autocast() and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -296,7 +301,7 @@ def _stack(adapters: list[tuple[Tensor, Tensor, float | Tensor]]) -> tuple[Tenso
 def _why_not_frozen(weight: Any) -> Reason | None:
     """Why a base weight is not a plain frozen matrix; None if it is."""
     if type(weight) not in PLAIN_TENSORS:
-        return Reason.DTENSOR
+        return not_plain(weight)
     if weight.layout != torch.strided:
         return Reason.LAYOUT
     if weight.is_meta:
@@ -331,10 +336,6 @@ def _usual_scaling(scaling: Any) -> float | Tensor | Reason:
     if isinstance(scaling, numbers.Real):
         scaling = float(scaling)
     return scaling if -_INF < scaling < _INF else Reason.SCALING
-
-
-def _is_parametrized(module: nn.Module) -> bool:
-    return "parametrizations" in module._modules
 
 
 def _is_conv1d(base: nn.Module) -> bool:
