@@ -1,4 +1,4 @@
-"""A weight or bias that is no parameter of its module is not absent: PEFT's own forward finds it, and serves the call."""
+"""A weight or bias that is no parameter of its module is not absent: PEFT's own forward, which finds it, is used."""
 
 import copy
 
