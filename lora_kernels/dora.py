@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .ops._autograd import as_rows
 
 _BLOCK = 1 << 20
 """Elements of a 16-bit matrix that are held in float32 at a time."""
@@ -78,16 +79,15 @@ class _ScaleColumns(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         z, factor = ctx.saved_tensors
         grad_z = grad_factor = grad_bias = None
-        columns = grad.shape[-1]
         if ctx.needs_input_grad[0]:
             grad_z = torch.mul(grad, factor, out=torch.empty_like(grad))
         if ctx.needs_input_grad[1]:
             wide = torch.promote_types(factor.dtype, torch.float32)
-            grad_factor = torch.zeros(columns, dtype=wide, device=z.device)
-            rows = zip(_blocks(grad.reshape(-1, columns), wide), _blocks(z.reshape(-1, columns), wide))
+            grad_factor = torch.zeros(grad.shape[-1], dtype=wide, device=z.device)
+            rows = zip(_blocks(as_rows(grad), wide), _blocks(as_rows(z), wide))
             for grad_rows, z_rows in rows:
                 grad_factor += (grad_rows.to(wide) * z_rows).sum(0)
             grad_factor = grad_factor.to(factor.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.reshape(-1, columns).sum(0, dtype=ctx.bias_dtype)
+            grad_bias = as_rows(grad).sum(0, dtype=ctx.bias_dtype)
         return grad_z, grad_factor, grad_bias

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import dispatch, dora, prefix_functional, prompt_functional
-from ._checks import refuse_transforms
+from ._checks import FLOATS, refuse_transforms
 from .ops import dropout_mask as _mask_op
 from .ops import frozen_linear as _frozen_op
 from .ops import lora_embedding as _embedding_op
@@ -25,7 +25,6 @@ from .ops import prompt_embedding as _prompt_op
 from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -67,16 +66,21 @@ def lora_linear(
         [..., out_features], dtype of x.
 
     Raises:
-        TypeError: an argument is not a tensor or has a dtype that does not fit.
+        TypeError: an argument is not a tensor, is sparse or nested, or has a dtype that does not fit.
         ValueError: shapes, devices or numbers do not fit. The message names the argument.
     """
-    args = _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed)
-    if is_compiling():
-        return torch.ops.lora_kernels.lora_linear.default(*args)[0]
-    refuse_transforms("lora_linear", args)
-    if dispatch.any_autocast() and dispatch.autocast_enabled(x.device.type):
-        args = dispatch.autocast_args(_lora_op.SPEC, x.device.type, args)
-    return _run_lora_linear(args)
+    try:
+        args = _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed)
+        if is_compiling():
+            return torch.ops.lora_kernels.lora_linear.default(*args)[0]
+        refuse_transforms("lora_linear", args)
+        if dispatch.any_autocast() and dispatch.autocast_enabled(x.device.type):
+            args = dispatch.autocast_args(_lora_op.SPEC, x.device.type, args)
+        return _run_lora_linear(args)
+    except RuntimeError:  # asking every call for its layouts is felt in a small layer
+        for name, t in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+            _check_dense("lora_linear", name, t)
+        raise
 
 
 def lora_linear_of_layer(
@@ -169,7 +173,7 @@ def lora_embedding(
         [*ids.shape, features], dtype of weight, under autocast, too.
 
     Raises:
-        TypeError: an argument is not a tensor or has a dtype that does not fit.
+        TypeError: an argument is not a tensor, is sparse or nested, or has a dtype that does not fit.
         ValueError: shapes, devices or numbers do not fit. The message names the argument.
         IndexError: an id is out of range (on a GPU, a device-side assertion).
     """
@@ -233,8 +237,16 @@ def merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0)
         weight.
 
     Raises:
+        TypeError: an argument is not a floating-point tensor.
         ValueError: shapes do not fit, or the merged weight is not finite (weight is then unchanged).
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"merge_: weight must be a tensor, got {type(weight).__name__}")
+    if weight.dtype not in FLOATS:  # the update would be cut off, or rounded to what another part scales
+        raise TypeError(f"merge_: weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
+    _check_dense("merge_", "weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"merge_: weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
     _check_adapter("merge_", weight, lora_A, lora_B)
     _check_scaling("merge_", scaling)
     if not stays_finite(weight, lora_A, lora_B, scaling):
@@ -255,7 +267,7 @@ def _merged_blocks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: floa
     """Rows of weight, a few at a time, and what they become: an update as large as weight is never formed."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     A, B = lora_A.to(wide), lora_B.to(wide)
-    rows = max(1, _MERGE_BLOCK // weight.shape[1])
+    rows = max(1, _MERGE_BLOCK // max(1, weight.shape[1]))
     for w, b in zip(weight.split(rows), B.split(rows)):
         yield w, torch.addmm(w.to(wide), b, A, alpha=scaling).to(weight.dtype)
 
@@ -360,8 +372,10 @@ def _lora_embedding_args(ids, weight, lora_A, lora_B, scaling, padding_idx) -> t
             raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: ids must be int64 or int32, got {ids.dtype}")
-    if weight.dtype not in _FLOATS:
+    if weight.dtype not in FLOATS:
         raise TypeError(f"{op}: weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
+    for name, t in (("ids", ids), ("weight", weight)):
+        _check_dense(op, name, t)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be [vocabulary, features], got shape {tuple(weight.shape)}")
     if ids.device != weight.device:
@@ -382,7 +396,7 @@ def _types_fit(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any) -> bool
         if type(t) is not Tensor and type(t) is not nn.Parameter:
             return False
     dtype = weight.dtype
-    if dtype not in _FLOATS or x.dtype != dtype or lora_A.dtype != dtype or lora_B.dtype != dtype:
+    if dtype not in FLOATS or x.dtype != dtype or lora_A.dtype != dtype or lora_B.dtype != dtype:
         return False
     return bias is None or ((type(bias) is nn.Parameter or type(bias) is Tensor) and bias.dtype == dtype)
 
@@ -407,13 +421,14 @@ def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None
     for name, t in (("x", x), ("weight", weight)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+        _check_dense(op, name, t)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{op}: x must be [..., {weight.shape[1]}] to fit weight {tuple(weight.shape)}, got shape {tuple(x.shape)}"
         )
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"{op}: x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.dtype != weight.dtype and not dispatch.autocast_enabled(x.device.type):
         raise TypeError(f"{op}: weight must be {x.dtype} like x, got {weight.dtype}")
@@ -433,12 +448,19 @@ def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None
         raise TypeError(f"{op}: bias must be {weight.dtype} like weight, got {bias.dtype}")
 
 
+def _check_dense(op: str, name: str, t: Tensor) -> None:
+    if t.layout != torch.strided or t.is_nested:
+        kind = "nested" if t.is_nested else str(t.layout)
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a {kind} one")
+
+
 def _check_adapter(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
         if not t.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}")
+        _check_dense(op, name, t)
         if t.device != weight.device:
             raise ValueError(f"{op}: {name} must be on {weight.device} like weight, got {t.device}")
     n, k = weight.shape
