@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn import functional as F
 
 from . import dispatch, dora, prefix_functional, prompt_functional
 from ._checks import FLOATS, refuse_transforms
+from .branches import add_rows
 from .ops import dropout_mask as _mask_op
 from .ops import frozen_linear as _frozen_op
 from .ops import lora_embedding as _embedding_op
@@ -115,6 +117,8 @@ def dora_linear(
     bias: Tensor | None = None,
     *,
     scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
 ) -> Tensor:
     """A linear layer under weight-decomposed low-rank adaptation (DoRA, Liu et al., ICML 2024).
 
@@ -126,13 +130,23 @@ def dora_linear(
     without forming V: the low-rank update runs in ``lora_linear``, and the norm is a sum of three terms of which the
     largest temporary is [out_features, rank].
 
+    Under dropout it is, as in PEFT, what only V adds to the frozen layer that sees the dropped x::
+
+        d = F.dropout(x, dropout_p, training)
+        F.linear(x, weight, bias) + F.linear(d, V * (magnitude / V.norm(dim=1).detach())[:, None] - weight)
+
+    Two products with the weight are then needed: every column of d's has a factor of its own, and the magnitude's
+    gradient is made of them.
+
     Args:
         x, weight, lora_A, lora_B, bias, scaling: as in ``lora_linear``.
         magnitude: [out_features], floating point.
+        dropout_p, training: as in ``lora_linear``, but the mask is ``F.dropout``'s.
 
     Returns:
         [..., out_features], dtype of x. The norm takes no part in the gradient, as in the paper's section 4.3.
-        ``lk.stats()`` and ``lk.why`` count and name the ``lora_linear`` inside.
+        ``lk.stats()`` and ``lk.why`` count and name the ``lora_linear`` inside; under dropout, ``lk.stats()`` counts
+        two ``frozen_linear``.
 
     Raises:
         TypeError, ValueError: as ``lora_linear``.
@@ -140,8 +154,49 @@ def dora_linear(
     op = "dora_linear"
     _check_base(op, x, weight, bias)
     _check_magnitude(op, magnitude, weight)
-    z = lora_linear(x, weight, lora_A, lora_B, scaling=scaling)
-    return dora.scale_columns(z, magnitude / dora.norm(weight, lora_A, lora_B, scaling), bias)
+    _check_probability(op, "dropout_p", dropout_p)
+    factor = magnitude / dora.norm(weight, lora_A, lora_B, scaling)
+    if not training or dropout_p == 0.0:
+        return dora.scale_columns(lora_linear(x, weight, lora_A, lora_B, scaling=scaling), factor, bias)
+    _check_adapter(op, weight, lora_A, lora_B)
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    linear = F.linear if trains else frozen_linear
+    dropped = F.dropout(x, dropout_p, True)
+    # With factor 1 and lora_B 0, as at the start, the result has the bits of the first term.
+    y = dora.scale_columns(linear(dropped, weight), factor - 1, linear(x, weight, bias))
+    return add_rows(y, F.linear(dropped.to(y.dtype), lora_A.to(y.dtype)), lora_B * factor[:, None], scaling)
+
+
+def dora_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    *,
+    scaling: float | Tensor = 1.0,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """An embedding under DoRA: every feature of ``lora_embedding``'s table has the norm that ``magnitude`` says.
+
+    Equivalent to::
+
+        V = weight + scaling * (lora_B @ lora_A).T
+        F.embedding(ids, V * magnitude / V.norm(dim=0).detach(), padding_idx)
+
+    Args:
+        ids, weight, lora_A, lora_B, scaling, padding_idx: as in ``lora_embedding``.
+        magnitude: [features], floating point.
+
+    Returns:
+        [*ids.shape, features], dtype of weight. ``lk.stats()`` counts the ``lora_embedding`` inside.
+
+    Raises:
+        TypeError, ValueError, IndexError: as ``lora_embedding``.
+    """
+    z = lora_embedding(ids, weight, lora_A, lora_B, scaling=scaling, padding_idx=padding_idx)
+    _check_magnitude("dora_embedding", magnitude, weight.t())
+    return dora.scale_columns(z, magnitude / dora.norm(weight.t(), lora_A, lora_B, scaling), None)
 
 
 def lora_embedding(
@@ -314,7 +369,9 @@ def _why_lora_embedding(ids, weight, lora_A, lora_B, *, scaling=1.0, padding_idx
     return _lora_embedding_args(ids, weight, lora_A, lora_B, scaling, padding_idx)
 
 
-def _why_dora_linear(x, weight, lora_A, lora_B, magnitude=None, bias=None, *, scaling=1.0) -> tuple:
+def _why_dora_linear(
+    x, weight, lora_A, lora_B, magnitude=None, bias=None, *, scaling=1.0, dropout_p=0.0, training=False
+) -> tuple:
     """DoRA counts as the ``lora_linear`` inside it."""
     return _lora_linear_args(x, weight, lora_A, lora_B, None, scaling, 0.0, False, None)
 

@@ -14,7 +14,7 @@ from .. import class_swaps
 from .._checks import passed_by
 from ..modules import FrozenLinear, LoRAEmbedding, LoRALinear, faster_product
 from ..reasons import Reason
-from ..report import FUSED, PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
+from ..report import PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
 from . import _layer_checks
 
 
@@ -300,16 +300,8 @@ def _fuse(layer: nn.Module) -> tuple[bool, str]:
     reason = layers.why_not_swapped(layer)
     if reason is not None:
         return False, f"{reason}: {type(layer).__name__}" if reason is Reason.LAYER_TYPE else reason
-    if isinstance(layer, layers.FusedEmbedding):
-        found = _layer_checks.embedding_operands(layer)
-        return (False, found) if isinstance(found, Reason) else (True, "lora_embedding")
-    found = _layer_checks.operands(layer)
-    if isinstance(found, Reason):
-        return False, found
-    weight, lora_A, lora_B, *_, magnitude = found
-    usual_input = weight.new_empty(0)  # of the base's dtype
-    reason = _layer_checks.call_reason(usual_input, weight, lora_A, lora_B)
-    return (True, FUSED if magnitude is None else "dora_linear") if reason is None else (False, reason)
+    reason, by_what = layers.next_call(layer)
+    return (True, by_what) if reason is None else (False, reason)
 
 
 def _patch_frozen(model: nn.Module, peft_layers: dict[str, nn.Module], report: Report) -> None:
