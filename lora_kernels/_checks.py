@@ -77,7 +77,7 @@ def passed_by(model: nn.Module) -> set[nn.Module]:
         forward = getattr(type(parent), "forward", None)  # a scripted module's class has none
         if forward is nn.MultiheadAttention.forward:
             found.add(parent.out_proj)
-        elif forward is nn.TransformerEncoderLayer.forward and _may_take_fast_path(parent):
+        elif may_take_fast_path(parent):
             found |= {parent.linear1, parent.linear2}
         elif forward is _LINEAR_CROSS_ENTROPY:
             found.add(parent.linear)
@@ -87,8 +87,13 @@ def passed_by(model: nn.Module) -> set[nn.Module]:
 _LINEAR_CROSS_ENTROPY = getattr(getattr(nn, "LinearCrossEntropyLoss", None), "forward", nn)  # from torch 2.14 on
 
 
-def _may_take_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
-    """Whether some call in eval mode may be one fused op of torch, which takes the weights of all of its parts."""
+def may_take_fast_path(layer: nn.Module) -> bool:
+    """Whether this is an encoder layer of torch's whose calls in eval mode may be one op, on the weights of all parts.
+
+    They are where no part has a forward hook, among others.
+    """
+    if getattr(type(layer), "forward", None) is not nn.TransformerEncoderLayer.forward:
+        return False
     attention = layer.self_attn
     return bool(
         layer.activation_relu_or_gelu

@@ -264,6 +264,30 @@ def test_patch_reports_peft_layers_that_are_passed_by():
     assert lk.stats()["served"].keys() == {("lora_linear", "cpu")}
 
 
+@pytest.mark.parametrize("how", ["patch", "patch_peft"])
+@pytest.mark.parametrize("targets", [["self_attn"], ["self_attn", "linear1"]], ids=str)
+def test_patching_does_not_change_the_path_of_an_encoder(targets, how):
+    """torch's fast path is closed by hooks on any part, and counting calls by one would bring adapters to work that
+    in PEFT are passed by.
+    """
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    torch.manual_seed(1)
+    stock = get_peft_model(nn.Sequential(encoder()), config).eval()
+    if how == "patch":
+        patched = copy.deepcopy(stock)
+        lk.patch(patched)
+    else:
+        lk.patch_peft()
+        try:
+            torch.manual_seed(1)
+            patched = get_peft_model(nn.Sequential(encoder()), config).eval()
+        finally:
+            lk.unpatch_peft()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        assert torch.equal(patched(x), stock(x))
+
+
 def test_attention_of_peft_is_not_passed_by():
     """PEFT merges its adapters into both weights for the call."""
 

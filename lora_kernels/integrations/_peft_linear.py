@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, ParamWrapper
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -146,6 +146,8 @@ def swap(module: nn.Module) -> nn.Module:
         return module
     if why_not_swapped(module) is None:
         module.__class__ = SWAPS[type(module)]
+    elif type(module) is MultiheadAttention:
+        pass  # a hook would keep torch's encoder from its fast path, which passes PEFT's adapters by
     elif _count_not_swapped not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_count_not_swapped)
     return module

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import class_swaps
-from .._checks import passed_by
+from .._checks import may_take_fast_path, passed_by
 from ..modules import FrozenLinear, LoRAEmbedding, LoRALinear, faster_product
 from ..reasons import Reason
 from ..report import PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
@@ -64,6 +64,9 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
         if layer in not_called:
             is_fused, by_what_or_why_not = False, Reason.PARENT_READS
         (report.fused if is_fused else report.kept).append((name, by_what_or_why_not))
+    for encoder in filter(may_take_fast_path, model.modules() if peft_layers else ()):
+        for part in encoder.modules():  # hooks would change which path it takes
+            _peft_linear().stop_counting(part)
     for tuner in _tuner_models(model):
         tuner.__dict__["_create_new_module"] = _peft_linear().create_in_patched_model
     for name, peft_model in prompts.items():
