@@ -13,6 +13,8 @@ from .reasons import Reason
 
 PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 """Types that the ops compute with themselves. torch.export traces with fakes."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes that the ops compute in."""
 
 
 def inside_transform() -> bool:
@@ -36,3 +38,66 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module does more than its forward."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return _has_any_global_hook() or any(getattr(module, name) for name in hooks)
+
+
+def is_parametrized(module: nn.Module) -> bool:
+    return "parametrizations" in module._modules
+
+
+def not_plain(found: Tensor | Reason | None) -> Reason:
+    """Why ``parameters.get(name, Reason.DISPLACED)`` of a module has given no tensor that the ops compute with."""
+    return found if isinstance(found, Reason) else Reason.DTENSOR
+
+
+def why_no_base(layer: nn.Module) -> Reason | None:
+    """Why an adapter of ours cannot share the weight and bias of a linear layer or embedding; None if it can."""
+    if is_parametrized(layer):
+        return Reason.PARAMETRIZED
+    if "forward" in layer.__dict__:
+        return Reason.INSTANCE_FORWARD
+    for name in ("weight",) if isinstance(layer, nn.Embedding) else ("weight", "bias"):
+        parameter = layer._parameters.get(name, Reason.DISPLACED)
+        if parameter is None and name == "bias":
+            continue
+        if type(parameter) is Tensor:  # what a wrapper computes or cuts out of its own
+            return Reason.DISPLACED
+        if type(parameter) not in PLAIN_TENSORS:
+            return not_plain(parameter)
+        if parameter.layout != torch.strided:
+            return Reason.LAYOUT
+        if parameter.dtype not in FLOATS:
+            return Reason.DTYPE
+    return None if layer._parameters["weight"].dim() == 2 else Reason.LAYOUT
+
+
+def passed_by(model: nn.Module) -> set[nn.Module]:
+    """The layers in ``model`` that torch's own modules never or not always call: they read the weight themselves."""
+    found = set()
+    for parent in model.modules():
+        forward = getattr(type(parent), "forward", None)  # a scripted module's class has none
+        if forward is nn.MultiheadAttention.forward:
+            found.add(parent.out_proj)
+        elif may_take_fast_path(parent):
+            found |= {parent.linear1, parent.linear2}
+        elif forward is _LINEAR_CROSS_ENTROPY:
+            found.add(parent.linear)
+    return found
+
+
+_LINEAR_CROSS_ENTROPY = getattr(getattr(nn, "LinearCrossEntropyLoss", None), "forward", nn)  # from torch 2.14 on
+
+
+def may_take_fast_path(layer: nn.Module) -> bool:
+    """Whether this is an encoder layer of torch's whose calls in eval mode may be one op, on the weights of all parts.
+
+    They are where no part has a forward hook, among others.
+    """
+    if getattr(type(layer), "forward", None) is not nn.TransformerEncoderLayer.forward:
+        return False
+    attention = layer.self_attn
+    return bool(
+        layer.activation_relu_or_gelu
+        and getattr(attention, "batch_first", False)
+        and getattr(attention, "in_proj_bias", None) is not None
+        and attention.num_heads % 2 == 0
+    )

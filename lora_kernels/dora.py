@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .ops._autograd import as_rows
 
 _BLOCK = 1 << 20
 """Elements of a 16-bit matrix that are held in float32 at a time."""
@@ -51,43 +52,43 @@ def _blocks(matrix: Tensor, wide: torch.dtype) -> tuple[Tensor, ...]:
     return (matrix,) if matrix.dtype == wide else matrix.split(max(1, _BLOCK // max(1, matrix.shape[1])))
 
 
-def scale_columns(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-    """``z * factor + bias`` in z's dtype, rounded once. Differentiable in all three.
+def scale_columns(z: Tensor, factor: Tensor, addend: Tensor | None) -> Tensor:
+    """``z * factor + addend`` in z's dtype, rounded once. Differentiable in all three.
 
     Args:
-        z: [..., N]. factor: [N], z's dtype or a wider one. bias: [N] or None.
+        z: [..., N]. factor: [N], z's dtype or a wider one. addend: a bias [N], something of z's shape, or None.
     """
     if torch.compiler.is_compiling():  # the compiler fuses these, and needs no help to keep only z
         y = z * factor
-        return (y if bias is None else y + bias).to(z.dtype)
-    return _ScaleColumns.apply(z, factor, bias)
+        return (y if addend is None else y + addend).to(z.dtype)
+    return _ScaleColumns.apply(z, factor, addend)
 
 
 class _ScaleColumns(torch.autograd.Function):
-    """One pass and no temporary, where ``z * factor + bias`` over a 16-bit z makes two in float32. Saves z."""
+    """One pass and no temporary, where ``z * factor + addend`` over a 16-bit z makes two in float32. Saves z."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, z: Tensor, factor: Tensor, addend: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(z, factor)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        if addend is not None:
+            ctx.addend_dtype, ctx.is_bias = addend.dtype, addend.shape != z.shape
         y = torch.empty_like(z)
-        return torch.mul(z, factor, out=y) if bias is None else torch.addcmul(bias, z, factor, out=y)
+        return torch.mul(z, factor, out=y) if addend is None else torch.addcmul(addend, z, factor, out=y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         z, factor = ctx.saved_tensors
-        grad_z = grad_factor = grad_bias = None
-        columns = grad.shape[-1]
+        grad_z = grad_factor = grad_addend = None
         if ctx.needs_input_grad[0]:
             grad_z = torch.mul(grad, factor, out=torch.empty_like(grad))
         if ctx.needs_input_grad[1]:
             wide = torch.promote_types(factor.dtype, torch.float32)
-            grad_factor = torch.zeros(columns, dtype=wide, device=z.device)
-            rows = zip(_blocks(grad.reshape(-1, columns), wide), _blocks(z.reshape(-1, columns), wide))
+            grad_factor = torch.zeros(grad.shape[-1], dtype=wide, device=z.device)
+            rows = zip(_blocks(as_rows(grad), wide), _blocks(as_rows(z), wide))
             for grad_rows, z_rows in rows:
                 grad_factor += (grad_rows.to(wide) * z_rows).sum(0)
             grad_factor = grad_factor.to(factor.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.reshape(-1, columns).sum(0, dtype=ctx.bias_dtype)
-        return grad_z, grad_factor, grad_bias
+            grad_addend = as_rows(grad).sum(0, dtype=ctx.addend_dtype) if ctx.is_bias else grad.to(ctx.addend_dtype)
+        return grad_z, grad_factor, grad_addend

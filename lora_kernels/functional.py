@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn import functional as F
 
 from . import dispatch, dora, prefix_functional, prompt_functional
-from ._checks import refuse_transforms
+from ._checks import FLOATS, refuse_transforms
+from .branches import add_rows
 from .ops import dropout_mask as _mask_op
 from .ops import frozen_linear as _frozen_op
 from .ops import lora_embedding as _embedding_op
@@ -25,7 +27,6 @@ from .ops import prompt_embedding as _prompt_op
 from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -67,16 +68,21 @@ def lora_linear(
         [..., out_features], dtype of x.
 
     Raises:
-        TypeError: an argument is not a tensor or has a dtype that does not fit.
+        TypeError: an argument is not a tensor, is sparse or nested, or has a dtype that does not fit.
         ValueError: shapes, devices or numbers do not fit. The message names the argument.
     """
-    args = _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed)
-    if is_compiling():
-        return torch.ops.lora_kernels.lora_linear.default(*args)[0]
-    refuse_transforms("lora_linear", args)
-    if dispatch.any_autocast() and dispatch.autocast_enabled(x.device.type):
-        args = dispatch.autocast_args(_lora_op.SPEC, x.device.type, args)
-    return _run_lora_linear(args)
+    try:
+        args = _lora_linear_args(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed)
+        if is_compiling():
+            return torch.ops.lora_kernels.lora_linear.default(*args)[0]
+        refuse_transforms("lora_linear", args)
+        if dispatch.any_autocast() and dispatch.autocast_enabled(x.device.type):
+            args = dispatch.autocast_args(_lora_op.SPEC, x.device.type, args)
+        return _run_lora_linear(args)
+    except RuntimeError:  # asking every call for its layouts is felt in a small layer
+        for name, t in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+            _check_dense("lora_linear", name, t)
+        raise
 
 
 def lora_linear_of_layer(
@@ -111,6 +117,8 @@ def dora_linear(
     bias: Tensor | None = None,
     *,
     scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
 ) -> Tensor:
     """A linear layer under weight-decomposed low-rank adaptation (DoRA, Liu et al., ICML 2024).
 
@@ -122,13 +130,23 @@ def dora_linear(
     without forming V: the low-rank update runs in ``lora_linear``, and the norm is a sum of three terms of which the
     largest temporary is [out_features, rank].
 
+    Under dropout it is, as in PEFT, what only V adds to the frozen layer that sees the dropped x::
+
+        d = F.dropout(x, dropout_p, training)
+        F.linear(x, weight, bias) + F.linear(d, V * (magnitude / V.norm(dim=1).detach())[:, None] - weight)
+
+    Two products with the weight are then needed: every column of d's has a factor of its own, and the magnitude's
+    gradient is made of them.
+
     Args:
         x, weight, lora_A, lora_B, bias, scaling: as in ``lora_linear``.
         magnitude: [out_features], floating point.
+        dropout_p, training: as in ``lora_linear``, but the mask is ``F.dropout``'s.
 
     Returns:
         [..., out_features], dtype of x. The norm takes no part in the gradient, as in the paper's section 4.3.
-        ``lk.stats()`` and ``lk.why`` count and name the ``lora_linear`` inside.
+        ``lk.stats()`` and ``lk.why`` count and name the ``lora_linear`` inside; under dropout, ``lk.stats()`` counts
+        two ``frozen_linear``.
 
     Raises:
         TypeError, ValueError: as ``lora_linear``.
@@ -136,8 +154,49 @@ def dora_linear(
     op = "dora_linear"
     _check_base(op, x, weight, bias)
     _check_magnitude(op, magnitude, weight)
-    z = lora_linear(x, weight, lora_A, lora_B, scaling=scaling)
-    return dora.scale_columns(z, magnitude / dora.norm(weight, lora_A, lora_B, scaling), bias)
+    _check_probability(op, "dropout_p", dropout_p)
+    factor = magnitude / dora.norm(weight, lora_A, lora_B, scaling)
+    if not training or dropout_p == 0.0:
+        return dora.scale_columns(lora_linear(x, weight, lora_A, lora_B, scaling=scaling), factor, bias)
+    _check_adapter(op, weight, lora_A, lora_B)
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    linear = F.linear if trains else frozen_linear
+    dropped = F.dropout(x, dropout_p, True)
+    # With factor 1 and lora_B 0, as at the start, the result has the bits of the first term.
+    y = dora.scale_columns(linear(dropped, weight), factor - 1, linear(x, weight, bias))
+    return add_rows(y, F.linear(dropped.to(y.dtype), lora_A.to(y.dtype)), lora_B * factor[:, None], scaling)
+
+
+def dora_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    *,
+    scaling: float | Tensor = 1.0,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """An embedding under DoRA: every feature of ``lora_embedding``'s table has the norm that ``magnitude`` says.
+
+    Equivalent to::
+
+        V = weight + scaling * (lora_B @ lora_A).T
+        F.embedding(ids, V * magnitude / V.norm(dim=0).detach(), padding_idx)
+
+    Args:
+        ids, weight, lora_A, lora_B, scaling, padding_idx: as in ``lora_embedding``.
+        magnitude: [features], floating point.
+
+    Returns:
+        [*ids.shape, features], dtype of weight. ``lk.stats()`` counts the ``lora_embedding`` inside.
+
+    Raises:
+        TypeError, ValueError, IndexError: as ``lora_embedding``.
+    """
+    z = lora_embedding(ids, weight, lora_A, lora_B, scaling=scaling, padding_idx=padding_idx)
+    _check_magnitude("dora_embedding", magnitude, weight.t())
+    return dora.scale_columns(z, magnitude / dora.norm(weight.t(), lora_A, lora_B, scaling), None)
 
 
 def lora_embedding(
@@ -169,7 +228,7 @@ def lora_embedding(
         [*ids.shape, features], dtype of weight, under autocast, too.
 
     Raises:
-        TypeError: an argument is not a tensor or has a dtype that does not fit.
+        TypeError: an argument is not a tensor, is sparse or nested, or has a dtype that does not fit.
         ValueError: shapes, devices or numbers do not fit. The message names the argument.
         IndexError: an id is out of range (on a GPU, a device-side assertion).
     """
@@ -233,8 +292,16 @@ def merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0)
         weight.
 
     Raises:
+        TypeError: an argument is not a floating-point tensor.
         ValueError: shapes do not fit, or the merged weight is not finite (weight is then unchanged).
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"merge_: weight must be a tensor, got {type(weight).__name__}")
+    if weight.dtype not in FLOATS:  # the update would be cut off, or rounded to what another part scales
+        raise TypeError(f"merge_: weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
+    _check_dense("merge_", "weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"merge_: weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
     _check_adapter("merge_", weight, lora_A, lora_B)
     _check_scaling("merge_", scaling)
     if not stays_finite(weight, lora_A, lora_B, scaling):
@@ -255,7 +322,7 @@ def _merged_blocks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: floa
     """Rows of weight, a few at a time, and what they become: an update as large as weight is never formed."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     A, B = lora_A.to(wide), lora_B.to(wide)
-    rows = max(1, _MERGE_BLOCK // weight.shape[1])
+    rows = max(1, _MERGE_BLOCK // max(1, weight.shape[1]))
     for w, b in zip(weight.split(rows), B.split(rows)):
         yield w, torch.addmm(w.to(wide), b, A, alpha=scaling).to(weight.dtype)
 
@@ -302,7 +369,9 @@ def _why_lora_embedding(ids, weight, lora_A, lora_B, *, scaling=1.0, padding_idx
     return _lora_embedding_args(ids, weight, lora_A, lora_B, scaling, padding_idx)
 
 
-def _why_dora_linear(x, weight, lora_A, lora_B, magnitude=None, bias=None, *, scaling=1.0) -> tuple:
+def _why_dora_linear(
+    x, weight, lora_A, lora_B, magnitude=None, bias=None, *, scaling=1.0, dropout_p=0.0, training=False
+) -> tuple:
     """DoRA counts as the ``lora_linear`` inside it."""
     return _lora_linear_args(x, weight, lora_A, lora_B, None, scaling, 0.0, False, None)
 
@@ -360,8 +429,10 @@ def _lora_embedding_args(ids, weight, lora_A, lora_B, scaling, padding_idx) -> t
             raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: ids must be int64 or int32, got {ids.dtype}")
-    if weight.dtype not in _FLOATS:
+    if weight.dtype not in FLOATS:
         raise TypeError(f"{op}: weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
+    for name, t in (("ids", ids), ("weight", weight)):
+        _check_dense(op, name, t)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be [vocabulary, features], got shape {tuple(weight.shape)}")
     if ids.device != weight.device:
@@ -382,7 +453,7 @@ def _types_fit(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any) -> bool
         if type(t) is not Tensor and type(t) is not nn.Parameter:
             return False
     dtype = weight.dtype
-    if dtype not in _FLOATS or x.dtype != dtype or lora_A.dtype != dtype or lora_B.dtype != dtype:
+    if dtype not in FLOATS or x.dtype != dtype or lora_A.dtype != dtype or lora_B.dtype != dtype:
         return False
     return bias is None or ((type(bias) is nn.Parameter or type(bias) is Tensor) and bias.dtype == dtype)
 
@@ -407,13 +478,14 @@ def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None
     for name, t in (("x", x), ("weight", weight)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+        _check_dense(op, name, t)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{op}: x must be [..., {weight.shape[1]}] to fit weight {tuple(weight.shape)}, got shape {tuple(x.shape)}"
         )
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"{op}: x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.dtype != weight.dtype and not dispatch.autocast_enabled(x.device.type):
         raise TypeError(f"{op}: weight must be {x.dtype} like x, got {weight.dtype}")
@@ -433,12 +505,19 @@ def _check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None
         raise TypeError(f"{op}: bias must be {weight.dtype} like weight, got {bias.dtype}")
 
 
+def _check_dense(op: str, name: str, t: Tensor) -> None:
+    if t.layout != torch.strided or t.is_nested:
+        kind = "nested" if t.is_nested else str(t.layout)
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a {kind} one")
+
+
 def _check_adapter(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
         if not t.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}")
+        _check_dense(op, name, t)
         if t.device != weight.device:
             raise ValueError(f"{op}: {name} must be on {weight.device} like weight, got {t.device}")
     n, k = weight.shape

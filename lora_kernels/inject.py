@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from .modules import LoRALinear, check_hyperparameters, check_plain_linear
+from ._checks import is_parametrized, passed_by, why_no_base
+from .modules import LoRALinear, check_adapter_dtype, check_hyperparameters, check_plain_linear, empty_adapter
 from .reasons import Reason
 from .report import FUSED, Report
 from .wrappers import check_may_grow, unwrapped, wrapper_kinds
@@ -35,7 +38,8 @@ def inject(
     """Turns the chosen ``nn.Linear`` layers of ``model`` into ``LoRALinear``, in place, and freezes the rest.
 
     Choosing follows PEFT's ``LoraConfig``. Parameters, names and hooks of the layers stay; only ``lora_A``
-    and ``lora_B`` are added. Nothing is changed if an error is raised.
+    and ``lora_B`` are added. Nothing is changed if an error is raised. A pattern that chooses nothing while others do
+    gives a ``UserWarning``.
 
     Args:
         model: any module. Wrappers around and inside it (``torch.compile``, activation checkpointing) do not count in
@@ -55,10 +59,14 @@ def inject(
         The layers that were changed, and, for "all-linear", those left alone and why.
 
     Raises:
-        TypeError, ValueError: bad numbers; nothing matches; a chosen module is no plain ``nn.Linear`` or its
-            forward was replaced; the model already has adapters, or is wrapped in DDP, FSDP or DeepSpeed, which
-            would not train parameters that are added later.
+        TypeError, ValueError: bad numbers; nothing matches; the model already has adapters, or is wrapped in DDP, FSDP
+            or DeepSpeed, which would not train parameters that are added later; a chosen module is no plain
+            ``nn.Linear``, its weight or bias is not a floating-point parameter of its own (pruned, parametrized,
+            quantised), its forward was replaced, it has several names, or torch's own parent of it
+            (``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer`` in eval mode) multiplies by its weight without
+            calling it.
     """
+    check_adapter_dtype("inject", adapter_dtype)
     targets = Targets(
         target_modules, r, alpha, dict(rank_pattern or {}), dict(alpha_pattern or {}),
         exclude_modules, layers_to_transform, layers_pattern,
@@ -66,11 +74,19 @@ def inject(
     check_may_grow("inject", wrapper_kinds(model))
     with unwrapped(model) as bare:
         plan, kept = targets.plan("inject", bare, dropout)
+        unmatched = list(targets.unmatched(bare, plan))
+    for text in unmatched:
+        warnings.warn(f"inject: {text}", UserWarning, stacklevel=2)
+    # What may fail, which is to allocate, comes before the first change.
+    adapters = {
+        name: empty_adapter(layer.weight, rank, layer.in_features, layer.out_features, adapter_dtype)
+        for name, (layer, rank, _) in plan.items()
+    }
     model.requires_grad_(False)
-    for layer, rank, scale in plan.values():
+    for name, (layer, rank, scale) in plan.items():
         # The class is swapped, as in patch: other references to the layer and its hooks stay valid.
         layer.__class__ = LoRALinear
-        layer._adopt(layer.weight, layer.bias, rank, scale, dropout, use_rslora, adapter_dtype)
+        layer._adopt(layer.weight, layer.bias, adapters[name], rank, scale, dropout, use_rslora)
     return Report([(name, FUSED) for name in plan], kept)
 
 
@@ -98,24 +114,45 @@ class Targets:
         check_hyperparameters(op, self.r, self.alpha, dropout)
         self._check_arguments(op)
         _check_no_adapters(op, model)
-        modules = {name: module for name, module in model.named_modules() if name}
+        modules = _named_modules(model)
+        names_of: dict[nn.Module, list[str]] = {}
+        for name, module in modules.items():
+            names_of.setdefault(module, []).append(name)
         chosen = [name for name in self._candidates(model, modules) if not _listed(self.exclude_modules, name)]
-        plan, kept = {}, []
+        not_called, plan, kept = passed_by(model), {}, []
         for name in chosen:
-            reason = _unserved(modules[name])
+            layer = modules[name]
+            reason = _unserved(layer, layer in not_called, len(names_of[layer]) > 1)
             if reason is not None and self._all_linear:
                 kept.append((name, reason))
                 continue
-            if reason == Reason.INSTANCE_FORWARD:
-                raise ValueError(f"{op}: {name}: {reason}, which would bypass the adapter")
-            check_plain_linear(f"{op}: {name}", modules[name])
+            if isinstance(reason, Reason) and reason != Reason.FAN_IN_FAN_OUT:
+                raise ValueError(f"{op}: {', '.join(names_of[layer])}: {reason}")
+            check_plain_linear(f"{op}: {name}", layer)
             rank = first_match(self.rank_pattern, name, self.r)
             alpha = first_match(self.alpha_pattern, name, self.alpha)
             check_hyperparameters(f"{op}: {name}", rank, alpha, dropout)
-            plan[name] = (modules[name], rank, alpha)
+            plan[name] = (layer, rank, alpha)
         if not plan:
             raise ValueError(f"{op}: {self._nothing_matches(modules)}")
         return plan, kept
+
+    def unmatched(self, model: nn.Module, chosen: Collection[str]) -> Iterator[str]:
+        """What to say of each name or pattern that had no part in choosing these layers."""
+        modules = _named_modules(model)
+        if not isinstance(self.target_modules, str):
+            for entry in self.target_modules:
+                if not any(_listed([entry], name) for name in modules):
+                    yield f"target_modules: {entry!r} matches no module"
+        candidates, excluded = self._candidates(model, modules), self.exclude_modules or ()
+        for entry in [excluded] if isinstance(excluded, str) else [[name] for name in excluded]:
+            if not any(_listed(entry, name) for name in candidates):
+                shown = entry if isinstance(entry, str) else entry[0]
+                yield f"exclude_modules: {shown!r} excludes no module"
+        for field_name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, field_name):
+                if not any(_fits(pattern, name) for name in chosen):
+                    yield f"{field_name}: {pattern!r} matches none of the chosen modules"
 
     @property
     def _all_linear(self) -> bool:
@@ -183,10 +220,16 @@ def _listed(names: str | Collection[str] | None, name: str) -> bool:
 
 def first_match(patterns: Mapping[str, float], name: str, default: float) -> float:
     """PEFT's rule for rank_pattern and alpha_pattern."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    return next((value for pattern, value in patterns.items() if _fits(pattern, name)), default)
+
+
+def _fits(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All but the model itself, under each of their names."""
+    return {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -194,15 +237,19 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _unserved(module: nn.Module) -> str | None:
-    """Why this linear layer cannot become a ``LoRALinear``."""
+def _unserved(module: nn.Module, not_called: bool, shared: bool) -> str | None:
+    """Why this layer cannot become a ``LoRALinear``."""
     if type(module).__name__ == "Conv1D":
         return Reason.FAN_IN_FAN_OUT
+    if not_called:
+        return Reason.PARENT_READS
+    if shared:  # an adapter on one would act under all of its names; PEFT puts one on the first only
+        return Reason.SHARED
     try:
         check_plain_linear("", module)
     except TypeError:
-        return f"{Reason.LAYER_TYPE}: {type(module).__name__}"
-    return Reason.INSTANCE_FORWARD if "forward" in module.__dict__ else None
+        return Reason.PARAMETRIZED if is_parametrized(module) else f"{Reason.LAYER_TYPE}: {type(module).__name__}"
+    return why_no_base(module)
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
@@ -211,9 +258,11 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def _check_no_adapters(op: str, model: nn.Module) -> None:
-    if hasattr(model, "peft_config"):
-        raise ValueError(f"{op}: the model is a PEFT model; use lk.patch for it")
+    # A model can only hold what somebody has imported. Attributes say less: PEFT leaves peft_config behind.
+    peft_model = getattr(sys.modules.get("peft"), "PeftModel", ())
+    peft_layer = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", LoRALinear)
     for name, module in model.named_modules():
-        if not isinstance(module, LoRALinear) and "base_layer" not in module._modules:
-            continue
-        raise ValueError(f"{op}: the model already has an adapter, on {name}")
+        if isinstance(module, peft_model):
+            raise ValueError(f"{op}: {name or 'the model'} is a PEFT model; use lk.patch for it")
+        if isinstance(module, (LoRALinear, peft_layer)):
+            raise ValueError(f"{op}: the model already has an adapter, on {name or 'itself'}")

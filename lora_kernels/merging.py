@@ -20,8 +20,8 @@ def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = Fa
 
     Raises:
         RuntimeError: a layer is already merged.
-        ValueError: no such layer; a tied weight; a merged weight that would not be finite; keep_base together with
-            unload.
+        ValueError: no such layer; a tied weight; a merged weight that would not be finite, or that is not the layer's
+            own parameter; keep_base together with unload.
     """
     layers = _lora_layers("merge_adapter", model)
     if keep_base and unload:
@@ -29,6 +29,7 @@ def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = Fa
     for name, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"merge_adapter: {name} is already merged; call unmerge_adapter first")
+        layer.check_mergeable(f"merge_adapter: {name}")
         if not functional.stays_finite(layer.weight, *layer.update_factors(), layer.scaling):
             raise ValueError(f"merge_adapter: the merged weight of {name} would not be finite; nothing was merged")
     tied = _tied(model, layers)
@@ -48,12 +49,13 @@ def unmerge_adapter(model: nn.Module) -> None:
 
     Raises:
         RuntimeError: a layer is not merged; nothing is changed then.
-        ValueError: no such layer.
+        ValueError: no such layer, or a weight that is not the layer's own parameter; nothing is changed then.
     """
     layers = _lora_layers("unmerge_adapter", model)
     for name, layer in layers.items():
         if not layer.merged:
             raise RuntimeError(f"unmerge_adapter: {name} is not merged")
+        layer.check_mergeable(f"unmerge_adapter: {name}")
     for layer in layers.values():
         layer.unmerge()
 

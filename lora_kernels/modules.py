@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from . import dispatch, functional
-from ._checks import PLAIN_TENSORS, inside_transform
+from ._checks import FLOATS, PLAIN_TENSORS, inside_transform, why_no_base
 from .class_swaps import in_place_of
 from .ops import _cpu, _cpu_product
 from .report import FROZEN_PAST_MKL, FROZEN_UPCAST
@@ -106,14 +106,6 @@ class _LoRALayer(nn.Module):
         layer.training = training
         return layer
 
-    def _add_adapter(self, r: int, columns: int, rows: int, adapter_dtype: torch.dtype | None) -> None:
-        """Empty lora_A [r, columns] and lora_B [rows, r]."""
-        if adapter_dtype is None:
-            adapter_dtype = torch.float32 if self.weight.dtype in _LOW_PRECISION else self.weight.dtype
-        device = self.weight.device
-        self.lora_A = nn.Parameter(torch.empty(r, columns, dtype=adapter_dtype, device=device))
-        self.lora_B = nn.Parameter(torch.empty(rows, r, dtype=adapter_dtype, device=device))
-
     def _set_numbers(self, r: int, alpha: float, use_rslora: bool) -> None:
         # Plain Python numbers, whatever kind came in: torch.compile and the adapter's JSON file want those.
         self.rank, self.use_rslora = int(r), bool(use_rslora)
@@ -137,13 +129,22 @@ class _LoRALayer(nn.Module):
 
         Raises:
             RuntimeError: already merged.
-            ValueError: the merged weight would not be finite. The weight is then unchanged.
+            ValueError: the merged weight would not be finite, or it is not this layer's own parameter (pruned or
+                parametrized), so that what is written there would be lost. The weight is then unchanged.
         """
         if self.merged:
             raise RuntimeError("merge: the adapter is already merged; call unmerge() first")
+        self.check_mergeable("merge")
         copy = self.weight.detach().to("cpu", copy=True) if keep_base else None
         functional.merge_(self.weight, *self.update_factors(), self.scaling)
         self._base_copy, self.merged = copy, True
+
+    def check_mergeable(self, op: str) -> None:
+        """``ValueError`` if the weight, or what the next call makes lora_A and lora_B of, is not in this layer."""
+        for name in ("weight", "lora_A", "lora_B"):
+            computed = name != "weight" and "parametrizations" in self._modules  # made anew whenever it is read
+            if self._parameters.get(name) is None and not computed:
+                raise ValueError(f"{op}: {name} is not a parameter of its module (pruned, parametrized or sharded)")
 
     def unmerge(self) -> None:
         """Takes the adapter out of ``weight`` again.
@@ -156,6 +157,7 @@ class _LoRALayer(nn.Module):
         """
         if not self.merged:
             raise RuntimeError("unmerge: the adapter is not merged")
+        self.check_mergeable("unmerge")
         if self._base_copy is None:
             functional.unmerge_(self.weight, *self.update_factors(), self.scaling)
         else:
@@ -221,7 +223,9 @@ class LoRALinear(_LoRALayer):
         check_hyperparameters("LoRALinear", r, alpha, dropout)
         super().__init__()
         base = nn.Linear(in_features, out_features, bias, device, dtype)
-        self._adopt(base.weight, base.bias, r, alpha, dropout, use_rslora, adapter_dtype)
+        check_base("LoRALinear", base, adapter_dtype)
+        adapter = empty_adapter(base.weight, r, in_features, out_features, adapter_dtype)
+        self._adopt(base.weight, base.bias, adapter, r, alpha, dropout, use_rslora)
 
     @classmethod
     def from_linear(
@@ -237,12 +241,15 @@ class LoRALinear(_LoRALayer):
         """A ``LoRALinear`` around the parameters of ``linear``, which are shared, not copied, and become frozen.
 
         Hooks on ``linear`` are not carried over. Arguments and errors are those of the class; ``TypeError``
-        if ``linear`` is not a plain ``nn.Linear``.
+        if ``linear`` is not a plain ``nn.Linear``, ``ValueError`` if its weight or bias is not a floating-point
+        parameter of its own (pruned, parametrized, quantised) or its forward was replaced.
         """
         check_hyperparameters("from_linear", r, alpha, dropout)
         check_plain_linear("from_linear", linear)
+        check_base("from_linear", linear, adapter_dtype)
         layer = cls._empty(linear.training)
-        layer._adopt(linear.weight, linear.bias, r, alpha, dropout, use_rslora, adapter_dtype)
+        adapter = empty_adapter(linear.weight, r, linear.in_features, linear.out_features, adapter_dtype)
+        layer._adopt(linear.weight, linear.bias, adapter, r, alpha, dropout, use_rslora)
         return layer
 
     @classmethod
@@ -268,12 +275,14 @@ class LoRALinear(_LoRALayer):
         layer.scaling = scaling
         return layer
 
-    def _adopt(self, weight, bias, r, alpha, dropout, use_rslora, adapter_dtype) -> None:
-        """Takes over a base weight and bias and starts a new adapter."""
+    def _adopt(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, adapter: tuple[nn.Parameter, nn.Parameter],
+        r: int, alpha: float, dropout: float, use_rslora: bool,
+    ) -> None:  # fmt: skip
+        """Takes over a base weight and bias and starts an adapter, of which only the room is there."""
         for name, base in (("weight", weight), ("bias", bias)):
             self.register_parameter(name, None if base is None else base.requires_grad_(False))
-        n, k = weight.shape
-        self._add_adapter(r, k, n, adapter_dtype)
+        self.lora_A, self.lora_B = adapter
         self._describe(r, alpha, dropout, use_rslora)
         self.reset_adapter()
 
@@ -349,6 +358,7 @@ class LoRAEmbedding(_LoRALayer):
         check_hyperparameters("LoRAEmbedding", r, alpha, 0.0)
         super().__init__()
         base = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        check_base("LoRAEmbedding", base, adapter_dtype)
         self._adopt(base, r, alpha, use_rslora, adapter_dtype)
 
     @classmethod
@@ -365,7 +375,7 @@ class LoRAEmbedding(_LoRALayer):
 
         Hooks on ``embedding`` are not carried over. Arguments and errors are those of the class; ``TypeError`` if
         ``embedding`` is not a plain ``nn.Embedding``, ``ValueError`` if it has options that a frozen weight has no use
-        for (max_norm, scale_grad_by_freq, sparse).
+        for (max_norm, scale_grad_by_freq, sparse), or its weight is none that ``LoRALinear.from_linear`` takes.
         """
         check_hyperparameters("from_embedding", r, alpha, 0.0)
         kind = type(embedding)
@@ -373,17 +383,21 @@ class LoRAEmbedding(_LoRALayer):
             raise TypeError(f"from_embedding: expected a plain nn.Embedding, got {kind.__module__}.{kind.__qualname__}")
         if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
             raise ValueError("from_embedding: an embedding with max_norm, scale_grad_by_freq or sparse is not served")
+        check_base("from_embedding", embedding, adapter_dtype)
         layer = cls._empty(embedding.training)
         layer._adopt(embedding, r, alpha, use_rslora, adapter_dtype)
         return layer
 
-    def _adopt(self, base: nn.Embedding, r, alpha, use_rslora, adapter_dtype) -> None:
+    def _adopt(
+        self, base: nn.Embedding, r: int, alpha: float, use_rslora: bool, adapter_dtype: torch.dtype | None
+    ) -> None:
         """Takes over a base weight and starts a new adapter."""
         for name in ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type"):
             setattr(self, name, getattr(base, name))
         self.scale_grad_by_freq = self.sparse = False
         self.weight = base.weight.requires_grad_(False)
-        self._add_adapter(r, self.num_embeddings, self.embedding_dim, adapter_dtype)
+        adapter = empty_adapter(base.weight, r, self.num_embeddings, self.embedding_dim, adapter_dtype)
+        self.lora_A, self.lora_B = adapter
         self._set_numbers(r, alpha, use_rslora)
         self.reset_adapter()
 
@@ -419,6 +433,34 @@ def check_plain_linear(op: str, linear: Any) -> None:
     kind = type(linear)
     if kind not in (nn.Linear, FrozenLinear):
         raise TypeError(f"{op}: expected a plain nn.Linear, got {kind.__module__}.{kind.__qualname__}")
+
+
+def empty_adapter(
+    weight: Tensor, r: int, columns: int, rows: int, adapter_dtype: torch.dtype | None
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """lora_A [r, columns] and lora_B [rows, r] beside ``weight``, without values yet."""
+    if adapter_dtype is None:
+        adapter_dtype = torch.float32 if weight.dtype in _LOW_PRECISION else weight.dtype
+    lora_A, lora_B = (
+        nn.Parameter(torch.empty(shape, dtype=adapter_dtype, device=weight.device))
+        for shape in ((r, columns), (rows, r))
+    )
+    return lora_A, lora_B
+
+
+def check_base(op: str, layer: nn.Module, adapter_dtype: torch.dtype | None) -> None:
+    """Raises unless an adapter of this dtype can share the parameters of ``layer``, whose class has been looked at."""
+    check_adapter_dtype(op, adapter_dtype)
+    reason = why_no_base(layer)
+    if reason is not None:
+        raise ValueError(f"{op}: {reason}")
+
+
+def check_adapter_dtype(op: str, adapter_dtype: torch.dtype | None) -> None:
+    """``TypeError`` for a dtype that adapters cannot be computed in."""
+    if adapter_dtype is not None and adapter_dtype not in FLOATS:
+        names = "float32, bfloat16, float16, float64 or None"
+        raise TypeError(f"{op}: adapter_dtype must be {names}, got {adapter_dtype!r}")
 
 
 def check_hyperparameters(op: str, r: Any, alpha: Any, dropout: Any) -> None:

@@ -6,12 +6,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_as_accurate
+from numerics import ResultSizes, assert_as_accurate
 from peft import LoraConfig, get_peft_model
 from peft_layers import BF16, FP16, FP32, FP64, randomise, run
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.functional import dora_embedding
 from lora_kernels.reasons import Reason
 
 V, H, R, SCALING = 29, 18, 5, 1.7
@@ -269,6 +270,90 @@ def test_fused_and_as_accurate_as_peft(options, change):
     assert lk.stats()["fallback"] == {}
 
 
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({}, None),
+        ({"use_rslora": True, "lora_dropout": 0.5}, None),
+        ({}, lambda m: embed(m).scaling.update(default=torch.tensor(0.3))),
+        ({"embedding": nn.Embedding(V, H, padding_idx=3)}, None),
+        ({"dtype": BF16}, None),
+        ({"dtype": FP16}, None),
+    ],
+    ids=["plain", "rsLoRA", "tensor scaling", "padding_idx", "bf16", "fp16"],
+)
+def test_dora_is_fused_and_as_accurate_as_peft(options, change):
+    stock = make_peft(**copy.deepcopy(options), use_dora=True)
+    if change is not None:
+        change(stock)
+    patched = copy.deepcopy(stock)
+    assert lk.patch(patched).fused == [("base_model.model.embed", "dora_embedding")]
+    dtype, ids = options.get("dtype", FP32), torch.randint(V, (4, 6))
+    exact = run(embed(copy.deepcopy(stock).double()), ids)
+    bound, ours = run(embed(copy.deepcopy(stock).to(dtype)), ids), run(embed(patched), ids)
+    assert ours.keys() == bound.keys()
+    assert "lora_magnitude_vector.default.weight" in ours
+    for name, value in ours.items():
+        assert_as_accurate(value.to(bound[name].dtype), bound[name], exact[name], name)
+    assert ours["y"].dtype == dtype
+    assert lk.stats()["fallback"] == {}
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_dora_starts_as_the_plain_embedding(dtype):
+    """To the bit, as PEFT's: lora_A is zero, and the norm is that of the table, in the magnitude's dtype."""
+    config = LoraConfig(r=R, target_modules=["embed"], use_dora=True)
+    model = get_peft_model(Net(nn.Embedding(V, H)).to(dtype), config, autocast_adapter_dtype=False)
+    assert torch.equal(embed(model)(torch.arange(V)), embed(model).base_layer.weight)
+    lk.patch(model)
+    assert torch.equal(embed(model)(torch.arange(V)), embed(model).base_layer.weight)
+    assert lk.stats()["fallback"] == {}
+
+
+def test_dora_forms_no_table():
+    """Nothing but the gradient of lora_A, which is as long as the table, has the vocabulary's length."""
+    vocabulary, features, r = 500, 40, 3
+    weight, A, B = torch.randn(vocabulary, features), torch.randn(r, vocabulary), torch.randn(features, r)
+    leaves = A.requires_grad_(), B.requires_grad_(), (torch.rand(features) + 0.5).requires_grad_()
+    with ResultSizes(weight) as made:
+        dora_embedding(torch.randint(vocabulary, (7,)), weight, *leaves).sum().backward()
+    assert max(made.sizes) == r * vocabulary
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_dora_compiles(dynamic):
+    torch.compiler.reset()
+    stock, ids = make_peft(use_dora=True), torch.randint(V, (4, 6))
+    patched = copy.deepcopy(stock)
+    lk.patch(patched)
+    compiled = torch.compile(embed(patched), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    expected = run(embed(stock), ids)
+    for name, value in run(compiled, ids).items():
+        torch.testing.assert_close(value, expected[name.removeprefix("_orig_mod.")], rtol=2e-5, atol=1e-5)
+
+
+def test_dora_trains_merges_and_verifies():
+    stock, ids = make_peft(use_dora=True), torch.randint(V, (4, 6))
+    patched = copy.deepcopy(stock)
+    lk.patch(patched)
+    assert lk.verify(patched).ok
+    curves = []
+    for model in (stock, patched):
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+        losses = []
+        for _ in range(5):
+            loss = model(ids).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    expected = patched(ids)
+    patched.merge_adapter()
+    torch.testing.assert_close(patched(ids), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_autocast_leaves_the_dtype_of_the_table():
     stock, ids = make_peft(), torch.randint(V, (4, 6))
     patched = copy.deepcopy(stock)
@@ -284,7 +369,14 @@ def test_autocast_leaves_the_dtype_of_the_table():
 FALLBACKS = {
     "disabled": ({}, lambda m: m.base_model.disable_adapter_layers(), Reason.DISABLED),
     "merged": ({}, lambda m: m.merge_adapter(), Reason.MERGED),
-    "DoRA": ({"use_dora": True}, None, Reason.DORA),
+    "DoRA, two adapters": ({"use_dora": True}, lambda m: both(m), Reason.DORA),
+    "DoRA, hook": (
+        {"use_dora": True},
+        lambda m: (
+            embed(m).lora_magnitude_vector["default"].register_forward_hook(lambda _m, _args, out: (out[0] * 2, out[1]))
+        ),
+        Reason.ADAPTER_HOOKS,
+    ),
     "MiCA": ({"init_lora_weights": "mica"}, None, Reason.VARIANT),
     "elsewhere": (
         {},
@@ -312,6 +404,7 @@ def test_falls_back_to_peft(options, change, reason):
     lk.patch(patched)
     for model in (stock, patched):
         if change is not None:
+            torch.manual_seed(1)
             change(model)
         if reason == Reason.MIXED_DTYPES:
             embed(model).lora_embedding_B.half()

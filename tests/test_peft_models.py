@@ -15,6 +15,7 @@ from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import MultiheadAttention as LoraAttention
 from tiny_models import tiny_llama
 from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
@@ -202,7 +203,8 @@ def test_unpatch_restores_every_kind_of_layer():
         target_modules=["q_proj", "embed_tokens"], target_parameters=["mlp.up_proj.weight"], use_rslora=True
     ).eval()
     patched = patched_twin(stock)
-    assert {type(m) for m in patched.modules() if lk.is_fused(m)} == set(_peft_linear.SWAPS.values())
+    fused = {type(m) for m in patched.modules() if lk.is_fused(m)}
+    assert fused == {_peft_linear.FusedLinear, _peft_linear.FusedEmbedding}
     assert any(m._forward_pre_hooks for m in patched.modules()), "calls of target_parameters are counted by a hook"
     lk.unpatch(patched)
     assert not any(m._forward_pre_hooks for m in patched.modules())
@@ -240,9 +242,10 @@ def test_patch_peft_covers_new_and_loaded_models(clean_peft, tmp_path):
 
 def test_patch_peft_leaves_other_layer_types(clean_peft):
     lk.patch_peft()
-    model = get_peft_model(nn.ModuleDict({"conv": nn.Conv2d(2, 2, 1)}), LoraConfig(target_modules=["conv"]))
-    assert type(model.base_model.model["conv"]).__name__ == "Conv2d"
-    assert lk.patch(model).kept == [("base_model.model.conv", "layer type not served: Conv2d")]
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
+    model = get_peft_model(attention, LoraConfig(r=2, target_modules=["attention"]))
+    assert type(model.base_model.model["attention"]) is LoraAttention
+    assert ("base_model.model.attention", "layer type not served: MultiheadAttention") in lk.patch(model).kept
 
 
 def test_unpatch_peft_leaves_a_wrapper_that_came_later(clean_peft):
@@ -360,9 +363,9 @@ def test_frozen_linears_are_upcast(no_native_bf16):
 
 
 def test_base_of_an_unfused_layer_is_upcast_too(no_native_bf16):
-    model = make(tiny_llama().bfloat16(), target_modules=["q_proj"], use_dora=True, lora_dropout=0.1)
+    model = make(tiny_llama().bfloat16(), target_modules=["q_proj"], init_lora_weights="mica")
     report = lk.patch(model, frozen_linears=True)
-    assert (f"{PREFIX}.0.self_attn.q_proj", Reason.DORA_DROPOUT) in report.kept
+    assert (f"{PREFIX}.0.self_attn.q_proj", Reason.VARIANT) in report.kept
     assert (f"{PREFIX}.0.self_attn.q_proj.base_layer", "frozen, upcast") in report.fused
     adapters = [m for n, m in model.named_modules() if n.endswith(("lora_A.default", "lora_B.default"))]
     assert {type(m) for m in adapters} == {nn.Linear}

@@ -36,8 +36,8 @@ def test_table_is_aligned_and_grouped_by_reason():
     report = Report(
         fused=[(f"h.{i}.{p}", FUSED) for i in range(12) for p in ("q", "v")] + [("lm_head", FROZEN_UPCAST)],
         kept=[
-            ("h.12.q", Reason.DORA_DROPOUT),
-            ("h.12.v", Reason.DORA_DROPOUT),
+            ("h.12.q", Reason.META),
+            ("h.12.v", Reason.META),
             ("embed", "layer type not served: Embedding"),
         ],
     )
@@ -45,7 +45,7 @@ def test_table_is_aligned_and_grouped_by_reason():
         "24 of 27 LoRA layers fused, 1 frozen linear upcast",
         "  fused  24  lora_linear                       h.{0..11}.{q,v}",
         "  fused   1  frozen, upcast                    lm_head",
-        "  kept    2  DoRA under dropout                h.12.{q,v}",
+        "  kept    2  meta tensor                       h.12.{q,v}",
         "  kept    1  layer type not served: Embedding  embed",
     ]
 

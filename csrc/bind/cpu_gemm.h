@@ -32,6 +32,15 @@ inline void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, co
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
 }
 
+inline void linear_same_dtype(const Tensor& y, const Tensor& x, const Tensor& weight,
+                              const std::optional<Tensor>& bias) {
+  if (bias) {
+    addmm_out(y, *bias, x, transposed(weight), 1.0, 1.0);
+  } else {
+    mm_out(y, x, transposed(weight));
+  }
+}
+
 inline bool has_onednn() { return aoti_torch_cpu__linear_pointwise != nullptr; }
 
 // oneDNN multiplies by plain loops, a thousand times slower, where neither rows nor columns lie one behind the other.
@@ -44,6 +53,11 @@ inline Tensor dense(const Tensor& t) {
 // x Wᵀ + bias by oneDNN, in a tensor of its own. Operands are fp32; W may be a transposed view.
 inline Tensor onednn_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(has_onednn() && is_fp32(x), "the onednn schedule serves fp32, in a torch that has oneDNN");
+  if (w.numel() == 0) {  // of no columns, oneDNN leaves the result unwritten
+    const Tensor y = new_empty_as(x, {x.size(0), w.size(0)});
+    linear_same_dtype(y, x, w, bias);
+    return y;
+  }
   const Tensor weight = dense(w);
   // oneDNN does not look at the bias's stride.
   const std::optional<Tensor> row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
@@ -64,19 +78,11 @@ void for_row_blocks(int64_t rows, bool converts, const F& f) {
 // Calls f(fp32 rows of W, row begin, row end).
 template <class F>
 void for_weight_blocks_fp32(const Tensor& weight, const F& f) {
-  const int64_t n = weight.size(0), step = std::max<int64_t>(64, kUpcastWeightElements / weight.size(1) / 64 * 64);
+  const int64_t n = weight.size(0), k = std::max<int64_t>(1, weight.size(1));
+  const int64_t step = std::max<int64_t>(64, kUpcastWeightElements / k / 64 * 64);
   for (int64_t begin = 0; begin < n; begin += step) {
     const int64_t end = std::min(n, begin + step);
     f(cast(row_block(weight, begin, end), ScalarType::Float), begin, end);
-  }
-}
-
-inline void linear_same_dtype(const Tensor& y, const Tensor& x, const Tensor& weight,
-                              const std::optional<Tensor>& bias) {
-  if (bias) {
-    addmm_out(y, *bias, x, transposed(weight), 1.0, 1.0);
-  } else {
-    mm_out(y, x, transposed(weight));
   }
 }
 
@@ -104,6 +110,11 @@ void linear(const Tensor& y, const Tensor& x, const Tensor& weight, const std::o
 inline void linear_backward(const Tensor& grad_x, const Tensor& grad_y, const Tensor& weight) {
   if (grad_y.scalar_type() == weight.scalar_type()) {
     mm_out(grad_x, grad_y, weight);
+    return;
+  }
+  if (weight.size(0) == 0) {  // no block would write
+    Tensor all = grad_x;
+    torch::stable::zero_(all);
     return;
   }
   for_weight_blocks_fp32(weight, [&](const Tensor& w, int64_t begin, int64_t end) {

@@ -37,6 +37,11 @@ class Shrink {
 
   // x: rows from `first_row` of the whole matrix on. s: fp32 [rows, rank], contiguous.
   void operator()(const Tensor& s, const Tensor& x, int64_t first_row) const {
+    if (k_ == 0) {  // the kernel writes s along with the first of k's chunks
+      Tensor all = s;
+      torch::stable::zero_(all);
+      return;
+    }
     for_row_blocks(x.size(0), !is_fp32(x), [&](int64_t m0, int64_t m1) {
       const Tensor rows = as_float_rows(row_block(x, m0, m1));
       const LoraShrinkParams p{.x = floats(rows),

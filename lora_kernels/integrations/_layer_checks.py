@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules import module as _module
 
-from .._checks import PLAIN_TENSORS, inside_transform
+from .._checks import FLOATS, PLAIN_TENSORS, inside_transform, is_parametrized, not_plain
 from ..modules import FrozenLinear
 from ..reasons import Reason
 
@@ -24,12 +24,21 @@ Operands = tuple[Tensor, Tensor, Tensor, "Tensor | None", "float | Tensor", floa
 """weight, lora_A, lora_B, bias, scaling, dropout_p, training, DoRA's magnitude or None for plain LoRA."""
 Branch = tuple[Tensor, Tensor, "Tensor | None", "float | Tensor", float, bool, "Tensor | None"]
 """lora_A, lora_B, bias of lora_B, scaling, dropout_p, training, magnitude."""
-EmbeddingOperands = tuple[Tensor, Tensor, Tensor, "float | Tensor", "int | None"]
-"""weight, lora_A, lora_B, scaling, padding_idx."""
+
+
+class SideBySide(NamedTuple):
+    """Several adapters, each of which drops elements of x for itself."""
+
+    first: Operands
+    """With every adapter's bias."""
+    others: list[Branch]
+
+
+EmbeddingOperands = tuple[Tensor, Tensor, Tensor, "float | Tensor", "int | None", "Tensor | None"]
+"""weight, lora_A, lora_B, scaling, padding_idx, DoRA's magnitude or None."""
 
 _PLAIN_LINEARS = (nn.Linear, FrozenLinear)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GLOBAL_HOOKS = (
     _module._global_forward_hooks, _module._global_forward_pre_hooks,
     _module._global_backward_hooks, _module._global_backward_pre_hooks,
@@ -41,7 +50,7 @@ _any_autocast = torch._C._is_any_autocast_enabled  # several times cheaper than 
 # ------------------------------------------------------------------------------------------------------ linear
 
 
-def operands(layer: nn.Module) -> Operands | Reason:
+def operands(layer: nn.Module) -> Operands | SideBySide | Reason:
     """What ``lora_linear`` or ``dora_linear`` needs from ``layer`` besides x, or why the layer must run its own
     forward now.
     """
@@ -80,33 +89,38 @@ def branch_operands(layer: nn.Module, name: str, *also_skipped: nn.Module) -> Br
     B = children["lora_B"].__dict__["_modules"][name]
     dropout = children["lora_dropout"].__dict__["_modules"][name]
     if type(A) is not nn.Linear or type(B) is not nn.Linear:
-        return Reason.PARAMETRIZED if _is_parametrized(A) or _is_parametrized(B) else _variant_or_modules(layer, name)
+        return Reason.PARAMETRIZED if is_parametrized(A) or is_parametrized(B) else _variant_or_modules(layer, name)
     p = 0.0
     if type(dropout) is nn.Dropout and not dropout.inplace:
         p = dropout.p if type(dropout.p) is float else float(dropout.p)
     elif type(dropout) is not nn.Identity:
         return Reason.ADAPTER_MODULES
-    reason = _why_not_called_as_is(A, B, dropout, *also_skipped)
+    reason = why_not_called_as_is(A, B, dropout, *also_skipped)
     if reason is not None:
         return reason
 
     own_A, own_B = A.__dict__["_parameters"], B.__dict__["_parameters"]
-    lora_A, lora_B, lora_bias = own_A.get("weight"), own_B.get("weight"), own_B["bias"]
-    if own_A["bias"] is not None:
-        return Reason.ADAPTER_MODULES
+    # What a wrapper has moved out of _parameters is found there no more, and never taken for absent.
+    lora_A, lora_B = own_A.get("weight", Reason.DISPLACED), own_B.get("weight", Reason.DISPLACED)
     if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS:
-        return Reason.DTENSOR
+        return not_plain(lora_B if type(lora_A) in PLAIN_TENSORS else lora_A)
+    if own_A.get("bias", Reason.DISPLACED) is not None:
+        return Reason.ADAPTER_MODULES
+    lora_bias = own_B.get("bias", Reason.DISPLACED)
+    if lora_bias is not None and type(lora_bias) not in PLAIN_TENSORS:
+        return not_plain(lora_bias)
     scaling = state["scaling"][name]
     if type(scaling) is not float or not -_INF < scaling < _INF:
-        scaling = _usual_scaling(scaling)
+        scaling = usual_scaling(scaling)
         if type(scaling) is Reason:
             return scaling
     magnitude = None
     if name in state["lora_variant"]:
-        magnitude = _magnitude(layer, name, p, dropout.training, lora_bias)
+        magnitude = _magnitude(layer, name, lora_bias)
         if type(magnitude) is Reason:
             return magnitude
-        p = 0.0
+        if not state["training"]:  # asked of the layer, too, by PEFT's DoRA
+            p = 0.0
     return lora_A, lora_B, lora_bias, scaling, p, dropout.training, magnitude
 
 
@@ -114,15 +128,14 @@ def _base_operands(base: nn.Module) -> tuple[Tensor, Tensor | None] | Reason:
     """Weight [out_features, in_features] and bias of a base layer, whose hooks are not looked at."""
     plain = type(base) in _PLAIN_LINEARS
     if not plain and not _is_conv1d(base):
-        return Reason.PARAMETRIZED if _is_parametrized(base) else Reason.BASE_LAYER
-    # A weight that sharding has moved out of _parameters is None here, and refused like a subclass.
+        return Reason.PARAMETRIZED if is_parametrized(base) else Reason.BASE_LAYER
     parameters = base.__dict__["_parameters"]
-    weight, bias = parameters.get("weight"), parameters.get("bias")
+    weight, bias = parameters.get("weight", Reason.DISPLACED), parameters.get("bias", Reason.DISPLACED)
     reason = _why_not_frozen(weight)
     if reason is not None:
         return reason
     if bias is not None and type(bias) not in PLAIN_TENSORS:
-        return Reason.DTENSOR
+        return not_plain(bias)
     return (weight if plain else weight.t()), bias
 
 
@@ -131,34 +144,37 @@ def _variant_or_modules(layer: nn.Module, name: str) -> Reason:
     return Reason.VARIANT if name in layer.__dict__["lora_variant"] else Reason.ADAPTER_MODULES
 
 
-def _magnitude(layer: nn.Module, name: str, p: float, training: bool, lora_bias: Tensor | None) -> Tensor | Reason:
-    """DoRA's magnitude vector, or why this LoRA variant is not what ``dora_linear`` computes."""
-    if not _is_peft(layer.lora_variant[name], "variants", "DoraLinearVariant"):
+def _magnitude(layer: nn.Module, name: str, lora_bias: Tensor | None, kind: str = "Linear") -> Tensor | Reason:
+    """DoRA's magnitude vector, or why this LoRA variant of a ``kind`` of layer is not the DoRA that we compute."""
+    if not _is_peft(layer.lora_variant[name], "variants", f"Dora{kind}Variant"):
         return Reason.VARIANT
     module = layer.lora_magnitude_vector[name]
-    if not _is_peft(module, "dora", "DoraLinearLayer") or lora_bias is not None:
+    if not _is_peft(module, "dora", f"Dora{kind}Layer") or lora_bias is not None:
         return Reason.DORA
-    if p > 0.0 and training and layer.training:
-        return Reason.DORA_DROPOUT
-    reason = _why_not_called_as_is(module)
+    reason = why_not_called_as_is(module)
     if reason is not None:
         return reason
-    magnitude = module._parameters.get("weight")
+    magnitude = module._parameters.get("weight", Reason.DISPLACED)
     if type(magnitude) not in PLAIN_TENSORS:
-        return Reason.DTENSOR
-    if magnitude.device != layer.lora_A[name].weight.device:
+        return not_plain(magnitude)
+    adapter = layer.lora_embedding_A[name] if kind == "Embedding" else layer.lora_A[name].weight
+    if magnitude.device != adapter.device:
         return Reason.DORA  # "ephemeral_gpu_offload" keeps it elsewhere
     return magnitude
 
 
-def _several_adapters(layer: nn.Module, names: list[str]) -> Operands | Reason:
-    """Adapters side by side are one adapter of the summed rank, as long as they see the same x."""
+def _several_adapters(layer: nn.Module, names: list[str]) -> Operands | SideBySide | Reason:
+    """Adapters side by side are one adapter of the summed rank, as long as they see the same x.
+
+    Under dropout they do not: each of them draws a mask.
+    """
     base_layer = layer.__dict__["_modules"]["base_layer"]
     base = _base_operands(base_layer)
     if type(base) is not tuple:
         return base
     weight, bias = base
-    pairs = []
+    branches: list[Branch] = []
+    drops = False
     for name in names:
         branch = branch_operands(layer, name, base_layer)
         if type(branch) is not tuple:
@@ -166,12 +182,14 @@ def _several_adapters(layer: nn.Module, names: list[str]) -> Operands | Reason:
         lora_A, lora_B, lora_bias, scaling, p, training, magnitude = branch
         if magnitude is not None:
             return Reason.DORA
-        if p > 0.0 and training:
-            return Reason.SEVERAL_ADAPTERS
+        drops = drops or (p > 0.0 and training)
         if lora_bias is not None:
             bias = _add_lora_bias(bias, lora_bias, scaling, weight.dtype)
-        pairs.append((lora_A, lora_B, scaling))
-    stacked = _stack(pairs)
+        branches.append(branch)
+    if drops:
+        (lora_A, lora_B, _, scaling, p, training, _), *others = branches
+        return SideBySide((weight, lora_A, lora_B, bias, scaling, p, training, None), others)
+    stacked = _stack([(lora_A, lora_B, scaling) for lora_A, lora_B, _, scaling, *_ in branches])
     if type(stacked) is Reason:
         return stacked
     lora_A, lora_B, scaling = stacked
@@ -196,35 +214,42 @@ def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
         return names
     base = state["_modules"]["base_layer"]
     if type(base) is not nn.Embedding:
-        return Reason.PARAMETRIZED if _is_parametrized(base) else Reason.BASE_LAYER
+        return Reason.PARAMETRIZED if is_parametrized(base) else Reason.BASE_LAYER
     if base.max_norm is not None or base.sparse or base.scale_grad_by_freq or hasattr(base, "embed_scale"):
         return Reason.BASE_LAYER  # PEFT multiplies the adapter's part by embed_scale
-    reason = _why_not_called_as_is(base)
+    reason = why_not_called_as_is(base)
     if reason is not None:
         return reason
-    weight = base.__dict__["_parameters"].get("weight")
+    weight = base.__dict__["_parameters"].get("weight", Reason.DISPLACED)
     reason = _why_not_frozen(weight)
     if reason is not None:
         return reason
-    adapters = []
-    for name in [names] if type(names) is str else names:
-        if name in state["lora_variant"]:
-            is_dora = _is_peft(state["lora_variant"][name], "variants", "DoraEmbeddingVariant")
-            return Reason.DORA if is_dora else Reason.VARIANT
+    adapters, magnitude = [], None
+    names = [names] if type(names) is str else names
+    for name in names:
         if name not in layer.lora_embedding_A:
             return Reason.NO_ACTIVE_ADAPTER
-        lora_A, lora_B = layer.lora_embedding_A._parameters.get(name), layer.lora_embedding_B._parameters.get(name)
-        scaling = _usual_scaling(state["scaling"][name])
+        if name in state["lora_variant"]:
+            magnitude = _magnitude(layer, name, None, "Embedding")
+            if type(magnitude) is Reason:
+                return magnitude
+            if len(names) > 1:
+                return Reason.DORA  # it scales what the adapters before it have added, too
+        lora_A = layer.lora_embedding_A._parameters.get(name, Reason.DISPLACED)
+        lora_B = layer.lora_embedding_B._parameters.get(name, Reason.DISPLACED)
+        scaling = usual_scaling(state["scaling"][name])
         if type(scaling) is Reason:
             return scaling
-        if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS or name in layer.input_fns:
+        if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS:
+            return not_plain(lora_B if type(lora_A) in PLAIN_TENSORS else lora_A)
+        if name in layer.input_fns:
             return Reason.DTENSOR
         fits = lora_A.dtype == weight.dtype or (lora_A.dtype == torch.float32 and weight.dtype in _LOW_PRECISION)
-        if not fits or lora_B.dtype != lora_A.dtype or weight.dtype not in _FLOATS:
+        if not fits or lora_B.dtype != lora_A.dtype or weight.dtype not in FLOATS:
             return Reason.MIXED_DTYPES
         adapters.append((lora_A, lora_B, scaling))
     stacked = adapters[0] if len(adapters) == 1 else _stack(adapters)
-    return stacked if type(stacked) is Reason else (weight, *stacked, base.padding_idx)
+    return stacked if type(stacked) is Reason else (weight, *stacked, base.padding_idx, magnitude)
 
 
 def ids_reason(ids: Any) -> Reason | None:
@@ -265,10 +290,12 @@ def call_reason(x: Any, weight: Tensor, weight_A: Tensor, weight_B: Tensor) -> R
     if x.layout != torch.strided or x.is_nested:
         return Reason.LAYOUT
     dtype = x.dtype
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         return Reason.DTYPE
     if _any_autocast() and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
+        if weight.dtype not in FLOATS:
+            return Reason.MIXED_DTYPES
     elif dtype != weight.dtype:
         return Reason.MIXED_DTYPES
     # PEFT casts x to the adapter's dtype. float32 adapters over 16-bit activations are what the op is made
@@ -279,6 +306,13 @@ def call_reason(x: Any, weight: Tensor, weight_A: Tensor, weight_B: Tensor) -> R
     if torch.is_grad_enabled() and not is_compiling() and weight.is_inference():
         return Reason.INFERENCE_TENSOR  # a Function saves the weight, where torch's own linear may not have to
     return Reason.TRANSFORM if inside_transform() else None
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer or a convolution multiplies x in."""
+    if _any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def _stack(adapters: list[tuple[Tensor, Tensor, float | Tensor]]) -> tuple[Tensor, Tensor, float | Tensor] | Reason:
@@ -296,7 +330,7 @@ def _stack(adapters: list[tuple[Tensor, Tensor, float | Tensor]]) -> tuple[Tenso
 def _why_not_frozen(weight: Any) -> Reason | None:
     """Why a base weight is not a plain frozen matrix; None if it is."""
     if type(weight) not in PLAIN_TENSORS:
-        return Reason.DTENSOR
+        return not_plain(weight)
     if weight.layout != torch.strided:
         return Reason.LAYOUT
     if weight.is_meta:
@@ -304,7 +338,7 @@ def _why_not_frozen(weight: Any) -> Reason | None:
     return Reason.BASE_REQUIRES_GRAD if weight.requires_grad else None
 
 
-def _why_not_called_as_is(*modules: nn.Module) -> Reason | None:
+def why_not_called_as_is(*modules: nn.Module) -> Reason | None:
     """Why calling one of these modules is more than its class's forward; None if it is not."""
     for module in modules:
         state = module.__dict__
@@ -319,7 +353,7 @@ def _why_not_called_as_is(*modules: nn.Module) -> Reason | None:
     return None
 
 
-def _usual_scaling(scaling: Any) -> float | Tensor | Reason:
+def usual_scaling(scaling: Any) -> float | Tensor | Reason:
     """An adapter's factor, whatever kind of number it came as (numpy's, say), as the ops take it.
 
     A tensor without dimensions takes no part in type promotion; one with dimensions may.
@@ -331,10 +365,6 @@ def _usual_scaling(scaling: Any) -> float | Tensor | Reason:
     if isinstance(scaling, numbers.Real):
         scaling = float(scaling)
     return scaling if -_INF < scaling < _INF else Reason.SCALING
-
-
-def _is_parametrized(module: nn.Module) -> bool:
-    return "parametrizations" in module._modules
 
 
 def _is_conv1d(base: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch
+from ..ops._autograd import as_rows
 from ..reasons import Reason
 from . import _layer_checks
 
@@ -52,7 +53,7 @@ def add_updates(y: Tensor, x: Tensor, found: list[Group]) -> Tensor:
         where = slice(first, last) if adjacent else torch.tensor(indices, device=x.device)
         if isinstance(scaling, Tensor):
             lora_B, scaling, lora_bias = lora_B * scaling, 1.0, None if lora_bias is None else lora_bias * scaling
-        s = x[where].reshape(-1, x.shape[-1]).to(dtype) @ lora_A.to(dtype).t()
+        s = as_rows(x[where]).to(dtype) @ lora_A.to(dtype).t()
         B = lora_B.to(dtype).t()
         if adjacent and lora_bias is None and y.is_contiguous():
             y[where].view(-1, y.shape[-1]).addmm_(s, B, alpha=scaling)

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .. import dispatch
 from ..class_swaps import in_place_of, our_class
-from ..functional import dora_linear, lora_embedding, lora_linear_of_layer
+from ..functional import dora_embedding, dora_linear, lora_embedding, lora_linear_of_layer
 from ..reasons import Reason
-from . import _layer_checks, _mixed_batch
+from ..report import FUSED
+from . import _conv, _layer_checks, _mixed_batch, _several_adapters
 
 original_create_new_module = LoraModel._create_new_module
 """What ``LoraModel`` had when ``patch_peft`` was called last."""
@@ -44,9 +45,16 @@ class FusedLinear(Linear):
                 if reason is None and magnitude is None:
                     return lora_linear_of_layer(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training)
                 if reason is None:
-                    return dora_linear(x, weight, lora_A, lora_B, magnitude, bias, scaling=scaling)
-            else:
+                    return dora_linear(
+                        x, weight, lora_A, lora_B, magnitude, bias,
+                        scaling=scaling, dropout_p=dropout_p, training=training,
+                    )  # fmt: skip
+            elif type(found) is Reason:
                 reason = found
+            else:
+                reason = _several_adapters.call_reason(x, found)
+                if reason is None:
+                    return _several_adapters.forward(x, found)
         _count("lora_linear", reason)
         return super().forward(x, *args, **kwargs)
 
@@ -62,13 +70,47 @@ class FusedEmbedding(Embedding):
             found = _layer_checks.embedding_operands(self)
             reason = found if type(found) is Reason else _layer_checks.ids_reason(x)
             if reason is None:
-                weight, lora_A, lora_B, scaling, padding_idx = found
-                return lora_embedding(x, weight, lora_A, lora_B, scaling=scaling, padding_idx=padding_idx)
+                weight, lora_A, lora_B, scaling, padding_idx, magnitude = found
+                if magnitude is None:
+                    return lora_embedding(x, weight, lora_A, lora_B, scaling=scaling, padding_idx=padding_idx)
+                return dora_embedding(x, weight, lora_A, lora_B, magnitude, scaling=scaling, padding_idx=padding_idx)
         _count("lora_embedding", reason)
         return super().forward(x, *args, **kwargs)
 
 
-SWAPS = {Linear: FusedLinear, Embedding: FusedEmbedding}
+class FusedConv(nn.Module):
+    """What replaces PEFT's convolutions, beside their own class, as ``FusedLinear`` its ``lora.Linear``."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            reason = _extra_arguments(self, args, kwargs) or Reason.ADAPTER_NAMES
+        else:
+            found = _conv.adapters(self)
+            reason = found if type(found) is Reason else _conv.call_reason(x, found)
+            if reason is None:
+                return _conv.forward(self, x, found)
+        _count("lora_conv", reason)
+        return super().forward(x, *args, **kwargs)
+
+
+@in_place_of(Conv1d)
+class FusedConv1d(FusedConv, Conv1d):
+    pass
+
+
+@in_place_of(Conv2d)
+class FusedConv2d(FusedConv, Conv2d):
+    pass
+
+
+@in_place_of(Conv3d)
+class FusedConv3d(FusedConv, Conv3d):
+    pass
+
+
+SWAPS = {
+    Linear: FusedLinear, Embedding: FusedEmbedding, Conv1d: FusedConv1d, Conv2d: FusedConv2d, Conv3d: FusedConv3d,
+}  # fmt: skip
 """PEFT's layers and what replaces them."""
 
 
@@ -104,6 +146,8 @@ def swap(module: nn.Module) -> nn.Module:
         return module
     if why_not_swapped(module) is None:
         module.__class__ = SWAPS[type(module)]
+    elif type(module) is MultiheadAttention:
+        pass  # a hook would keep torch's encoder from its fast path, which passes PEFT's adapters by
     elif _count_not_swapped not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_count_not_swapped)
     return module
@@ -121,9 +165,34 @@ def why_not_swapped(layer: nn.Module) -> Reason | None:
     return Reason.INSTANCE_FORWARD if "forward" in layer.__dict__ else None
 
 
+def next_call(layer: nn.Module) -> tuple[Reason | None, str]:
+    """Why the next plain call of a swapped layer, on an input of the base's dtype, is PEFT's own, None if it is not;
+    what serves it otherwise.
+    """
+    if isinstance(layer, FusedEmbedding):
+        found = _layer_checks.embedding_operands(layer)
+        if type(found) is Reason:
+            return found, ""
+        return None, "lora_embedding" if found[-1] is None else "dora_embedding"
+    is_conv = isinstance(layer, FusedConv)
+    found = _conv.adapters(layer) if is_conv else _layer_checks.operands(layer)
+    if type(found) is Reason:
+        return found, ""
+    usual_input = layer.get_base_layer().weight.new_empty(0)
+    if is_conv:
+        return _conv.call_reason(usual_input, found), "lora_conv"
+    if type(found) is not tuple:
+        return _several_adapters.call_reason(usual_input, found), FUSED
+    weight, lora_A, lora_B, *_, magnitude = found
+    reason = _layer_checks.call_reason(usual_input, weight, lora_A, lora_B)
+    return reason, FUSED if magnitude is None else "dora_linear"
+
+
 def _count_not_swapped(layer: nn.Module, args: tuple) -> None:
     """A forward pre-hook of layers that stay PEFT's."""
-    _count("lora_embedding" if isinstance(layer, Embedding) else "lora_linear", why_not_swapped(layer))
+    is_conv = isinstance(layer, (Conv1d, Conv2d, Conv3d))
+    op = "lora_conv" if is_conv else "lora_embedding" if isinstance(layer, Embedding) else "lora_linear"
+    _count(op, why_not_swapped(layer))
 
 
 def stop_counting(module: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import MethodType, ModuleType
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import class_swaps
+from .._checks import may_take_fast_path, passed_by
 from ..modules import FrozenLinear, LoRAEmbedding, LoRALinear, faster_product
 from ..reasons import Reason
-from ..report import FUSED, PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
+from ..report import PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
 from . import _layer_checks
 
 
@@ -57,10 +58,15 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
         )
     if left_padding == "fixed":
         _check_all_fusable(prompts)
-    report = Report()
+    report, not_called = Report(), _passed_by(model, peft_layers.values())
     for name, layer in peft_layers.items():
         is_fused, by_what_or_why_not = _fuse(layer)
+        if layer in not_called:
+            is_fused, by_what_or_why_not = False, Reason.PARENT_READS
         (report.fused if is_fused else report.kept).append((name, by_what_or_why_not))
+    for encoder in filter(may_take_fast_path, model.modules() if peft_layers else ()):
+        for part in encoder.modules():  # hooks would change which path it takes
+            _peft_linear().stop_counting(part)
     for tuner in _tuner_models(model):
         tuner.__dict__["_create_new_module"] = _peft_linear().create_in_patched_model
     for name, peft_model in prompts.items():
@@ -208,6 +214,15 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def _passed_by(model: nn.Module, peft_layers: Collection[nn.Module]) -> set[nn.Module]:
+    """The PEFT layers whose parent may read their base weight, and so pass the adapter by; in PEFT it does, too."""
+    if not peft_layers:
+        return set()
+    wrapped = {layer.get_base_layer() for layer in peft_layers}  # PEFT merges an attention's adapters for the call
+    heads = {base.out_proj for base in wrapped if isinstance(base, nn.MultiheadAttention)}
+    return passed_by(model) - heads
+
+
 def why_not_swapped(layer: nn.Module) -> Reason | None:
     """Why the class of one of PEFT's layers is not swapped; None if it can be, or is."""
     return _peft_linear().why_not_swapped(layer)
@@ -288,16 +303,8 @@ def _fuse(layer: nn.Module) -> tuple[bool, str]:
     reason = layers.why_not_swapped(layer)
     if reason is not None:
         return False, f"{reason}: {type(layer).__name__}" if reason is Reason.LAYER_TYPE else reason
-    if isinstance(layer, layers.FusedEmbedding):
-        found = _layer_checks.embedding_operands(layer)
-        return (False, found) if isinstance(found, Reason) else (True, "lora_embedding")
-    found = _layer_checks.operands(layer)
-    if isinstance(found, Reason):
-        return False, found
-    weight, lora_A, lora_B, *_, magnitude = found
-    usual_input = weight.new_empty(0)  # of the base's dtype
-    reason = _layer_checks.call_reason(usual_input, weight, lora_A, lora_B)
-    return (True, FUSED if magnitude is None else "dora_linear") if reason is None else (False, reason)
+    reason, by_what = layers.next_call(layer)
+    return (True, by_what) if reason is None else (False, reason)
 
 
 def _patch_frozen(model: nn.Module, peft_layers: dict[str, nn.Module], report: Report) -> None:
@@ -310,8 +317,9 @@ def _patch_frozen(model: nn.Module, peft_layers: dict[str, nn.Module], report: R
     for name, module in model.named_modules():
         if type(module) not in (nn.Linear, FrozenLinear) or module in adapters:
             continue
-        weight, bias = module._parameters["weight"], module._parameters["bias"]
-        if "forward" in module.__dict__ or type(weight) is not nn.Parameter:
+        own = module._parameters
+        weight, bias = own.get("weight"), own.get("bias", Reason.DISPLACED)
+        if "forward" in module.__dict__ or type(weight) is not nn.Parameter or bias is Reason.DISPLACED:
             continue
         if weight.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad):
             continue

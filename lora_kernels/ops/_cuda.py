@@ -31,6 +31,7 @@ TENSOR_CORES = Verdict("tensor cores", "bf16, fp16 and, where torch allows it, t
 
 _FP32_STRICT = Verdict(None, Reason.FP32_STRICT)
 _DTYPE = Verdict(None, Reason.DTYPE)
+_LAYOUT = Verdict(None, Reason.LAYOUT)
 _RANK = Verdict(None, Reason.RANK)
 _SIZE = Verdict(None, Reason.SIZE)
 _ARCHITECTURE = Verdict(None, Reason.ARCHITECTURE)
@@ -50,6 +51,8 @@ def tensor_core_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) ->
         return _FP32_STRICT
     if rank > MAX_RANK:
         return _RANK
+    if columns == 0 or depth == 0:
+        return _LAYOUT
     rows = x.numel() // x.shape[-1]
     tiles = (rows // SMALLEST_TILE + 1) * (columns // SMALLEST_TILE + 1 + MAX_RANK // SMALLEST_RANK_TILE)
     if max(rows, tiles) > MAX_SIZE or max(columns, depth) > MAX_ROW:

@@ -22,7 +22,7 @@ def _flops(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
 
 
 def _bytes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
-    rows = x.numel() // x.shape[-1]
+    rows = x.shape[:-1].numel()
     return (x.numel() + weight.numel() + rows * weight.shape[0]) * x.element_size()
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .. import dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from . import _cpu
-from ._autograd import not_a_view
+from ._autograd import as_rows, not_a_view
 
 _ATEN = Verdict("aten", "rows gathered once, low-rank branch accumulated into them by the vendor GEMM")
 
@@ -68,7 +68,7 @@ def _reference_backward(
     need_A: bool, need_B: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     wide = _matmul_dtype(grad_y)
-    grad = grad_y.reshape(-1, grad_y.shape[-1]).to(wide)
+    grad = as_rows(grad_y).to(wide)
     grad_A = grad_B = grad_y.new_empty(0)
     if need_A:
         grad_s = (grad @ lora_B.to(wide)).to(torch.promote_types(wide, torch.float32)) * scaling
@@ -140,7 +140,7 @@ def _gradients(ctx: Any, grad_y: Tensor | None, backward) -> tuple:
     if need_A or need_B:
         grad_A, grad_B = backward(grad_y, ids, s, lora_A, lora_B, ctx.scaling, ctx.padding_idx, need_A, need_B)
     if need_weight:
-        grad_weight = _sum_rows(grad_y.reshape(-1, grad_y.shape[-1]), ids, ctx.vocabulary, ctx.padding_idx)
+        grad_weight = _sum_rows(as_rows(grad_y), ids, ctx.vocabulary, ctx.padding_idx)
     return None, grad_weight, grad_A if need_A else None, grad_B if need_B else None, None, None
 
 

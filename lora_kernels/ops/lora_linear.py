@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _native, dispatch, philox
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from . import _cpu, _cuda, _gpu, _triton
-from ._autograd import not_a_view
+from ._autograd import as_rows, not_a_view
 
 # ---------------------------------------------------------------------------------------------------- forward
 
@@ -23,7 +23,7 @@ def _dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """dropout(x) with the mask of ``seed``; x is taken as [rows, features]."""
     if seed is None:
         return x
-    keep = philox.keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], p).view(x.shape)
+    keep = philox.keep_mask(seed, x.shape[:-1].numel(), x.shape[-1], p).view(x.shape)
     return torch.where(keep, x * philox.keep_scale(p), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
@@ -71,7 +71,7 @@ def _cuda_explain(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> 
 
 def _sizes(x: Tensor, weight: Tensor, lora_A: Tensor) -> tuple[int, int, int, int]:
     n, k = weight.shape
-    return x.numel() // k, n, k, lora_A.shape[0]
+    return x.shape[:-1].numel(), n, k, lora_A.shape[0]
 
 
 def _flops(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> int:
@@ -91,7 +91,6 @@ def _reference_backward(
     grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
     scaling: float, dropout_p: float, need_x: bool, need_A: bool, need_B: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    n, k, r = grad_y.shape[-1], x.shape[-1], s.shape[-1]
     grad_s = grad_y @ lora_B.to(x.dtype) * scaling
     grad_x = grad_A = grad_B = x.new_empty(0)
     if need_x:
@@ -99,9 +98,9 @@ def _reference_backward(
         grad_x = grad_y @ weight + _dropout(branch, seed, dropout_p)
     if need_A:
         dropped = _dropout(x, seed, dropout_p)
-        grad_A = (grad_s.reshape(-1, r).t() @ dropped.reshape(-1, k)).to(lora_A.dtype)
+        grad_A = (as_rows(grad_s).t() @ as_rows(dropped)).to(lora_A.dtype)
     if need_B:
-        grad_B = (grad_y.reshape(-1, n).t() @ s.reshape(-1, r) * scaling).to(lora_B.dtype)
+        grad_B = (as_rows(grad_y).t() @ as_rows(s) * scaling).to(lora_B.dtype)
     return grad_x, grad_A, grad_B
 
 
@@ -198,9 +197,9 @@ def _gradients(ctx: Any, grad_y: Tensor | None, backward) -> tuple:
             grad_y, x, s, weight, lora_A, lora_B, seed, ctx.scaling, ctx.dropout_p, need_x, need_A, need_B
         )
     if need_weight:
-        grad_weight = grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        grad_weight = as_rows(grad_y).t() @ as_rows(x)
     if need_bias:
-        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
+        grad_bias = as_rows(grad_y).sum(0)
     return (
         grad_x if need_x else None, grad_weight, grad_A if need_A else None, grad_B if need_B else None, grad_bias,
         None, None, None,
