@@ -156,13 +156,14 @@ def dora_linear(
     _check_magnitude(op, magnitude, weight)
     _check_probability(op, "dropout_p", dropout_p)
     factor = magnitude / dora.norm(weight, lora_A, lora_B, scaling)
+    # With factor 1 and lora_B 0, as at the start, both forms have the bits of the linear layer.
     if not training or dropout_p == 0.0:
-        return dora.scale_columns(lora_linear(x, weight, lora_A, lora_B, scaling=scaling), factor, bias)
+        y = lora_linear(x, weight, lora_A, lora_B, bias, scaling=scaling)
+        return dora.scale_columns(y, factor, None if bias is None else bias * (1 - factor))
     _check_adapter(op, weight, lora_A, lora_B)
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     linear = F.linear if trains else frozen_linear
     dropped = F.dropout(x, dropout_p, True)
-    # With factor 1 and lora_B 0, as at the start, the result has the bits of the first term.
     y = dora.scale_columns(linear(dropped, weight), factor - 1, linear(x, weight, bias))
     return add_rows(y, F.linear(dropped.to(y.dtype), lora_A.to(y.dtype)), lora_B * factor[:, None], scaling)
 

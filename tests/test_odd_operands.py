@@ -9,7 +9,7 @@ from peft_layers import K, lin, make, run
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.ops import _cpu
+from lora_kernels.ops import _cpu, _cpu_product
 from lora_kernels.reasons import Reason
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
@@ -21,11 +21,13 @@ EMPTY = [(0, 6), (5, 0), (0, 0)]  # K and N
 def _schedule(request, monkeypatch):
     if request.param == "no native 16-bit matmul":
         monkeypatch.setattr(_cpu, "has_native_matmul", lambda dtype: dtype in (FP32, FP64))
+    if request.param in ("ATen", "oneDNN"):
+        monkeypatch.setattr(_cpu, "FEW_ROWS", 0)
     if request.param == "oneDNN":
         request.getfixturevalue("onednn")
+        monkeypatch.setattr(_cpu_product, "FROM_ROWS", 0)
     if request.param == "ATen":
-        monkeypatch.setattr(_cpu, "prefers_onednn", lambda: False)
-        monkeypatch.setattr(_cpu, "FEW_ROWS", 0)
+        monkeypatch.setattr(_cpu_product, "_mode", "mkl")
     with lk.use_backend("reference" if request.param == "reference" else None):
         yield
 

@@ -330,11 +330,17 @@ def test_dora_under_autocast(base):
     assert assert_fused_and_accurate(stock, x, context=bf16_autocast)["y"].dtype == BF16
 
 
-def test_dora_starts_as_the_base_layer():
-    model = get_peft_model(Net(), LoraConfig(target_modules=["lin"], use_dora=True))
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_dora_starts_as_the_base_layer(dtype, bias, rows):
+    """To the bit, as PEFT's: a bias that is added after the product is rounded once more."""
+    config = LoraConfig(target_modules=["lin"], use_dora=True)
+    model = get_peft_model(Net(bias=bias).to(dtype), config, autocast_adapter_dtype=False)
     lk.patch(model)
-    x = torch.randn(4, K)
-    torch.testing.assert_close(lin(model)(x), lin(model).base_layer(x))
+    base, x = lin(model).base_layer, torch.randn(rows, K, dtype=dtype)
+    expected = lk.lora_linear(x, base.weight, torch.zeros(1, K, dtype=dtype), torch.zeros(N, 1, dtype=dtype), base.bias)
+    assert torch.equal(lin(model)(x), expected)
 
 
 @pytest.mark.parametrize("adapters", [None, "cast"])

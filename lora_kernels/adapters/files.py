@@ -18,8 +18,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 _STAGED, _COMMITTED = ".saving-", ".saved"
 _OPENED_FIRST = ("adapter_config.json", "config.json")
 """Files without which PEFT or transformers read nothing else of a directory."""
@@ -36,6 +34,8 @@ def replacing(directory: Path) -> Iterator[Path]:
     Raises:
         OSError: a file cannot be written or put in its place, safetensors' own error for this included.
     """
+    from safetensors import SafetensorError  # only who has files needs the package
+
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory, shared=False) as alone:
         _publish(directory)
@@ -153,7 +153,7 @@ def _sync_directory(path: Path) -> None:
         _sync(path)
 
 
-def _os_error(error: SafetensorError) -> OSError:
+def _os_error(error: Exception) -> OSError:
     """What the operating system told safetensors, which has an error of its own for that."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     code = int(number[1]) if number else errno.EIO

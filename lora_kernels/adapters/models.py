@@ -22,8 +22,11 @@ def active_adapter(op: str, model: nn.Module) -> str | None:
     if not hasattr(model, "peft_config"):
         return None
     from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not isinstance(model, PeftModel):
+        if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            return None  # an attribute that unload() has left behind
         raise ValueError(f"{op}: {type(model).__name__} holds PEFT adapters but is no PeftModel")
     if len(model.active_adapters) != 1:
         raise ValueError(f"{op}: one adapter must be active, not {model.active_adapters}; use set_adapter")

@@ -44,6 +44,7 @@ _GLOBAL_HOOKS = (
     _module._global_backward_hooks, _module._global_backward_pre_hooks,
 )  # fmt: skip
 _INF = math.inf
+_DISPLACED = Reason.DISPLACED  # the way through the enum would be felt in a small layer
 _any_autocast = torch._C._is_any_autocast_enabled  # several times cheaper than asking for one device
 
 
@@ -101,12 +102,12 @@ def branch_operands(layer: nn.Module, name: str, *also_skipped: nn.Module) -> Br
 
     own_A, own_B = A.__dict__["_parameters"], B.__dict__["_parameters"]
     # What a wrapper has moved out of _parameters is found there no more, and never taken for absent.
-    lora_A, lora_B = own_A.get("weight", Reason.DISPLACED), own_B.get("weight", Reason.DISPLACED)
+    lora_A, lora_B = own_A.get("weight", _DISPLACED), own_B.get("weight", _DISPLACED)
     if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS:
         return not_plain(lora_B if type(lora_A) in PLAIN_TENSORS else lora_A)
-    if own_A.get("bias", Reason.DISPLACED) is not None:
+    if own_A.get("bias", _DISPLACED) is not None:
         return Reason.ADAPTER_MODULES
-    lora_bias = own_B.get("bias", Reason.DISPLACED)
+    lora_bias = own_B.get("bias", _DISPLACED)
     if lora_bias is not None and type(lora_bias) not in PLAIN_TENSORS:
         return not_plain(lora_bias)
     scaling = state["scaling"][name]
@@ -130,7 +131,7 @@ def _base_operands(base: nn.Module) -> tuple[Tensor, Tensor | None] | Reason:
     if not plain and not _is_conv1d(base):
         return Reason.PARAMETRIZED if is_parametrized(base) else Reason.BASE_LAYER
     parameters = base.__dict__["_parameters"]
-    weight, bias = parameters.get("weight", Reason.DISPLACED), parameters.get("bias", Reason.DISPLACED)
+    weight, bias = parameters.get("weight", _DISPLACED), parameters.get("bias", _DISPLACED)
     reason = _why_not_frozen(weight)
     if reason is not None:
         return reason
@@ -154,7 +155,7 @@ def _magnitude(layer: nn.Module, name: str, lora_bias: Tensor | None, kind: str 
     reason = why_not_called_as_is(module)
     if reason is not None:
         return reason
-    magnitude = module._parameters.get("weight", Reason.DISPLACED)
+    magnitude = module._parameters.get("weight", _DISPLACED)
     if type(magnitude) not in PLAIN_TENSORS:
         return not_plain(magnitude)
     adapter = layer.lora_embedding_A[name] if kind == "Embedding" else layer.lora_A[name].weight
@@ -220,7 +221,7 @@ def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
     reason = why_not_called_as_is(base)
     if reason is not None:
         return reason
-    weight = base.__dict__["_parameters"].get("weight", Reason.DISPLACED)
+    weight = base.__dict__["_parameters"].get("weight", _DISPLACED)
     reason = _why_not_frozen(weight)
     if reason is not None:
         return reason
@@ -235,8 +236,8 @@ def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
                 return magnitude
             if len(names) > 1:
                 return Reason.DORA  # it scales what the adapters before it have added, too
-        lora_A = layer.lora_embedding_A._parameters.get(name, Reason.DISPLACED)
-        lora_B = layer.lora_embedding_B._parameters.get(name, Reason.DISPLACED)
+        lora_A = layer.lora_embedding_A._parameters.get(name, _DISPLACED)
+        lora_B = layer.lora_embedding_B._parameters.get(name, _DISPLACED)
         scaling = usual_scaling(state["scaling"][name])
         if type(scaling) is Reason:
             return scaling
