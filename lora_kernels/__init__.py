@@ -3,20 +3,26 @@
 from ._native import build_info
 from ._version import __version__
 from .adapters import load_adapter, save_adapter
+from .adapters.inject import inject
+from .adapters.merging import merge_adapter, unmerge_adapter
 from .dispatch import BACKENDS, Choice, backends, reset_stats, stats, use_backend
-from .functional import dora_linear, dropout_mask, frozen_linear, lora_embedding, lora_linear, merge_, unmerge_, why
-from .inject import inject
-from .integrations.peft import is_fused, patch, patch_peft, unpatch, unpatch_peft
-from .merging import merge_adapter, unmerge_adapter
-from .modules import FrozenLinear, LoRAEmbedding, LoRALinear
+from .frozen_linears import FrozenLinear
+from .functional.dora import dora_linear
+from .functional.embedding import lora_embedding
+from .functional.lora import dropout_mask, frozen_linear, lora_linear
+from .functional.merging import merge_, unmerge_
+from .functional.prefix import prefix_kv
+from .functional.prompt import PromptEmbeddingOutput, prompt_embedding
+from .functional.why import why
+from .integrations.peft.patching import is_fused, patch, patch_peft, unpatch, unpatch_peft
+from .modules.embedding import LoRAEmbedding
+from .modules.lora import LoRALinear
+from .modules.prefix import PrefixEncoder
+from .modules.prompt import PromptEmbedding, PromptEncoder
 from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
 from .ops.prefix_kv import PrefixKVFunction
 from .ops.prompt_embedding import PromptEmbeddingFunction
-from .prefix_functional import prefix_kv
-from .prefix_modules import PrefixEncoder
-from .prompt_functional import PromptEmbeddingOutput, prompt_embedding
-from .prompt_modules import PromptEmbedding, PromptEncoder
 from .reasons import Reason
 from .report import Report
 from .verification import Verification, verify

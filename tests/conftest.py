@@ -5,7 +5,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels import _native
-from lora_kernels.ops import _cpu_product
+from lora_kernels.support import cpu_product as _cpu_product
 
 
 def pytest_configure():

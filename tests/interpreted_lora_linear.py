@@ -19,7 +19,7 @@ from numerics import assert_as_accurate
 
 import lora_kernels as lk
 from lora_kernels import philox
-from lora_kernels.ops import _triton
+from lora_kernels.support import triton as _triton
 from lora_kernels.triton_kernels import configs, lora_linear
 from lora_kernels.triton_kernels.dropout_mask import keep_tile
 from lora_kernels.triton_kernels.launching import Device

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.ops import _cpu_product as product
+from lora_kernels.support import cpu_product as product
 
 FP32 = torch.float32
 
@@ -149,7 +149,7 @@ def test_measuring_leaves_no_trace(monkeypatch):
 def test_environment(mode, schedule):
     code = (
         "import torch, lora_kernels as lk\n"
-        "from lora_kernels.ops import _cpu_product as product\n"
+        "from lora_kernels.support import cpu_product as product\n"
         "product._has_both = lambda: True\n"
         "choice = lk.why('frozen_linear', torch.randn(512, 8), torch.randn(16, 8))\n"
         "print(choice.schedule, choice.reason)\n"

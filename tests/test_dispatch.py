@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk
 from lora_kernels import dispatch
-from lora_kernels.ops import _cuda
+from lora_kernels.support import cuda as _cuda
 
 
 def tensors(dtype=torch.float32, m=3):

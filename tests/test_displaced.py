@@ -178,7 +178,7 @@ def test_displaced_embedding(where):
 @pytest.mark.parametrize("place", ["weight", "bias"])
 @pytest.mark.parametrize("kind", DISPLACED)
 def test_patching_frozen_linears_leaves_displaced_ones_to_torch(kind, place, monkeypatch):
-    monkeypatch.setattr("lora_kernels.modules._cpu.has_native_matmul", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr("lora_kernels.support.cpu.has_native_matmul", lambda dtype: dtype == torch.float32)
     model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, N)).to(BF16).requires_grad_(False)
     torch.manual_seed(1)
     DISPLACED[kind][0](model.eval()[0], place)  # a spectral norm changes in every call that trains
@@ -194,7 +194,7 @@ def test_patching_frozen_linears_leaves_displaced_ones_to_torch(kind, place, mon
 @pytest.mark.parametrize("kind", ["buffer", "pruned", "view"])
 def test_a_frozen_linear_whose_parameter_moves_later(kind, place, monkeypatch):
     """The layer asks for the attribute; gradients of what it comes from are torch's."""
-    monkeypatch.setattr("lora_kernels.modules._cpu.has_native_matmul", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr("lora_kernels.support.cpu.has_native_matmul", lambda dtype: dtype == torch.float32)
     plain = nn.Linear(K, N).to(BF16).requires_grad_(False)
     frozen = copy.deepcopy(plain)
     lk.patch(frozen, frozen_linears=True)

@@ -9,9 +9,9 @@ import torch
 from covering import case_id, covering_pairs
 from naive_prefix import BF16, FP16, FP32, FP64, grads_of, inside_longer, make
 
-from lora_kernels.ops import _cuda
 from lora_kernels.ops.prefix_kv import BACKWARD, SPEC
 from lora_kernels.reasons import Reason
+from lora_kernels.support import cuda as _cuda
 
 DTYPES = [(FP32, FP32), (FP32, BF16), (FP32, FP16), (BF16, BF16), (FP16, FP16)]
 """Of the prefix, and of the keys and values."""

@@ -9,10 +9,10 @@ import torch
 from covering import case_id, covering_pairs
 from naive_prompt import BATCH, BF16, FP16, FP32, FP64, MASK, ROWS, TOKENS, VOCABULARY, Problem, make
 
-from lora_kernels import prompt_functional
-from lora_kernels.ops import _cuda
+from lora_kernels.functional import prompt as prompt_functional
 from lora_kernels.ops.prompt_embedding import BACKWARD, SPEC
 from lora_kernels.reasons import Reason
+from lora_kernels.support import cuda as _cuda
 
 DTYPES = [(FP32, FP32), (BF16, FP32), (FP16, FP32), (BF16, BF16), (FP16, FP16)]
 MASKS = [None, torch.int64, torch.int32, torch.bool, FP32, BF16, FP16, FP64, torch.uint8]

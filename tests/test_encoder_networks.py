@@ -12,8 +12,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import profile
 
 import lora_kernels as lk
-from lora_kernels import encoder_networks
-from lora_kernels.encoder_networks import run_lstm, run_mlp
+from lora_kernels.functional import encoders as encoder_networks
+from lora_kernels.functional.encoders import run_lstm, run_mlp
 
 FP64 = torch.float64
 

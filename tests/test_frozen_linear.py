@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from numerics import assert_as_accurate
 
 import lora_kernels as lk
-from lora_kernels.ops import _cpu, _cpu_product
+from lora_kernels.support import cpu as _cpu
+from lora_kernels.support import cpu_product as _cpu_product
 
 SHAPES = [(0, 8, 8), (1, 7, 5), (4, 33, 130), (5, 64, 48), (37, 1100, 1200), (2050, 24, 20)]
 

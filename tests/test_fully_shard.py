@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import lora_kernels as lk
-from lora_kernels.integrations import _peft_linear, _peft_prompt
+from lora_kernels.integrations.peft import linear as _peft_linear
+from lora_kernels.integrations.peft import prompts as _peft_prompt
 from lora_kernels.reasons import Reason
 
 TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])

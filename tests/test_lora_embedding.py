@@ -12,7 +12,7 @@ from peft_layers import BF16, FP16, FP32, FP64, randomise, run
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.functional import dora_embedding
+from lora_kernels.functional.dora import dora_embedding
 from lora_kernels.reasons import Reason
 
 V, H, R, SCALING = 29, 18, 5, 1.7

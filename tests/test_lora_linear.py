@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
 from lora_kernels import philox
-from lora_kernels.ops import _cpu, _cpu_product
 from lora_kernels.ops import lora_linear as _lora_op
+from lora_kernels.support import cpu as _cpu
+from lora_kernels.support import cpu_product as _cpu_product
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # (dtype of x and weight, dtype of the adapters)
@@ -612,7 +613,7 @@ def test_merge_refuses_to_overflow():
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_merge_forms_no_update_of_the_weights_size(dtype, monkeypatch):
-    monkeypatch.setattr("lora_kernels.functional._MERGE_BLOCK", 512)
+    monkeypatch.setattr("lora_kernels.functional.merging._MERGE_BLOCK", 512)
     weight, A, B = torch.randn(64, 32, dtype=dtype), torch.randn(2, 32), torch.randn(64, 2)
     with ResultSizes(weight) as made:
         lk.merge_(weight, A, B, 2.0)

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 import lora_kernels as lk
-from lora_kernels import modules
-from lora_kernels.ops import _cpu_product
 from lora_kernels.spec import Verdict
+from lora_kernels.support import cpu
+from lora_kernels.support import cpu_product as _cpu_product
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 K, N, R, ALPHA = 23, 17, 5, 12
@@ -325,7 +325,7 @@ def test_compiles_without_recompiling():
 
 @pytest.fixture(params=[True, False], ids=["native", "no native"])
 def native(request, monkeypatch):
-    monkeypatch.setattr(modules._cpu, "has_native_matmul", lambda dtype: request.param or dtype == FP32)
+    monkeypatch.setattr(cpu, "has_native_matmul", lambda dtype: request.param or dtype == FP32)
     return request.param
 
 
@@ -365,9 +365,9 @@ def test_frozen_linear_in_fp32_takes_the_op_where_it_pays(prefers, onednn, monke
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
         return lk.stats()["served"] == {("frozen_linear", "cpu"): 1}
 
-    few, many = modules._cpu.FEW_ROWS, _cpu_product.FROM_ROWS
+    few, many = cpu.FEW_ROWS, _cpu_product.FROM_ROWS
     assert [served(rows) for rows in (0, few, many - 1, many)] == [False, False, False, prefers]
-    monkeypatch.setattr(modules._cpu, "LARGE_WEIGHT", K * N)
+    monkeypatch.setattr(cpu, "LARGE_WEIGHT", K * N)
     assert [served(rows) for rows in (few, few + 1)] == [prefers, False]
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     compiled(torch.randn(many, K))

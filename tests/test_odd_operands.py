@@ -9,8 +9,9 @@ from peft_layers import K, lin, make, run
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.ops import _cpu, _cpu_product
 from lora_kernels.reasons import Reason
+from lora_kernels.support import cpu as _cpu
+from lora_kernels.support import cpu_product as _cpu_product
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 ROWS = [0, 3, 70, 200]  # none, the kernel for a few, and the vendor library's

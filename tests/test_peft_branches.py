@@ -29,7 +29,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels as lk
-from lora_kernels import dora
+from lora_kernels.functional import dora
 from lora_kernels.reasons import Reason
 
 

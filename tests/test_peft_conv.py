@@ -13,9 +13,9 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels as lk
-from lora_kernels.integrations import _conv
-from lora_kernels.ops import _cpu
+from lora_kernels.integrations.peft import conv as _conv
 from lora_kernels.reasons import Reason
+from lora_kernels.support import cpu as _cpu
 
 CHANNELS, OUT, BATCH = 6, 8, 3
 KINDS = {nn.Conv1d: (11,), nn.Conv2d: (7, 9), nn.Conv3d: (5, 6, 7)}

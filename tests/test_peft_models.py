@@ -21,10 +21,10 @@ from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import lora_kernels as lk
-from lora_kernels import modules
-from lora_kernels.integrations import _peft_linear
-from lora_kernels.ops import _cpu_product
+from lora_kernels.integrations.peft import linear as _peft_linear
 from lora_kernels.reasons import Reason
+from lora_kernels.support import cpu
+from lora_kernels.support import cpu_product as _cpu_product
 
 IDS = torch.arange(14).view(2, 7)
 PER_LAYER = 7  # q, k, v, o, gate, up, down
@@ -340,7 +340,7 @@ def test_disabled_adapters():
 
 @pytest.fixture
 def no_native_bf16(monkeypatch):
-    monkeypatch.setattr(modules._cpu, "has_native_matmul", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(cpu, "has_native_matmul", lambda dtype: dtype == torch.float32)
 
 
 def test_frozen_linears_are_upcast(no_native_bf16):

@@ -7,7 +7,7 @@ import torch
 from naive_prompt import BATCH, BF16, FP16, FP32, FP64, LENGTHS, ROWS, TOKENS, VOCABULARY, call, make, trainable
 
 import lora_kernels as lk
-from lora_kernels import prompt_functional
+from lora_kernels.functional import prompt as prompt_functional
 from lora_kernels.ops.prompt_embedding import SPEC
 
 OP = torch.ops.lora_kernels.prompt_embedding.default

@@ -10,8 +10,9 @@ from interpreter import run_interpreted
 
 import lora_kernels as lk
 from lora_kernels import dispatch
-from lora_kernels.ops import _cuda, _triton
 from lora_kernels.spec import Verdict
+from lora_kernels.support import cuda as _cuda
+from lora_kernels.support import triton as _triton
 from lora_kernels.triton_kernels import configs
 from lora_kernels.triton_kernels.launching import Device
 

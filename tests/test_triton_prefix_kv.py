@@ -9,8 +9,8 @@ import torch
 from interpreter import run_interpreted
 
 import lora_kernels as lk
-from lora_kernels.ops import _triton
 from lora_kernels.ops.prefix_kv import BACKWARD, SPEC
+from lora_kernels.support import triton as _triton
 from lora_kernels.triton_kernels.launching import Device
 
 

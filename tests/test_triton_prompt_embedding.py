@@ -10,9 +10,9 @@ from interpreter import run_interpreted
 from naive_prompt import FP64, make
 
 import lora_kernels as lk
-from lora_kernels.ops import _triton
+from lora_kernels.functional.prompt import arguments
 from lora_kernels.ops.prompt_embedding import BACKWARD, SPEC
-from lora_kernels.prompt_functional import arguments
+from lora_kernels.support import triton as _triton
 from lora_kernels.triton_kernels import configs
 from lora_kernels.triton_kernels.launching import Device
 

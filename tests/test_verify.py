@@ -18,8 +18,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels as lk
-from lora_kernels import cli, dispatch, dora, functional, verification
-from lora_kernels.integrations import _peft_linear
+from lora_kernels import cli, dispatch, verification
+from lora_kernels.functional import dora
+from lora_kernels.functional import lora as functional
+from lora_kernels.integrations.peft import linear as _peft_linear
 from lora_kernels.ops import lora_linear
 from lora_kernels.reasons import Reason
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..inject import Targets
-from ..modules import scaling_of
+from ..modules.base import scaling_of
+from .inject import Targets
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

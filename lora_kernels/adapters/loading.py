@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inject import first_match, inject
-from ..modules import scaling_of
-from ..wrappers import check_may_grow, unwrapped, wrapper_kinds
+from ..modules.base import scaling_of
 from .config import CONFIG_FILE, WEIGHTS_FILE, read_config, refuse_more_than_lora, targets_of
 from .files import reading
+from .inject import first_match, inject
 from .models import (
     PREFIX,
     active_adapter,
@@ -28,6 +27,7 @@ from .models import (
     peft_slots,
 )
 from .slots import Slot, slots_of
+from .wrappers import check_may_grow, unwrapped, wrapper_kinds
 
 _OP = "load_adapter"
 _PICKLE_FILE = "adapter_model.bin"

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..modules import LoRAEmbedding, LoRALinear
+from ..modules.embedding import LoRAEmbedding
+from ..modules.lora import LoRALinear
 from .slots import Slot, Slots
 
 PREFIX = "base_model.model."

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..modules import LoRALinear
-from ..wrappers import mentions_wrapper, own_class, unwrapped, wrapper_kinds
+from ..modules.lora import LoRALinear
 from .config import CONFIG_FILE, WEIGHTS_FILE, alpha_of, describe
 from .files import replacing
 from .models import active_adapter, layer_slots, lora_layers, peft_slots
 from .slots import slots_of
+from .wrappers import mentions_wrapper, own_class, unwrapped, wrapper_kinds
 
 _OP = "save_adapter"
 _ABOUT_NAMES = (

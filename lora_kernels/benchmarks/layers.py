@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import lora_kernels as lk
 
 from .. import dispatch
-from ..ops import _cpu
+from ..support import cpu
 from . import peers
 from .cases import BASELINE, OURS, Case, WrongResult
 from .measure import Step
@@ -172,7 +172,7 @@ def layer_cases(device: torch.device, compile_peft: bool = True) -> Iterator[Cas
                     compiled = compile_peft and (n, k, m) == (1536, 576, 512)
                     yield make_case(device, m, n, k, dropout=dropout, what=what, compiled=compiled)
         yield from _low_precision_cases(device, what)
-        if device.type == "cpu" and _cpu.has_native_matmul(torch.bfloat16):
+        if device.type == "cpu" and cpu.has_native_matmul(torch.bfloat16):
             with without_onednn():
                 for case in _low_precision_cases(device, what, (torch.bfloat16,)):
                     yield replace(case, name=f"{case.name}, oneDNN off")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..functional import frozen_linear
+from ..functional.lora import frozen_linear
 from .cases import Case
 from .measure import Timer
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .. import _native
 from ..architectures import ARCHITECTURES
-from ..ops._cuda import MAX_RANK, MAX_ROW, MAX_SIZE
+from ..support.cuda import MAX_RANK, MAX_ROW, MAX_SIZE
 from . import _arguments as arguments
 from ._console import CliError
 

@@ -1,5 +1,7 @@
 """The ops, one file each. Importing this package registers them with torch."""
 
-from . import dropout_mask, frozen_linear, lora_embedding, lora_linear, prefix_kv, prompt_embedding
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["dropout_mask", "frozen_linear", "lora_embedding", "lora_linear", "prefix_kv", "prompt_embedding"]
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

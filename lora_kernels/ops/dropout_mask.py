@@ -6,7 +6,7 @@ import torch
 
 from .. import dispatch, philox
 from ..spec import Kernel, OpSpec, Verdict
-from . import _triton
+from ..support import triton
 
 _PHILOX = Verdict("philox", "one Philox call per 8 elements")
 
@@ -16,7 +16,7 @@ def _reference(seed: torch.Tensor, rows: int, columns: int, p: float) -> torch.T
 
 
 def _triton_supports(seed: torch.Tensor, rows: int, columns: int, p: float) -> Verdict:
-    return _triton.refusal(seed.device) or _PHILOX
+    return triton.refusal(seed.device) or _PHILOX
 
 
 def _triton_run(schedule: str, *args) -> torch.Tensor:

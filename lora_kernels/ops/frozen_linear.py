@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from . import _cpu
+from ..support import cpu
 
 
 def _flops(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
@@ -27,11 +27,11 @@ def _bytes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
 
 
 def _cpu_supports(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Verdict:
-    return _cpu.DECODE if _cpu.reads_weight_once(x, weight) else _cpu.matmul_verdict(x, weight)
+    return cpu.DECODE if cpu.reads_weight_once(x, weight) else cpu.matmul_verdict(x, weight)
 
 
 def _cpu_supports_backward(grad_y: Tensor, weight: Tensor) -> Verdict:
-    return _cpu.matmul_verdict(grad_y, weight, is_k_by_n=True)
+    return cpu.matmul_verdict(grad_y, weight, is_k_by_n=True)
 
 
 BACKWARD = dispatch.register(

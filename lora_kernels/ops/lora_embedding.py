@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from .. import dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from . import _cpu
-from ._autograd import as_rows, not_a_view
+from ..support import cpu
+from . import eager
+from .eager import EagerFunction, as_rows, not_a_view
 
 _ATEN = Verdict("aten", "rows gathered once, low-rank branch accumulated into them by the vendor GEMM")
 
@@ -48,7 +49,7 @@ def _run(schedule: str, ids, weight, lora_A, lora_B, scaling, padding_idx) -> tu
 
 def _matmul_dtype(t: Tensor) -> torch.dtype:
     """The dtype to multiply in: a CPU without a matmul for t's dtype goes through float32."""
-    return torch.float32 if t.device.type == "cpu" and not _cpu.has_native_matmul(t.dtype) else t.dtype
+    return torch.float32 if t.device.type == "cpu" and not cpu.has_native_matmul(t.dtype) else t.dtype
 
 
 def _flops(ids, weight, lora_A, *_) -> int:
@@ -166,22 +167,24 @@ SPEC = dispatch.register(
 )
 
 
-class LoRAEmbeddingFunction(torch.autograd.Function):
+class LoRAEmbeddingFunction(EagerFunction):
     """``lora_embedding`` for eager autograd.
 
     Saves ids, s [tokens, rank] and the adapters (by reference). Call it through ``lk.lora_embedding``, which checks
     the arguments.
     """
 
-    @staticmethod
-    def forward(ctx, *args):  # type: ignore[override]
-        output = dispatch.run(SPEC, *args)
-        _save(ctx, args, output)
-        ctx.forced_backend = dispatch.forced_backend()
-        return not_a_view(output[0])
+    differentiable = 4
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y):  # type: ignore[override]
-        with dispatch.use_backend(ctx.forced_backend):  # backward may run in another thread
-            return _gradients(ctx, grad_y, lambda *args: dispatch.run(BACKWARD, *args))
+    def results(output: tuple[Tensor, ...]) -> Tensor:
+        return output[0]
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:  # type: ignore[override]
+        return not_a_view(eager.forward(ctx, SPEC, args, _save)[0])
+
+    @staticmethod
+    @eager.backward
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple:  # type: ignore[override]
+        return _gradients(ctx, grad_y, lambda *args: dispatch.run(BACKWARD, *args))

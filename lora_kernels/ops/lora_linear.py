@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .. import _native, dispatch, philox
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from . import _cpu, _cuda, _gpu, _triton
-from ._autograd import as_rows, not_a_view
+from ..support import cpu, cuda, cuda_or_triton, triton
+from . import eager
+from .eager import EagerFunction, as_rows, not_a_view
 
 # ---------------------------------------------------------------------------------------------------- forward
 
@@ -43,13 +44,13 @@ def _fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
 
 def _cpu_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
     if seed is not None:
-        return _cpu.REFUSED_DTYPE if x.dtype == torch.float64 else _cpu.matmul_verdict(x, weight)
-    return _cpu.DECODE if _cpu.reads_weight_once(x, weight) else _cpu.matmul_verdict(x, weight)
+        return cpu.REFUSED_DTYPE if x.dtype == torch.float64 else cpu.matmul_verdict(x, weight)
+    return cpu.DECODE if cpu.reads_weight_once(x, weight) else cpu.matmul_verdict(x, weight)
 
 
 def _triton_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
     n, k = weight.shape
-    return _triton.lora_verdict(x, n, k, lora_A.shape[0])
+    return triton.lora_verdict(x, n, k, lora_A.shape[0])
 
 
 def _triton_run(schedule: str, *args) -> tuple[Tensor, Tensor]:
@@ -61,12 +62,12 @@ def _triton_run(schedule: str, *args) -> tuple[Tensor, Tensor]:
 def _cuda_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
     n, k = weight.shape
     if weight.stride(1) != 1:
-        return _gpu.COLUMN_MAJOR
-    return _gpu.cuda_or_triton(x, n, k, lora_A.shape[0])
+        return cuda_or_triton.COLUMN_MAJOR
+    return cuda_or_triton.cuda_or_triton(x, n, k, lora_A.shape[0])
 
 
 def _cuda_explain(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
-    return _cuda.planned(_native.cuda.plan_lora_linear, x, weight, (lora_A, lora_B), seed is not None)
+    return cuda.planned(_native.cuda.plan_lora_linear, x, weight, (lora_A, lora_B), seed is not None)
 
 
 def _sizes(x: Tensor, weight: Tensor, lora_A: Tensor) -> tuple[int, int, int, int]:
@@ -114,15 +115,15 @@ def _fake_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_
 
 def _cpu_supports_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, *needs) -> Verdict:
     if seed is not None and x.dtype == torch.float64:
-        return _cpu.REFUSED_DTYPE
-    verdict = _cpu.matmul_verdict(grad_y, weight, is_k_by_n=True)
+        return cpu.REFUSED_DTYPE
+    verdict = cpu.matmul_verdict(grad_y, weight, is_k_by_n=True)
     # A few 16-bit rows are "aten", too, where the CPU has no instructions for them.
-    return _cpu.NATIVE if verdict is _cpu.ATEN and _cpu.is_native_16bit(x.dtype) else verdict
+    return cpu.NATIVE if verdict is cpu.ATEN and cpu.is_native_16bit(x.dtype) else verdict
 
 
 def _triton_supports_backward(grad_y, x, s, weight, *_) -> Verdict:
     n, k = weight.shape
-    return _triton.lora_verdict(x, k, n, s.shape[-1])
+    return triton.lora_verdict(x, k, n, s.shape[-1])
 
 
 def _triton_run_backward(schedule: str, *args) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,8 +135,8 @@ def _triton_run_backward(schedule: str, *args) -> tuple[Tensor, Tensor, Tensor]:
 def _cuda_supports_backward(grad_y, x, s, weight, lora_A, lora_B, *rest) -> Verdict:
     n, k = weight.shape
     if weight.stride(1) != 1:
-        return _gpu.COLUMN_MAJOR
-    return _gpu.cuda_or_triton(x, k, n, s.shape[-1])
+        return cuda_or_triton.COLUMN_MAJOR
+    return cuda_or_triton.cuda_or_triton(x, k, n, s.shape[-1])
 
 
 def _flops_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, need_x, need_A, need_B) -> int:
@@ -249,29 +250,28 @@ INFERENCE = replace(SPEC, kernels={**SPEC.kernels, "cpu": Kernel(_cpu_supports, 
 """``lora_linear`` where only y, the first result, is asked for: a kernel may leave s out."""
 
 
-class LoRALinearFunction(torch.autograd.Function):
+class LoRALinearFunction(EagerFunction):
     """``lora_linear`` for eager autograd: one dispatch forward, one backward.
 
     Saves x, s [..., r], the weights (by reference) and the 8-byte seed; never the mask or dropout(x).
     Call it through ``lk.lora_linear``, which checks the arguments.
     """
 
-    @staticmethod
-    def forward(ctx, *args):  # type: ignore[override]
-        output = dispatch.run(SPEC, *args)
-        _save(ctx, args, output)
-        ctx.forced_backend = dispatch.forced_backend()
-        return not_a_view(output[0])
+    differentiable = 5
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y):  # type: ignore[override]
-        if ctx.forced_backend is None:
-            return _gradients(ctx, grad_y, _run_backward)
-        # Backward may run in another thread, or after `with use_backend(...)` has ended.
-        with dispatch.use_backend(ctx.forced_backend):
-            return _gradients(ctx, grad_y, _run_backward)
+    def results(output: tuple[Tensor, ...]) -> Tensor:
+        return output[0]
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:  # type: ignore[override]
+        return not_a_view(eager.forward(ctx, SPEC, args, _save)[0])
+
+    @staticmethod
+    @eager.backward
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple:  # type: ignore[override]
+        return _gradients(ctx, grad_y, _run_backward)
 
 
-def _run_backward(*args):
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     return dispatch.run(BACKWARD, *args)

@@ -13,7 +13,9 @@ from torch import Tensor
 from .. import dispatch
 from ..reasons import Reason
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from . import _cuda, _triton
+from ..support import cuda, triton
+from . import eager
+from .eager import EagerFunction
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -50,12 +52,12 @@ def _cpu_supports(prefix, layers, heads, batch, copies, dtype) -> Verdict:
 def _cuda_supports(prefix, layers, heads, batch, copies, dtype) -> Verdict:
     tokens, width = prefix.shape
     rows = tokens * (batch if copies else 1) * 2 * layers * heads
-    return _cuda.prompt_refusal(prefix.device, dtype, prefix.dtype, rows, width) or _TRANSPOSE
+    return cuda.prompt_refusal(prefix.device, dtype, prefix.dtype, rows, width) or _TRANSPOSE
 
 
 def _triton_supports(prefix, layers, heads, batch, copies, dtype) -> Verdict:
     tokens, width = prefix.shape
-    return _triton.rows_refusal(prefix.device, (prefix.dtype, dtype), 1, tokens, width) or _TRANSPOSE
+    return triton.rows_refusal(prefix.device, (prefix.dtype, dtype), 1, tokens, width) or _TRANSPOSE
 
 
 def _triton_run(schedule: str, *args: Any) -> Tensor:
@@ -90,13 +92,13 @@ def _cpu_supports_backward(grads, dtype) -> Verdict:
 def _cuda_supports_backward(grads, dtype) -> Verdict:
     batch, heads, tokens, head_dim = grads[0].shape
     rows, columns = batch * heads * tokens, len(grads) * heads * head_dim
-    return _cuda.prompt_refusal(grads[0].device, grads[0].dtype, dtype, rows, columns) or _SUM
+    return cuda.prompt_refusal(grads[0].device, grads[0].dtype, dtype, rows, columns) or _SUM
 
 
 def _triton_supports_backward(grads, dtype) -> Verdict:
     _, heads, tokens, head_dim = grads[0].shape
     columns = len(grads) * heads * head_dim
-    return _triton.rows_refusal(grads[0].device, (grads[0].dtype, dtype), 1, tokens, columns) or _SUM
+    return triton.rows_refusal(grads[0].device, (grads[0].dtype, dtype), 1, tokens, columns) or _SUM
 
 
 def _triton_run_backward(schedule: str, *args: Any) -> Tensor:
@@ -141,6 +143,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.dtype = inputs[0].dtype
 
 
+@torch.autograd.function.once_differentiable
 def _backward(ctx: Any, grad: Tensor | None) -> tuple:
     if grad is None:
         return (None,) * _INPUTS
@@ -166,37 +169,35 @@ SPEC = dispatch.register(
 )
 
 
-class PrefixKVFunction(torch.autograd.Function):
+class PrefixKVFunction(EagerFunction):
     """``prefix_kv`` for eager autograd, one output for the keys and one for the values of each layer.
 
     Nothing is saved. Their gradients are summed where they are: no tensor of all of them is made. Call it through
     ``lk.prefix_kv``, which checks the arguments.
     """
 
+    differentiable = 1
+
     @staticmethod
-    def forward(ctx, *args):  # type: ignore[override]
-        output = dispatch.run(SPEC, *args)
-        _setup_context(ctx, args, output)
-        ctx.forced_backend = dispatch.forced_backend()
+    def results(output: Tensor) -> tuple[Tensor, ...]:
+        return parts(output)
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        output = eager.forward(ctx, SPEC, args, _setup_context)
         ctx.part = output[0, 0].shape, output.dtype, output.device
         return parts(output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):  # type: ignore[override]
+    @eager.backward
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # type: ignore[override]
         if all(grad is None for grad in grads):
             return (None,) * _INPUTS
         if any(grad is None for grad in grads):  # of layers that nobody attended to
             shape, dtype, device = ctx.part
             zero = torch.zeros(shape[-1], dtype=dtype, device=device).expand(shape)
             grads = tuple(zero if grad is None else grad for grad in grads)
-        if ctx.forced_backend is None:
-            grad_prefix = dispatch.run(BACKWARD, list(grads), ctx.dtype)
-        else:
-            # Backward may run in another thread, or after `with use_backend(...)` has ended.
-            with dispatch.use_backend(ctx.forced_backend):
-                grad_prefix = dispatch.run(BACKWARD, list(grads), ctx.dtype)
-        return grad_prefix, *(None,) * (_INPUTS - 1)
+        return dispatch.run(BACKWARD, list(grads), ctx.dtype), *(None,) * (_INPUTS - 1)
 
 
 def parts(kv: Tensor) -> tuple[Tensor, ...]:

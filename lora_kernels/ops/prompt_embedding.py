@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from .. import dispatch
 from ..reasons import Reason
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from . import _cuda, _triton
+from ..support import cuda, triton
+from . import eager
+from .eager import EagerFunction
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int64, torch.int32)
@@ -138,7 +140,7 @@ def _cuda_supports(
         return _REFUSED_DTYPE
     batch, tokens = _token_shape(input_ids, inputs_embeds)
     rows, hidden = prompt.shape[-2:]
-    return _cuda.prompt_refusal(prompt.device, embeds.dtype, prompt.dtype, batch * (rows + tokens), hidden) or _GATHER
+    return cuda.prompt_refusal(prompt.device, embeds.dtype, prompt.dtype, batch * (rows + tokens), hidden) or _GATHER
 
 
 def _served(*indices: Tensor | None) -> bool:
@@ -159,7 +161,7 @@ def _triton_supports(
     embeds = weight if inputs_embeds is None else inputs_embeds
     batch, tokens = _token_shape(input_ids, inputs_embeds)
     size = batch, prompt.shape[-2] + tokens, prompt.shape[-1]
-    return _triton.rows_refusal(prompt.device, (prompt.dtype, embeds.dtype), *size) or _GATHER
+    return triton.rows_refusal(prompt.device, (prompt.dtype, embeds.dtype), *size) or _GATHER
 
 
 def _triton_run(schedule: str, *args: Any) -> tuple[Tensor, ...]:
@@ -242,13 +244,13 @@ def _cuda_supports_backward(grad, layout, input_ids, task_ids, tasks, prompt_row
     if not _served(layout, input_ids, task_ids):
         return _REFUSED_DTYPE
     batch, rows, hidden = grad.shape
-    return _cuda.prompt_refusal(grad.device, grad.dtype, prompt_dtype, batch * rows, hidden) or _SUM
+    return cuda.prompt_refusal(grad.device, grad.dtype, prompt_dtype, batch * rows, hidden) or _SUM
 
 
 def _triton_supports_backward(grad, layout, input_ids, task_ids, tasks, prompt_rows, prompt_dtype, *rest) -> Verdict:
     batch, rows, hidden = grad.shape
     size = max(batch, tasks), rows, hidden
-    return _triton.rows_refusal(grad.device, (grad.dtype, prompt_dtype), *size) or _SUM
+    return triton.rows_refusal(grad.device, (grad.dtype, prompt_dtype), *size) or _SUM
 
 
 def _triton_run_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -363,29 +365,28 @@ SPEC = dispatch.register(
 _native = torch.ops.lora_kernels_native.prompt_embedding.default
 
 
-class PromptEmbeddingFunction(torch.autograd.Function):
+class PromptEmbeddingFunction(EagerFunction):
     """``prompt_embedding`` for eager autograd: one dispatch forward, one backward.
 
     Saves 24 bytes per sample (where its prompt went), the task ids, and the token ids if the embedding weight trains;
     never the weight, the prompt or the output. Call it through ``lk.prompt_embedding``, which checks the arguments.
     """
 
+    differentiable = 4
+
     @staticmethod
-    def forward(ctx, *args):  # type: ignore[override]
-        output = dispatch.run(SPEC, *args)
-        _setup_context(ctx, args, output)
-        ctx.forced_backend = dispatch.forced_backend()
+    def results(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return output[:4]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):  # type: ignore[override]
-        if ctx.forced_backend is None:
-            return _gradients(ctx, grad, _run_backward)
-        # Backward may run in another thread, or after `with use_backend(...)` has ended.
-        with dispatch.use_backend(ctx.forced_backend):
-            return _gradients(ctx, grad, _run_backward)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return eager.forward(ctx, SPEC, args, _setup_context)[:4]
+
+    @staticmethod
+    @eager.backward
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple:  # type: ignore[override]
+        return _gradients(ctx, grad, _run_backward)
 
 
-def _run_backward(*args):
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     return dispatch.run(BACKWARD, *args)

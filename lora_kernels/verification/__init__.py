@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import dispatch
-from ..integrations import peft as integration
+from ..integrations.peft import patching as integration
 from ..report import PROMPT_MODULE
 from .layers import check_layer
 from .prompts import check_prompt

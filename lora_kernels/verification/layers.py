@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import dispatch, functional, philox
-from ..integrations import peft as integration
-from ..modules import LoRAEmbedding, LoRALinear
+from .. import dispatch, philox
+from ..functional.checks import draw_seed
+from ..functional.lora import dropout_mask
+from ..integrations.peft import patching as integration
+from ..modules.embedding import LoRAEmbedding
+from ..modules.lora import LoRALinear
 from .results import DIFFERS, KEPT, OK, SEED, UNCOUNTED, Check, Results, badness, max_error
 
 _EMBEDDINGS = (nn.Embedding, LoRAEmbedding)
@@ -128,8 +131,8 @@ def _drop_with(original: nn.Module, mask: Tensor, scale: float) -> None:
 def _mask(x: Tensor, p: float) -> Tensor:
     """What a layer that has just been called, first after ``SEED``, drops of [rows, features]."""
     torch.manual_seed(SEED)
-    seed = functional.draw_seed(x.device)
-    return functional.dropout_mask(*x.shape, p, seed)
+    seed = draw_seed(x.device)
+    return dropout_mask(*x.shape, p, seed)
 
 
 def _input(base: nn.Module, rows: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch
-from ..integrations import peft as integration
+from ..integrations.peft import patching as integration
 from ..report import PROMPT_MODULE
 from .results import DIFFERS, KEPT, OK, SEED, UNCOUNTED, Check, Results, badness, max_error
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .prefix_functional import KeysAndValues, prefix_kv
-from .prompt_modules import PROMPT_KEY, all_rows, check_count, load_rows
+from ..functional.prefix import KeysAndValues, prefix_kv
+from .prompt import PROMPT_KEY, all_rows, check_count, load_rows
 
 
 class PrefixEncoder(nn.Module):
@@ -94,10 +94,10 @@ class PrefixEncoder(nn.Module):
             encoder_decoder: an ``EncoderDecoderCache`` with the prefix before the decoder's self-attention, not a
                 ``DynamicCache``.
         """
-        from .integrations import _cache
+        from . import caches
 
         pairs = self(batch_size, dtype=dtype)
-        return _cache.encoder_decoder_cache(pairs) if encoder_decoder else _cache.dynamic_cache(pairs)
+        return caches.encoder_decoder_cache(pairs) if encoder_decoder else caches.dynamic_cache(pairs)
 
     def peft_state_dict(self) -> dict[str, Tensor]:
         """What PEFT's checkpoint of this prefix holds: ``prompt_embeddings``, the rows, without the network."""

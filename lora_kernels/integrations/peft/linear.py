@@ -10,12 +10,14 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, Mu
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .. import dispatch
-from ..class_swaps import in_place_of, our_class
-from ..functional import dora_embedding, dora_linear, lora_embedding, lora_linear_of_layer
-from ..reasons import Reason
-from ..report import FUSED
-from . import _conv, _layer_checks, _mixed_batch, _several_adapters
+from ... import dispatch, operands
+from ...class_swaps import in_place_of, our_class
+from ...functional.dora import dora_embedding, dora_linear
+from ...functional.embedding import lora_embedding
+from ...functional.lora import lora_linear_of_layer
+from ...reasons import Reason
+from ...report import FUSED
+from . import conv, mixed_batch, several_adapters
 
 original_create_new_module = LoraModel._create_new_module
 """What ``LoraModel`` had when ``patch_peft`` was called last."""
@@ -25,7 +27,7 @@ original_create_new_module = LoraModel._create_new_module
 class FusedLinear(Linear):
     """PEFT's ``lora.Linear`` with a forward of one op where that computes the same.
 
-    Where it does not (``_layer_checks``), PEFT's own forward serves the whole call and ``lk.stats()`` counts
+    Where it does not (``operands.py``), PEFT's own forward serves the whole call and ``lk.stats()`` counts
     the reason. Nothing but ``forward`` differs: parameters, merging, adapter switching and hooks are PEFT's.
     """
 
@@ -33,15 +35,15 @@ class FusedLinear(Linear):
         if args or kwargs:
             reason = _extra_arguments(self, args, kwargs)
             if reason is None:
-                found = _mixed_batch.groups(self, x, kwargs["adapter_names"])
+                found = mixed_batch.groups(self, x, kwargs["adapter_names"])
                 if type(found) is list:
-                    return _mixed_batch.add_updates(self.base_layer(x), x, found)
+                    return mixed_batch.add_updates(self.base_layer(x), x, found)
                 reason = found
         else:
-            found = _layer_checks.operands(self)
+            found = operands.operands(self)
             if type(found) is tuple:
                 weight, lora_A, lora_B, bias, scaling, dropout_p, training, magnitude = found
-                reason = _layer_checks.call_reason(x, weight, lora_A, lora_B)
+                reason = operands.call_reason(x, weight, lora_A, lora_B)
                 if reason is None and magnitude is None:
                     return lora_linear_of_layer(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training)
                 if reason is None:
@@ -52,9 +54,9 @@ class FusedLinear(Linear):
             elif type(found) is Reason:
                 reason = found
             else:
-                reason = _several_adapters.call_reason(x, found)
+                reason = several_adapters.call_reason(x, found)
                 if reason is None:
-                    return _several_adapters.forward(x, found)
+                    return several_adapters.forward(x, found)
         _count("lora_linear", reason)
         return super().forward(x, *args, **kwargs)
 
@@ -67,8 +69,8 @@ class FusedEmbedding(Embedding):
         if args or kwargs:
             reason = _extra_arguments(self, args, kwargs) or Reason.ADAPTER_NAMES
         else:
-            found = _layer_checks.embedding_operands(self)
-            reason = found if type(found) is Reason else _layer_checks.ids_reason(x)
+            found = operands.embedding_operands(self)
+            reason = found if type(found) is Reason else operands.ids_reason(x)
             if reason is None:
                 weight, lora_A, lora_B, scaling, padding_idx, magnitude = found
                 if magnitude is None:
@@ -85,10 +87,10 @@ class FusedConv(nn.Module):
         if args or kwargs:
             reason = _extra_arguments(self, args, kwargs) or Reason.ADAPTER_NAMES
         else:
-            found = _conv.adapters(self)
-            reason = found if type(found) is Reason else _conv.call_reason(x, found)
+            found = conv.adapters(self)
+            reason = found if type(found) is Reason else conv.call_reason(x, found)
             if reason is None:
-                return _conv.forward(self, x, found)
+                return conv.forward(self, x, found)
         _count("lora_conv", reason)
         return super().forward(x, *args, **kwargs)
 
@@ -170,21 +172,21 @@ def next_call(layer: nn.Module) -> tuple[Reason | None, str]:
     what serves it otherwise.
     """
     if isinstance(layer, FusedEmbedding):
-        found = _layer_checks.embedding_operands(layer)
+        found = operands.embedding_operands(layer)
         if type(found) is Reason:
             return found, ""
         return None, "lora_embedding" if found[-1] is None else "dora_embedding"
     is_conv = isinstance(layer, FusedConv)
-    found = _conv.adapters(layer) if is_conv else _layer_checks.operands(layer)
+    found = conv.adapters(layer) if is_conv else operands.operands(layer)
     if type(found) is Reason:
         return found, ""
     usual_input = layer.get_base_layer().weight.new_empty(0)
     if is_conv:
-        return _conv.call_reason(usual_input, found), "lora_conv"
+        return conv.call_reason(usual_input, found), "lora_conv"
     if type(found) is not tuple:
-        return _several_adapters.call_reason(usual_input, found), FUSED
+        return several_adapters.call_reason(usual_input, found), FUSED
     weight, lora_A, lora_B, *_, magnitude = found
-    reason = _layer_checks.call_reason(usual_input, weight, lora_A, lora_B)
+    reason = operands.call_reason(usual_input, weight, lora_A, lora_B)
     return reason, FUSED if magnitude is None else "dora_linear"
 
 

@@ -6,16 +6,16 @@ import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import MethodType, ModuleType
-from typing import Any
 
 from torch import Tensor, nn
 
-from .. import class_swaps
-from .._checks import may_take_fast_path, passed_by
-from ..modules import FrozenLinear, LoRAEmbedding, LoRALinear, faster_product
-from ..reasons import Reason
-from ..report import PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
-from . import _layer_checks
+from ... import class_swaps
+from ...frozen_linears import FrozenLinear, faster_product
+from ...modules.embedding import LoRAEmbedding
+from ...modules.lora import LoRALinear
+from ...plain import may_take_fast_path, passed_by
+from ...reasons import Reason
+from ...report import PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
 
 
 def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "peft") -> Report:
@@ -66,9 +66,9 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
         (report.fused if is_fused else report.kept).append((name, by_what_or_why_not))
     for encoder in filter(may_take_fast_path, model.modules() if peft_layers else ()):
         for part in encoder.modules():  # hooks would change which path it takes
-            _peft_linear().stop_counting(part)
+            _fused_layers().stop_counting(part)
     for tuner in _tuner_models(model):
-        tuner.__dict__["_create_new_module"] = _peft_linear().create_in_patched_model
+        tuner.__dict__["_create_new_module"] = _fused_layers().create_in_patched_model
     for name, peft_model in prompts.items():
         _patch_prompts(name, peft_model, left_padding == "fixed", report)
     if frozen_linears:
@@ -82,7 +82,7 @@ def unpatch(model: nn.Module) -> None:
         class_swaps.give_back(module, {FrozenLinear: nn.Linear})
     if not _peft_imported():
         return
-    fused = _peft_linear()
+    fused = _fused_layers()
     originals = {ours: theirs for theirs, ours in fused.SWAPS.items()}
     for module in model.modules():
         swapped = class_swaps.give_back(module, originals)
@@ -96,7 +96,7 @@ def unpatch(model: nn.Module) -> None:
         if module.__dict__.get("_create_new_module") is fused.create_in_patched_model:
             del module.__dict__["_create_new_module"]
     for _, peft_model in prompt_models(model):
-        _peft_prompt().unfuse(peft_model)
+        _fused_prompts().unfuse(peft_model)
 
 
 def patch_peft() -> None:
@@ -113,11 +113,11 @@ def patch_peft() -> None:
         if error.name != "peft":
             raise
         raise ImportError("patch_peft needs PEFT; install it with: pip install lora_kernels[peft]") from error
-    fused, lora_model = _peft_linear(), _lora_model()
+    fused, lora_model = _fused_layers(), _lora_model()
     if lora_model._create_new_module is not fused.create_in_patched_peft:
         fused.original_create_new_module = lora_model._create_new_module
         lora_model._create_new_module = staticmethod(fused.create_in_patched_peft)
-    prompt = _peft_prompt()
+    prompt = _fused_prompts()
     if prompt.PeftModel._setup_prompt_encoder is not prompt.setup_in_patched_peft:
         prompt.original_setup_prompt_encoder = prompt.PeftModel._setup_prompt_encoder
         prompt.PeftModel._setup_prompt_encoder = prompt.setup_in_patched_peft
@@ -127,10 +127,10 @@ def unpatch_peft() -> None:
     """Undoes ``patch_peft``. Models made in between keep their fused layers; use ``unpatch`` for them."""
     if not _peft_imported():
         return
-    fused, lora_model = _peft_linear(), _lora_model()
+    fused, lora_model = _fused_layers(), _lora_model()
     if lora_model._create_new_module is fused.create_in_patched_peft:
         lora_model._create_new_module = staticmethod(fused.original_create_new_module)
-    prompt = _peft_prompt()
+    prompt = _fused_prompts()
     if prompt.PeftModel._setup_prompt_encoder is prompt.setup_in_patched_peft:
         prompt.PeftModel._setup_prompt_encoder = prompt.original_setup_prompt_encoder
 
@@ -145,38 +145,6 @@ def is_fused(module: nn.Module) -> bool:
     return class_swaps.swapped_in(module) is not None or isinstance(module, (LoRALinear, LoRAEmbedding))
 
 
-def plain_adapter(layer: Any, adapter: str | None) -> tuple:
-    """What ``LoRALinear.from_peft`` needs: weight, bias, lora_A, lora_B, alpha, scaling, dropout, use_rslora."""
-    if not _peft_imported() or not isinstance(layer, _peft_linear().Linear):
-        kind = type(layer)
-        raise TypeError(f"from_peft: expected a PEFT lora.Linear, got {kind.__module__}.{kind.__qualname__}")
-    if adapter is None:
-        if len(layer.active_adapters) != 1:
-            raise ValueError(f"from_peft: name one of the active adapters {layer.active_adapters}")
-        adapter = layer.active_adapters[0]
-    if adapter not in layer.lora_A:
-        known = ", ".join(layer.lora_A) or "none"
-        raise ValueError(f"from_peft: no adapter {adapter!r} on this layer, it has {known}")
-    found = Reason.MERGED if layer.merged else _layer_checks.adapter_operands(layer, adapter)
-    if not isinstance(found, Reason):
-        weight, lora_A, lora_B, bias, scaling, dropout, _, magnitude = found
-        found = _beyond_plain_lora(layer, adapter, weight, scaling, magnitude)
-    if found is not None:
-        raise ValueError(f"from_peft: adapter {adapter!r} is not plain LoRA on a plain nn.Linear: {found}")
-    return weight, bias, lora_A, lora_B, layer.lora_alpha[adapter], scaling, dropout, layer.use_rslora[adapter]
-
-
-def _beyond_plain_lora(layer: Any, adapter: str, weight: Tensor, scaling: Any, magnitude: Any) -> Reason | None:
-    """What ``lora_linear`` serves and ``LoRALinear`` does not hold."""
-    if magnitude is not None:
-        return Reason.DORA
-    if layer.lora_B[adapter].bias is not None:
-        return Reason.LORA_BIAS
-    if isinstance(scaling, Tensor):
-        return Reason.TENSOR_SCALING
-    return None if weight is layer.base_layer.weight else Reason.FAN_IN_FAN_OUT
-
-
 # --------------------------------------------------------------------------------------------------- details
 
 
@@ -185,16 +153,16 @@ def _peft_imported() -> bool:
     return sys.modules.get("peft") is not None
 
 
-def _peft_linear() -> ModuleType:
-    from . import _peft_linear
+def _fused_layers() -> ModuleType:
+    from . import linear
 
-    return _peft_linear
+    return linear
 
 
-def _peft_prompt() -> ModuleType:
-    from . import _peft_prompt
+def _fused_prompts() -> ModuleType:
+    from . import prompts
 
-    return _peft_prompt
+    return prompts
 
 
 def _lora_model() -> type:
@@ -225,25 +193,25 @@ def _passed_by(model: nn.Module, peft_layers: Collection[nn.Module]) -> set[nn.M
 
 def why_not_swapped(layer: nn.Module) -> Reason | None:
     """Why the class of one of PEFT's layers is not swapped; None if it can be, or is."""
-    return _peft_linear().why_not_swapped(layer)
+    return _fused_layers().why_not_swapped(layer)
 
 
 def prompt_reason(model: nn.Module) -> Reason | None:
     """Why the active prompt of a PEFT model is PEFT's own to put in; None if it is ours."""
     if class_swaps.swapped_in(model) is None:
         return Reason.LAYER_TYPE
-    return _peft_prompt().adapter_reason(model, model.active_adapter)
+    return _fused_prompts().adapter_reason(model, model.active_adapter)
 
 
 @contextmanager
 def original_prompts(model: nn.Module) -> Iterator[None]:
     """A patched model with prompts has PEFT's class inside."""
     fixed = model._left_padding_fixed
-    _peft_prompt().unfuse(model)
+    _fused_prompts().unfuse(model)
     try:
         yield
     finally:
-        _peft_prompt().fuse(model)
+        _fused_prompts().fuse(model)
         model._left_padding_fixed = fixed
 
 
@@ -267,7 +235,7 @@ def _check_all_fusable(prompts: dict[str, nn.Module]) -> None:
     """Raises if PEFT, whose layout is not wanted, would put in one of the prompts; prefixes have no such layout."""
     for name, model in prompts.items():
         for adapter in model.prompt_encoder:
-            reason = _peft_prompt().model_reason(model) or _peft_prompt().adapter_reason(model, adapter)
+            reason = _fused_prompts().model_reason(model) or _fused_prompts().adapter_reason(model, adapter)
             if reason is not None and model.peft_config[adapter].peft_type != "PREFIX_TUNING":
                 row = _prompt_name(name, adapter)
                 raise ValueError(f'patch: left_padding="fixed" needs every prompt fused, {row} cannot be: {reason}')
@@ -279,7 +247,7 @@ def _prompt_name(model: str, adapter: str) -> str:
 
 def _patch_prompts(name: str, model: nn.Module, left_padding_fixed: bool, report: Report) -> None:
     """Swaps the class of a model with prompts; a row for each of them."""
-    prompt = _peft_prompt()
+    prompt = _fused_prompts()
     of_model = prompt.fuse(model)
     if of_model is None:
         model._left_padding_fixed = left_padding_fixed
@@ -298,7 +266,7 @@ def _fuse(layer: nn.Module) -> tuple[bool, str]:
     """Swaps the class of a PEFT layer where it can. Whether its next call is fused, and the op that serves it or why
     not.
     """
-    layers = _peft_linear()
+    layers = _fused_layers()
     layers.swap(layer)
     reason = layers.why_not_swapped(layer)
     if reason is not None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from . import _native, dispatch
-from ._checks import has_hooks
-from .ops import _cpu
+from .. import _native, dispatch
+from ..plain import has_hooks
+from ..support import cpu
 
 FEW_STEPS, WIDE_HIDDEN = 32, 1024
 """torch's LSTM (oneDNN's) costs much per call and little per step, as long as the weights stay in the cache."""
@@ -85,12 +85,12 @@ def _trains_on_cpu(rows: Tensor, network: nn.Module) -> bool:
 
 def _takes_onednn(rows: Tensor, weight: Tensor) -> bool:
     fits = rows.dtype == torch.float32 and rows.dim() == 2 and rows.shape[-1] == weight.shape[1]
-    return fits and _cpu.matmul_verdict(rows, weight).schedule == "onednn"
+    return fits and cpu.matmul_verdict(rows, weight).schedule == "onednn"
 
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a bᵀ + bias, by the library that is faster."""
-    schedule = _cpu.matmul_verdict(a, b).schedule
+    schedule = cpu.matmul_verdict(a, b).schedule
     return torch.ops.lora_kernels_native.frozen_linear.default(a, b, bias, schedule)
 
 

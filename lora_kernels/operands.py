@@ -1,4 +1,6 @@
-"""Which calls of PEFT's ``lora.Linear`` and ``lora.Embedding`` are exactly one op, and the reason where one is not.
+"""What PEFT's layers hold, read without importing PEFT, and which of their calls are exactly one op.
+
+Which calls of PEFT's ``lora.Linear`` and ``lora.Embedding`` are exactly one op, and the reason where one is not.
 
 Asked on every call, because everything here can change between two calls: adapters are switched, hooks come and go,
 a model is sharded or offloaded. So the checks are plain dictionary reads, which torch.compile turns into guards.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +19,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules import module as _module
 
-from .._checks import FLOATS, PLAIN_TENSORS, inside_transform, is_parametrized, not_plain
-from ..modules import FrozenLinear
-from ..reasons import Reason
+from .frozen_linears import FrozenLinear
+from .plain import FLOATS, LOW_PRECISION, PLAIN_TENSORS, inside_transform, is_parametrized, not_plain
+from .reasons import Reason
 
 Operands = tuple[Tensor, Tensor, Tensor, "Tensor | None", "float | Tensor", float, bool, "Tensor | None"]
 """weight, lora_A, lora_B, bias, scaling, dropout_p, training, DoRA's magnitude or None for plain LoRA."""
@@ -38,7 +41,6 @@ EmbeddingOperands = tuple[Tensor, Tensor, Tensor, "float | Tensor", "int | None"
 """weight, lora_A, lora_B, scaling, padding_idx, DoRA's magnitude or None."""
 
 _PLAIN_LINEARS = (nn.Linear, FrozenLinear)
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 _GLOBAL_HOOKS = (
     _module._global_forward_hooks, _module._global_forward_pre_hooks,
     _module._global_backward_hooks, _module._global_backward_pre_hooks,
@@ -245,7 +247,7 @@ def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
             return not_plain(lora_B if type(lora_A) in PLAIN_TENSORS else lora_A)
         if name in layer.input_fns:
             return Reason.DTENSOR
-        fits = lora_A.dtype == weight.dtype or (lora_A.dtype == torch.float32 and weight.dtype in _LOW_PRECISION)
+        fits = lora_A.dtype == weight.dtype or (lora_A.dtype == torch.float32 and weight.dtype in LOW_PRECISION)
         if not fits or lora_B.dtype != lora_A.dtype or weight.dtype not in FLOATS:
             return Reason.MIXED_DTYPES
         adapters.append((lora_A, lora_B, scaling))
@@ -302,7 +304,7 @@ def call_reason(x: Any, weight: Tensor, weight_A: Tensor, weight_B: Tensor) -> R
     # PEFT casts x to the adapter's dtype. float32 adapters over 16-bit activations are what the op is made
     # for; an adapter narrower than the activations would round x, which the op does not do.
     wide = weight_A.dtype
-    if wide != weight_B.dtype or not (wide == dtype or (wide == torch.float32 and dtype in _LOW_PRECISION)):
+    if wide != weight_B.dtype or not (wide == dtype or (wide == torch.float32 and dtype in LOW_PRECISION)):
         return Reason.MIXED_DTYPES
     if torch.is_grad_enabled() and not is_compiling() and weight.is_inference():
         return Reason.INFERENCE_TENSOR  # a Function saves the weight, where torch's own linear may not have to
@@ -376,3 +378,39 @@ def _is_conv1d(base: nn.Module) -> bool:
 def _is_peft(value: Any, module: str, name: str) -> bool:
     """Whether value's type is exactly PEFT's; compared by name, so that nothing is imported here."""
     return type(value).__name__ == name and type(value).__module__ == f"peft.tuners.lora.{module}"
+
+
+# ---------------------------------------------------------------------------------------------------- one adapter
+
+
+def plain_adapter(layer: Any, adapter: str | None) -> tuple:
+    """What ``LoRALinear.from_peft`` needs: weight, bias, lora_A, lora_B, alpha, scaling, dropout, use_rslora."""
+    linear = getattr(sys.modules.get("peft.tuners.lora.layer"), "Linear", None)
+    if linear is None or not isinstance(layer, linear):
+        kind = type(layer)
+        raise TypeError(f"from_peft: expected a PEFT lora.Linear, got {kind.__module__}.{kind.__qualname__}")
+    if adapter is None:
+        if len(layer.active_adapters) != 1:
+            raise ValueError(f"from_peft: name one of the active adapters {layer.active_adapters}")
+        adapter = layer.active_adapters[0]
+    if adapter not in layer.lora_A:
+        known = ", ".join(layer.lora_A) or "none"
+        raise ValueError(f"from_peft: no adapter {adapter!r} on this layer, it has {known}")
+    found = Reason.MERGED if layer.merged else adapter_operands(layer, adapter)
+    if not isinstance(found, Reason):
+        weight, lora_A, lora_B, bias, scaling, dropout, _, magnitude = found
+        found = _beyond_plain_lora(layer, adapter, weight, scaling, magnitude)
+    if found is not None:
+        raise ValueError(f"from_peft: adapter {adapter!r} is not plain LoRA on a plain nn.Linear: {found}")
+    return weight, bias, lora_A, lora_B, layer.lora_alpha[adapter], scaling, dropout, layer.use_rslora[adapter]
+
+
+def _beyond_plain_lora(layer: Any, adapter: str, weight: Tensor, scaling: Any, magnitude: Any) -> Reason | None:
+    """What ``lora_linear`` serves and ``LoRALinear`` does not hold."""
+    if magnitude is not None:
+        return Reason.DORA
+    if layer.lora_B[adapter].bias is not None:
+        return Reason.LORA_BIAS
+    if isinstance(scaling, Tensor):
+        return Reason.TENSOR_SCALING
+    return None if weight is layer.base_layer.weight else Reason.FAN_IN_FAN_OUT

@@ -8,12 +8,12 @@ import torch
 
 from ..reasons import Reason
 from ..spec import Verdict
-from . import _cpu_product
+from . import cpu_product
 
 UPCAST_ABOVE_ROWS = 4
 """torch's own low-precision path is a matrix-vector loop that beats upcasting the whole weight up to this many rows."""
 
-ATEN = _cpu_product.MKL
+ATEN = cpu_product.MKL
 FEW_ROWS = 4
 """Up to so many rows of x, most of the time goes into reading the weight."""
 LARGE_WEIGHT = 1 << 20
@@ -62,7 +62,7 @@ def product_verdict(
 ) -> Verdict:
     """``matmul_verdict`` for an x of so many rows, which lie in one piece each or not."""
     if dtype == torch.float32:
-        return _cpu_product.choose(rows, x_by_rows, weight, is_k_by_n)
+        return cpu_product.choose(rows, x_by_rows, weight, is_k_by_n)
     if dtype == torch.float64:
         return ATEN
     if dtype != torch.bfloat16 and dtype != torch.float16:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .ops._autograd import as_rows
+from ..ops.eager import as_rows
 
 
 def add_rows(y: Tensor, s: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:

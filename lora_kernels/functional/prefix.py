@@ -1,4 +1,4 @@
-"""``prefix_kv``: arguments are checked here, then dispatched, as in ``functional.py``."""
+"""``prefix_kv``: arguments are checked here, then dispatched, as in ``lora.py``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import numbers
 import torch
 from torch import Tensor
 
-from . import dispatch
-from ._checks import refuse_transforms
-from .ops import prefix_kv as _op
-from .ops.prefix_kv import PrefixKVFunction
+from ..ops import eager
+from ..ops import prefix_kv as _op
+from ..ops.prefix_kv import PrefixKVFunction
+from .why import explains
 
 _OP = "prefix_kv"
 
@@ -60,17 +60,11 @@ def prefix_kv(
         ValueError: prefix is not [tokens, a multiple of layers * 2 * heads], or a number is out of range.
     """
     args = arguments(prefix, layers, heads, batch_size=batch_size, dtype=dtype, copies=copies)
-    if torch.compiler.is_compiling():
-        parts = _op.parts(torch.ops.lora_kernels.prefix_kv.default(*args))
-    else:
-        refuse_transforms(_OP, args)
-        if torch.is_grad_enabled() and prefix.requires_grad:
-            parts = PrefixKVFunction.apply(*args)
-        else:
-            parts = _op.parts(dispatch.run(_op.SPEC, *args))
+    parts = eager.call(_op.SPEC, PrefixKVFunction, args)
     return tuple(zip(parts[0::2], parts[1::2], strict=True))
 
 
+@explains(_OP, _op.SPEC)
 def arguments(prefix, layers, heads, *, batch_size=1, dtype=None, copies=False) -> tuple:
     """The op's positional arguments from those of ``prefix_kv``, checked."""
     if not isinstance(prefix, Tensor):

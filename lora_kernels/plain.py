@@ -1,4 +1,4 @@
-"""Checks that several public functions share."""
+"""What the ops compute with: plain tensors of four dtypes, of modules without hooks, outside of transforms."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .reasons import Reason
 
 PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 """Types that the ops compute with themselves. torch.export traces with fakes."""
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes that the ops compute in."""
 

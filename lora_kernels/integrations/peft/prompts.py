@@ -34,14 +34,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad as _forward_ad
 from transformers import Cache
 
-from .. import class_swaps, dispatch
-from .._checks import has_hooks
-from ..ops.prompt_embedding import FLOATS, INDICES
-from ..prefix_functional import KeysAndValues, prefix_kv
-from ..prompt_functional import PromptEmbeddingOutput, prompt_embedding
-from ..prompt_modules import all_rows, encoded_rows, plain_weight
-from ..reasons import Reason
-from . import _cache
+from ... import class_swaps, dispatch
+from ...functional.prefix import KeysAndValues, prefix_kv
+from ...functional.prompt import PromptEmbeddingOutput, prompt_embedding
+from ...modules import caches as _cache
+from ...modules.prompt import all_rows, encoded_rows, plain_weight
+from ...ops.prompt_embedding import FLOATS, INDICES
+from ...plain import has_hooks
+from ...reasons import Reason
 
 _ENCODERS = {
     PeftType.PROMPT_TUNING: PromptEmbedding,

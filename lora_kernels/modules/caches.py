@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from ..prefix_functional import KeysAndValues
+from ..functional.prefix import KeysAndValues
 
 
 def dynamic_cache(pairs: KeysAndValues) -> DynamicCache:

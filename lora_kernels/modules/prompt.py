@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import has_hooks
-from .encoder_networks import run_lstm, run_mlp
-from .prompt_functional import PromptEmbeddingOutput, prompt_embedding
+from ..functional.encoders import run_lstm, run_mlp
+from ..functional.prompt import PromptEmbeddingOutput, prompt_embedding
+from ..plain import has_hooks
 
 PROMPT_KEY = "prompt_embeddings"
 """The tensor of PEFT's checkpoints that holds the rows of a prompt or prefix."""

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .. import dispatch
-from .._checks import FLOATS, PLAIN_TENSORS, inside_transform, is_parametrized, not_plain
-from ..branches import add_channels, may_add_channels
-from ..ops import _cpu
-from ..reasons import Reason
-from . import _layer_checks
+from ... import dispatch, operands
+from ...functional.branches import add_channels, may_add_channels
+from ...plain import FLOATS, PLAIN_TENSORS, inside_transform, is_parametrized, not_plain
+from ...reasons import Reason
+from ...support import cpu
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -28,13 +27,13 @@ Adapter = tuple[str, Tensor, "float | Tensor"]
 def adapters(layer: nn.Module) -> list[Adapter] | Reason:
     """The active adapters of one of PEFT's convolutions, or why the layer must run its own forward now."""
     state = layer.__dict__
-    names = _layer_checks.active_adapters(state, "lora_A")
+    names = operands.active_adapters(state, "lora_A")
     if type(names) is Reason:
         return names
     base = state["_modules"]["base_layer"]
     if type(base) not in _CONVOLUTIONS:
         return Reason.PARAMETRIZED if is_parametrized(base) else Reason.BASE_LAYER
-    reason = _layer_checks.why_not_called_as_is(base)  # a hook may keep the result that we write into
+    reason = operands.why_not_called_as_is(base)  # a hook may keep the result that we write into
     if reason is not None:
         return reason
     found = []
@@ -57,7 +56,7 @@ def _adapter(layer: nn.Module, name: str, kind: type[nn.Module]) -> Adapter | Re
         return Reason.PARAMETRIZED if is_parametrized(A) or is_parametrized(B) else Reason.ADAPTER_MODULES
     if {*B.kernel_size, *B.stride} != {1} or B.padding != (0,) * len(B.kernel_size):
         return Reason.ADAPTER_MODULES
-    reason = _layer_checks.why_not_called_as_is(B)
+    reason = operands.why_not_called_as_is(B)
     if reason is not None:
         return reason
     weight, bias = (B._parameters.get(part, Reason.DISPLACED) for part in ("weight", "bias"))
@@ -67,7 +66,7 @@ def _adapter(layer: nn.Module, name: str, kind: type[nn.Module]) -> Adapter | Re
         return Reason.LORA_BIAS if isinstance(bias, Tensor) else Reason.DISPLACED
     if A.weight.dtype != weight.dtype or weight.dtype not in FLOATS:
         return Reason.MIXED_DTYPES
-    scaling = _layer_checks.usual_scaling(layer.scaling[name])
+    scaling = operands.usual_scaling(layer.scaling[name])
     return scaling if type(scaling) is Reason else (name, weight, scaling)
 
 
@@ -77,13 +76,13 @@ def call_reason(x: Any, found: list[Adapter]) -> Reason | None:
         return Reason.DTENSOR
     if x.layout != torch.strided or x.is_nested:
         return Reason.LAYOUT
-    dtype = _layer_checks.product_dtype(x)
+    dtype = operands.product_dtype(x)
     if dtype not in FLOATS:
         return Reason.DTYPE
     for _, weight, _ in found:
         if weight.dtype != dtype and not (weight.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)):
             return Reason.MIXED_DTYPES
-    if not is_compiling() and x.is_cpu and not _cpu.has_native_matmul(dtype):
+    if not is_compiling() and x.is_cpu and not cpu.has_native_matmul(dtype):
         return Reason.DTYPE  # torch's matrix products would be slow loops, its convolutions are not
     return Reason.TRANSFORM if inside_transform() else None
 

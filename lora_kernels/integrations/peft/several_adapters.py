@@ -7,23 +7,23 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..branches import add_rows
-from ..functional import lora_linear
-from ..reasons import Reason
-from . import _layer_checks
+from ... import operands
+from ...functional.branches import add_rows
+from ...functional.lora import lora_linear
+from ...reasons import Reason
 
 
-def call_reason(x: Any, found: _layer_checks.SideBySide) -> Reason | None:
-    """As ``_layer_checks.call_reason``, for all of these adapters."""
+def call_reason(x: Any, found: operands.SideBySide) -> Reason | None:
+    """As ``operands.call_reason``, for all of these adapters."""
     weight, lora_A, lora_B, *_ = found.first
     for A, B in [(lora_A, lora_B), *((branch[0], branch[1]) for branch in found.others)]:
-        reason = _layer_checks.call_reason(x, weight, A, B)
+        reason = operands.call_reason(x, weight, A, B)
         if reason is not None:
             return reason
     return None
 
 
-def forward(x: Tensor, found: _layer_checks.SideBySide) -> Tensor:
+def forward(x: Tensor, found: operands.SideBySide) -> Tensor:
     """The layer's output. The first adapter's mask is ``lora_linear``'s, the others' are torch's, which stores them."""
     weight, lora_A, lora_B, bias, scaling, p, training, _ = found.first
     y = lora_linear(x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=p, training=training)

@@ -1,4 +1,4 @@
-"""``prompt_embedding``: arguments are checked here, then dispatched, as in ``functional.py``."""
+"""``prompt_embedding``: arguments are checked here, then dispatched, as in ``lora.py``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch
-from ._checks import refuse_transforms
-from .ops import prompt_embedding as _op
-from .ops.prompt_embedding import PromptEmbeddingFunction
+from ..ops import eager
+from ..ops import prompt_embedding as _op
+from ..ops.prompt_embedding import PromptEmbeddingFunction
+from .why import explains
 
 _OP = "prompt_embedding"
 _MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_op.FLOATS)
@@ -91,17 +91,11 @@ def prompt_embedding(
         input_ids, weight, prompt, inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels,
         task_ids=task_ids, prompt_lengths=prompt_lengths, padding_side=padding_side,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        output = torch.ops.lora_kernels.prompt_embedding.default(*args)
-    else:
-        refuse_transforms(_OP, args)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
-            output = PromptEmbeddingFunction.apply(*args)
-        else:
-            output = dispatch.run(_op.SPEC, *args)
+    output = eager.call(_op.SPEC, PromptEmbeddingFunction, args)
     return PromptEmbeddingOutput(*output[:3], None if labels is None else output[3])
 
 
+@explains(_OP, _op.SPEC)
 def arguments(
     input_ids, weight, prompt, *, inputs_embeds=None, attention_mask=None, labels=None, task_ids=None,
     prompt_lengths=None, padding_side="right",

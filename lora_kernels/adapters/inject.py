@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ._checks import is_parametrized, passed_by, why_no_base
-from .modules import LoRALinear, check_adapter_dtype, check_hyperparameters, check_plain_linear, empty_adapter
-from .reasons import Reason
-from .report import FUSED, Report
+from ..modules.base import check_adapter_dtype, check_hyperparameters, check_plain_linear, empty_adapter
+from ..modules.lora import LoRALinear
+from ..plain import is_parametrized, passed_by, why_no_base
+from ..reasons import Reason
+from ..report import FUSED, Report
 from .wrappers import check_may_grow, unwrapped, wrapper_kinds
 
 ALL_LINEAR = "all-linear"

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import dispatch
-from ..ops._autograd import as_rows
-from ..reasons import Reason
-from . import _layer_checks
+from ... import dispatch, operands
+from ...ops.eager import as_rows
+from ...reasons import Reason
 
 Group = tuple[list[int], Tensor, Tensor, "Tensor | None", "float | Tensor"]
 """Samples that share an adapter; its lora_A, lora_B, bias of lora_B and scaling."""
@@ -27,13 +26,13 @@ def groups(layer: nn.Module, x: Tensor, names: Sequence[str]) -> list[Group] | R
     for name, indices in samples.items():
         if name not in layer.lora_A:  # "__base__", or an adapter of other layers
             continue
-        branch = _layer_checks.branch_operands(layer, name)
+        branch = operands.branch_operands(layer, name)
         if type(branch) is not tuple:
             return branch
         lora_A, lora_B, lora_bias, scaling, p, training, magnitude = branch
         if magnitude is not None or (p > 0.0 and training):
             return Reason.ADAPTER_NAMES  # PEFT refuses DoRA, and draws its own mask
-        reason = _layer_checks.call_reason(x, layer.get_base_layer().weight, lora_A, lora_B)
+        reason = operands.call_reason(x, layer.get_base_layer().weight, lora_A, lora_B)
         if reason is not None:
             return reason
         found.append((indices, lora_A, lora_B, lora_bias, scaling))

@@ -6,7 +6,7 @@ import torch
 
 from ..reasons import Reason
 from ..spec import Verdict
-from . import _cuda, _triton
+from . import cuda, triton
 
 FASTER_IN_TRITON = (9, 10)
 """Major compute capabilities on which ``tl.dot`` becomes wgmma or tcgen05, faster than the CUDA kernels' mma.sync."""
@@ -23,10 +23,10 @@ def cuda_or_triton(x: torch.Tensor, columns: int, depth: int, rank: int) -> Verd
         x: an activation of M rows.
         columns, depth: N and K in the forward, K and N in the backward.
     """
-    verdict = _cuda.tensor_core_verdict(x, columns, depth, rank)
-    if verdict.schedule is None or _cuda.capability(x.device)[0] not in FASTER_IN_TRITON:
+    verdict = cuda.tensor_core_verdict(x, columns, depth, rank)
+    if verdict.schedule is None or cuda.capability(x.device)[0] not in FASTER_IN_TRITON:
         return verdict
-    triton = _triton.lora_verdict(x, columns, depth, rank)
-    if _triton.is_preferred(triton, x.device, x.numel() // x.shape[-1], columns):
+    by_triton = triton.lora_verdict(x, columns, depth, rank)
+    if triton.is_preferred(by_triton, x.device, x.numel() // x.shape[-1], columns):
         return _PREFERS_TRITON
     return verdict

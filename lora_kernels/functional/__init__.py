@@ -1,0 +1,24 @@
+"""The ops as functions: arguments are checked here, then dispatched (``ops/eager.py``)."""
+
+from .dora import dora_embedding, dora_linear
+from .embedding import lora_embedding
+from .lora import dropout_mask, frozen_linear, lora_linear
+from .merging import merge_, unmerge_
+from .prefix import prefix_kv
+from .prompt import PromptEmbeddingOutput, prompt_embedding
+from .why import why
+
+__all__ = [
+    "PromptEmbeddingOutput",
+    "dora_embedding",
+    "dora_linear",
+    "dropout_mask",
+    "frozen_linear",
+    "lora_embedding",
+    "lora_linear",
+    "merge_",
+    "prefix_kv",
+    "prompt_embedding",
+    "unmerge_",
+    "why",
+]

@@ -1,0 +1,91 @@
+"""The route of an op in eager mode, from a public function's checked arguments to a backend and back through autograd.
+
+A call with gradients goes through a hand-written ``autograd.Function``, the cheapest way; a call without goes straight
+to the backend; under ``torch.compile`` both are the registered op. A Function adds to this what it saves and how its
+gradients are formed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .. import dispatch
+from ..plain import refuse_transforms
+from ..spec import OpSpec
+
+
+class EagerFunction(torch.autograd.Function):
+    """What the Functions of the ops are made of."""
+
+    differentiable: ClassVar[int]
+    """How many of the leading arguments may require grad; those may be None."""
+
+    @staticmethod
+    def results(output: Any) -> Any:
+        """What the public function takes from the op's output."""
+        return output
+
+
+def call(spec: OpSpec, function: type[EagerFunction], args: tuple, *, inference: OpSpec | None = None) -> Any:
+    """``function.results`` of the op, whatever autograd, autocast and the compiler make of the call.
+
+    Args:
+        args: the op's, checked.
+        inference: what serves a call without gradients, where that is not ``spec``.
+    """
+    if is_compiling():
+        return function.results(getattr(torch.ops.lora_kernels, spec.name).default(*args))
+    refuse_transforms(spec.name, args)
+    if spec.autocast and dispatch.any_autocast():
+        device = args[0].device.type
+        if dispatch.autocast_enabled(device):
+            args = dispatch.autocast_args(spec, device, args)
+    return run(function, args, inference or spec)
+
+
+def run(function: type[EagerFunction], args: tuple, inference: OpSpec) -> Any:
+    """``call`` where nobody compiles, transforms or casts."""
+    if torch.is_grad_enabled():
+        for t in args[: function.differentiable]:
+            if t is not None and t.requires_grad:
+                return function.apply(*args)
+    return function.results(dispatch.run(inference, *args))
+
+
+def forward(ctx: Any, spec: OpSpec, args: tuple, save: Callable[[Any, tuple, Any], None]) -> Any:
+    """A Function's forward up to its results: the op's output, saved by ``save(ctx, args, output)``."""
+    output = dispatch.run(spec, *args)
+    save(ctx, args, output)
+    ctx.forced_backend = dispatch.forced_backend()
+    return output
+
+
+def backward(gradients: Callable[..., tuple]) -> Callable[..., tuple]:
+    """A decorator for a Function's backward ``(ctx, *grads)``: once differentiable, and by the backend that the forward
+    was asked to take. Backward may run in another thread, or after ``with use_backend(...)`` has ended.
+    """
+
+    @functools.wraps(gradients)
+    def on_its_backend(ctx: Any, *grads: Tensor | None) -> tuple:
+        if ctx.forced_backend is None:
+            return gradients(ctx, *grads)
+        with dispatch.use_backend(ctx.forced_backend):
+            return gradients(ctx, *grads)
+
+    return torch.autograd.function.once_differentiable(on_its_backend)
+
+
+def not_a_view(y: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: autograd forbids in-place changes of a view that a Function returns."""
+    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """[..., columns] as [rows, columns]; torch's ``reshape(-1, columns)`` cannot tell the rows of no columns."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
