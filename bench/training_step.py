@@ -26,7 +26,7 @@ from pathlib import Path
 
 from lora_kernels.benchmarks.measure import MAX_NULL, NOISE, Timings, interleave
 from lora_kernels.cli._arguments import integer, probability
-from lora_kernels.cli._console import table
+from lora_kernels.text import table
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 VARIANTS = ("frozen", "PEFT", "addmm", "fused", "null")

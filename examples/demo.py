@@ -26,9 +26,10 @@ from torch import Tensor, nn
 import lora_kernels as lk
 from lora_kernels.benchmarks.measure import MAX_NULL, NOISE, Timings, interleave, saved_bytes, synchronizer
 from lora_kernels.cli._arguments import integer
-from lora_kernels.cli._console import CliError, counters, mebibytes, progress, table
+from lora_kernels.cli._console import CliError, counters, progress
 from lora_kernels.cli._models import pick_device
 from lora_kernels.cli._training import Trainer, batch_at, held_out_loss, language_loss, pack_tokens, split_blocks
+from lora_kernels.text import mebibytes, table
 
 RANK, ALPHA, LR, WARMUP, STEPS, BATCH, SEQ, SEED = 16, 32, 1e-3, 5, 40, 4, 128, 0
 ROUNDS = 9

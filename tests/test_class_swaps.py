@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import lora_kernels as lk
 from lora_kernels import class_swaps
 from lora_kernels.integrations.peft import linear as _peft_linear
-from lora_kernels.integrations.peft import prompts as _peft_prompt
+from lora_kernels.integrations.peft import prompt_models as _peft_prompt
 from lora_kernels.reasons import Reason
 
 IDS = torch.arange(14).view(2, 7)

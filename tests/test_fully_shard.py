@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import lora_kernels as lk
 from lora_kernels.integrations.peft import linear as _peft_linear
-from lora_kernels.integrations.peft import prompts as _peft_prompt
+from lora_kernels.integrations.peft import prompt_models as _peft_prompt
 from lora_kernels.reasons import Reason
 
 TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])

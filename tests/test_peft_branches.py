@@ -96,7 +96,7 @@ def test_mixed_batch(names, options, dtype):
         assert_as_accurate(value.to(bound[name].dtype), bound[name], exact[name], name)
     unadapted = [i for i, name in enumerate(names) if name == "__base__"]
     assert torch.equal(ours["y"][unadapted], lin(stock).base_layer(x).detach()[unadapted])
-    assert lk.stats() == {"served": {("mixed_batch", "reference"): 1}, "fallback": {}}
+    assert lk.stats() == {"served": {("lora_linear", "reference"): 1}, "fallback": {}}
 
 
 def test_mixed_batch_multiplies_the_base_once():

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import lora_kernels as lk
-from lora_kernels.integrations.peft import prompts as _peft_prompt
+from lora_kernels.integrations.peft import prompt_models as _peft_prompt
 from lora_kernels.reasons import Reason
 
 ROWS, BATCH, TOKENS, VOCABULARY = 4, 3, 6, 61

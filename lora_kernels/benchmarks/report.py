@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..cli._console import mebibytes, table
+from ..text import mebibytes, table
 from .cases import BASELINE, NULL, OURS, Result
 from .light import Light
 

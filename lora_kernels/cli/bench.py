@@ -14,8 +14,9 @@ import torch
 
 from ..benchmarks.cases import NULL, OURS, Case, Result, WrongResult, measure
 from ..benchmarks.measure import NOISE, GraphTimer, Timer, host_timer, synchronizer
+from ..text import table
 from . import _arguments as arguments
-from ._console import CliError, error, table
+from ._console import CliError, error
 from ._models import DTYPES, pick_device, require
 
 LEVELS = ("layer", "decode", "sweep", "prompt", "block", "model")

@@ -14,7 +14,7 @@ import torch
 
 import lora_kernels as lk
 
-from ._console import table
+from ..text import table
 from ._models import DTYPES
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "bitsandbytes")

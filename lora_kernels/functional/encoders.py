@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from .. import _native, dispatch
+from ..ops import frozen_linear
 from ..plain import has_hooks
 from ..support import cpu
 
@@ -90,8 +91,7 @@ def _takes_onednn(rows: Tensor, weight: Tensor) -> bool:
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a bᵀ + bias, by the library that is faster."""
-    schedule = cpu.matmul_verdict(a, b).schedule
-    return torch.ops.lora_kernels_native.frozen_linear.default(a, b, bias, schedule)
+    return dispatch.run(frozen_linear.SPEC, a, b, bias)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,6 +138,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        dispatch.count_served("frozen_linear", "reference" if _native.cpu is None else "cpu")  # the steps as one
         steps, hidden, weight = inputs.shape[0], weight.shape[1], weight.contiguous()
         gates = torch.empty_like(inputs, memory_format=torch.contiguous_format)
         cells, squashed, states = (inputs.new_empty(steps, hidden) for _ in range(3))

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ops import eager
 from ..ops import prefix_kv as _op
 from ..ops.prefix_kv import PrefixKVFunction
+from ..plain import FLOATS
 from .why import explains
 
 _OP = "prefix_kv"
@@ -71,7 +72,7 @@ def arguments(prefix, layers, heads, *, batch_size=1, dtype=None, copies=False) 
         raise TypeError(f"{_OP}: prefix must be a tensor, got {type(prefix).__name__}")
     dtype = prefix.dtype if dtype is None else dtype
     for name, value in (("prefix", prefix.dtype), ("dtype", dtype)):
-        if value not in _op.FLOATS:
+        if value not in FLOATS:
             raise TypeError(f"{_OP}: {name} must be float32, bfloat16, float16 or float64, got {value}")
     for name, count, least in (("layers", layers, 1), ("heads", heads, 1), ("batch_size", batch_size, 0)):
         if isinstance(count, bool) or not isinstance(count, (numbers.Integral, torch.SymInt)):

@@ -10,10 +10,11 @@ from torch import Tensor
 from ..ops import eager
 from ..ops import prompt_embedding as _op
 from ..ops.prompt_embedding import PromptEmbeddingFunction
+from ..plain import FLOATS
 from .why import explains
 
 _OP = "prompt_embedding"
-_MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_op.FLOATS)
+_MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATS)
 
 
 class PromptEmbeddingOutput(NamedTuple):
@@ -111,7 +112,7 @@ def arguments(
 
     if inputs_embeds is not None:
         weight = None
-        _check_tensor("inputs_embeds", inputs_embeds, _op.FLOATS, device)
+        _check_tensor("inputs_embeds", inputs_embeds, FLOATS, device)
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != hidden:
             expected = f"[batch, tokens, {hidden}] to fit prompt {tuple(prompt.shape)}"
             raise ValueError(f"{_OP}: inputs_embeds must be {expected}, got shape {tuple(inputs_embeds.shape)}")
@@ -120,7 +121,7 @@ def arguments(
         _check_tensor("input_ids", input_ids, _op.INDICES, device)
         if input_ids.dim() != 2:
             raise ValueError(f"{_OP}: input_ids must be [batch, tokens], got shape {tuple(input_ids.shape)}")
-        _check_tensor("weight", weight, _op.FLOATS, device)
+        _check_tensor("weight", weight, FLOATS, device)
         if weight.dim() != 2 or weight.shape[1] != hidden:
             expected = f"[vocabulary, {hidden}] to fit prompt {tuple(prompt.shape)}"
             raise ValueError(f"{_OP}: weight must be {expected}, got shape {tuple(weight.shape)}")
@@ -146,7 +147,7 @@ def arguments(
 def _check_prompt(prompt, task_ids) -> None:
     if not isinstance(prompt, Tensor):
         raise TypeError(f"{_OP}: prompt must be a tensor, got {type(prompt).__name__}")
-    _check_tensor("prompt", prompt, _op.FLOATS, prompt.device)
+    _check_tensor("prompt", prompt, FLOATS, prompt.device)
     if task_ids is None:
         if prompt.dim() != 2:
             raise ValueError(f"{_OP}: prompt must be [rows, hidden] without task_ids, got shape {tuple(prompt.shape)}")

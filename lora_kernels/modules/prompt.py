@@ -16,12 +16,10 @@ from torch import Tensor, nn
 
 from ..functional.encoders import run_lstm, run_mlp
 from ..functional.prompt import PromptEmbeddingOutput, prompt_embedding
-from ..plain import has_hooks
+from ..plain import PLAIN_TENSORS, has_hooks
 
 PROMPT_KEY = "prompt_embeddings"
 """The tensor of PEFT's checkpoints that holds the rows of a prompt or prefix."""
-
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 class _Prompt(nn.Module):
@@ -281,7 +279,7 @@ def plain_weight(embedding: nn.Module) -> Tensor | None:
     if type(embedding) is not nn.Embedding or "forward" in embedding.__dict__ or embedding.max_norm is not None:
         return None
     weight = embedding.weight
-    if type(weight) not in _PLAIN_TENSORS or has_hooks(embedding):
+    if type(weight) not in PLAIN_TENSORS or has_hooks(embedding):
         return None
     # These change the gradient of the table only.
     special = embedding.padding_idx is not None or embedding.sparse or embedding.scale_grad_by_freq

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..plain import FLOATS
 from ..reasons import Reason
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from ..support import cuda, triton
 from . import eager
 from .eager import EagerFunction
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _TRANSPOSE = Verdict("transpose", "heads written in one pass")
 _SUM = Verdict("row_sum", "a sum over the batch, in its order")

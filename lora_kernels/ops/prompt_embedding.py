@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import dispatch
+from ..plain import FLOATS
 from ..reasons import Reason
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from ..support import cuda, triton
 from . import eager
 from .eager import EagerFunction
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int64, torch.int32)
 IGNORED_LABEL = -100
 

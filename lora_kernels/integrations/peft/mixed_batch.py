@@ -63,5 +63,5 @@ def add_updates(y: Tensor, x: Tensor, found: list[Group]) -> Tensor:
             update = torch.addmm((lora_bias * scaling).to(dtype), s, B, alpha=scaling)
         y[where] += update.view(len(indices), *y.shape[1:])
     if not torch.compiler.is_compiling():
-        dispatch.count_served("mixed_batch", "reference")
+        dispatch.count_served("lora_linear", "reference")
     return y

@@ -160,9 +160,9 @@ def _fused_layers() -> ModuleType:
 
 
 def _fused_prompts() -> ModuleType:
-    from . import prompts
+    from . import prompt_models
 
-    return prompts
+    return prompt_models
 
 
 def _lora_model() -> type:
