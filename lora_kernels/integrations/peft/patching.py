@@ -165,6 +165,12 @@ def _fused_prompts() -> ModuleType:
     return prompt_models
 
 
+def _adapter_reason(model: nn.Module, adapter: str) -> Reason | None:
+    from .prompts import adapter_reason
+
+    return adapter_reason(model, adapter)
+
+
 def _lora_model() -> type:
     from peft.tuners.lora import LoraModel
 
@@ -200,7 +206,7 @@ def prompt_reason(model: nn.Module) -> Reason | None:
     """Why the active prompt of a PEFT model is PEFT's own to put in; None if it is ours."""
     if class_swaps.swapped_in(model) is None:
         return Reason.LAYER_TYPE
-    return _fused_prompts().adapter_reason(model, model.active_adapter)
+    return _adapter_reason(model, model.active_adapter)
 
 
 @contextmanager
@@ -235,7 +241,7 @@ def _check_all_fusable(prompts: dict[str, nn.Module]) -> None:
     """Raises if PEFT, whose layout is not wanted, would put in one of the prompts; prefixes have no such layout."""
     for name, model in prompts.items():
         for adapter in model.prompt_encoder:
-            reason = _fused_prompts().model_reason(model) or _fused_prompts().adapter_reason(model, adapter)
+            reason = _fused_prompts().model_reason(model) or _adapter_reason(model, adapter)
             if reason is not None and model.peft_config[adapter].peft_type != "PREFIX_TUNING":
                 row = _prompt_name(name, adapter)
                 raise ValueError(f'patch: left_padding="fixed" needs every prompt fused, {row} cannot be: {reason}')
@@ -252,7 +258,7 @@ def _patch_prompts(name: str, model: nn.Module, left_padding_fixed: bool, report
     if of_model is None:
         model._left_padding_fixed = left_padding_fixed
     for adapter in model.prompt_encoder:
-        reason = of_model or prompt.adapter_reason(model, adapter)
+        reason = of_model or _adapter_reason(model, adapter)
         row = _prompt_name(name, adapter)
         if reason is not None:
             report.kept.append((row, reason))
