@@ -165,18 +165,6 @@ inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t k, int6
   return config;
 }
 
-// The base product alone, for comparisons.
-inline LoraLinearConfig frozen_linear_config(int64_t m, int64_t n, bool aligned, const DeviceLimits& device) {
-  LoraLinearConfig config{};
-  config.aligned = aligned;
-  config.splits = 1;
-  config.tile = choose_tile(m, n, aligned, device, config.tile_reason);
-  config.schedule = Schedule::kColumn0;  // no tiles of s
-  plan_tickets(m, n, 0, config);
-  config.counters = 0;
-  return config;
-}
-
 struct LoraGradsConfig {
   bool aligned;
   int rank_tile;

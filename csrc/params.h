@@ -33,7 +33,6 @@ struct LoraLinearParams {
   int32_t m, n, k, rank;
   bool adapters_are_float;  // a and b are fp32, and rounded to 16-bit elements on the way
   float scaling;
-  const float* scaling_factor;  // on the device; multiplies `scaling`
   uint32_t dropout_threshold;
   float dropout_scale;
   const int64_t* seed;  // null: no dropout
@@ -62,7 +61,6 @@ struct LoraGradsParams {
   int32_t m, n, k, rank;
   bool grads_are_float;
   float scaling;
-  const float* scaling_factor;  // on the device; multiplies `scaling`
   uint32_t dropout_threshold;
   float dropout_scale;
   const int64_t* seed;          // null: no dropout

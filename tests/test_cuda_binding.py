@@ -12,7 +12,6 @@ from emulated import grad_y_of, matrices, run_backward, run_forward
 from numerics import assert_as_accurate
 
 from lora_kernels import philox
-from lora_kernels.ops import frozen_linear
 from lora_kernels.ops.lora_linear import BACKWARD, SPEC
 
 SEED = torch.tensor([77])
@@ -22,7 +21,7 @@ SEED = torch.tensor([77])
 def native():
     """The module that tests steer the launches with."""
     library = torch.library.Library("lora_kernels_emulated", "DEF")
-    for spec in (SPEC, BACKWARD, frozen_linear.SPEC):
+    for spec in (SPEC, BACKWARD):
         arguments, returns = spec.schema.split(" -> ")
         library.define(f"{spec.name}{arguments[:-1]}, str schedule) -> {returns}")
     yield emulator.load_torch()
@@ -174,7 +173,7 @@ def test_schedules(native, m, schedule):
     assert native.last_launch()["schedule"] == schedule
 
 
-# ----------------------------------------------------------------------------------- gradients, and the base alone
+# -------------------------------------------------------------------------------------------------- gradients
 
 
 def backward(args, *, p=0.0, needs=(True, True, True)):
@@ -229,15 +228,6 @@ def test_gradients_without_rows_are_zero(float_adapters):
     assert grad_x.shape == (0, 40)
     assert not grad_A.any()
     assert not grad_B.any()
-
-
-@pytest.mark.usefixtures("native")
-def test_frozen_linear():
-    x, weight, _, _, bias = matrices(70, 72, 136, 8, "bf16", bias=True)
-    y = torch.ops.lora_kernels_emulated.frozen_linear(x.view(2, 35, 136), weight, bias, "")
-    reference = torch.nn.functional.linear
-    exact = reference(x.double(), weight.double(), bias.double())
-    assert_as_accurate(y.view(70, 72), reference(x, weight, bias), exact)
 
 
 # --------------------------------------------------------------------------------------------------- counters
@@ -308,5 +298,3 @@ def test_nothing_is_launched_on_what_does_not_fit(rows, dtype):
     for name in misfits.BACKWARD:
         with pytest.raises(RuntimeError, match=misfits.message(name)):
             ops.lora_linear_backward(*misfits.lora_linear_backward(name, rows, dtype), "")
-    with pytest.raises(RuntimeError, match="must"):
-        ops.frozen_linear(torch.randn(rows, 8).to(dtype), torch.randn(6, 16).to(dtype), None, "")

@@ -1,4 +1,4 @@
-// lora_linear, its gradients and its base product alone on CUDA: tensors to Params, the config for them, the launches.
+// lora_linear and its gradients on CUDA: tensors to Params, the config for them, the launches.
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -52,12 +52,6 @@ auto with_element(const Tensor& x, const F& f) {
 template <class T>
 using Pointee = std::remove_pointer_t<T>;
 
-const float* one() {
-  const float* address;
-  check_cuda(one_on_device(&address), "cudaGetSymbolAddress");
-  return address;
-}
-
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
                                        std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
                                        double dropout_p, std::string) {
@@ -92,7 +86,6 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
                              .rank = static_cast<int32_t>(rank),
                              .adapters_are_float = is_float(a) && !is_float(x),
                              .scaling = static_cast<float>(scaling),
-                             .scaling_factor = one(),
                              .dropout_threshold = dropout.threshold,
                              .dropout_scale = dropout.scale,
                              .seed = seed_of(seed),
@@ -164,7 +157,6 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
                            .rank = static_cast<int32_t>(rank),
                            .adapters_are_float = is_float(a) && !is_float(x),
                            .scaling = static_cast<float>(scaling),
-                           .scaling_factor = one(),
                            .dropout_threshold = dropout.threshold,
                            .dropout_scale = dropout.scale,
                            .seed = seed_of(seed),
@@ -189,7 +181,6 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
                           .rank = static_cast<int32_t>(rank),
                           .grads_are_float = is_float(a),
                           .scaling = static_cast<float>(scaling),
-                          .scaling_factor = one(),
                           .dropout_threshold = dropout.threshold,
                           .dropout_scale = dropout.scale,
                           .seed = seed_of(seed),
@@ -208,40 +199,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
   return result();
 }
 
-Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string) {
-  check_frozen_linear(x, weight, bias);
-  const CudaCall call(x);
-  const Tensor rows = matrix_of(x), w = matrix_of(weight);
-  if (bias) bias = torch::stable::contiguous(*bias);
-  const int64_t m = rows.size(0), k = rows.size(1), n = w.size(0);
-  const Tensor y = new_empty_as(x, {m, n});
-  const int chunk = chunk_elements(element_bytes(x));
-  const bool aligned = n % chunk == 0 && k % chunk == 0 && rows_aligned({&rows, &w, &y});
-  const LoraLinearConfig config = frozen_linear_config(m, n, aligned, device_limits(call.device));
-  LoraLinearParams p{};
-  p.x = rows.const_data_ptr();
-  p.w = w.const_data_ptr();
-  p.bias = bias ? bias->const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr();
-  p.x_stride = rows.stride(0);
-  p.w_stride = w.stride(0);
-  p.y_stride = y.stride(0);
-  p.m = static_cast<int32_t>(m);
-  p.n = static_cast<int32_t>(n);
-  p.k = static_cast<int32_t>(k);
-  p.group_rows = config.group_rows;
-  const cudaError_t error =
-      with_element(x, [&](auto* e) { return launch_frozen_linear<Pointee<decltype(e)>>(p, config, call.stream); });
-  check_cuda(error, "frozen_linear");
-  return with_leading_sizes_of(y, x);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CUDA, m) {
   m.impl("lora_linear", TORCH_BOX(&lora_linear));
   m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
-  m.impl("frozen_linear", TORCH_BOX(&frozen_linear));
 }
 
 }  // namespace lk

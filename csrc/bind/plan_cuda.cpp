@@ -290,7 +290,6 @@ void for_each_lora_kernel(const F& f) {
           config.aligned = aligned;
           config.rank_tile = rank_tile;
           f(describe_lora_linear<Element>(config));
-          f(describe_frozen_linear<Element>(config));
           f(describe_lora_grad_x<Element>(config));
         }
       }

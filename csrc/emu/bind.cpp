@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../kernels/lora_linear_variants.cuh"
+#include "../kernels/frozen_linear.cuh"
 #include "python.h"
 
 namespace py = pybind11;
@@ -18,7 +18,6 @@ namespace lk {
 namespace {
 
 using Matrix = py::array;  // rows may be strided, elements of a row are neighbours
-constexpr float kScalingFactor = 2.0f;
 using Bias = std::optional<py::array>;
 
 // The smallest range that holds the array.
@@ -112,8 +111,7 @@ py::tuple lora_linear(const std::string& dtype, const Matrix& x, const Matrix& w
                            .k = static_cast<int32_t>(k),
                            .rank = static_cast<int32_t>(rank),
                            .adapters_are_float = is_wider(a, x),
-                           .scaling = static_cast<float>(scaling / 2),
-                           .scaling_factor = &kScalingFactor,
+                           .scaling = static_cast<float>(scaling),
                            .dropout_threshold = dropout.threshold,
                            .dropout_scale = dropout.scale,
                            .seed = seed ? &seed_value : nullptr,
@@ -124,8 +122,7 @@ py::tuple lora_linear(const std::string& dtype, const Matrix& x, const Matrix& w
                            .partials = partials.mutable_data(),
                            .saved_s = nullptr,
                            .partial_grad_b = nullptr};
-  std::vector<emu::Range> global = {
-      range_of(counters), range_of(partials), range_of(a), range_of(b), {&kScalingFactor, sizeof kScalingFactor}};
+  std::vector<emu::Range> global = {range_of(counters), range_of(partials), range_of(a), range_of(b)};
   for (const Matrix* t : {&x, &w, &y, &s}) global.push_back(range_of(*t));
   if (bias) global.push_back(range_of(*bias));
   if (seed) global.push_back({&seed_value, sizeof seed_value});
@@ -154,7 +151,7 @@ py::tuple lora_linear_backward(const std::string& dtype, const Matrix& grad_y, c
   auto partial_grad_b = workspace(config.partial_grad_b), partials = workspace(config.grads.partials);
   const Dropout dropout = make_dropout(0, dropout_p);
   const int64_t seed_value = seed.value_or(0);
-  std::vector<emu::Range> global = {range_of(a), range_of(b), {&kScalingFactor, sizeof kScalingFactor}};
+  std::vector<emu::Range> global = {range_of(a), range_of(b)};
   for (const Matrix* t : {&grad_y, &x, &s, &w, &grad_x, &grad_s}) global.push_back(range_of(*t));
   for (const Matrix* t : {&grad_a, &grad_b}) global.push_back(range_of(*t));
   for (const py::array& t :
@@ -181,8 +178,7 @@ py::tuple lora_linear_backward(const std::string& dtype, const Matrix& grad_y, c
                            .k = static_cast<int32_t>(n),
                            .rank = static_cast<int32_t>(rank),
                            .adapters_are_float = is_wider(a, x),
-                           .scaling = static_cast<float>(scaling / 2),
-                           .scaling_factor = &kScalingFactor,
+                           .scaling = static_cast<float>(scaling),
                            .dropout_threshold = dropout.threshold,
                            .dropout_scale = dropout.scale,
                            .seed = seed ? &seed_value : nullptr,
@@ -206,8 +202,7 @@ py::tuple lora_linear_backward(const std::string& dtype, const Matrix& grad_y, c
                           .k = static_cast<int32_t>(k),
                           .rank = static_cast<int32_t>(rank),
                           .grads_are_float = a.itemsize() == 4,
-                          .scaling = static_cast<float>(scaling / 2),
-                          .scaling_factor = &kScalingFactor,
+                          .scaling = static_cast<float>(scaling),
                           .dropout_threshold = dropout.threshold,
                           .dropout_scale = dropout.scale,
                           .seed = seed ? &seed_value : nullptr,

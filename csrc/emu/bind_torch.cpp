@@ -25,8 +25,6 @@ struct Launch {
   bool counters_were_zero;
 } last;
 
-constexpr float kOne = 1.0f;
-
 emu::Range rows_range(const void* data, int64_t rows, int64_t columns, int64_t stride, size_t element_size) {
   return {data, rows == 0 || columns == 0 ? 0 : ((rows - 1) * stride + columns) * element_size};
 }
@@ -55,15 +53,11 @@ std::vector<emu::Range> prepare(const LoraLinearParams& p, const LoraLinearConfi
   const auto matrix = [&](const void* data, int64_t rows, int64_t columns, int64_t stride, size_t size) {
     return transposed ? rows_range(data, columns, rows, stride, size) : rows_range(data, rows, columns, stride, size);
   };
-  std::vector<emu::Range> global = {rows_range(p.x, p.m, p.k, p.x_stride, element_size),
-                                    matrix(p.w, p.n, p.k, p.w_stride, element_size),
-                                    matrix(p.a, p.rank, p.k, p.a_stride, adapter_size),
-                                    matrix(p.b, p.n, p.rank, p.b_stride, adapter_size),
-                                    rows_range(p.y, p.m, p.n, p.y_stride, element_size),
-                                    rows_range(p.s, p.m, p.rank, p.rank, element_size),
-                                    {p.scaling_factor, sizeof(float)},
-                                    {p.counters, config.counters * sizeof(uint32_t)},
-                                    {p.partials, config.partials * sizeof(float)}};
+  std::vector<emu::Range> global = {
+      rows_range(p.x, p.m, p.k, p.x_stride, element_size), matrix(p.w, p.n, p.k, p.w_stride, element_size),
+      matrix(p.a, p.rank, p.k, p.a_stride, adapter_size),  matrix(p.b, p.n, p.rank, p.b_stride, adapter_size),
+      rows_range(p.y, p.m, p.n, p.y_stride, element_size), rows_range(p.s, p.m, p.rank, p.rank, element_size),
+      {p.counters, config.counters * sizeof(uint32_t)},    {p.partials, config.partials * sizeof(float)}};
   if (p.bias != nullptr) global.push_back({p.bias, p.n * element_size});
   if (p.seed != nullptr) global.push_back({p.seed, sizeof *p.seed});
   return global;
@@ -77,11 +71,6 @@ cudaError_t run(void (*kernel)(Params), int64_t blocks, const Params& p, const s
 
 }  // namespace
 
-cudaError_t one_on_device(const float** address) {
-  *address = &kOne;
-  return cudaSuccess;
-}
-
 template <class Element>
 cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t) {
   last = {
@@ -92,15 +81,6 @@ cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig
   }
   const auto global = prepare(p, config, Layout::kRows, kSize<Element>);
   return with_lora_linear_variant<Element>(config, [&](auto variant) {
-    using Variant = decltype(variant);
-    return run<Variant>(&lora_linear_kernel<Variant>, config.blocks, p, global);
-  });
-}
-
-template <class Element>
-cudaError_t launch_frozen_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t) {
-  const auto global = prepare(p, config, Layout::kRows, kSize<Element>);
-  return with_frozen_linear_variant<Element>(config, [&](auto variant) {
     using Variant = decltype(variant);
     return run<Variant>(&lora_linear_kernel<Variant>, config.blocks, p, global);
   });
@@ -129,7 +109,6 @@ cudaError_t launch_lora_grads(const LoraGradsParams& p, const LoraGradsConfig& c
                                     rows_range(p.grad_y, p.m, p.n, p.grad_y_stride, kSize<Element>),
                                     rows_range(p.s, p.m, p.rank, p.rank, kSize<Element>),
                                     rows_range(p.grad_s, p.m, p.rank, p.rank, kSize<Element>),
-                                    {p.scaling_factor, sizeof(float)},
                                     {p.counters, config.counters * sizeof(uint32_t)},
                                     {p.partials, config.partials * sizeof(float)},
                                     {p.partial_grad_b, p.parts_of_grad_b * p.n * 16 * sizeof(float)}};

@@ -47,6 +47,8 @@ inline uint32_t bits_of(float f) {
 
 inline uint32_t count_ones(uint32_t bits) { return static_cast<uint32_t>(std::popcount(bits)); }
 
+inline float in_register(float f) { return f; }
+
 // ------------------------------------------------------------------------------------------------ for the tests
 
 namespace emu {

@@ -1,7 +1,8 @@
-// y = x wᵀ + bias with the main loop of lora_linear and without its branch: the floor that benchmarks divide by.
+// y = x wᵀ + bias with the main loop of lora_linear and without its branch. A yardstick of the tests, which run it in
+// the emulator and compare its machine code with lora_linear's. No op is served by it, and it is not in the module.
 #pragma once
 
-#include "lora_linear.cuh"
+#include "lora_linear_variants.cuh"
 
 namespace lk {
 
@@ -23,5 +24,23 @@ struct FrozenLinear {
     store_result<Base, kAligned>(p, smem, row0, column0, acc);
   }
 };
+
+inline LoraLinearConfig frozen_linear_config(int64_t m, int64_t n, bool aligned, const DeviceLimits& device) {
+  LoraLinearConfig config{};
+  config.aligned = aligned;
+  config.splits = 1;
+  config.tile = choose_tile(m, n, aligned, device, config.tile_reason);
+  config.schedule = Schedule::kColumn0;  // no tiles of s
+  plan_tickets(m, n, 0, config);
+  config.counters = 0;
+  return config;
+}
+
+template <class Element, class F>
+auto with_frozen_linear_variant(const LoraLinearConfig& config, const F& f) {
+  if (!config.aligned) return f(FrozenLinear<SmallTile<Element>, false>{});
+  if (config.tile == LoraTile::kSmall) return f(FrozenLinear<SmallTile<Element>, true>{});
+  return f(FrozenLinear<LargeTile<Element, kFewestWarpsN<Element>>, true>{});
+}
 
 }  // namespace lk

@@ -180,12 +180,6 @@ class TileLoader {
   bool is_float_;
 };
 
-// The factor of the branch.
-template <class Params>
-LK_DEVICE float scaling_of(const Params& p) {
-  return p.scaling * load_global(p.scaling_factor);
-}
-
 LK_DEVICE Vec16 vec16_of(const float (&f)[4]) { return {{bits_of(f[0]), bits_of(f[1]), bits_of(f[2]), bits_of(f[3])}}; }
 
 // Two neighbours, rounded to elements.

@@ -104,7 +104,7 @@ struct LoraBranch {
     copy_async_wait<0>();
     sync_block();
     staged();
-    multiply(smem, p.rank, acc, ScaledSum{scaling_of(p)});
+    multiply(smem, p.rank, acc, ScaledSum{p.scaling});
   }
 
   // Writes s, staged by this block, to memory.

@@ -63,7 +63,7 @@ struct LoraGrads {
       TileA::template run<kAligned>(smem, grad_s, rank0, x, column0, first_row(p, split), first_row(p, split + 1), acc,
                                     beside);
     };
-    float scale = scaling_of(p);
+    float scale = p.scaling;
     if (p.seed != nullptr) {
       run(DropX{column0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
       scale *= p.dropout_scale;
@@ -78,7 +78,7 @@ struct LoraGrads {
     typename TileB::Accumulator acc = {};
     TileB::template run<kAligned>(smem, grad_y, row0, s, rank0, first_row(p, split), first_row(p, split + 1), acc,
                                   Alone{});
-    finish<TileB>(p, smem, tile, split, acc, scaling_of(p), p.grad_b, p.rank, p.n, p.rank, row0, rank0);
+    finish<TileB>(p, smem, tile, split, acc, p.scaling, p.grad_b, p.rank, p.n, p.rank, row0, rank0);
   }
 
   LK_DEVICE static int first_row(const LoraGradsParams& p, int split) {
@@ -136,7 +136,7 @@ struct LoraGrads {
   // dB[row0 ...] = scaling · the sum over the blocks of rows of [n, kPartOfGradBRank].
   LK_DEVICE static void sum_B(const LoraGradsParams& p, int row0) {
     constexpr int kGroups = kPartOfGradBRank / 4;
-    const float scale = scaling_of(p);
+    const float scale = p.scaling;
     for (int i = thread_index(); i < kGradColumns * kGroups; i += kThreads) {
       const int row = row0 + i / kGroups, column = i % kGroups * 4;
       if (row >= p.n || column >= p.rank) continue;

@@ -241,9 +241,9 @@ struct LoraLinear {
     if (kBackward && p.seed != nullptr) {
       const uint32_t bits = smem + kOffsetBehind;
       Keep::template compute<kThreads>(bits, row0, column0, DropoutMask(p.seed, p.dropout_threshold, p.n));
-      add(MaskedSum<Base>{scaling_of(p) * p.dropout_scale, bits});
+      add(MaskedSum<Base>{p.scaling * p.dropout_scale, bits});
     } else {
-      add(ScaledSum{scaling_of(p)});
+      add(ScaledSum{in_register(p.scaling)});
     }
   }
 };

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../config.h"
-#include "frozen_linear.cuh"
 #include "lora_grads.cuh"
 #include "lora_linear.cuh"
 #include "lora_linear_dual.cuh"
@@ -104,14 +103,6 @@ auto with_lora_grads_variant(const LoraGradsConfig& config, const F& f) {
   const bool narrow = config.rank_tile == 16;
   if (!config.aligned) return narrow ? f(LoraGrads<Element, 16, false>{}) : f(LoraGrads<Element, 64, false>{});
   return narrow ? f(LoraGrads<Element, 16, true>{}) : f(LoraGrads<Element, 64, true>{});
-}
-
-// The forward's base product alone.
-template <class Element, class F>
-auto with_frozen_linear_variant(const LoraLinearConfig& config, const F& f) {
-  if (!config.aligned) return f(FrozenLinear<SmallTile<Element>, false>{});
-  if (config.tile == LoraTile::kSmall) return f(FrozenLinear<SmallTile<Element>, true>{});
-  return f(FrozenLinear<LargeTile<Element, kFewestWarpsN<Element>>, true>{});
 }
 
 }  // namespace lk

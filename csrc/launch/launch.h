@@ -19,9 +19,6 @@ struct KernelInfo {
   int shared_bytes;  // dynamic
 };
 
-// Where the current device keeps a 1, for factors that are not given.
-cudaError_t one_on_device(const float** address);
-
 cudaError_t launch_dropout_mask(const DropoutMaskParams& params, cudaStream_t stream);
 KernelInfo describe_dropout_mask();
 
@@ -47,12 +44,6 @@ template <class Element>
 cudaError_t launch_lora_linear(const LoraLinearParams& params, const LoraLinearConfig& config, cudaStream_t stream);
 template <class Element>
 KernelInfo describe_lora_linear(const LoraLinearConfig& config);
-
-// The base product alone.
-template <class Element>
-cudaError_t launch_frozen_linear(const LoraLinearParams& params, const LoraLinearConfig& config, cudaStream_t stream);
-template <class Element>
-KernelInfo describe_frozen_linear(const LoraLinearConfig& config);
 
 // The two launches of the backward, in this order.
 template <class Element>

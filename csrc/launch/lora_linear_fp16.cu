@@ -4,7 +4,5 @@ namespace lk {
 
 template cudaError_t launch_lora_linear<Float16>(const LoraLinearParams&, const LoraLinearConfig&, cudaStream_t);
 template KernelInfo describe_lora_linear<Float16>(const LoraLinearConfig&);
-template cudaError_t launch_frozen_linear<Float16>(const LoraLinearParams&, const LoraLinearConfig&, cudaStream_t);
-template KernelInfo describe_frozen_linear<Float16>(const LoraLinearConfig&);
 
 }  // namespace lk

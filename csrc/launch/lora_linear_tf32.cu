@@ -4,8 +4,5 @@ namespace lk {
 
 template cudaError_t launch_lora_linear<TensorFloat32>(const LoraLinearParams&, const LoraLinearConfig&, cudaStream_t);
 template KernelInfo describe_lora_linear<TensorFloat32>(const LoraLinearConfig&);
-template cudaError_t launch_frozen_linear<TensorFloat32>(const LoraLinearParams&, const LoraLinearConfig&,
-                                                         cudaStream_t);
-template KernelInfo describe_frozen_linear<TensorFloat32>(const LoraLinearConfig&);
 
 }  // namespace lk

@@ -34,20 +34,6 @@ KernelInfo describe_lora_linear(const LoraLinearConfig& config) {
 }
 
 template <class Element>
-cudaError_t launch_frozen_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
-  return with_frozen_linear_variant<Element>(config, [&](auto variant) {
-    using Variant = decltype(variant);
-    return launch_variant<Variant>(&lora_linear_kernel<Variant>, config.blocks, p, stream);
-  });
-}
-
-template <class Element>
-KernelInfo describe_frozen_linear(const LoraLinearConfig& config) {
-  return with_frozen_linear_variant<Element>(
-      config, [](auto variant) { return describe_variant<decltype(variant), LoraLinearParams>("lora_linear_kernel"); });
-}
-
-template <class Element>
 cudaError_t launch_lora_grad_x(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
   return with_lora_grad_x_variant<Element>(config, [&](auto variant) {
     using Variant = decltype(variant);
