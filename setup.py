@@ -165,7 +165,7 @@ ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
 
 def sources(name: str) -> list[str]:
     """The C++ and CUDA files of an extension, relative to the root."""
-    patterns = {"_C": ("bind/*_cpu.cpp", "cpu/*.cpp"), "_cuda": ("bind/*_cuda.cpp", "launch/*.cu")}[name]
+    patterns = {"_C": ("bind/*_cpu.cpp", "cpu/*.cpp"), "_cuda": ("bind/*_cuda.cpp", "plan/*.cpp", "launch/*.cu")}[name]
     found = [p.relative_to(ROOT) for pattern in patterns for p in sorted((ROOT / CSRC).glob(pattern))]
     return [str(p) for p in found if p.name not in ISA_FLAGS or platform.machine() == "x86_64"]
 

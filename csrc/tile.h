@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "config.h"
+#include "config/tiles.h"
 #include "device.h"
 
 namespace lk {

@@ -1,4 +1,4 @@
-"""How lora_linear is cut into tiles and tickets (csrc/config.h, csrc/kernels/lora_linear.cuh)."""
+"""How lora_linear is cut into tiles and tickets (csrc/config, csrc/kernels/lora_linear.cuh)."""
 
 from __future__ import annotations
 

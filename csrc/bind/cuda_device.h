@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../config.h"
+#include "../config/tiles.h"
 
 extern "C" {
 __attribute__((weak)) AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardHandle*);

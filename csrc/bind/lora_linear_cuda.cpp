@@ -3,7 +3,8 @@
 #include <string>
 #include <tuple>
 
-#include "../launch/launch.h"
+#include "../launch/lora_linear.h"
+#include "../philox.h"
 #include "aten.h"
 #include "cuda_counters.h"
 #include "lora_checks.h"

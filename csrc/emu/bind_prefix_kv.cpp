@@ -1,6 +1,7 @@
 // The CUDA binding of prefix_kv as it is, over CPU tensors and emulated launches: ops of
 // `lora_kernels_emulated_prefix`. Test only.
 #include "../kernels/prefix_kv.cuh"
+#include "../launch/prefix_kv.h"
 #include "launch_over_torch.h"
 
 namespace lk {

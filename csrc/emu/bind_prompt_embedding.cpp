@@ -2,6 +2,7 @@
 // `lora_kernels_emulated_prompt`. Test only.
 #include "../kernels/prompt_embedding.cuh"
 #include "../kernels/prompt_embedding_backward.cuh"
+#include "../launch/prompt_embedding.h"
 #include "launch_over_torch.h"
 
 namespace lk {

@@ -10,7 +10,7 @@
 
 #include "../bind/cuda_counters.h"
 #include "../kernels/lora_linear_variants.cuh"
-#include "../launch/launch.h"
+#include "../launch/lora_linear.h"
 #include "torch_shims.h"
 
 namespace lk {

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../launch/launch.h"
+#include "../params/prompt_embedding.h"
 #include "python.h"
 #include "torch_shims.h"
 

@@ -1,6 +1,7 @@
 // The low-rank branch of a tile of y: acc += scaling · s bᵀ, and the ways to get s.
 #pragma once
 
+#include "../params/lora_linear.h"
 #include "dropout.cuh"
 #include "gemm.cuh"
 

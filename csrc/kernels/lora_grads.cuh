@@ -5,6 +5,7 @@
 // (PartOfGradB), and only their sum is wanted.
 #pragma once
 
+#include "../params/lora_linear.h"
 #include "between_blocks.cuh"
 #include "dropout.cuh"
 #include "gemm.cuh"

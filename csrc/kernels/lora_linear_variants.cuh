@@ -1,7 +1,7 @@
-// The kernels that the configs of config.h choose from.
+// The kernels that the configs of config/lora_linear.h choose from.
 #pragma once
 
-#include "../config.h"
+#include "../config/lora_linear.h"
 #include "lora_grads.cuh"
 #include "lora_linear.cuh"
 #include "lora_linear_dual.cuh"

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "../prompt_config.h"
+#include "../params/prompt_embedding.h"
 #include "../tile.h"
 
 namespace lk {

@@ -1,4 +1,4 @@
-#include "variant.h"
+#include "lora_linear.cuh"
 
 namespace lk {
 

@@ -1,4 +1,5 @@
 #include "../kernels/prefix_kv.cuh"
+#include "prefix_kv.h"
 #include "variant.h"
 
 namespace lk {

@@ -1,5 +1,6 @@
 #include "../kernels/prompt_embedding.cuh"
 #include "../kernels/prompt_embedding_backward.cuh"
+#include "prompt_embedding.h"
 #include "variant.h"
 
 namespace lk {

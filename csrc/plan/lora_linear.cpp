@@ -1,0 +1,191 @@
+// Plans of lora_linear and its gradients.
+#include "../launch/lora_linear.h"
+
+#include <cstring>
+#include <type_traits>
+
+#include "plan.h"
+
+namespace lk {
+namespace {
+
+struct LoraLinearFields {
+  using Params = LoraLinearParams;
+  static constexpr std::array kFields = {
+      LK_FIELD(x),
+      LK_FIELD(w),
+      LK_FIELD(a),
+      LK_FIELD(b),
+      LK_FIELD(bias),
+      LK_FIELD(y),
+      LK_FIELD(s),
+      LK_FIELD(x_stride),
+      LK_FIELD(w_stride),
+      LK_FIELD(a_stride),
+      LK_FIELD(b_stride),
+      LK_FIELD(y_stride),
+      LK_FIELD(m),
+      LK_FIELD(n),
+      LK_FIELD(k),
+      LK_FIELD(rank),
+      LK_FIELD(adapters_are_float),
+      LK_FIELD(scaling),
+      LK_FIELD(dropout_threshold),
+      LK_FIELD(dropout_scale),
+      LK_FIELD(seed),
+      LK_FIELD(counters),
+      LK_FIELD(group_rows),
+      LK_FIELD(splits),
+      LK_FIELD(split_depth),
+      LK_FIELD(partials),
+      LK_FIELD(saved_s),
+      LK_FIELD(partial_grad_b),
+  };
+  static_assert(lists_all<Params>(kFields));
+};
+
+struct LoraGradsFields {
+  using Params = LoraGradsParams;
+  static constexpr std::array kFields = {
+      LK_FIELD(x),
+      LK_FIELD(grad_y),
+      LK_FIELD(s),
+      LK_FIELD(grad_s),
+      LK_FIELD(grad_a),
+      LK_FIELD(grad_b),
+      LK_FIELD(x_stride),
+      LK_FIELD(grad_y_stride),
+      LK_FIELD(m),
+      LK_FIELD(n),
+      LK_FIELD(k),
+      LK_FIELD(rank),
+      LK_FIELD(grads_are_float),
+      LK_FIELD(scaling),
+      LK_FIELD(dropout_threshold),
+      LK_FIELD(dropout_scale),
+      LK_FIELD(seed),
+      LK_FIELD(splits),
+      LK_FIELD(split_rows),
+      LK_FIELD(partials),
+      LK_FIELD(counters),
+      LK_FIELD(partial_grad_b),
+      LK_FIELD(parts_of_grad_b),
+  };
+  static_assert(lists_all<Params>(kFields));
+};
+
+// What the problem of an op and the device come as.
+struct Problem {
+  const char* dtype;
+  long long m, n, k, rank;
+  int rows_aligned, has_dropout;
+  DeviceLimits device;
+
+  int element_bytes() const { return std::strcmp(dtype, "tf32") == 0 ? 4 : 2; }
+  bool aligned() const { return rows_aligned != 0 && whole_chunks(n, k, rank, element_bytes()); }
+
+  // f(Element*), or null with a Python error.
+  template <class F>
+  PyObject* with_element(const F& f) const {
+    if (std::strcmp(dtype, "bf16") == 0) return f(static_cast<BFloat16*>(nullptr));
+    if (std::strcmp(dtype, "fp16") == 0) return f(static_cast<Float16*>(nullptr));
+    if (std::strcmp(dtype, "tf32") == 0) return f(static_cast<TensorFloat32*>(nullptr));
+    return PyErr_Format(PyExc_ValueError, "dtype must be bf16, fp16 or tf32, got %s", dtype);
+  }
+};
+
+bool parse(PyObject* args, PyObject* keywords, Problem& p) {
+  const char* const names[] = {"dtype", "m", "n", "k", "rank", "rows_aligned", "has_dropout", "sms", "shared_per_block",
+                               nullptr};
+  return PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLppii", const_cast<char**>(names), &p.dtype, &p.m, &p.n, &p.k,
+                                     &p.rank, &p.rows_aligned, &p.has_dropout, &p.device.sms,
+                                     &p.device.shared_per_block);
+}
+
+Plan plan_of(const LoraLinearConfig& config, const KernelInfo& kernel, int64_t more_words = 0) {
+  return {.schedule = name_of(config.schedule),
+          .reason = std::string(config.reason) + "; " + config.tile_reason,
+          .kernel = kernel,
+          .blocks = config.blocks,
+          .workspace_bytes = (config.counters + config.partials + more_words) * kBytesWord,
+          .params_size = sizeof(LoraLinearParams),
+          .fields = LoraLinearFields::kFields};
+}
+
+PyObject* plan_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
+  Problem p;
+  if (!parse(args, keywords, p)) return nullptr;
+  const LoraLinearConfig config =
+      lora_linear_config(p.m, p.n, p.k, p.rank, p.element_bytes(), p.aligned(), p.has_dropout != 0, p.device);
+  if (config.blocks > INT32_MAX) return too_many_tiles();
+  return p.with_element([&](auto* e) {
+    return to_python(plan_of(config, describe_lora_linear<std::remove_pointer_t<decltype(e)>>(config)));
+  });
+}
+
+// A list of the two launches.
+PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keywords) {
+  Problem p;
+  if (!parse(args, keywords, p)) return nullptr;
+  const LoraBackwardConfig config =
+      lora_backward_config(p.m, p.n, p.k, p.rank, p.aligned(), true, true, true, p.device);
+  if (config.grad_x.blocks > INT32_MAX || config.grads.blocks > INT32_MAX) return too_many_tiles();
+  return p.with_element([&](auto* e) -> PyObject* {
+    using Element = std::remove_pointer_t<decltype(e)>;
+    const Plan second = {.schedule = "split rows",
+                         .reason = config.parts_of_grad_b > 0 ? "parts of dB are there and only summed"
+                                                              : "dY is read again: parts of dB would be larger",
+                         .kernel = describe_lora_grads<Element>(config.grads),
+                         .blocks = config.grads.blocks,
+                         .workspace_bytes = (config.grads.counters + config.grads.partials) * kBytesWord,
+                         .params_size = sizeof(LoraGradsParams),
+                         .fields = LoraGradsFields::kFields};
+    PyObject* launches = PyList_New(0);
+    if (append(launches, to_python(plan_of(config.grad_x, describe_lora_grad_x<Element>(config.grad_x),
+                                           config.partial_grad_b))) &&
+        append(launches, to_python(second))) {
+      return launches;
+    }
+    Py_XDECREF(launches);
+    return nullptr;
+  });
+}
+
+template <class Element>
+void add_kernels(std::vector<KernelInfo>& found) {
+  for (const int rank_tile : {16, 64}) {
+    for (const bool aligned : {true, false}) {
+      LoraGradsConfig grads{};
+      grads.aligned = aligned;
+      grads.rank_tile = rank_tile;
+      found.push_back(describe_lora_grads<Element>(grads));
+      for (const LoraTile tile : {LoraTile::kLarge, LoraTile::kSmall}) {
+        for (const Schedule schedule : {Schedule::kTicketed, Schedule::kColumn0, Schedule::kDual, Schedule::kDecode}) {
+          LoraLinearConfig config{};
+          config.schedule = schedule;
+          config.tile = tile;
+          config.aligned = aligned;
+          config.rank_tile = rank_tile;
+          found.push_back(describe_lora_linear<Element>(config));
+          found.push_back(describe_lora_grad_x<Element>(config));
+        }
+      }
+    }
+  }
+}
+
+std::vector<KernelInfo> kernels() {
+  std::vector<KernelInfo> found;
+  add_kernels<BFloat16>(found);
+  add_kernels<Float16>(found);
+  add_kernels<TensorFloat32>(found);
+  return found;
+}
+
+const PlannedOp registered(
+    {planner("plan_lora_linear", plan_lora_linear, "The launch of lora_linear for a problem and a device, as a dict."),
+     planner("plan_lora_linear_backward", plan_lora_linear_backward, "The two launches of its gradients.")},
+    kernels);
+
+}  // namespace
+}  // namespace lk
