@@ -66,7 +66,7 @@ inline void plan_splits(int64_t m, int64_t n, int64_t k, int element_bytes, cons
     splits = std::clamp<int64_t>(kBlocksPerSm * device.sms / tiles, 1, most);
   }
   config.split_depth = static_cast<int>(blocks_of(blocks_of(k, depth), static_cast<int>(splits)) * depth);
-  config.splits = static_cast<int>(blocks_of(k, config.split_depth));
+  config.splits = config.split_depth == 0 ? 1 : static_cast<int>(blocks_of(k, config.split_depth));
   config.blocks = tiles * config.splits;
   if (config.splits == 1) return;
   config.counters = tiles;

@@ -1,9 +1,7 @@
 // Plans of lora_linear and its gradients.
 #include "../launch/lora_linear.h"
 
-#include <cstring>
-#include <type_traits>
-
+#include "../launch/lora_problem.h"
 #include "plan.h"
 
 namespace lk {
@@ -76,30 +74,35 @@ struct LoraGradsFields {
 
 // What the problem of an op and the device come as.
 struct Problem {
-  const char* dtype;
-  long long m, n, k, rank;
-  int rows_aligned, has_dropout;
+  LoraProblem lora;
   DeviceLimits device;
-
-  int element_bytes() const { return std::strcmp(dtype, "tf32") == 0 ? 4 : 2; }
-  bool aligned() const { return rows_aligned != 0 && whole_chunks(n, k, rank, element_bytes()); }
-
-  // f(Element*), or null with a Python error.
-  template <class F>
-  PyObject* with_element(const F& f) const {
-    if (std::strcmp(dtype, "bf16") == 0) return f(static_cast<BFloat16*>(nullptr));
-    if (std::strcmp(dtype, "fp16") == 0) return f(static_cast<Float16*>(nullptr));
-    if (std::strcmp(dtype, "tf32") == 0) return f(static_cast<TensorFloat32*>(nullptr));
-    return PyErr_Format(PyExc_ValueError, "dtype must be bf16, fp16 or tf32, got %s", dtype);
-  }
 };
 
+// Where tensors begin that are never read.
+constexpr int64_t kSeed = 0;
+const void* somewhere(bool aligned, FloatType type) {
+  return reinterpret_cast<const void*>(static_cast<uintptr_t>(aligned ? 0 : element_bytes(type)));
+}
+
+// False with a Python error.
 bool parse(PyObject* args, PyObject* keywords, Problem& p) {
   const char* const names[] = {"dtype", "m", "n", "k", "rank", "rows_aligned", "has_dropout", "sms", "shared_per_block",
                                nullptr};
-  return PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLppii", const_cast<char**>(names), &p.dtype, &p.m, &p.n, &p.k,
-                                     &p.rank, &p.rows_aligned, &p.has_dropout, &p.device.sms,
-                                     &p.device.shared_per_block);
+  const char* dtype;
+  long long m, n, k, rank;
+  int rows_aligned, has_dropout;
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLppii", const_cast<char**>(names), &dtype, &m, &n, &k, &rank,
+                                   &rows_aligned, &has_dropout, &p.device.sms, &p.device.shared_per_block)) {
+    return false;
+  }
+  FloatType type;
+  if (!parse_type("dtype", dtype, type, "tf32")) return false;
+  const auto matrix = [&](int64_t rows, int64_t columns) {
+    return MatrixRef{somewhere(rows_aligned != 0, type), columns, rows, columns, type};
+  };
+  p.lora = {.x = matrix(m, k), .w = matrix(n, k), .a = matrix(rank, k), .b = matrix(n, rank)};
+  if (has_dropout != 0) p.lora.seed = &kSeed;
+  return true;
 }
 
 Plan plan_of(const LoraLinearConfig& config, const KernelInfo& kernel, int64_t more_words = 0) {
@@ -115,11 +118,10 @@ Plan plan_of(const LoraLinearConfig& config, const KernelInfo& kernel, int64_t m
 PyObject* plan_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
   Problem p;
   if (!parse(args, keywords, p)) return nullptr;
-  const LoraLinearConfig config =
-      lora_linear_config(p.m, p.n, p.k, p.rank, p.element_bytes(), p.aligned(), p.has_dropout != 0, p.device);
+  const LoraLinearConfig config = lora_linear_config(p.lora, p.device);
   if (config.blocks > INT32_MAX) return too_many_tiles();
-  return p.with_element([&](auto* e) {
-    return to_python(plan_of(config, describe_lora_linear<std::remove_pointer_t<decltype(e)>>(config)));
+  return with_element(p.lora.x.type, [&]<class Element>(std::type_identity<Element>) {
+    return to_python(plan_of(config, describe_lora_linear<Element>(config)));
   });
 }
 
@@ -127,11 +129,13 @@ PyObject* plan_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
 PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keywords) {
   Problem p;
   if (!parse(args, keywords, p)) return nullptr;
-  const LoraBackwardConfig config =
-      lora_backward_config(p.m, p.n, p.k, p.rank, p.aligned(), true, true, true, p.device);
+  const LoraProblem& forward = p.lora;
+  const LoraBackwardProblem problem{.forward = forward,
+                                    .grad_y = {forward.w.data, forward.n(), forward.m(), forward.n(), forward.x.type},
+                                    .s = {forward.w.data, forward.rank(), forward.m(), forward.rank(), forward.x.type}};
+  const LoraBackwardConfig config = lora_backward_config(problem, p.device);
   if (config.grad_x.blocks > INT32_MAX || config.grads.blocks > INT32_MAX) return too_many_tiles();
-  return p.with_element([&](auto* e) -> PyObject* {
-    using Element = std::remove_pointer_t<decltype(e)>;
+  return with_element(forward.x.type, [&]<class Element>(std::type_identity<Element>) -> PyObject* {
     const Plan second = {.schedule = "split rows",
                          .reason = config.parts_of_grad_b > 0 ? "parts of dB are there and only summed"
                                                               : "dY is read again: parts of dB would be larger",

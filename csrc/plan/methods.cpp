@@ -68,14 +68,14 @@ bool append(PyObject* list, PyObject* item) {
 
 PyObject* too_many_tiles() { return PyErr_Format(PyExc_ValueError, "tickets are 32 bits wide: too many tiles"); }
 
-bool parse_type(const char* argument, const char* text, FloatType& type) {
+bool parse_type(const char* argument, const char* text, FloatType& type, const char* fp32) {
   const std::pair<const char*, FloatType> types[] = {
-      {"fp32", FloatType::kFloat32}, {"bf16", FloatType::kBFloat16}, {"fp16", FloatType::kFloat16}};
+      {fp32, FloatType::kFloat32}, {"bf16", FloatType::kBFloat16}, {"fp16", FloatType::kFloat16}};
   for (const auto& [name, known] : types) {
     type = known;
     if (std::strcmp(text, name) == 0) return true;
   }
-  PyErr_Format(PyExc_ValueError, "%s must be fp32, bf16 or fp16, got %s", argument, text);
+  PyErr_Format(PyExc_ValueError, "%s must be bf16, fp16 or %s, got %s", argument, fp32, text);
   return false;
 }
 

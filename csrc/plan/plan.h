@@ -84,8 +84,8 @@ constexpr int64_t kBytesWord = 4;  // a counter, a float
 // Null, with a Python error.
 PyObject* too_many_tiles();
 
-// False with a Python error.
-bool parse_type(const char* argument, const char* text, FloatType& type);
+// False with a Python error. `fp32` is what the op calls float32.
+bool parse_type(const char* argument, const char* text, FloatType& type, const char* fp32 = "fp32");
 
 // ---------------------------------------------------------------------------------------------- ops in the module
 
