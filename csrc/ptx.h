@@ -20,8 +20,8 @@ LK_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 LK_DEVICE uint32_t bits_of(float f) { return __float_as_uint(f); }
 LK_DEVICE uint32_t count_ones(uint32_t bits) { return static_cast<uint32_t>(__popc(bits)); }
 
-// The same number, in a register: the compiler does not see that it is a parameter of the kernel, which it would use from
-// where parameters are, and then, where registers are scarce, spill another one.
+// The same number, in a register: the compiler does not see that it is a parameter of the kernel, which it would use
+// from where parameters are, and then, where registers are scarce, spill another one.
 LK_DEVICE float in_register(float f) {
   float same;
   asm("add.f32 %0, %1, 0f80000000;" : "=f"(same) : "f"(f));  // -0

@@ -33,8 +33,8 @@ Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   p.k = static_cast<int32_t>(k);
   p.group_rows = config.group_rows;
   with_element(rows.type, [&]<class Element>(std::type_identity<Element>) {
-    return with_frozen_linear_variant<Element>(
-        config, [&](auto variant) { return run_lora_linear<Element, decltype(variant)>(p, config, false); });
+    return with_variant(FrozenVariants<Element>{}, config.key,
+                        [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config); });
   });
   return y;
 }
@@ -43,12 +43,12 @@ py::dict config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, boo
                 int shared_per_block, int element_bytes) {
   const LoraLinearConfig c = lora_linear_config(m, n, k, rank, element_bytes, aligned, has_dropout,
                                                 {.sms = sms, .shared_per_block = shared_per_block});
-  const TileShape tile = tile_shape(c.tile);
+  const TileShape tile = tile_shape(c.key.tile);
   py::dict d;
-  d["schedule"] = name_of(c.schedule);
+  d["schedule"] = name_of(c.key.schedule);
   d["rows"] = tile.rows;
   d["columns"] = tile.columns;
-  d["rank_tile"] = c.rank_tile;
+  d["rank_tile"] = c.key.rank_tile;
   d["blocks"] = c.blocks;
   d["group_rows"] = c.group_rows;
   d["counters"] = c.counters;
@@ -65,8 +65,8 @@ py::dict backward_config(int64_t m, int64_t n, int64_t k, int64_t rank, bool ali
   const LoraBackwardConfig c = lora_backward_config(m, n, k, rank, aligned, need_x, need_a, need_b,
                                                     {.sms = sms, .shared_per_block = shared_per_block});
   py::dict d;
-  d["rows"] = tile_shape(c.grad_x.tile).rows;
-  d["rank_tile"] = c.grad_x.rank_tile;
+  d["rows"] = tile_shape(c.grad_x.key.tile).rows;
+  d["rank_tile"] = c.grad_x.key.rank_tile;
   d["blocks"] = c.grad_x.blocks;
   d["parts_of_grad_b"] = c.parts_of_grad_b;
   d["grads_blocks"] = c.grads.blocks;

@@ -45,9 +45,8 @@ cudaError_t launch_prompt_embedding(const PromptEmbeddingParams& p, const Prompt
   memory.output(p.positions, rows * sizeof *p.positions);
   memory.output(p.layout, s.batch * sizeof *p.layout);
   memory.output(p.out, rows * s.hidden * element);
-  return with_prompt_variant<PromptEmbedding>(p.type, config.aligned, [&](auto variant) {
-    using Variant = decltype(variant);
-    return run<Variant>(&prompt_embedding_kernel<Variant>, config.aligned, config.blocks, p, memory);
+  return with_variant(RowVariants<PromptEmbedding>{}, RowsKey{p.type, config.aligned}, [&]<class Kernel>(Kernel) {
+    return run<Kernel>(&prompt_embedding_kernel<Kernel>, config.aligned, config.blocks, p, memory);
   });
 }
 
@@ -66,10 +65,10 @@ cudaError_t launch_prompt_embedding_backward(const PromptEmbeddingBackwardParams
   memory.output(p.grad_prompt, s.tasks * s.prompt_rows * s.hidden * size_of(p.prompt_type));
   memory.output(p.grad_embeds, s.batch * s.tokens * s.hidden * element);
   memory.output(p.grad_weight, s.vocabulary * s.hidden * element);
-  return with_prompt_variant<PromptEmbeddingBackward>(p.type, config.aligned, [&](auto variant) {
-    using Variant = decltype(variant);
-    return run<Variant>(&prompt_embedding_backward_kernel<Variant>, config.aligned, config.blocks(), p, memory);
-  });
+  return with_variant(
+      RowVariants<PromptEmbeddingBackward>{}, RowsKey{p.type, config.aligned}, [&]<class Kernel>(Kernel) {
+        return run<Kernel>(&prompt_embedding_backward_kernel<Kernel>, config.aligned, config.blocks(), p, memory);
+      });
 }
 
 }  // namespace lk

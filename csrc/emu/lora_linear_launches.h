@@ -79,11 +79,11 @@ void run_lora(void (*kernel)(Params), const Params& p, const Config& config, con
   if (!all_zero(p.counters, config.counters)) throw std::runtime_error("the launch left a counter other than zero");
 }
 
-template <class Element, class Variant>
-cudaError_t run_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config, bool is_backward) {
-  constexpr int kBytes = sizeof(typename Element::Storage);
-  lora_launches = {{.schedule = name_of(config.schedule),
-                    .aligned = config.aligned,
+template <class Kernel>
+cudaError_t run_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config) {
+  constexpr int kBytes = sizeof(typename Kernel::Element::Storage);
+  lora_launches = {{.schedule = name_of(config.key.schedule),
+                    .aligned = config.key.aligned,
                     .x = p.x,
                     .w = p.w,
                     .a = p.a,
@@ -99,22 +99,22 @@ cudaError_t run_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& c
   apart.y = y.data();
   apart.y_stride = y.stride();
   Memory memory;
-  for_each_range(apart, config, is_backward, kBytes, [&](const MemoryRef& ref) { add(memory, ref); });
-  run_lora<Variant>(&lora_linear_kernel<Variant>, apart, config, memory);
+  for_each_range(apart, config, kBytes, [&](const MemoryRef& ref) { add(memory, ref); });
+  run_lora<Kernel>(&lora_linear_kernel<Kernel>, apart, config, memory);
   y.copy_back();
   return cudaSuccess;
 }
 
 template <class Element>
 cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t) {
-  return with_lora_linear_variant<Element>(
-      config, [&](auto variant) { return run_lora_linear<Element, decltype(variant)>(p, config, false); });
+  return with_variant(LoraForwardVariants<Element>{}, config.key,
+                      [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config); });
 }
 
 template <class Element>
 cudaError_t launch_lora_grad_x(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t) {
-  return with_lora_grad_x_variant<Element>(
-      config, [&](auto variant) { return run_lora_linear<Element, decltype(variant)>(p, config, true); });
+  return with_variant(LoraGradXVariants<Element>{}, config.key,
+                      [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config); });
 }
 
 template <class Element>
@@ -122,11 +122,11 @@ cudaError_t launch_lora_grads(const LoraGradsParams& p, const LoraGradsConfig& c
   constexpr int kBytes = sizeof(typename Element::Storage);
   const auto* const grad_s = static_cast<const unsigned char*>(p.grad_s);
   last_grad_s.assign(grad_s, grad_s + static_cast<int64_t>(p.m) * p.rank * kBytes);
-  lora_launches.push_back({.schedule = "split rows", .aligned = config.aligned, .counters = p.counters});
+  lora_launches.push_back({.schedule = "split rows", .aligned = config.key.aligned, .counters = p.counters});
   Memory memory;
   for_each_range(p, config, kBytes, [&](const MemoryRef& ref) { add(memory, ref); });
-  return with_lora_grads_variant<Element>(config, [&](auto variant) {
-    run_lora<decltype(variant)>(&lora_grads_kernel<decltype(variant)>, p, config, memory);
+  return with_variant(LoraGradsVariants<Element>{}, config.key, [&]<class Kernel>(Kernel) {
+    run_lora<Kernel>(&lora_grads_kernel<Kernel>, p, config, memory);
     return cudaSuccess;
   });
 }

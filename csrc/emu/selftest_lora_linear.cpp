@@ -72,7 +72,7 @@ void run(int64_t m, int64_t n, int64_t k, int64_t rank, int sms, double dropout_
     const LoraWorkspace workspace{.counters = counters.data(), .partials = partials.data()};
     const LoraLinearParams p = forward_params(problem, {y.bits.data(), n}, s.bits.data(), config, workspace);
     launch_lora_linear<BFloat16>(p, config, nullptr);
-    std::printf("%s\n", name_of(config.schedule));
+    std::printf("%s\n", name_of(config.key.schedule));
   }
   check(y, "y", [&](int64_t i, int64_t j) {
     return sum(k, [&](int64_t c) { return x.at(i, c) * w.at(j, c); }) +

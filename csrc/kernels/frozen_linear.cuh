@@ -9,6 +9,7 @@ namespace lk {
 template <class Base_, bool kAligned_>
 struct FrozenLinear {
   using Base = Base_;
+  using Element = typename Base::Element;
   static constexpr bool kAligned = kAligned_;
   static constexpr int kThreads = Base::kThreads, kMinBlocks = kThreads <= 128 ? 2 : 1;
   static constexpr int kSharedBytes = larger(Base::kSharedBytes, Base::kBytesResult);
@@ -27,20 +28,20 @@ struct FrozenLinear {
 
 inline LoraLinearConfig frozen_linear_config(int64_t m, int64_t n, bool aligned, const DeviceLimits& device) {
   LoraLinearConfig config{};
-  config.aligned = aligned;
+  config.key.aligned = aligned;
   config.splits = 1;
-  config.tile = choose_tile(m, n, aligned, device, config.tile_reason);
-  config.schedule = Schedule::kColumn0;  // no tiles of s
+  config.key.tile = choose_tile(m, n, aligned, device, config.tile_reason);
+  config.key.schedule = Schedule::kColumn0;  // no tiles of s
   plan_tickets(m, n, 0, config);
   config.counters = 0;
   return config;
 }
 
-template <class Element, class F>
-auto with_frozen_linear_variant(const LoraLinearConfig& config, const F& f) {
-  if (!config.aligned) return f(FrozenLinear<SmallTile<Element>, false>{});
-  if (config.tile == LoraTile::kSmall) return f(FrozenLinear<SmallTile<Element>, true>{});
-  return f(FrozenLinear<LargeTile<Element, kFewestWarpsN<Element>>, true>{});
-}
+template <class Element>
+using FrozenVariants = VariantList<
+    Variant<forward_key(Schedule::kColumn0, LoraTile::kLarge, 0),
+            FrozenLinear<LargeTile<Element, kFewestWarpsN<Element>>, true>>,
+    Variant<forward_key(Schedule::kColumn0, LoraTile::kSmall, 0), FrozenLinear<SmallTile<Element>, true>>,
+    Variant<forward_key(Schedule::kColumn0, LoraTile::kSmall, 0, false), FrozenLinear<SmallTile<Element>, false>>>;
 
 }  // namespace lk

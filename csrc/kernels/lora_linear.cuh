@@ -36,9 +36,7 @@ LK_HOST_DEVICE WorkItem work_of_ticket(int ticket, int row_blocks, int shrink_co
   return {is_shrink, first_row + i % rows, is_shrink ? column : column - shrink_columns};
 }
 
-enum class Direction { kForward, kBackward };
-
-// What the shrink tile of the forward does beside its product.
+// The shrink tile's task beside its product where x is dropped out.
 template <class Shrink>
 struct DropX {
   static constexpr bool kChanges = true;
@@ -51,7 +49,7 @@ struct DropX {
   }
 };
 
-// What the shrink tile of the backward does beside s' = dY B: while dY is here, these rows' part of dB = dYᵀ s.
+// The shrink tile's task beside s' = dY B: while dY is here, these rows' part of dB = dYᵀ s.
 template <class Shrink, bool kAligned>
 class PartOfGradB {
   using Element = typename Shrink::Element;
@@ -62,7 +60,7 @@ class PartOfGradB {
 
  public:
   static constexpr bool kChanges = false;
-  static_assert(SavedS::kBytes == Shrink::kBytesResult, "as many bytes as LoraLinear keeps for it");
+  static_assert(SavedS::kBytes == Shrink::kBytesResult, "as many bytes as GradXRoles keeps for it");
 
   LK_DEVICE PartOfGradB(const LoraLinearParams& p, uint32_t smem, int row_block) : n_(p.k) {
     const Operand s{p.saved_s, p.rank, p.rank, p.m};
@@ -114,23 +112,94 @@ class PartOfGradB {
   float* out_;
 };
 
-template <class Base_, int kRankTile, bool kAligned_, Direction kDirection, bool kColumn0 = false>
+// What the forward and the gradient of x do differently. How w and a lie in memory;
+// - for a shrink tile, `ShrinkSide`: the task beside its product;
+// - for a base tile, `BranchSide`: how the branch enters it;
+// each with the bytes of shared memory that it takes behind the stages.
+struct ForwardRoles {
+  static constexpr Layout kFactors = Layout::kRows;
+
+  template <class Shrink, bool kAligned>
+  struct ShrinkSide {
+    static constexpr int kBytes = 0;
+
+    // run(task); returns what s is multiplied by.
+    template <class Run>
+    LK_DEVICE static float with_task(const LoraLinearParams& p, uint32_t, int row_block, const Run& run) {
+      if (p.seed != nullptr) {
+        run(DropX<Shrink>{row_block * Shrink::kM, DropoutMask(p.seed, p.dropout_threshold, p.k)});
+        return p.dropout_scale;
+      }
+      run(Alone{});
+      return 1.0f;
+    }
+  };
+
+  template <class Base>
+  struct BranchSide {
+    static constexpr int kBytes = 0;
+
+    // add(sum) with the way a product enters the accumulator.
+    template <class Add>
+    LK_DEVICE static void with_sum(const LoraLinearParams& p, uint32_t, int, int, const Add& add) {
+      add(ScaledSum{in_register(p.scaling)});
+    }
+  };
+};
+
+struct GradXRoles {
+  static constexpr Layout kFactors = Layout::kColumns;
+
+  template <class Shrink, bool kAligned>
+  struct ShrinkSide {
+    static constexpr bool kComputesGradB = Shrink::kN == 16;
+    static constexpr int kBytes = kComputesGradB ? Shrink::kBytesResult : 0;  // for the saved s
+
+    template <class Run>
+    LK_DEVICE static float with_task(const LoraLinearParams& p, uint32_t smem, int row_block, const Run& run) {
+      if constexpr (kComputesGradB) {
+        if (p.partial_grad_b != nullptr) {
+          run(PartOfGradB<Shrink, kAligned>(p, smem, row_block));
+          return 1.0f;
+        }
+      }
+      run(Alone{});
+      return 1.0f;
+    }
+  };
+
+  template <class Base>
+  struct BranchSide {
+    using Keep = KeepBits<Base::kM, Base::kN>;
+    static constexpr int kBytes = Keep::kBytes;
+
+    template <class Add>
+    LK_DEVICE static void with_sum(const LoraLinearParams& p, uint32_t smem, int row0, int column0, const Add& add) {
+      if (p.seed != nullptr) {
+        Keep::template compute<Base::kThreads>(smem, row0, column0, DropoutMask(p.seed, p.dropout_threshold, p.n));
+        add(MaskedSum<Base>{p.scaling * p.dropout_scale, smem});
+      } else {
+        add(ScaledSum{in_register(p.scaling)});
+      }
+    }
+  };
+};
+
+template <class Base_, int kRankTile_, bool kAligned_, class Roles, bool kColumn0 = false>
 struct LoraLinear {
   using Base = Base_;
   using Element = typename Base::Element;
   using Branch = LoraBranch<Base, kAligned_>;
-  static constexpr bool kAligned = kAligned_, kBackward = kDirection == Direction::kBackward;
-  static constexpr int kThreads = Base::kThreads, kM = Base::kM;
+  static constexpr bool kAligned = kAligned_;
+  static constexpr int kRankTile = kRankTile_, kThreads = Base::kThreads, kM = Base::kM;
   static constexpr int kMinBlocks = kThreads <= 128 ? 2 : 1;  // per SM: bounds the registers
-  using Shrink = Gemm<Element, kM, kRankTile, Base::kDepth, kThreads / kWarp, 1, Base::kStages, Layout::kRows,
-                      kBackward ? Layout::kColumns : Layout::kRows>;
-  using Keep = KeepBits<kM, Base::kN>;
-  static constexpr bool kComputesGradB = kBackward && kRankTile == 16;
-  // Behind the stages: saved s in a shrink tile, the mask in a base tile.
+  using Shrink =
+      Gemm<Element, kM, kRankTile, Base::kDepth, kThreads / kWarp, 1, Base::kStages, Layout::kRows, Roles::kFactors>;
+  using ShrinkSide = typename Roles::template ShrinkSide<Shrink, kAligned>;
+  using BranchSide = typename Roles::template BranchSide<Base>;
   static constexpr int kOffsetBehind = larger(Base::kSharedBytes, Base::kBytesResult);
-  static constexpr int kBytesSavedS = kComputesGradB ? Shrink::kBytesResult : 0;
-  static constexpr int kBehind = !kBackward ? 0 : larger(Keep::kBytes, kBytesSavedS);
-  static constexpr int kOffsetWork = kOffsetBehind + kBehind, kSharedBytes = kOffsetWork + 16;
+  static constexpr int kOffsetWork = kOffsetBehind + larger(ShrinkSide::kBytes, BranchSide::kBytes);
+  static constexpr int kSharedBytes = kOffsetWork + 16;
   static_assert(Shrink::kSharedBytes <= kOffsetBehind, "a rank tile is no wider than a base tile");
 
   LK_DEVICE static void run(const LoraLinearParams& p) {
@@ -187,15 +256,7 @@ struct LoraLinear {
         Shrink::template run<kAligned, Rounded>(smem, x, row0, a, column0, 0, p.k, acc, beside);
       });
     };
-    float scale = 1.0f;
-    if (kComputesGradB && p.partial_grad_b != nullptr) {
-      if constexpr (kComputesGradB) run(PartOfGradB<Shrink, kAligned>(p, smem + kOffsetBehind, work.row));
-    } else if (!kBackward && p.seed != nullptr) {
-      run(DropX<Shrink>{row0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
-      scale = p.dropout_scale;
-    } else {
-      run(Alone{});
-    }
+    const float scale = ShrinkSide::with_task(p, smem + kOffsetBehind, work.row, run);
     sync_block();  // the stages are free
     Shrink::stage_accumulators(smem, [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
     sync_block();
@@ -235,16 +296,9 @@ struct LoraLinear {
   LK_DEVICE static void add_branch(const LoraLinearParams& p, uint32_t smem, typename Base::Accumulator& acc) {
     const WorkItem work = drawn(smem);
     const int row0 = work.row * kM, column0 = work.column * Base::kN;
-    const auto add = [&](auto sum) {
+    BranchSide::with_sum(p, smem + kOffsetBehind, row0, column0, [&](auto sum) {
       Branch::add(p, smem, row0, column0, flag_of(p, work.row), kColumn0 ? 1 : shrink_columns(p), acc, sum);
-    };
-    if (kBackward && p.seed != nullptr) {
-      const uint32_t bits = smem + kOffsetBehind;
-      Keep::template compute<kThreads>(bits, row0, column0, DropoutMask(p.seed, p.dropout_threshold, p.n));
-      add(MaskedSum<Base>{p.scaling * p.dropout_scale, bits});
-    } else {
-      add(ScaledSum{in_register(p.scaling)});
-    }
+    });
   }
 };
 

@@ -11,11 +11,12 @@
 
 namespace lk {
 
-template <class Base_, int kRankTile, bool kAligned_>
+template <class Base_, int kRankTile_, bool kAligned_>
 struct LoraLinearDual {
   using Base = Base_;
   using Element = typename Base::Element;
   static constexpr bool kAligned = kAligned_;
+  static constexpr int kRankTile = kRankTile_;
   static constexpr int kThreads = Base::kThreads, kM = Base::kM, kMinBlocks = 2;
   using Branch = LoraBranch<Base, kAligned>;
   using Shrink = ShrinkBeside<Base, kRankTile, kAligned>;

@@ -5,6 +5,7 @@
 #include "lora_grads.cuh"
 #include "lora_linear.cuh"
 #include "lora_linear_dual.cuh"
+#include "variants.h"
 
 namespace lk {
 
@@ -51,58 +52,68 @@ lora_grads_kernel(const LoraGradsParams p) {
   Variant::run(p);
 }
 
-// f(Variant{}) for the variant that a config of lora_linear asks for.
-template <class Element, class F>
-auto with_lora_linear_variant(const LoraLinearConfig& config, const F& f) {
-  constexpr Direction kForward = Direction::kForward;
-  const bool narrow = config.rank_tile == 16;
-  if (config.schedule == Schedule::kDecode) {
-    return narrow ? f(LoraLinearDual<FlatTile<Element, beside(16, LoraTile::kFlat)>, 16, true>{})
-                  : f(LoraLinearDual<FlatTile<Element, beside(64, LoraTile::kFlat)>, 64, true>{});
-  }
-  if (config.schedule == Schedule::kDual) {
-    return narrow ? f(LoraLinearDual<SmallTile<Element, Layout::kRows, beside(16, LoraTile::kSmall)>, 16, true>{})
-                  : f(LoraLinearDual<SmallTile<Element, Layout::kRows, beside(64, LoraTile::kSmall)>, 64, true>{});
-  }
-  if (config.schedule == Schedule::kColumn0) {
-    return f(
-        LoraLinear<LargeTile<Element, 4, Layout::kRows, beside(64, LoraTile::kLarge)>, 64, true, kForward, true>{});
-  }
-  if (!config.aligned) {
-    return narrow ? f(LoraLinear<SmallTile<Element>, 16, false, kForward>{})
-                  : f(LoraLinear<SmallTile<Element>, 64, false, kForward>{});
-  }
-  if (config.tile == LoraTile::kSmall) {
-    return narrow ? f(LoraLinear<SmallTile<Element>, 16, true, kForward>{})
-                  : f(LoraLinear<SmallTile<Element>, 64, true, kForward>{});
-  }
-  return narrow ? f(LoraLinear<LargeTile<Element, kFewestWarpsN<Element>>, 16, true, kForward>{})
-                : f(LoraLinear<LargeTile<Element, 4>, 64, true, kForward>{});
+// A kernel and the config that asks for it, which must agree.
+template <LoraKey kKey, class Kernel>
+struct LoraVariant : Variant<kKey, Kernel> {
+  static_assert(Kernel::kAligned == kKey.aligned && Kernel::kRankTile == kKey.rank_tile);
+  static_assert(has_shape<typename Kernel::Base>(tile_shape(kKey.tile)));
+};
+
+constexpr LoraKey forward_key(Schedule schedule, LoraTile tile, int rank_tile, bool aligned = true) {
+  return {LoraRole::kForward, schedule, tile, rank_tile, aligned};
+}
+constexpr LoraKey grad_x_key(LoraTile tile, int rank_tile, bool aligned = true) {
+  return {LoraRole::kGradX, Schedule::kTicketed, tile, rank_tile, aligned};
 }
 
-// The same for the gradient of x.
-template <class Element, class F>
-auto with_lora_grad_x_variant(const LoraLinearConfig& config, const F& f) {
-  constexpr Direction kBackward = Direction::kBackward;
-  constexpr Layout kColumns = Layout::kColumns;
-  const bool narrow = config.rank_tile == 16;
-  if (!config.aligned) {
-    return narrow ? f(LoraLinear<SmallTile<Element, kColumns>, 16, false, kBackward>{})
-                  : f(LoraLinear<SmallTile<Element, kColumns>, 64, false, kBackward>{});
-  }
-  if (config.tile == LoraTile::kSmall) {
-    return narrow ? f(LoraLinear<SmallTile<Element, kColumns>, 16, true, kBackward>{})
-                  : f(LoraLinear<SmallTile<Element, kColumns>, 64, true, kBackward>{});
-  }
-  return narrow ? f(LoraLinear<LargeTile<Element, 4, kColumns>, 16, true, kBackward>{})
-                : f(LoraLinear<LargeTile<Element, 4, kColumns>, 64, true, kBackward>{});
-}
+// Every kernel of lora_linear...
+template <class Element>
+using LoraForwardVariants =
+    VariantList<LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kLarge, 16),
+                            LoraLinear<LargeTile<Element, kFewestWarpsN<Element>>, 16, true, ForwardRoles>>,
+                LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kLarge, 64),
+                            LoraLinear<LargeTile<Element, 4>, 64, true, ForwardRoles>>,
+                LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 16),
+                            LoraLinear<SmallTile<Element>, 16, true, ForwardRoles>>,
+                LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 64),
+                            LoraLinear<SmallTile<Element>, 64, true, ForwardRoles>>,
+                LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 16, false),
+                            LoraLinear<SmallTile<Element>, 16, false, ForwardRoles>>,
+                LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 64, false),
+                            LoraLinear<SmallTile<Element>, 64, false, ForwardRoles>>,
+                LoraVariant<forward_key(Schedule::kColumn0, LoraTile::kLarge, 64),
+                            LoraLinear<LargeTile<Element, 4, Layout::kRows, beside(64, LoraTile::kLarge)>, 64, true,
+                                       ForwardRoles, true>>,
+                LoraVariant<forward_key(Schedule::kDual, LoraTile::kSmall, 16),
+                            LoraLinearDual<SmallTile<Element, Layout::kRows, beside(16, LoraTile::kSmall)>, 16, true>>,
+                LoraVariant<forward_key(Schedule::kDual, LoraTile::kSmall, 64),
+                            LoraLinearDual<SmallTile<Element, Layout::kRows, beside(64, LoraTile::kSmall)>, 64, true>>,
+                LoraVariant<forward_key(Schedule::kDecode, LoraTile::kFlat, 16),
+                            LoraLinearDual<FlatTile<Element, beside(16, LoraTile::kFlat)>, 16, true>>,
+                LoraVariant<forward_key(Schedule::kDecode, LoraTile::kFlat, 64),
+                            LoraLinearDual<FlatTile<Element, beside(64, LoraTile::kFlat)>, 64, true>>>;
 
-template <class Element, class F>
-auto with_lora_grads_variant(const LoraGradsConfig& config, const F& f) {
-  const bool narrow = config.rank_tile == 16;
-  if (!config.aligned) return narrow ? f(LoraGrads<Element, 16, false>{}) : f(LoraGrads<Element, 64, false>{});
-  return narrow ? f(LoraGrads<Element, 16, true>{}) : f(LoraGrads<Element, 64, true>{});
-}
+// ... of the gradient of x...
+template <class Element>
+using LoraGradXVariants =
+    VariantList<LoraVariant<grad_x_key(LoraTile::kLarge, 16),
+                            LoraLinear<LargeTile<Element, 4, Layout::kColumns>, 16, true, GradXRoles>>,
+                LoraVariant<grad_x_key(LoraTile::kLarge, 64),
+                            LoraLinear<LargeTile<Element, 4, Layout::kColumns>, 64, true, GradXRoles>>,
+                LoraVariant<grad_x_key(LoraTile::kSmall, 16),
+                            LoraLinear<SmallTile<Element, Layout::kColumns>, 16, true, GradXRoles>>,
+                LoraVariant<grad_x_key(LoraTile::kSmall, 64),
+                            LoraLinear<SmallTile<Element, Layout::kColumns>, 64, true, GradXRoles>>,
+                LoraVariant<grad_x_key(LoraTile::kSmall, 16, false),
+                            LoraLinear<SmallTile<Element, Layout::kColumns>, 16, false, GradXRoles>>,
+                LoraVariant<grad_x_key(LoraTile::kSmall, 64, false),
+                            LoraLinear<SmallTile<Element, Layout::kColumns>, 64, false, GradXRoles>>>;
+
+// ... and of the adapter's gradients.
+template <class Element>
+using LoraGradsVariants = VariantList<Variant<LoraGradsKey{16, true}, LoraGrads<Element, 16, true>>,
+                                      Variant<LoraGradsKey{64, true}, LoraGrads<Element, 64, true>>,
+                                      Variant<LoraGradsKey{16, false}, LoraGrads<Element, 16, false>>,
+                                      Variant<LoraGradsKey{64, false}, LoraGrads<Element, 64, false>>>;
 
 }  // namespace lk

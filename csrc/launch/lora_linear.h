@@ -2,6 +2,7 @@
 #pragma once
 
 #include <type_traits>
+#include <vector>
 
 #include "../config/lora_linear.h"
 #include "../params/common.h"
@@ -25,7 +26,9 @@ auto with_element(FloatType type, const F& f) {
 template <class Element>
 cudaError_t launch_lora_linear(const LoraLinearParams& params, const LoraLinearConfig& config, cudaStream_t stream);
 template <class Element>
-KernelInfo describe_lora_linear(const LoraLinearConfig& config);
+KernelInfo describe_lora_linear(const LoraKey& key);
+template <class Element>
+std::vector<KernelInfo> lora_linear_kernels();
 
 // The two launches of the backward, in this order.
 template <class Element>
@@ -33,8 +36,10 @@ cudaError_t launch_lora_grad_x(const LoraLinearParams& params, const LoraLinearC
 template <class Element>
 cudaError_t launch_lora_grads(const LoraGradsParams& params, const LoraGradsConfig& config, cudaStream_t stream);
 template <class Element>
-KernelInfo describe_lora_grad_x(const LoraLinearConfig& config);
+KernelInfo describe_lora_grad_x(const LoraKey& key);
 template <class Element>
-KernelInfo describe_lora_grads(const LoraGradsConfig& config);
+KernelInfo describe_lora_grads(const LoraGradsKey& key);
+template <class Element>
+std::vector<KernelInfo> lora_backward_kernels();
 
 }  // namespace lk

@@ -202,13 +202,13 @@ struct MemoryRef {
 
 // f(MemoryRef) for everything that lora_linear_kernel reads or writes, other than the counters.
 template <class F>
-void for_each_range(const LoraLinearParams& p, const LoraLinearConfig& config, bool is_backward, int element_bytes,
-                    const F& f) {
+void for_each_range(const LoraLinearParams& p, const LoraLinearConfig& config, int element_bytes, const F& f) {
   const int adapter_bytes = p.adapters_are_float ? 4 : element_bytes;
   const auto add = [&](const void* data, int64_t rows, int64_t columns, int64_t stride, int bytes, bool is_written) {
     if (data != nullptr) f(MemoryRef{data, rows, columns, stride, bytes, is_written});
   };
   // The gradient's w, a and b lie the other way round.
+  const bool is_backward = config.key.role == LoraRole::kGradX;
   const auto factor = [&](const void* data, int64_t r, int64_t c, int64_t stride, int bytes) {
     add(data, is_backward ? c : r, is_backward ? r : c, stride, bytes, false);
   };
@@ -222,7 +222,7 @@ void for_each_range(const LoraLinearParams& p, const LoraLinearConfig& config, b
   add(p.y, p.m, p.n, p.y_stride, element_bytes, true);
   add(p.s, p.m, p.rank, p.rank, element_bytes, true);
   add(p.partials, 1, config.partials, config.partials, sizeof(float), true);
-  const int64_t parts = blocks_of(p.m, tile_shape(config.tile).rows) * p.k * config.rank_tile;
+  const int64_t parts = blocks_of(p.m, tile_shape(config.key.tile).rows) * p.k * config.key.rank_tile;
   add(p.partial_grad_b, 1, parts, parts, sizeof(float), true);
 }
 
@@ -233,7 +233,7 @@ void for_each_range(const LoraGradsParams& p, const LoraGradsConfig& config, int
     if (data != nullptr) f(MemoryRef{data, rows, columns, stride, bytes, is_written});
   };
   const int grad_bytes = p.grads_are_float ? 4 : element_bytes;
-  const int64_t parts = static_cast<int64_t>(p.parts_of_grad_b) * p.n * config.rank_tile;
+  const int64_t parts = static_cast<int64_t>(p.parts_of_grad_b) * p.n * config.key.rank_tile;
   add(p.x, p.m, p.k, p.x_stride, element_bytes, false);
   add(p.grad_y, p.m, p.n, p.grad_y_stride, element_bytes, false);
   add(p.s, p.m, p.rank, p.rank, element_bytes, false);

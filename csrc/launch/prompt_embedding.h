@@ -1,6 +1,8 @@
 // prompt_embedding's launch, and its gradients'.
 #pragma once
 
+#include <vector>
+
 #include "../config/prompt_embedding.h"
 #include "kernel_info.h"
 
@@ -12,5 +14,6 @@ cudaError_t launch_prompt_embedding_backward(const PromptEmbeddingBackwardParams
                                              const PromptBackwardConfig& config, cudaStream_t stream);
 KernelInfo describe_prompt_embedding(FloatType type, bool aligned);
 KernelInfo describe_prompt_embedding_backward(FloatType type, bool aligned);
+std::vector<KernelInfo> prompt_embedding_kernels();
 
 }  // namespace lk

@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <string>
 #include <typeinfo>
+#include <vector>
 
+#include "../kernels/variants.h"
 #include "kernel_info.h"
 
 namespace lk {
@@ -42,6 +44,19 @@ KernelInfo describe_variant(const std::string& kernel) {
   return {.name = "_ZN2lk" + mangled_identifier(kernel) + argument + "vNS_" + mangled_in_lk<Params>(),
           .threads = Variant::kThreads,
           .shared_bytes = Variant::kSharedBytes};
+}
+
+// Of the kernel with this key, and of every kernel of a list.
+template <class Params, class List, class Key>
+KernelInfo describe_one(List list, const Key& key, const std::string& kernel) {
+  return with_variant(list, key, [&]<class Kernel>(Kernel) { return describe_variant<Kernel, Params>(kernel); });
+}
+
+template <class Params, class List>
+std::vector<KernelInfo> describe_all(List list, const std::string& kernel) {
+  std::vector<KernelInfo> all;
+  for_each_variant(list, [&]<class Kernel>(Kernel) { all.push_back(describe_variant<Kernel, Params>(kernel)); });
+  return all;
 }
 
 }  // namespace lk

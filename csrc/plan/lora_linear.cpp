@@ -106,7 +106,7 @@ bool parse(PyObject* args, PyObject* keywords, Problem& p) {
 }
 
 Plan plan_of(const LoraLinearConfig& config, const KernelInfo& kernel, int64_t more_words = 0) {
-  return {.schedule = name_of(config.schedule),
+  return {.schedule = name_of(config.key.schedule),
           .reason = std::string(config.reason) + "; " + config.tile_reason,
           .kernel = kernel,
           .blocks = config.blocks,
@@ -121,7 +121,7 @@ PyObject* plan_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
   const LoraLinearConfig config = lora_linear_config(p.lora, p.device);
   if (config.blocks > INT32_MAX) return too_many_tiles();
   return with_element(p.lora.x.type, [&]<class Element>(std::type_identity<Element>) {
-    return to_python(plan_of(config, describe_lora_linear<Element>(config)));
+    return to_python(plan_of(config, describe_lora_linear<Element>(config.key)));
   });
 }
 
@@ -139,13 +139,13 @@ PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keyword
     const Plan second = {.schedule = "split rows",
                          .reason = config.parts_of_grad_b > 0 ? "parts of dB are there and only summed"
                                                               : "dY is read again: parts of dB would be larger",
-                         .kernel = describe_lora_grads<Element>(config.grads),
+                         .kernel = describe_lora_grads<Element>(config.grads.key),
                          .blocks = config.grads.blocks,
                          .workspace_bytes = (config.grads.counters + config.grads.partials) * kBytesWord,
                          .params_size = sizeof(LoraGradsParams),
                          .fields = LoraGradsFields::kFields};
     PyObject* launches = PyList_New(0);
-    if (append(launches, to_python(plan_of(config.grad_x, describe_lora_grad_x<Element>(config.grad_x),
+    if (append(launches, to_python(plan_of(config.grad_x, describe_lora_grad_x<Element>(config.grad_x.key),
                                            config.partial_grad_b))) &&
         append(launches, to_python(second))) {
       return launches;
@@ -155,35 +155,16 @@ PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keyword
   });
 }
 
-template <class Element>
-void add_kernels(std::vector<KernelInfo>& found) {
-  for (const int rank_tile : {16, 64}) {
-    for (const bool aligned : {true, false}) {
-      LoraGradsConfig grads{};
-      grads.aligned = aligned;
-      grads.rank_tile = rank_tile;
-      found.push_back(describe_lora_grads<Element>(grads));
-      for (const LoraTile tile : {LoraTile::kLarge, LoraTile::kSmall}) {
-        for (const Schedule schedule : {Schedule::kTicketed, Schedule::kColumn0, Schedule::kDual, Schedule::kDecode}) {
-          LoraLinearConfig config{};
-          config.schedule = schedule;
-          config.tile = tile;
-          config.aligned = aligned;
-          config.rank_tile = rank_tile;
-          found.push_back(describe_lora_linear<Element>(config));
-          found.push_back(describe_lora_grad_x<Element>(config));
-        }
-      }
-    }
-  }
-}
-
 std::vector<KernelInfo> kernels() {
-  std::vector<KernelInfo> found;
-  add_kernels<BFloat16>(found);
-  add_kernels<Float16>(found);
-  add_kernels<TensorFloat32>(found);
-  return found;
+  std::vector<KernelInfo> all;
+  for (const FloatType type : {FloatType::kBFloat16, FloatType::kFloat16, FloatType::kFloat32}) {
+    with_element(type, [&]<class Element>(std::type_identity<Element>) {
+      for (const auto& some : {lora_linear_kernels<Element>(), lora_backward_kernels<Element>()}) {
+        all.insert(all.end(), some.begin(), some.end());
+      }
+    });
+  }
+  return all;
 }
 
 const PlannedOp registered(

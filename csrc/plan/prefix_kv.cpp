@@ -100,21 +100,10 @@ PyObject* plan_prefix_kv_backward(PyObject*, PyObject* args, PyObject* keywords)
   return launches;
 }
 
-std::vector<KernelInfo> kernels() {
-  std::vector<KernelInfo> found;
-  for (const FloatType type : {FloatType::kFloat32, FloatType::kBFloat16, FloatType::kFloat16}) {
-    for (const bool aligned : {true, false}) {
-      found.push_back(describe_prefix_kv(type, aligned));
-      found.push_back(describe_prefix_kv_backward(type, aligned));
-    }
-  }
-  return found;
-}
-
 const PlannedOp registered({planner("plan_prefix_kv", plan_prefix_kv, "The launch of prefix_kv."),
                             planner("plan_prefix_kv_backward", plan_prefix_kv_backward,
                                     "The launches of its gradient.")},
-                           kernels);
+                           prefix_kv_kernels);
 
 }  // namespace
 }  // namespace lk

@@ -122,21 +122,10 @@ PyObject* plan_prompt_embedding_backward(PyObject*, PyObject* args, PyObject* ke
                     .fields = PromptEmbeddingBackwardFields::kFields});
 }
 
-std::vector<KernelInfo> kernels() {
-  std::vector<KernelInfo> found;
-  for (const FloatType type : {FloatType::kFloat32, FloatType::kBFloat16, FloatType::kFloat16}) {
-    for (const bool aligned : {true, false}) {
-      found.push_back(describe_prompt_embedding(type, aligned));
-      found.push_back(describe_prompt_embedding_backward(type, aligned));
-    }
-  }
-  return found;
-}
-
 const PlannedOp registered({planner("plan_prompt_embedding", plan_prompt_embedding, "The launch of prompt_embedding."),
                             planner("plan_prompt_embedding_backward", plan_prompt_embedding_backward,
                                     "The launch of its gradients.")},
-                           kernels);
+                           prompt_embedding_kernels);
 
 }  // namespace
 }  // namespace lk
