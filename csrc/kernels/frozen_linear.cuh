@@ -20,8 +20,9 @@ struct FrozenLinear {
         work_of_ticket(block_index(), ceil_div(p.m, Base::kM), 0, ceil_div(p.n, Base::kN), p.group_rows);
     const int row0 = work.row * Base::kM, column0 = work.column * Base::kN;
     typename Base::Accumulator acc = {};
-    Base::template run<kAligned>(smem, {p.x, p.x_stride, p.m, p.k}, row0, {p.w, p.w_stride, p.n, p.k}, column0, 0, p.k,
-                                 acc, Alone{});
+    using Chunk = PlainChunk<Element, kAligned>;
+    Base::template run<Chunk, Chunk>(smem, {p.x, p.x_stride, p.m, p.k}, row0, {p.w, p.w_stride, p.n, p.k}, column0, 0,
+                                     p.k, acc, Alone{});
     store_result<Base, kAligned>(p, smem, row0, column0, acc);
   }
 };

@@ -1,28 +1,34 @@
 // The low-rank branch of a tile of y: acc += scaling · s bᵀ, and the ways to get s.
 #pragma once
 
+#include "../formats/float32.h"
 #include "../params/lora_linear.h"
 #include "dropout.cuh"
-#include "gemm.cuh"
+#include "store.cuh"
 
 namespace lk {
 
-// What fp32 adapters are rounded to on the way, `Rounded` of TileLoader: nothing where elements are as wide.
-template <class Element>
-using RoundedAdapter = std::conditional_t<sizeof(typename Element::Storage) == 2, Element, void>;
+// fp32 adapters under 16-bit elements are rounded on the way.
+template <class Element, bool kAligned>
+using RoundedChunk = DecodedChunk<Float32Format<Element>, kAligned>;
 
-template <class T>
-struct TypeOf {
-  using Type = T;
-};
-
-// f(TypeOf<Rounded>{}): a choice made once, outside of f's loops.
-template <class Element, class F>
-LK_DEVICE void with_rounding(bool adapters_are_float, const F& f) {
+// f(Chunk{}) of the adapter: a choice made once, outside of f's loops.
+template <class Element, bool kAligned, class F>
+LK_DEVICE void with_adapter_chunk(bool adapters_are_float, const F& f) {
   if constexpr (sizeof(typename Element::Storage) == 2) {
-    if (adapters_are_float) return f(TypeOf<Element>{});
+    if (adapters_are_float) return f(RoundedChunk<Element, kAligned>{});
   }
-  f(TypeOf<void>{});
+  f(PlainChunk<Element, kAligned>{});
+}
+
+// A chunk that chooses itself, within a loop that is not to be there twice.
+template <class Element, bool kAligned>
+LK_DEVICE auto adapter_chunk(bool adapters_are_float) {
+  if constexpr (sizeof(typename Element::Storage) == 2) {
+    return EitherChunk<RoundedChunk<Element, kAligned>, PlainChunk<Element, kAligned>>{adapters_are_float};
+  } else {
+    return PlainChunk<Element, kAligned>{};
+  }
 }
 
 // How a product of a fragment's ranks enters the accumulator. Scaled in fp32: s and b are rounded already, their
@@ -63,6 +69,7 @@ struct MaskedSum {
 template <class Base, bool kAligned>
 struct LoraBranch {
   using Element = typename Base::Element;
+  using Chunk = PlainChunk<Element, kAligned>;
   // As many ranks at a time as the stages hold; s lies where a stage has P, b where it has Q.
   static constexpr int kThreads = Base::kThreads, kM = Base::kM, kDepth = Base::kDepth;
   static constexpr int kBatch = Base::kStages * kDepth;
@@ -84,7 +91,7 @@ struct LoraBranch {
         }
         sync_block();
       }
-      typename Base::template LoaderP<kAligned> load_s(s, row0, batch);
+      typename Base::template LoaderP<Chunk> load_s(s, row0, batch);
       LK_NO_UNROLL
       for (int r = batch; r < end; r += kDepth) load_s.load(stage_of(smem, r - batch));
       copy_async_commit();
@@ -119,17 +126,11 @@ struct LoraBranch {
  private:
   LK_DEVICE static void load_b(const LoraLinearParams& p, uint32_t smem, int column0, int begin, int end) {
     // The choice lies outside of the loop: within, it costs the large tile a register too many on sm_90.
-    with_rounding<Element>(p.adapters_are_float, [&](auto rounded) {
-      using Rounded = typename decltype(rounded)::Type;
-      load_b<Rounded>({p.b, p.b_stride, p.n, p.rank, !std::is_void_v<Rounded>}, smem, column0, begin, end);
+    with_adapter_chunk<Element, kAligned>(p.adapters_are_float, [&](auto chunk) {
+      typename Base::template LoaderQ<decltype(chunk)> load({p.b, p.b_stride, p.n, p.rank}, column0, begin);
+      LK_NO_UNROLL
+      for (int r = begin; r < end; r += kDepth) load.load(stage_of(smem, r - begin) + Base::kOffsetQ);
     });
-  }
-
-  template <class Rounded>
-  LK_DEVICE static void load_b(const Operand& b, uint32_t smem, int column0, int begin, int end) {
-    typename Base::template LoaderQ<kAligned, Rounded> load(b, column0, begin);
-    LK_NO_UNROLL
-    for (int r = begin; r < end; r += kDepth) load.load(stage_of(smem, r - begin) + Base::kOffsetQ);
   }
 
   template <class Sum>
@@ -158,8 +159,8 @@ class ShrinkBeside {
   static constexpr int kRowFragments = kSplitsDepth ? Base::kFragmentsM : Base::kFragmentsM / Base::kWarpsN;
   static_assert(kSplitsDepth ? kSteps % Base::kWarpsN == 0 : Base::kFragmentsM % Base::kWarpsN == 0);
   using TileA = OperandTile<Element, kRankTile, kDepth, Layout::kRows, ChunksFirst>;
-  using Loader =
-      TileLoader<Element, kRankTile, kDepth, Layout::kRows, Base::kThreads, kAligned, RoundedAdapter<Element>>;
+  using Chunk = decltype(adapter_chunk<Element, kAligned>(true));
+  using Loader = TileLoader<Element, kRankTile, kDepth, Layout::kRows, Base::kThreads, Chunk>;
 
  public:
   static constexpr bool kChanges = false;
@@ -167,7 +168,7 @@ class ShrinkBeside {
   static_assert(Base::kBytesStage - Base::kOffsetBeside == kBytes, "a stage has a place for a");
 
   LK_DEVICE ShrinkBeside(const LoraLinearParams& p, int k0, int k1)
-      : loader_({p.a, p.a_stride, p.rank, k1, p.adapters_are_float}, 0, k0) {}
+      : loader_({p.a, p.a_stride, p.rank, k1}, 0, k0, adapter_chunk<Element, kAligned>(p.adapters_are_float)) {}
 
   LK_DEVICE void load(uint32_t beside) { loader_.load(beside); }
 
@@ -262,7 +263,7 @@ LK_DEVICE void store_result(const LoraLinearParams& p, uint32_t smem, int row0, 
   using Element = typename Base::Element;
   const auto* const bias_gmem = static_cast<const typename Element::Storage*>(p.bias);
   sync_block();
-  Base::stage_accumulators(smem, [&](int mi, int ni, int i, int column) {
+  stage_accumulators<Base>(smem, [&](int mi, int ni, int i, int column) {
     const bool has_bias = bias_gmem != nullptr && column0 + column < p.n;
     const float bias = has_bias ? Element::low(load_global(bias_gmem + column0 + column)) : 0.0f;
     return acc[mi][ni][i] + bias;

@@ -11,30 +11,10 @@
 #pragma once
 
 #include "between_blocks.cuh"
+#include "gemm.cuh"
 #include "lora_branch.cuh"
 
 namespace lk {
-
-// Counters of a launch.
-constexpr int kTicketCounter = 0, kDoneCounter = 1, kFirstFlag = 2;
-
-// A piece of work: shrink tile or base tile number `column` of row block `row`.
-struct WorkItem {
-  bool is_shrink;
-  int row, column;
-};
-
-// The work of a ticket. Within a group, row blocks follow each other: neighbours share columns of w, and the group's
-// rows of x stay in the L2 cache.
-LK_HOST_DEVICE WorkItem work_of_ticket(int ticket, int row_blocks, int shrink_columns, int base_columns,
-                                       int group_rows) {
-  const int per_group = group_rows * (shrink_columns + base_columns);
-  const int first_row = ticket / per_group * group_rows;
-  const int rows = smaller(row_blocks - first_row, group_rows);
-  const int i = ticket % per_group, column = i / rows;
-  const bool is_shrink = column < shrink_columns;
-  return {is_shrink, first_row + i % rows, is_shrink ? column : column - shrink_columns};
-}
 
 // The shrink tile's task beside its product where x is dropped out.
 template <class Shrink>
@@ -64,7 +44,8 @@ class PartOfGradB {
 
   LK_DEVICE PartOfGradB(const LoraLinearParams& p, uint32_t smem, int row_block) : n_(p.k) {
     const Operand s{p.saved_s, p.rank, p.rank, p.m};
-    TileLoader<Element, kRank, kM, Layout::kColumns, Shrink::kThreads, kAligned>(s, 0, row_block * kM).load(smem);
+    using Chunk = PlainChunk<Element, kAligned>;
+    TileLoader<Element, kRank, kM, Layout::kColumns, Shrink::kThreads, Chunk>(s, 0, row_block * kM).load(smem);
     copy_async_commit();
     copy_async_wait<0>();
     sync_block();
@@ -190,6 +171,7 @@ struct LoraLinear {
   using Base = Base_;
   using Element = typename Base::Element;
   using Branch = LoraBranch<Base, kAligned_>;
+  using Chunk = PlainChunk<Element, kAligned_>;
   static constexpr bool kAligned = kAligned_;
   static constexpr int kRankTile = kRankTile_, kThreads = Base::kThreads, kM = Base::kM;
   static constexpr int kMinBlocks = kThreads <= 128 ? 2 : 1;  // per SM: bounds the registers
@@ -199,47 +181,26 @@ struct LoraLinear {
   using BranchSide = typename Roles::template BranchSide<Base>;
   static constexpr int kOffsetBehind = larger(Base::kSharedBytes, Base::kBytesResult);
   static constexpr int kOffsetWork = kOffsetBehind + larger(ShrinkSide::kBytes, BranchSide::kBytes);
-  static constexpr int kSharedBytes = kOffsetWork + 16;
+  static constexpr int kSharedBytes = kOffsetWork + kBytesWork;
   static_assert(Shrink::kSharedBytes <= kOffsetBehind, "a rank tile is no wider than a base tile");
 
   LK_DEVICE static void run(const LoraLinearParams& p) {
     const uint32_t smem = dynamic_shared();
-    draw(p, smem);
+    acquire_work(p.counters, smem + kOffsetWork, [&](int ticket) {
+      return work_of_ticket(ticket, ceil_div(p.m, kM), shrink_columns(p), ceil_div(p.n, Base::kN), p.group_rows);
+    });
     if (drawn(smem).is_shrink) {
       shrink_tile(p, smem);
     } else {
       base_tile(p, smem);
     }
-    leave(p);
+    release_work(p.counters, ceil_div(p.m, kM));
   }
 
  private:
   LK_DEVICE static int shrink_columns(const LoraLinearParams& p) { return kColumn0 ? 0 : ceil_div(p.rank, kRankTile); }
 
-  // The block's work lies in shared memory and is read where it is needed: over a main loop, registers are scarce.
-  LK_DEVICE static void draw(const LoraLinearParams& p, uint32_t smem) {
-    if (thread_index() == 0) {
-      const int ticket = static_cast<int>(atomic_add(p.counters + kTicketCounter, 1));
-      const WorkItem work =
-          work_of_ticket(ticket, ceil_div(p.m, kM), shrink_columns(p), ceil_div(p.n, Base::kN), p.group_rows);
-      store_shared_16(smem + kOffsetWork, {{static_cast<uint32_t>(work.row), static_cast<uint32_t>(work.column),
-                                            work.is_shrink ? 1u : 0u}});
-    }
-    sync_block();
-  }
-
-  LK_DEVICE static WorkItem drawn(uint32_t smem) {
-    const Vec16 v = load_shared_16(smem + kOffsetWork);
-    return {v.word[2] != 0, static_cast<int>(v.word[0]), static_cast<int>(v.word[1])};
-  }
-
-  // The last block makes the counters fit for the next launch.
-  LK_DEVICE static void leave(const LoraLinearParams& p) {
-    if (thread_index() != 0) return;
-    const uint32_t done = atomic_add_acquire_release(p.counters + kDoneCounter, 1);
-    if (done + 1 != static_cast<uint32_t>(block_count())) return;
-    for (int i = 0; i < kFirstFlag + ceil_div(p.m, kM); ++i) store_global(p.counters + i, 0u);
-  }
+  LK_DEVICE static WorkItem drawn(uint32_t smem) { return current_work(smem + kOffsetWork); }
 
   LK_DEVICE static uint32_t* flag_of(const LoraLinearParams& p, int row_block) {
     return p.counters + kFirstFlag + row_block;
@@ -248,17 +209,16 @@ struct LoraLinear {
   LK_DEVICE static void shrink_tile(const LoraLinearParams& p, uint32_t smem) {
     const WorkItem work = drawn(smem);
     const int row0 = work.row * kM, column0 = work.column * kRankTile;
-    const Operand x{p.x, p.x_stride, p.m, p.k}, a{p.a, p.a_stride, p.rank, p.k, p.adapters_are_float};
+    const Operand x{p.x, p.x_stride, p.m, p.k}, a{p.a, p.a_stride, p.rank, p.k};
     typename Shrink::Accumulator acc = {};
     const auto run = [&](auto&& beside) {
-      with_rounding<Element>(p.adapters_are_float, [&](auto rounded) {
-        using Rounded = typename decltype(rounded)::Type;
-        Shrink::template run<kAligned, Rounded>(smem, x, row0, a, column0, 0, p.k, acc, beside);
+      with_adapter_chunk<Element, kAligned>(p.adapters_are_float, [&](auto chunk) {
+        Shrink::template run<Chunk, decltype(chunk)>(smem, x, row0, a, column0, 0, p.k, acc, beside);
       });
     };
     const float scale = ShrinkSide::with_task(p, smem + kOffsetBehind, work.row, run);
     sync_block();  // the stages are free
-    Shrink::stage_accumulators(smem, [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
+    stage_accumulators<Shrink>(smem, [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
     sync_block();
     store_tile<Element, kM, kRankTile, kThreads, kAligned>(smem, p.s, p.rank, p.m, p.rank, row0, column0);
     sync_block();
@@ -269,8 +229,8 @@ struct LoraLinear {
     typename Base::Accumulator acc = {};
     const auto run = [&](auto&& beside) {
       const WorkItem work = drawn(smem);
-      Base::template run<kAligned>(smem, {p.x, p.x_stride, p.m, p.k}, work.row * kM, {p.w, p.w_stride, p.n, p.k},
-                                   work.column * Base::kN, 0, p.k, acc, beside);
+      Base::template run<Chunk, Chunk>(smem, {p.x, p.x_stride, p.m, p.k}, work.row * kM, {p.w, p.w_stride, p.n, p.k},
+                                       work.column * Base::kN, 0, p.k, acc, beside);
       sync_block();  // the stages are free
     };
     if (kColumn0 && drawn(smem).column == 0) {

@@ -1,4 +1,4 @@
-// Every asm statement of the kernels, behind names. Requires sm_80.
+// The machine of sm_80 and later behind names: every asm statement of the kernels is in this folder.
 //
 // Shared memory is addressed by 32-bit byte offsets within the shared window, as ldmatrix and cp.async want it.
 #pragma once
