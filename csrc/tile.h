@@ -26,8 +26,9 @@ struct SharedTile {
 
   static constexpr int bytes(int rows) { return rows * kRowBytes; }
 
-  // What is exclusive-or'ed to the number of a chunk. A sum of rows without a carry has the turns' exclusive or.
-  LK_HOST_DEVICE static constexpr int turn(int row) {
+  // What is exclusive-or'ed to the number of a chunk. A sum of rows without a carry has the exclusive or of their
+  // swizzles.
+  LK_HOST_DEVICE static constexpr int swizzle(int row) {
     // Four rows of 32 bytes or two of 64 share the 128 bytes of all banks; a longer row has them to itself.
     if (kRowBytes == 32) return (row >> 2) & 1;
     if (kElementBytes == 2) return kRowBytes == 64 ? (row >> 1) & 3 : row & 7;
@@ -36,7 +37,7 @@ struct SharedTile {
 
   // Byte offset of a chunk, and of an element.
   LK_HOST_DEVICE static uint32_t offset(int row, int chunk) {
-    return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ turn(row)) * kChunkBytes));
+    return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ swizzle(row)) * kChunkBytes));
   }
   LK_HOST_DEVICE static uint32_t element_offset(int row, int column) {
     return offset(row, column / kChunkElements) + static_cast<uint32_t>(column % kChunkElements * kElementBytes);

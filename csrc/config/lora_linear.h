@@ -47,7 +47,7 @@ constexpr int kGroupRows = 1024;
 constexpr int rank_tile_of(int64_t rank) { return rank <= 16 ? 16 : 64; }
 
 // Where one block has all ranks of s, as in column-0, dual and decode.
-constexpr int kMaxRankBeside = 64;
+constexpr int kMaxRankOfBlock = 64;
 
 // Whether rows of these lengths are whole chunks, which `aligned` needs besides pointers and strides.
 constexpr bool whole_chunks(int64_t n, int64_t k, int64_t rank, int element_bytes) {
@@ -93,28 +93,28 @@ inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t k, int6
   config.key.aligned = aligned;
   config.key.rank_tile = rank_tile_of(rank);
   config.splits = 1;
-  const bool may_be_beside = aligned && !has_dropout && rank <= kMaxRankBeside;
-  if (may_be_beside && m <= tile_shape(LoraTile::kFlat).rows) {
+  const bool fits_one_block = aligned && !has_dropout && rank <= kMaxRankOfBlock;
+  if (fits_one_block && m <= tile_shape(LoraTile::kFlat).rows) {
     config.key.schedule = Schedule::kDecode;
     config.reason = "few rows: reading w is all that counts, and blocks share out its columns and the depth";
     config.key.tile = LoraTile::kFlat;
     config.tile_reason = "few rows";
-  } else if (may_be_beside && n <= tile_shape(LoraTile::kSmall).columns) {
+  } else if (fits_one_block && n <= tile_shape(LoraTile::kSmall).columns) {
     config.key.schedule = Schedule::kDual;
     config.reason = "y is one tile wide: no other block needs these rows of s";
     config.key.tile = LoraTile::kSmall;
     config.tile_reason = "y is no wider";
   } else {
     config.key.tile = choose_tile(m, n, aligned, device, config.tile_reason);
-    if (may_be_beside && config.key.tile == LoraTile::kLarge && config.key.rank_tile == 64) {
+    if (fits_one_block && config.key.tile == LoraTile::kLarge && config.key.rank_tile == 64) {
       config.key.schedule = Schedule::kColumn0;
       config.reason = "one block per SM: nobody would fill the gap while it waits for a tile of s";
     } else {
       config.key.schedule = Schedule::kTicketed;
-      config.reason = has_dropout             ? "dropout is applied once, in tiles of s alone"
-                      : rank > kMaxRankBeside ? "the rank is too large for one block"
-                      : !aligned              ? "rows are not aligned to 16 bytes"
-                                              : "several blocks per SM: tiles of s run beside tiles of y";
+      config.reason = has_dropout              ? "dropout is applied once, in tiles of s alone"
+                      : rank > kMaxRankOfBlock ? "the rank is too large for one block"
+                      : !aligned               ? "rows are not aligned to 16 bytes"
+                                               : "several blocks per SM: tiles of s run beside tiles of y";
     }
   }
   if (config.key.schedule == Schedule::kDual || config.key.schedule == Schedule::kDecode) {

@@ -22,8 +22,8 @@ struct FrozenLinear {
     typename Base::Accumulator acc = {};
     using Chunk = PlainChunk<Element, kAligned>;
     Base::template run<Chunk, Chunk>(smem, {p.x, p.x_stride, p.m, p.k}, row0, {p.w, p.w_stride, p.n, p.k}, column0, 0,
-                                     p.k, acc, Alone{});
-    store_result<Base, kAligned>(p, smem, row0, column0, acc);
+                                     p.k, acc, NoSideTask{});
+    epilogue<Base, kAligned>(p, smem, row0, column0, acc);
   }
 };
 

@@ -1,15 +1,21 @@
-// The main loop that all LoRA kernels share: acc += P Qᵀ for a [kM, kN] tile, operands streamed through shared memory
-// by cp.async and multiplied by mma.sync.
+// The main loop of sm_80 that all LoRA kernels share: acc += P Qᵀ for a [kM, kN] tile, operands streamed through shared
+// memory by cp.async and multiplied by mma.sync.
+//
+// Glossary. P, Q: the operands of M and of N rows (a and b are LoRA's). Stage: kDepth of both in shared memory; kStages
+// of them rotate. Prologue: the loads before the loop; epilogue: what becomes of accumulators (store.cuh,
+// lora_branch.cuh). Side task: what a loop does with a stage besides the product (NoSideTask). Chunk: 16 bytes, the
+// unit of copies, of ldmatrix and of the swizzle (tile.h). Tile scheduler: tickets, acquire_work, release_work
+// (between_blocks.cuh).
 #pragma once
 
 #include "main_loop.cuh"
 
 namespace lk {
 
-// One block's tile: kM x kN, kDepth of the reduction at a time, kStages of them under way. A stage has kBesideBytes for
+// One block's tile: kM x kN, kDepth of the reduction at a time, kStages of them under way. A stage has kSideBytes for
 // what is brought along.
 template <class Element_, int kM_, int kN_, int kDepth_, int kWarpsM_, int kWarpsN_, int kStages_,
-          Layout kLayoutP = Layout::kRows, Layout kLayoutQ = Layout::kRows, int kBesideBytes = 0>
+          Layout kLayoutP = Layout::kRows, Layout kLayoutQ = Layout::kRows, int kSideBytes = 0>
 struct Gemm {
   using Element = Element_;
   static constexpr int kM = kM_, kN = kN_, kDepth = kDepth_, kStages = kStages_;
@@ -28,8 +34,8 @@ struct Gemm {
   template <class Chunk>
   using LoaderQ = TileLoader<Element, kN, kDepth, kLayoutQ, kThreads, Chunk>;
 
-  static constexpr int kOffsetQ = TileP::kBytes, kOffsetBeside = kOffsetQ + TileQ::kBytes;
-  static constexpr int kBytesStage = kOffsetBeside + kBesideBytes;
+  static constexpr int kOffsetQ = TileP::kBytes, kOffsetSide = kOffsetQ + TileQ::kBytes;
+  static constexpr int kBytesStage = kOffsetSide + kSideBytes;
   static constexpr int kSharedBytes = kStages * kBytesStage;
   static constexpr int kBytesResult = SharedTile<kN, sizeof(typename Element::Storage)>::bytes(kM);
 
@@ -57,19 +63,19 @@ struct Gemm {
   }
 
   // acc += P[row0 ...] Q[column0 ...]ᵀ over depth [k0, k1). The last stages may still be read by other warps on return.
-  template <class ChunkP, class ChunkQ, class Beside>
+  template <class ChunkP, class ChunkQ, class Task>
   LK_DEVICE static void run(uint32_t smem, const Operand& p, int row0, const Operand& q, int column0, int k0, int k1,
-                            Accumulator& acc, Beside&& beside) {
+                            Accumulator& acc, Task&& task) {
     LoaderP<ChunkP> load_P({p.data, p.stride, p.rows, k1}, row0, k0);
     LoaderQ<ChunkQ> load_Q({q.data, q.stride, q.rows, k1}, column0, k0);
     const auto load_stage = [&](uint32_t stage) {
       load_P.load(stage);
       load_Q.load(stage + kOffsetQ);
-      beside.load(stage + kOffsetBeside);
+      task.fill(stage + kOffsetSide);
     };
     const int tiles = (k1 - k0 + kDepth - 1) / kDepth;
     LK_UNROLL
-    for (int t = 0; t < kStages - 1; ++t) {
+    for (int t = 0; t < kStages - 1; ++t) {  // the prologue
       if (t < tiles) load_stage(smem + t * kBytesStage);
       copy_async_commit();
     }
@@ -80,8 +86,8 @@ struct Gemm {
       sync_block();  // this stage is here for all, and all have left the stage that is filled next
       if (left >= kStages) load_stage(free_stage);
       copy_async_commit();
-      beside.arrived(stage, k0 + (tiles - left) * kDepth);
-      if constexpr (std::remove_reference_t<Beside>::kChanges) sync_block();
+      task.on_stage_ready(stage, k0 + (tiles - left) * kDepth);
+      if constexpr (std::remove_reference_t<Task>::kChangesStage) sync_block();
       LK_UNROLL
       for (int step = 0; step < kSteps; ++step) {
         for_fragments(stage, offset_P, offset_Q, step,

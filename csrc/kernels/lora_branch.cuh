@@ -102,16 +102,17 @@ struct LoraBranch {
     }
   }
 
-  // s is what `shrink` (ShrinkBeside) has computed beside this tile. `staged` is called when it lies in shared memory.
-  template <class Shrink, class Staged>
-  LK_DEVICE static void add_beside(const LoraLinearParams& p, uint32_t smem, int column0, Shrink& shrink,
-                                   float* partial_s, typename Base::Accumulator& acc, const Staged& staged) {
+  // s is what `shrink` (ShrinkTask) has computed beside this tile. `on_s_ready` is called when it lies in shared
+  // memory.
+  template <class Shrink, class Ready>
+  LK_DEVICE static void add_own(const LoraLinearParams& p, uint32_t smem, int column0, Shrink& shrink, float* partial_s,
+                                typename Base::Accumulator& acc, const Ready& on_s_ready) {
     load_b(p, smem, column0, 0, p.rank);
     copy_async_commit();
     shrink.stage(smem, p.rank, partial_s);
     copy_async_wait<0>();
     sync_block();
-    staged();
+    on_s_ready();
     multiply(smem, p.rank, acc, ScaledSum{p.scaling});
   }
 
@@ -151,7 +152,7 @@ struct LoraBranch {
 // Beside the product with w: s = x aᵀ for the tile's rows, without dropout, all ranks (at most kRankTile). The warps
 // that share rows of x divide the work: by rows if there are enough, else by depth, and add up at the end.
 template <class Base, int kRankTile, bool kAligned>
-class ShrinkBeside {
+class ShrinkTask {
   using Element = typename Base::Element;
   static constexpr int kDepth = Base::kDepth, kSteps = Base::kSteps;
   static constexpr bool kSplitsDepth = Base::kFragmentsM < Base::kWarpsN;
@@ -163,17 +164,17 @@ class ShrinkBeside {
   using Loader = TileLoader<Element, kRankTile, kDepth, Layout::kRows, Base::kThreads, Chunk>;
 
  public:
-  static constexpr bool kChanges = false;
+  static constexpr bool kChangesStage = false;
   static constexpr int kBytes = TileA::kBytes;
-  static_assert(Base::kBytesStage - Base::kOffsetBeside == kBytes, "a stage has a place for a");
+  static_assert(Base::kBytesStage - Base::kOffsetSide == kBytes, "a stage has a place for a");
 
-  LK_DEVICE ShrinkBeside(const LoraLinearParams& p, int k0, int k1)
+  LK_DEVICE ShrinkTask(const LoraLinearParams& p, int k0, int k1)
       : loader_({p.a, p.a_stride, p.rank, k1}, 0, k0, adapter_chunk<Element, kAligned>(p.adapters_are_float)) {}
 
-  LK_DEVICE void load(uint32_t beside) { loader_.load(beside); }
+  LK_DEVICE void fill(uint32_t place) { loader_.load(place); }
 
-  LK_DEVICE void arrived(uint32_t stage, int) {
-    const uint32_t x = stage + Base::lane_offset_P(), a = stage + Base::kOffsetBeside + TileA::lane_offset(0);
+  LK_DEVICE void on_stage_ready(uint32_t stage, int) {
+    const uint32_t x = stage + Base::lane_offset_P(), a = stage + Base::kOffsetSide + TileA::lane_offset(0);
     LK_UNROLL
     for (int i = 0; i < kSteps / (kSplitsDepth ? Base::kWarpsN : 1); ++i) {
       const int step = kSplitsDepth ? i * Base::kWarpsN + warp_n() : i;
@@ -227,9 +228,9 @@ class ShrinkBeside {
     static_assert(Base::kWarpsM == 1);
     constexpr int kFragments = kRowFragments * kFragmentsN;
     constexpr int kBytesWarp = kFragments * kWarp * 16;
-    constexpr int kBehindBranch = (kRankTile + kDepth - 1) / kDepth * Base::kBytesStage;
-    static_assert(kBehindBranch + Base::kWarpsN * kBytesWarp <= Base::kSharedBytes);
-    const uint32_t scratch = smem + kBehindBranch;
+    constexpr int kOffsetScratch = (kRankTile + kDepth - 1) / kDepth * Base::kBytesStage;
+    static_assert(kOffsetScratch + Base::kWarpsN * kBytesWarp <= Base::kSharedBytes);
+    const uint32_t scratch = smem + kOffsetScratch;
     const int lane = thread_index() % kWarp;
     LK_UNROLL
     for (int i = 0; i < kFragments; ++i) {
@@ -258,8 +259,8 @@ class ShrinkBeside {
 
 // y = acc + bias, by way of shared memory, where all threads have finished.
 template <class Base, bool kAligned>
-LK_DEVICE void store_result(const LoraLinearParams& p, uint32_t smem, int row0, int column0,
-                            const typename Base::Accumulator& acc) {
+LK_DEVICE void epilogue(const LoraLinearParams& p, uint32_t smem, int row0, int column0,
+                        const typename Base::Accumulator& acc) {
   using Element = typename Base::Element;
   const auto* const bias_gmem = static_cast<const typename Element::Storage*>(p.bias);
   sync_block();

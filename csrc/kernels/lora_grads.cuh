@@ -48,12 +48,12 @@ struct LoraGrads {
  private:
   // While x is in shared memory.
   struct DropX {
-    static constexpr bool kChanges = true;
+    static constexpr bool kChangesStage = true;
     int column0;
     DropoutMask mask;
 
-    LK_DEVICE void load(uint32_t) const {}
-    LK_DEVICE void arrived(uint32_t stage, int row0) const {
+    LK_DEVICE void fill(uint32_t) const {}
+    LK_DEVICE void on_stage_ready(uint32_t stage, int row0) const {
       drop_tile<typename TileA::TileQ::Tile, kDepth, kThreads>(stage + TileA::kOffsetQ, row0, column0, mask);
     }
   };
@@ -62,16 +62,16 @@ struct LoraGrads {
                                   int column0) {
     const Operand grad_s{p.grad_s, p.rank, p.rank, p.m}, x{p.x, p.x_stride, p.k, p.m};
     typename TileA::Accumulator acc = {};
-    const auto run = [&](auto&& beside) {
+    const auto run = [&](auto&& task) {
       TileA::template run<Chunk, Chunk>(smem, grad_s, rank0, x, column0, first_row(p, split), first_row(p, split + 1),
-                                        acc, beside);
+                                        acc, task);
     };
     float scale = p.scaling;
     if (p.seed != nullptr) {
       run(DropX{column0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
       scale *= p.dropout_scale;
     } else {
-      run(Alone{});
+      run(NoSideTask{});
     }
     finish<TileA>(p, smem, tile, split, acc, scale, p.grad_a, p.k, p.rank, p.k, rank0, column0);
   }
@@ -80,7 +80,7 @@ struct LoraGrads {
     const Operand grad_y{p.grad_y, p.grad_y_stride, p.n, p.m}, s{p.s, p.rank, p.rank, p.m};
     typename TileB::Accumulator acc = {};
     TileB::template run<Chunk, Chunk>(smem, grad_y, row0, s, rank0, first_row(p, split), first_row(p, split + 1), acc,
-                                      Alone{});
+                                      NoSideTask{});
     finish<TileB>(p, smem, tile, split, acc, p.scaling, p.grad_b, p.rank, p.n, p.rank, row0, rank0);
   }
 

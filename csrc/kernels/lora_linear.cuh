@@ -1,10 +1,22 @@
 // y = x wᵀ + bias + scaling · s bᵀ, s = dropout(x) aᵀ, in one launch: schedules "ticketed" and "column-0".
 //
-// Ticketed: a block draws a ticket and does one piece of work. *Shrink* tiles compute s for a block of rows; *base*
+// Ticketed: a block acquires one piece of work, by a ticket. *Shrink* tiles compute s for a block of rows; *base*
 // tiles compute y. For a group of row blocks the shrink tiles have the lower tickets. A base tile multiplies x by w
 // first and needs its rows of s only then; by that time they are nearly always there, and if not it waits for a flag.
 // It waits only for lower tickets, which belong to blocks that are running or done: no deadlock, whatever the order the
 // blocks start in. Column-0: there are no shrink tiles; the base tiles of column 0 compute s beside y.
+//
+// Where what happens to one tile is:
+// - between_blocks.cuh: which tile a block computes (tickets), how the last block cleans up, flags between blocks;
+// - lora_linear.cuh: shrink and base tiles, and what the forward and the gradient of x do differently (*Roles);
+// - operand.cuh: x, w, a and b from memory to shared memory (walks and chunks) and from there to fragments;
+// - formats/: operands that are decoded on the way, as fp32 adapters are;
+// - gemm.cuh: the main loop, x wᵀ or x aᵀ; main_loop.cuh: what is asked of one;
+// - dropout.cuh: the mask, on a stage of x or as bits for the branch;
+// - lora_branch.cuh: acc += scaling · s bᵀ, with s of other blocks or of this one (ShrinkTask), and the epilogue;
+// - store.cuh: accumulators to rows of memory, and sums of parts of the depth.
+// lora_linear_dual.cuh has the schedules of few rows or columns, lora_grads.cuh dA and dB; lora_linear_variants.cuh
+// lists all kernels with their keys, and config/lora_linear.h chooses one.
 //
 // The gradient of x is the same computation: dX = dY W + scaling · mask ∘ (s' A), s' = dY B, where w, a and b lie the
 // other way round in memory, and dropout acts on the branch's result.
@@ -19,12 +31,12 @@ namespace lk {
 // The shrink tile's task beside its product where x is dropped out.
 template <class Shrink>
 struct DropX {
-  static constexpr bool kChanges = true;
+  static constexpr bool kChangesStage = true;
   int row0;
   DropoutMask mask;
 
-  LK_DEVICE void load(uint32_t) const {}
-  LK_DEVICE void arrived(uint32_t stage, int k0) const {
+  LK_DEVICE void fill(uint32_t) const {}
+  LK_DEVICE void on_stage_ready(uint32_t stage, int k0) const {
     drop_tile<typename Shrink::TileP::Tile, Shrink::kM, Shrink::kThreads>(stage, row0, k0, mask);
   }
 };
@@ -39,7 +51,7 @@ class PartOfGradB {
   using GradY = OperandTile<Element, Shrink::kDepth, kM, Layout::kColumns, ChunksFirst>;  // a stage's tile, seen as dYᵀ
 
  public:
-  static constexpr bool kChanges = false;
+  static constexpr bool kChangesStage = false;
   static_assert(SavedS::kBytes == Shrink::kBytesResult, "as many bytes as GradXRoles keeps for it");
 
   LK_DEVICE PartOfGradB(const LoraLinearParams& p, uint32_t smem, int row_block) : n_(p.k) {
@@ -59,9 +71,9 @@ class PartOfGradB {
     out_ = p.partial_grad_b + static_cast<int64_t>(row_block) * n_ * kRank;
   }
 
-  LK_DEVICE void load(uint32_t) const {}
+  LK_DEVICE void fill(uint32_t) const {}
 
-  LK_DEVICE void arrived(uint32_t stage, int n0) const {
+  LK_DEVICE void on_stage_ready(uint32_t stage, int n0) const {
     const int lane = thread_index() % kWarp;
     LK_UNROLL
     for (int row = thread_index() / kWarp / 2 * 16; row < Shrink::kDepth; row += Shrink::kThreads / kWarp / 2 * 16) {
@@ -111,7 +123,7 @@ struct ForwardRoles {
         run(DropX<Shrink>{row_block * Shrink::kM, DropoutMask(p.seed, p.dropout_threshold, p.k)});
         return p.dropout_scale;
       }
-      run(Alone{});
+      run(NoSideTask{});
       return 1.0f;
     }
   };
@@ -144,7 +156,7 @@ struct GradXRoles {
           return 1.0f;
         }
       }
-      run(Alone{});
+      run(NoSideTask{});
       return 1.0f;
     }
   };
@@ -179,17 +191,17 @@ struct LoraLinear {
       Gemm<Element, kM, kRankTile, Base::kDepth, kThreads / kWarp, 1, Base::kStages, Layout::kRows, Roles::kFactors>;
   using ShrinkSide = typename Roles::template ShrinkSide<Shrink, kAligned>;
   using BranchSide = typename Roles::template BranchSide<Base>;
-  static constexpr int kOffsetBehind = larger(Base::kSharedBytes, Base::kBytesResult);
-  static constexpr int kOffsetWork = kOffsetBehind + larger(ShrinkSide::kBytes, BranchSide::kBytes);
+  static constexpr int kOffsetAfterStages = larger(Base::kSharedBytes, Base::kBytesResult);
+  static constexpr int kOffsetWork = kOffsetAfterStages + larger(ShrinkSide::kBytes, BranchSide::kBytes);
   static constexpr int kSharedBytes = kOffsetWork + kBytesWork;
-  static_assert(Shrink::kSharedBytes <= kOffsetBehind, "a rank tile is no wider than a base tile");
+  static_assert(Shrink::kSharedBytes <= kOffsetAfterStages, "a rank tile is no wider than a base tile");
 
   LK_DEVICE static void run(const LoraLinearParams& p) {
     const uint32_t smem = dynamic_shared();
     acquire_work(p.counters, smem + kOffsetWork, [&](int ticket) {
       return work_of_ticket(ticket, ceil_div(p.m, kM), shrink_columns(p), ceil_div(p.n, Base::kN), p.group_rows);
     });
-    if (drawn(smem).is_shrink) {
+    if (work_of(smem).is_shrink) {
       shrink_tile(p, smem);
     } else {
       base_tile(p, smem);
@@ -200,23 +212,23 @@ struct LoraLinear {
  private:
   LK_DEVICE static int shrink_columns(const LoraLinearParams& p) { return kColumn0 ? 0 : ceil_div(p.rank, kRankTile); }
 
-  LK_DEVICE static WorkItem drawn(uint32_t smem) { return current_work(smem + kOffsetWork); }
+  LK_DEVICE static WorkItem work_of(uint32_t smem) { return current_work(smem + kOffsetWork); }
 
   LK_DEVICE static uint32_t* flag_of(const LoraLinearParams& p, int row_block) {
     return p.counters + kFirstFlag + row_block;
   }
 
   LK_DEVICE static void shrink_tile(const LoraLinearParams& p, uint32_t smem) {
-    const WorkItem work = drawn(smem);
+    const WorkItem work = work_of(smem);
     const int row0 = work.row * kM, column0 = work.column * kRankTile;
     const Operand x{p.x, p.x_stride, p.m, p.k}, a{p.a, p.a_stride, p.rank, p.k};
     typename Shrink::Accumulator acc = {};
-    const auto run = [&](auto&& beside) {
+    const auto run = [&](auto&& task) {
       with_adapter_chunk<Element, kAligned>(p.adapters_are_float, [&](auto chunk) {
-        Shrink::template run<Chunk, decltype(chunk)>(smem, x, row0, a, column0, 0, p.k, acc, beside);
+        Shrink::template run<Chunk, decltype(chunk)>(smem, x, row0, a, column0, 0, p.k, acc, task);
       });
     };
-    const float scale = ShrinkSide::with_task(p, smem + kOffsetBehind, work.row, run);
+    const float scale = ShrinkSide::with_task(p, smem + kOffsetAfterStages, work.row, run);
     sync_block();  // the stages are free
     stage_accumulators<Shrink>(smem, [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
     sync_block();
@@ -227,36 +239,36 @@ struct LoraLinear {
 
   LK_DEVICE static void base_tile(const LoraLinearParams& p, uint32_t smem) {
     typename Base::Accumulator acc = {};
-    const auto run = [&](auto&& beside) {
-      const WorkItem work = drawn(smem);
+    const auto run = [&](auto&& task) {
+      const WorkItem work = work_of(smem);
       Base::template run<Chunk, Chunk>(smem, {p.x, p.x_stride, p.m, p.k}, work.row * kM, {p.w, p.w_stride, p.n, p.k},
-                                       work.column * Base::kN, 0, p.k, acc, beside);
+                                       work.column * Base::kN, 0, p.k, acc, task);
       sync_block();  // the stages are free
     };
-    if (kColumn0 && drawn(smem).column == 0) {
+    if (kColumn0 && work_of(smem).column == 0) {
       if constexpr (kColumn0) {
-        ShrinkBeside<Base, kRankTile, kAligned> shrink(p, 0, p.k);
+        ShrinkTask<Base, kRankTile, kAligned> shrink(p, 0, p.k);
         run(shrink);
-        Branch::add_beside(p, smem, 0, shrink, nullptr, acc, [&] {
-          const int row_block = drawn(smem).row;
+        Branch::add_own(p, smem, 0, shrink, nullptr, acc, [&] {
+          const int row_block = work_of(smem).row;
           Branch::store_s(p, smem, row_block * kM);
           sync_block();
           if (thread_index() == 0) store_release(flag_of(p, row_block), 1);
         });
       }
     } else {
-      run(Alone{});
+      run(NoSideTask{});
       add_branch(p, smem, acc);
     }
-    const WorkItem work = drawn(smem);
-    store_result<Base, kAligned>(p, smem, work.row * kM, work.column * Base::kN, acc);
+    const WorkItem work = work_of(smem);
+    epilogue<Base, kAligned>(p, smem, work.row * kM, work.column * Base::kN, acc);
   }
 
   // With s from the shrink tiles, or from column 0.
   LK_DEVICE static void add_branch(const LoraLinearParams& p, uint32_t smem, typename Base::Accumulator& acc) {
-    const WorkItem work = drawn(smem);
+    const WorkItem work = work_of(smem);
     const int row0 = work.row * kM, column0 = work.column * Base::kN;
-    BranchSide::with_sum(p, smem + kOffsetBehind, row0, column0, [&](auto sum) {
+    BranchSide::with_sum(p, smem + kOffsetAfterStages, row0, column0, [&](auto sum) {
       Branch::add(p, smem, row0, column0, flag_of(p, work.row), kColumn0 ? 1 : shrink_columns(p), acc, sum);
     });
   }

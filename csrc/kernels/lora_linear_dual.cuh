@@ -20,7 +20,7 @@ struct LoraLinearDual {
   static constexpr int kThreads = Base::kThreads, kM = Base::kM, kMinBlocks = 2;
   using Chunk = PlainChunk<Element, kAligned>;
   using Branch = LoraBranch<Base, kAligned>;
-  using Shrink = ShrinkBeside<Base, kRankTile, kAligned>;
+  using Shrink = ShrinkTask<Base, kRankTile, kAligned>;
   static constexpr int kSharedBytes = larger(Base::kSharedBytes, Base::kBytesResult);
 
   LK_DEVICE static void run(const LoraLinearParams& p) {
@@ -37,7 +37,7 @@ struct LoraLinearDual {
     sync_block();  // the stages are free
     const bool is_split = p.splits > 1;
     float* const partial_s = column_block == 0 && is_split ? partials_of_s(p, row_block) + split * kPartialS : nullptr;
-    Branch::add_beside(p, smem, column0, shrink, partial_s, acc, [&] {
+    Branch::add_own(p, smem, column0, shrink, partial_s, acc, [&] {
       if (column_block == 0 && !is_split) Branch::store_s(p, smem, row0);
     });
     if (is_split) {
@@ -47,7 +47,7 @@ struct LoraLinearDual {
       sum_partials<Base>(partials, p.splits, acc);
       if (column_block == 0) store_sum_of_s(p, row_block);
     }
-    store_result<Base, kAligned>(p, smem, row0, column0, acc);
+    epilogue<Base, kAligned>(p, smem, row0, column0, acc);
   }
 
  private:

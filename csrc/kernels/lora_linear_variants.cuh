@@ -16,8 +16,8 @@ constexpr bool has_shape(TileShape tile) {
          Base::kDepth == tile.depth(sizeof(typename Base::Element::Storage)) && Base::kStages == tile.stages;
 }
 
-// Bytes beside a stage for a tile of A.
-constexpr int beside(int rank_tile, LoraTile tile) { return rank_tile * tile_shape(tile).depth_bytes; }
+// Bytes of a stage for the side task's tile of A.
+constexpr int side_bytes(int rank_tile, LoraTile tile) { return rank_tile * tile_shape(tile).depth_bytes; }
 
 // Depth of a tile in elements.
 template <class Element, LoraTile kTile>
@@ -28,14 +28,14 @@ constexpr int kDepthOf = tile_shape(kTile).depth(sizeof(typename Element::Storag
 // per SM instead of two.
 template <class Element>
 constexpr int kFewestWarpsN = sizeof(typename Element::Storage) == 2 ? 2 : 4;
-template <class Element, int kWarpsN, Layout kLayoutW = Layout::kRows, int kBeside = 0>
+template <class Element, int kWarpsN, Layout kLayoutW = Layout::kRows, int kSide = 0>
 using LargeTile =
-    Gemm<Element, 128, 128, kDepthOf<Element, LoraTile::kLarge>, 2, kWarpsN, 4, Layout::kRows, kLayoutW, kBeside>;
-template <class Element, Layout kLayoutW = Layout::kRows, int kBeside = 0>
-using SmallTile = Gemm<Element, 64, 64, kDepthOf<Element, LoraTile::kSmall>, 2, 2, 3, Layout::kRows, kLayoutW, kBeside>;
-template <class Element, int kBeside>
+    Gemm<Element, 128, 128, kDepthOf<Element, LoraTile::kLarge>, 2, kWarpsN, 4, Layout::kRows, kLayoutW, kSide>;
+template <class Element, Layout kLayoutW = Layout::kRows, int kSide = 0>
+using SmallTile = Gemm<Element, 64, 64, kDepthOf<Element, LoraTile::kSmall>, 2, 2, 3, Layout::kRows, kLayoutW, kSide>;
+template <class Element, int kSide>
 using FlatTile =
-    Gemm<Element, 16, 64, kDepthOf<Element, LoraTile::kFlat>, 1, 4, 4, Layout::kRows, Layout::kRows, kBeside>;
+    Gemm<Element, 16, 64, kDepthOf<Element, LoraTile::kFlat>, 1, 4, 4, Layout::kRows, Layout::kRows, kSide>;
 static_assert(has_shape<LargeTile<BFloat16, 2>>(tile_shape(LoraTile::kLarge)));
 static_assert(has_shape<SmallTile<BFloat16>>(tile_shape(LoraTile::kSmall)));
 static_assert(has_shape<FlatTile<BFloat16, 0>>(tile_shape(LoraTile::kFlat)));
@@ -68,30 +68,30 @@ constexpr LoraKey grad_x_key(LoraTile tile, int rank_tile, bool aligned = true) 
 
 // Every kernel of lora_linear...
 template <class Element>
-using LoraForwardVariants =
-    VariantList<LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kLarge, 16),
-                            LoraLinear<LargeTile<Element, kFewestWarpsN<Element>>, 16, true, ForwardRoles>>,
-                LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kLarge, 64),
-                            LoraLinear<LargeTile<Element, 4>, 64, true, ForwardRoles>>,
-                LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 16),
-                            LoraLinear<SmallTile<Element>, 16, true, ForwardRoles>>,
-                LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 64),
-                            LoraLinear<SmallTile<Element>, 64, true, ForwardRoles>>,
-                LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 16, false),
-                            LoraLinear<SmallTile<Element>, 16, false, ForwardRoles>>,
-                LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 64, false),
-                            LoraLinear<SmallTile<Element>, 64, false, ForwardRoles>>,
-                LoraVariant<forward_key(Schedule::kColumn0, LoraTile::kLarge, 64),
-                            LoraLinear<LargeTile<Element, 4, Layout::kRows, beside(64, LoraTile::kLarge)>, 64, true,
-                                       ForwardRoles, true>>,
-                LoraVariant<forward_key(Schedule::kDual, LoraTile::kSmall, 16),
-                            LoraLinearDual<SmallTile<Element, Layout::kRows, beside(16, LoraTile::kSmall)>, 16, true>>,
-                LoraVariant<forward_key(Schedule::kDual, LoraTile::kSmall, 64),
-                            LoraLinearDual<SmallTile<Element, Layout::kRows, beside(64, LoraTile::kSmall)>, 64, true>>,
-                LoraVariant<forward_key(Schedule::kDecode, LoraTile::kFlat, 16),
-                            LoraLinearDual<FlatTile<Element, beside(16, LoraTile::kFlat)>, 16, true>>,
-                LoraVariant<forward_key(Schedule::kDecode, LoraTile::kFlat, 64),
-                            LoraLinearDual<FlatTile<Element, beside(64, LoraTile::kFlat)>, 64, true>>>;
+using LoraForwardVariants = VariantList<
+    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kLarge, 16),
+                LoraLinear<LargeTile<Element, kFewestWarpsN<Element>>, 16, true, ForwardRoles>>,
+    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kLarge, 64),
+                LoraLinear<LargeTile<Element, 4>, 64, true, ForwardRoles>>,
+    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 16),
+                LoraLinear<SmallTile<Element>, 16, true, ForwardRoles>>,
+    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 64),
+                LoraLinear<SmallTile<Element>, 64, true, ForwardRoles>>,
+    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 16, false),
+                LoraLinear<SmallTile<Element>, 16, false, ForwardRoles>>,
+    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 64, false),
+                LoraLinear<SmallTile<Element>, 64, false, ForwardRoles>>,
+    LoraVariant<forward_key(Schedule::kColumn0, LoraTile::kLarge, 64),
+                LoraLinear<LargeTile<Element, 4, Layout::kRows, side_bytes(64, LoraTile::kLarge)>, 64, true,
+                           ForwardRoles, true>>,
+    LoraVariant<forward_key(Schedule::kDual, LoraTile::kSmall, 16),
+                LoraLinearDual<SmallTile<Element, Layout::kRows, side_bytes(16, LoraTile::kSmall)>, 16, true>>,
+    LoraVariant<forward_key(Schedule::kDual, LoraTile::kSmall, 64),
+                LoraLinearDual<SmallTile<Element, Layout::kRows, side_bytes(64, LoraTile::kSmall)>, 64, true>>,
+    LoraVariant<forward_key(Schedule::kDecode, LoraTile::kFlat, 16),
+                LoraLinearDual<FlatTile<Element, side_bytes(16, LoraTile::kFlat)>, 16, true>>,
+    LoraVariant<forward_key(Schedule::kDecode, LoraTile::kFlat, 64),
+                LoraLinearDual<FlatTile<Element, side_bytes(64, LoraTile::kFlat)>, 64, true>>>;
 
 // ... of the gradient of x...
 template <class Element>

@@ -34,8 +34,8 @@ struct OperandTile {
     return Tile::offset(Lanes::row(lane), row / Tile::kChunkElements + Lanes::chunk(lane));
   }
 
-  // Rows [16 i, 16 i + 16) from there, fragment `step` of the depth. Eight rows of memory on, the turn of a row is the
-  // same; two chunks on, the address differs by an exclusive or.
+  // Rows [16 i, 16 i + 16) from there, fragment `step` of the depth. Eight rows of memory on, the swizzle of a row is
+  // the same; two chunks on, the address differs by an exclusive or.
   LK_DEVICE static void load(uint32_t (&fragment)[4], uint32_t lane_address, int i, int step) {
     if constexpr (!kTransposed) {
       load_matrix_x4(fragment, (lane_address ^ (step * 2 * kChunkBytes)) + i * 16 * Tile::kRowBytes);
@@ -46,7 +46,7 @@ struct OperandTile {
       LK_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int deep = Lanes::row(8 * j) / 8 * 4, eight_rows = Lanes::chunk(8 * j);
-        const uint32_t chunks = static_cast<uint32_t>((i * 2 + eight_rows) * 2 ^ Tile::turn(deep));
+        const uint32_t chunks = static_cast<uint32_t>((i * 2 + eight_rows) * 2 ^ Tile::swizzle(deep));
         fragment[j] =
             load_shared_4((lane_address ^ (chunks * kChunkBytes)) + (step * kFragmentDepth + deep) * Tile::kRowBytes);
       }
@@ -144,8 +144,8 @@ struct ChunkGrid {
   const uint32_t first_target = Tile::offset(row, thread_index() % Tile::kChunks);
 
   LK_DEVICE static uint32_t target(uint32_t smem, uint32_t first, int step) {
-    const uint32_t turn = static_cast<uint32_t>(Tile::turn(step * kRowStep)) * kChunkBytes;
-    return smem + (first ^ turn) + step * kRowStep * Tile::kRowBytes;
+    const uint32_t swizzle = static_cast<uint32_t>(Tile::swizzle(step * kRowStep)) * kChunkBytes;
+    return smem + (first ^ swizzle) + step * kRowStep * Tile::kRowBytes;
   }
   // Whether the tile has a row there.
   LK_DEVICE static bool has(int step) {
