@@ -24,6 +24,9 @@ struct SharedTile {
   static constexpr int kRowBytes = kColumns * kElementBytes;
   static constexpr int kChunks = kRowBytes / kChunkBytes, kChunkElements = chunk_elements(kElementBytes);
 
+  // Fragments' addresses differ by an exclusive or with chunks of a row (OperandTile::load).
+  static_assert(kDynamicSharedAlignment % kRowBytes == 0);
+
   static constexpr int bytes(int rows) { return rows * kRowBytes; }
 
   // What is exclusive-or'ed to the number of a chunk. A sum of rows without a carry has the exclusive or of their

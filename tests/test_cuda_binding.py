@@ -269,6 +269,19 @@ def test_no_rows_launch_nothing(native):
     assert native.memsets() == before
 
 
+@pytest.mark.parametrize("namespace", ["lora_kernels_emulated", "lora_kernels_native"])
+def test_a_rank_of_0_is_refused(namespace):
+    # The kernels read the last row of A where a row is past its end.
+    ops = getattr(torch.ops, namespace)
+    x, weight, lora_A, lora_B, _ = matrices(70, 72, 40, 8, torch.float32)
+    empty = (lora_A[:0], lora_B[:, :0])
+    with pytest.raises(RuntimeError, match="lora_A must be .* rank of at least 1"):
+        ops.lora_linear(x, weight, *empty, None, None, 1.0, 0.0, "")
+    grad_y, s = grad_y_of(x, weight), torch.empty(70, 0)
+    with pytest.raises(RuntimeError, match="lora_A must be .* rank of at least 1"):
+        ops.lora_linear_backward(grad_y, x, s, weight, *empty, None, 1.0, 0.0, True, True, True, "")
+
+
 @pytest.mark.parametrize("rows", [1, misfits.M])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_is_launched_on_what_does_not_fit(rows, dtype):

@@ -57,6 +57,11 @@ def test_splits_of_decode_cover_the_depth(n, k):
     assert chosen["counters"] == (-(-n // chosen["columns"]) if chosen["splits"] > 1 else 0)
 
 
+def test_no_depth_is_not_split():
+    chosen = config(4, 4096, k=0)
+    assert (chosen["schedule"], chosen["splits"], chosen["blocks"]) == ("decode", 1, 64)
+
+
 @pytest.mark.parametrize("m", [1, 255, 256, 1000, 8192])
 @pytest.mark.parametrize("rank", [16, 64])
 def test_splits_of_the_adapter_gradients_cover_the_rows(m, rank):

@@ -43,9 +43,12 @@ LK_DEVICE uint32_t warp_ballot(bool flag) { return __ballot_sync(0xFFFFFFFFu, fl
 // Ends the launch with an error.
 LK_DEVICE void trap() { __trap(); }
 
-// Address of the block's dynamic shared memory: a multiple of 128, so that swizzled rows begin at bank 0.
+// Address of the block's dynamic shared memory: a multiple of this, so that swizzled rows begin at bank 0, and that an
+// exclusive or with a part of a row's length stays within the row (OperandTile).
+constexpr int kDynamicSharedAlignment = 1024;
+
 LK_DEVICE uint32_t dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+  extern __shared__ __align__(kDynamicSharedAlignment) unsigned char dynamic_shared_memory[];
   return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared_memory));
 }
 

@@ -47,6 +47,8 @@ inline uint32_t warp_ballot(bool flag, emu::Site site = emu::Site::current()) { 
 
 [[noreturn]] inline void trap(emu::Site site = emu::Site::current()) { emu::trap(site); }
 
+constexpr int kDynamicSharedAlignment = 1024;
+
 inline uint32_t dynamic_shared() { return emu::dynamic_shared(); }
 
 // ---------------------------------------------------------------------------------------------------- memory
