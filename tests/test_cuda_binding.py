@@ -275,10 +275,10 @@ def test_a_rank_of_0_is_refused(namespace):
     ops = getattr(torch.ops, namespace)
     x, weight, lora_A, lora_B, _ = matrices(70, 72, 40, 8, torch.float32)
     empty = (lora_A[:0], lora_B[:, :0])
-    with pytest.raises(RuntimeError, match="lora_A must be .* rank of at least 1"):
+    with pytest.raises(RuntimeError, match=r"lora_A must be .* rank of at least 1"):
         ops.lora_linear(x, weight, *empty, None, None, 1.0, 0.0, "")
     grad_y, s = grad_y_of(x, weight), torch.empty(70, 0)
-    with pytest.raises(RuntimeError, match="lora_A must be .* rank of at least 1"):
+    with pytest.raises(RuntimeError, match=r"lora_A must be .* rank of at least 1"):
         ops.lora_linear_backward(grad_y, x, s, weight, *empty, None, 1.0, 0.0, True, True, True, "")
 
 
