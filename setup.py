@@ -15,20 +15,21 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
+GPUS = SimpleNamespace(**runpy.run_path(str(ROOT / "lora_kernels" / "architectures.py")))
 DEFAULT_ARCHS = "8.0 9.0+PTX 12.0+PTX"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
@@ -72,18 +73,6 @@ def gencode(arch_list: str) -> list[str]:
     return flags
 
 
-class KernelUse(NamedTuple):
-    """What ptxas says of a kernel."""
-
-    kernel: str
-    arch: str
-    registers: int
-    memory: int
-    """Bytes of stack and spills, which the compiler had to add."""
-    shared: int
-    """Bytes of static shared memory."""
-
-
 def complain(message: str) -> None:
     """Stops a strict build, warns in any other."""
     if os.environ.get("LORA_KERNELS_STRICT") == "1":
@@ -91,27 +80,18 @@ def complain(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def kernel_resources(log: str) -> list[KernelUse]:
-    """What every kernel in the output of ``ptxas -v`` uses."""
-    pattern = re.compile(
-        r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?"
-        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-        r"Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
-        re.DOTALL,
-    )
-    found = []
-    for match in pattern.finditer(log):
-        memory = sum(int(match[group]) for group in ("stack", "stores", "loads"))
-        shared = int(match["shared"] or 0)
-        found.append(KernelUse(match["kernel"], match["arch"], int(match["registers"]), memory, shared))
-    if not found or len(found) != log.count("Compiling entry function"):
-        complain("the output of ptxas -v cannot be read: whether kernels spill registers is not known")
-    return found
+def kernels_in(log: str) -> list[Any]:
+    """What every kernel in the output of ``ptxas -v`` uses; none where it cannot be read, which is complained about."""
+    try:
+        return GPUS.kernel_resources(log)
+    except ValueError as problem:
+        complain(f"{problem}: whether kernels spill registers is not known")
+        return []
 
 
-def check_spills(kernels: list[KernelUse]) -> None:
+def check_spills(kernels: list[Any]) -> None:
     """Complains about kernels that are correct, but slow."""
-    spilling = [f"{readable(use.kernel)} ({use.arch})" for use in kernels if use.memory]
+    spilling = [f"{GPUS.readable(use.kernel)} ({use.arch})" for use in kernels if use.memory]
     if spilling:
         complain(f"registers are spilled, or a stack is used, by {'; '.join(spilling)}")
 
@@ -132,40 +112,13 @@ print(json.dumps(module.kernels()))
     return json.loads(told.stdout)
 
 
-def resource_table(kernels: list[KernelUse], described: dict[str, tuple[int, int]]) -> str:
-    """A line per kernel and architecture. blocks/SM: how many blocks are resident at once."""
-    gpus = runpy.run_path(str(ROOT / "lora_kernels" / "architectures.py"))
-    lines = ["registers  stack+spills  threads  shared  blocks/SM  arch    kernel"]
-    for use in kernels:
-        threads = shared = blocks = "?"
-        if use.kernel in described:
-            threads, dynamic = described[use.kernel]
-            shared = use.shared + dynamic
-            arch = gpus["ARCHITECTURES"].get(use.arch.rstrip("af"))
-            if arch is not None:
-                blocks = gpus["blocks_per_sm"](arch, use.registers, threads, shared)
-        lines.append(
-            f"{use.registers:9}  {use.memory:12}  {threads:>7}  {shared:>6}  {blocks:>9}  {use.arch:6}  "
-            f"{readable(use.kernel)}"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def readable(kernel: str) -> str:
-    """A mangled kernel name for people, where c++filt is at hand."""
-    if shutil.which("c++filt") is None:
-        return kernel
-    name = subprocess.run(["c++filt", kernel], capture_output=True, text=True, check=True).stdout.strip()
-    return re.sub(r"^void |lk::|\(.*\)$", "", re.sub(r"\((?:int|bool|lk::\w+)\)", "", name))
-
-
 CUDA_HOME, CUDA_REASON = find_nvcc()
 ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
 
 
 def sources(name: str) -> list[str]:
     """The C++ and CUDA files of an extension, relative to the root."""
-    patterns = {"_C": ("bind/*_cpu.cpp", "cpu/*.cpp"), "_cuda": ("bind/*_cuda.cpp", "launch/*.cu")}[name]
+    patterns = {"_C": ("bind/*_cpu.cpp", "cpu/*.cpp"), "_cuda": ("bind/*_cuda.cpp", "plan/*.cpp", "launch/*.cu")}[name]
     found = [p.relative_to(ROOT) for pattern in patterns for p in sorted((ROOT / CSRC).glob(pattern))]
     return [str(p) for p in found if p.name not in ISA_FLAGS or platform.machine() == "x86_64"]
 
@@ -191,8 +144,8 @@ class NinjaBuild(build_ext):
     def check_resources(self, build_dir: Path, module: Path) -> None:
         """Print what each kernel uses; complain about memory that the compiler had to add."""
         logs = [build_dir / f"{Path(source).name}.o.log" for source in sources("_cuda") if source.endswith(".cu")]
-        kernels = kernel_resources("".join(log.read_text() for log in logs))
-        table = resource_table(kernels, described_kernels(module))
+        kernels = kernels_in("".join(log.read_text() for log in logs))
+        table = GPUS.resource_table(kernels, described_kernels(module))
         print(table, file=sys.stderr)
         (ROOT / "build").mkdir(exist_ok=True)
         (ROOT / "build" / "kernel_resources.txt").write_text(table)  # pip shows nothing of a build that succeeds

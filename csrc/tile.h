@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "config.h"
+#include "config/tiles.h"
 #include "device.h"
 
 namespace lk {
@@ -24,10 +24,14 @@ struct SharedTile {
   static constexpr int kRowBytes = kColumns * kElementBytes;
   static constexpr int kChunks = kRowBytes / kChunkBytes, kChunkElements = chunk_elements(kElementBytes);
 
+  // Fragments' addresses differ by an exclusive or with chunks of a row (OperandTile::load).
+  static_assert(kDynamicSharedAlignment % kRowBytes == 0);
+
   static constexpr int bytes(int rows) { return rows * kRowBytes; }
 
-  // What is exclusive-or'ed to the number of a chunk. A sum of rows without a carry has the turns' exclusive or.
-  LK_HOST_DEVICE static constexpr int turn(int row) {
+  // What is exclusive-or'ed to the number of a chunk. A sum of rows without a carry has the exclusive or of their
+  // swizzles.
+  LK_HOST_DEVICE static constexpr int swizzle(int row) {
     // Four rows of 32 bytes or two of 64 share the 128 bytes of all banks; a longer row has them to itself.
     if (kRowBytes == 32) return (row >> 2) & 1;
     if (kElementBytes == 2) return kRowBytes == 64 ? (row >> 1) & 3 : row & 7;
@@ -36,7 +40,7 @@ struct SharedTile {
 
   // Byte offset of a chunk, and of an element.
   LK_HOST_DEVICE static uint32_t offset(int row, int chunk) {
-    return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ turn(row)) * kChunkBytes));
+    return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ swizzle(row)) * kChunkBytes));
   }
   LK_HOST_DEVICE static uint32_t element_offset(int row, int column) {
     return offset(row, column / kChunkElements) + static_cast<uint32_t>(column % kChunkElements * kElementBytes);

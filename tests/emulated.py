@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import emulator
 import torch
 from numerics import assert_as_accurate
@@ -24,20 +26,6 @@ def matrices(m, n, k, rank, name, *, bias=False, float_adapters=False):
     return x, weight, lora_A, lora_B, torch.randn(n).to(dtype) if bias else None
 
 
-def array(t):
-    if t is None:
-        return None
-    return t.numpy() if t.dtype == torch.float32 else emulator.bits(t)
-
-
-def _tensor(array, dtype):
-    return torch.from_numpy(array) if array.dtype == "float32" else emulator.values(array, dtype)
-
-
-def _name(dtype):
-    return next(name for name, known in DTYPES.items() if known == dtype)
-
-
 def operand(t):
     """As a factor of the unfused code's products: float32 is rounded to tf32, to nearest and ties away from zero."""
     return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) if t.dtype == torch.float32 else t
@@ -53,19 +41,34 @@ def _dropped(x, keep, scale):
     return x if keep is None else torch.where(keep, x * scale, torch.zeros((), dtype=x.dtype))
 
 
+_streams = itertools.count(1)
+
+
+def steered(sms=1, **options):
+    """The emulator's module, with that many SMs and options for what is launched next.
+
+    Each time on a stream of its own: a faulty launch may leave its counters as no other may find them.
+    """
+    native = emulator.load_lora_linear()
+    native.set_sms(sms)
+    native.set_options({"resident_blocks": 3, **options})
+    native.set_stream(next(_streams))
+    return native
+
+
+def _seed(p):
+    return torch.tensor([SEED]) if p > 0 else None
+
+
 # ---------------------------------------------------------------------------------------------------- forward
 
 
-def run_forward(x, weight, lora_A, lora_B, bias, *, p=0.0, sms=1, **options):
-    """(y, s, schedule, the emulator's report); the counters must be zero again."""
-    options = {"resident_blocks": 3, **options}
-    arrays = [array(t) for t in (x, weight, lora_A, lora_B, bias)]
-    seed = SEED if p > 0 else None
-    y, s, schedule, counters, report = emulator.load().lora_linear(
-        _name(x.dtype), *arrays, SCALING, p, seed, sms, options
-    )
-    assert not counters.any(), "the counters are not zero after the launch"
-    return emulator.values(y, x.dtype), emulator.values(s, x.dtype), schedule, report
+def run_forward(x, weight, lora_A, lora_B, bias, *, p=0.0, **options):
+    """(y, s, schedule, the emulator's report)."""
+    native = steered(**options)
+    y, s = torch.ops.lora_kernels_emulated.lora_linear(x, weight, lora_A, lora_B, bias, _seed(p), SCALING, p, "")
+    (launch,) = native.launches()
+    return y, s, launch["schedule"], launch["report"]
 
 
 def unfused_forward(x, weight, lora_A, lora_B, bias, keep, scale):
@@ -126,16 +129,13 @@ def run_backward(grad_y, x, s, weight, lora_A, lora_B, **options):
     return grads, reports
 
 
-def _run_backward(grad_y, x, s, weight, lora_A, lora_B, *, p=0.0, needs=ALL, sms=1, **options):
+def _run_backward(grad_y, x, s, weight, lora_A, lora_B, *, p=0.0, needs=ALL, **options):
     """The same with the first launch's dY B in between."""
-    options = {"resident_blocks": 3, **options}
-    arrays = [array(t) for t in (grad_y, x, s, weight, lora_A, lora_B)]
-    seed = SEED if p > 0 else None
-    *grads, grad_s, counters, reports = emulator.load().lora_linear_backward(
-        _name(x.dtype), *arrays, SCALING, p, seed, *needs, sms, options
-    )
-    assert not any(c.any() for c in counters), "the counters are not zero after the launch"
-    return [_tensor(g, x.dtype) for g in grads], _tensor(grad_s, x.dtype), reports
+    native = steered(**options)
+    operands = (grad_y, x, s, weight, lora_A, lora_B)
+    grads = torch.ops.lora_kernels_emulated.lora_linear_backward(*operands, _seed(p), SCALING, p, *needs, "")
+    grad_s = torch.frombuffer(bytearray(native.grad_s()), dtype=x.dtype).view(s.shape)
+    return list(grads), grad_s, [launch["report"] for launch in native.launches()]
 
 
 def unfused_backward(grad_y, x, s, weight, lora_A, lora_B, keep, scale):

@@ -16,23 +16,29 @@ import pybind11
 import setup_script
 import torch
 
+from lora_kernels.ops import lora_linear
+
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 BUILD = CSRC.parent / "build" / "emu"
 MACHINE = ("emu/machine.cpp", "emu/memory.cpp", "emu/fiber.cpp")
-KERNELS = (*MACHINE, "emu/bind.cpp")
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+_libraries: list[torch.library.Library] = []
+"""Kept for as long as the process lives."""
 
 
 @functools.cache
-def load() -> ModuleType:
-    """The kernels, called with numpy arrays."""
-    return _build("_emu", KERNELS, ())
+def load_lora_linear() -> ModuleType:
+    """The CUDA binding of lora_linear over CPU tensors: ``torch.ops.lora_kernels_emulated``, defined as the native ops.
 
-
-@functools.cache
-def load_torch() -> ModuleType:
-    """The CUDA bindings over CPU tensors: registers ``torch.ops.lora_kernels_emulated``, defined as the native ops."""
-    return _build_over_torch("_emu_torch", "emu/bind_torch.cpp")
+    Also what steers its launches and tells of them, and the configs of problems.
+    """
+    library = torch.library.Library("lora_kernels_emulated", "DEF")
+    _libraries.append(library)
+    for spec in (lora_linear.SPEC, lora_linear.BACKWARD):
+        arguments, returns = spec.schema.split(" -> ")
+        library.define(f"{spec.name}{arguments[:-1]}, str schedule) -> {returns}")
+    library.define("frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    return _build_over_torch("_emu_lora_linear", "emu/bind_lora_linear.cpp")
 
 
 @functools.cache
@@ -62,13 +68,13 @@ def _build_over_torch(name: str, binding: str) -> ModuleType:
 
 
 def _build(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, compiled(name, sources, flags))
+    spec = importlib.util.spec_from_file_location(name, _compiled(name, sources, flags))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def compiled(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Path:
+def _compiled(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Path:
     """A module's file, built once for the sources as they are, also when several test processes ask at once."""
     text = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cuh", ".cpp"))
     settings = repr((FLAGS, flags, torch.__version__, sysconfig.get_python_version()))
@@ -88,13 +94,3 @@ def compiled(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Pat
                 raise RuntimeError(f"the emulator does not compile:\n{done.stderr}")
             unfinished.replace(module)
     return module
-
-
-def bits(tensor: torch.Tensor):
-    """A 16-bit tensor as a numpy array of uint16 that shares its memory and strides."""
-    return tensor.view(torch.uint16).numpy()
-
-
-def values(array, dtype: torch.dtype) -> torch.Tensor:
-    """The reverse of ``bits``."""
-    return torch.from_numpy(array).view(dtype)

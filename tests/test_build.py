@@ -16,6 +16,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels import _native
+from lora_kernels.architectures import kernel_resources, readable, resource_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(lk.__file__).parent
@@ -190,9 +191,9 @@ ptxas info    : Used 255 registers, used 1 barriers, 504 bytes cmem[0]
 
 
 def test_kernel_resources_are_read_and_tabulated():
-    uses = setup_script.load().kernel_resources(PTXAS_LOG)
+    uses = kernel_resources(PTXAS_LOG)
     assert uses == [("_ZN2lk4tidyEv", "sm_80", 168, 0, 512), ("_ZN2lk6spillsEv", "sm_90a", 255, 24, 0)]
-    table = setup_script.load().resource_table(uses, {"_ZN2lk4tidyEv": (256, 1024)}).splitlines()
+    table = resource_table(uses, {"_ZN2lk4tidyEv": (256, 1024)}).splitlines()
     assert table[0].split()[:6] == ["registers", "stack+spills", "threads", "shared", "blocks/SM", "arch"]
     assert table[1].split()[:6] == ["168", "0", "256", "1536", "1", "sm_80"]
     assert table[2].split()[:6] == ["255", "24", "?", "?", "?", "sm_90a"]
@@ -200,7 +201,7 @@ def test_kernel_resources_are_read_and_tabulated():
 
 def test_spills_stop_a_strict_build_only(monkeypatch, capsys):
     setup = setup_script.load()
-    uses = setup.kernel_resources(PTXAS_LOG)
+    uses = setup.kernels_in(PTXAS_LOG)
     monkeypatch.setenv("LORA_KERNELS_STRICT", "1")
     setup.check_spills(uses[:1])
     with pytest.raises(SystemExit, match=r"spilled.* by .*spills.* \(sm_90a\)"):
@@ -214,9 +215,9 @@ def test_spills_stop_a_strict_build_only(monkeypatch, capsys):
 def test_output_of_ptxas_that_cannot_be_read_stops_a_strict_build(monkeypatch, capsys, log):
     monkeypatch.setenv("LORA_KERNELS_STRICT", "1")
     with pytest.raises(SystemExit, match="cannot be read"):
-        setup_script.load().kernel_resources(log)
+        setup_script.load().kernels_in(log)
     monkeypatch.delenv("LORA_KERNELS_STRICT")
-    setup_script.load().kernel_resources(log)
+    assert setup_script.load().kernels_in(log) == []
     assert "cannot be read" in capsys.readouterr().err
 
 
@@ -224,7 +225,5 @@ def test_output_of_ptxas_that_cannot_be_read_stops_a_strict_build(monkeypatch, c
 @pytest.mark.skipif(not KERNEL_TABLE.is_file(), reason="lora_kernels was not built in this checkout")
 def test_every_built_kernel_is_in_the_table_with_its_occupancy():
     lines = KERNEL_TABLE.read_text().splitlines()[1:]
-    assert {line.split(maxsplit=6)[6] for line in lines} == set(
-        map(setup_script.load().readable, _native.cuda.kernels())
-    )
+    assert {line.split(maxsplit=6)[6] for line in lines} == set(map(readable, _native.cuda.kernels()))
     assert all(int(line.split()[4]) >= 1 for line in lines)

@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import itertools
 
-import emulator
 import misfits
 import pytest
 import torch
-from emulated import grad_y_of, matrices, run_backward, run_forward
+from emulated import check_backward, check_forward, grad_y_of, matrices, saved_s, steered
 from numerics import assert_as_accurate
 
 from lora_kernels import philox
-from lora_kernels.ops import frozen_linear
 from lora_kernels.ops.lora_linear import BACKWARD, SPEC
 
 SEED = torch.tensor([77])
 
 
-@pytest.fixture(scope="module")
-def native():
-    """The module that tests steer the launches with."""
-    library = torch.library.Library("lora_kernels_emulated", "DEF")
-    for spec in (SPEC, BACKWARD, frozen_linear.SPEC):
-        arguments, returns = spec.schema.split(" -> ")
-        library.define(f"{spec.name}{arguments[:-1]}, str schedule) -> {returns}")
-    yield emulator.load_torch()
-    library._destroy()
-
-
-_streams = itertools.count(1)
-
-
 @pytest.fixture(autouse=True)
-def _own_stream(native):
-    """Each test has a stream that no other used, so that its workspace is new."""
-    native.set_stream(next(_streams))
-    yield
+def native():
+    """The module that tests steer the launches with; a stream that no other test used, so that its workspace is new."""
+    native = steered()
+    yield native
     native.capture(False)
     native.fail_launches(False)
+
+
+def last_launch(native):
+    """The forward's."""
+    (launch,) = native.launches()
+    return launch
 
 
 def emulated(x, weight, lora_A, lora_B, bias=None, *, p=0.0, scaling=1.7):
@@ -65,7 +55,7 @@ def test_leading_sizes(native, dtype, lead):
     _, *rest = matrices(1, 72, 40, 8, dtype, bias=True)
     check(torch.randn(*lead, 40).to(dtype), *rest, p=0.3)
     if 0 not in lead:
-        assert native.last_launch()["aligned"]
+        assert last_launch(native)["aligned"]
 
 
 def wide(t):
@@ -77,7 +67,7 @@ def wide(t):
 def test_strided_rows_are_not_copied(native):
     tensors = dict(zip(("x", "weight", "lora_A", "lora_B"), map(wide, matrices(70, 72, 40, 8, "bf16")[:4])))
     check(*tensors.values())
-    launch = native.last_launch()
+    launch = last_launch(native)
     assert {name: launch[name] for name in tensors} == {name: t.data_ptr() for name, t in tensors.items()}
     assert launch["aligned"]
 
@@ -86,7 +76,7 @@ def test_other_layouts_are_copied(native):
     x, weight, lora_A, lora_B, bias = matrices(70, 72, 40, 8, "bf16", bias=True)
     tensors = [t.t().contiguous().t() for t in (x, weight, lora_A, lora_B)]
     check(*tensors, torch.stack([bias, bias], 1)[:, 0])
-    launch = native.last_launch()
+    launch = last_launch(native)
     assert not {launch[name] for name in ("x", "weight", "lora_A", "lora_B")} & {t.data_ptr() for t in tensors}
 
 
@@ -95,7 +85,7 @@ def test_rows_that_lie_too_far_apart_are_copied(native):
     x, *rest = matrices(2, 72, 40, 8, "bf16")
     far = torch.empty(stride + 40, dtype=x.dtype).as_strided((2, 40), (stride, 1)).copy_(x)
     check(far, *rest)
-    assert native.last_launch()["x"] != far.data_ptr()
+    assert last_launch(native)["x"] != far.data_ptr()
 
 
 @pytest.mark.parametrize("layout", ["batch of slices", "expanded batch", "transposed batch"])
@@ -114,17 +104,17 @@ def test_x_of_three_dimensions(layout):
 def test_a_tensor_that_begins_off_16_bytes_is_seen(native, which):
     tensors = list(matrices(70, 72, 40, 8, "fp16")[:4])
     check(*tensors)
-    assert native.last_launch()["aligned"]
+    assert last_launch(native)["aligned"]
     t = tensors[which]
     tensors[which] = torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t)
     check(*tensors)
-    assert not native.last_launch()["aligned"]
+    assert not last_launch(native)["aligned"]
 
 
 @pytest.mark.parametrize(("n", "k", "rank"), [(71, 40, 8), (72, 41, 8), (72, 40, 7)])
 def test_ragged_sizes_are_seen(native, n, k, rank):
     check(*matrices(70, n, k, rank, "bf16"))
-    assert not native.last_launch()["aligned"]
+    assert not last_launch(native)["aligned"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -153,28 +143,22 @@ def test_other_dtypes_are_refused():
 
 @pytest.mark.parametrize(("n", "k", "rank", "aligned"), [(76, 44, 4, True), (76, 42, 4, False)])
 def test_float32_is_multiplied_in_tf32(native, n, k, rank, aligned):
-    x, *rest = args = matrices(70, n, k, rank, "tf32", bias=True)
-    y, s = emulated(*args)
-    assert native.last_launch()["aligned"] == aligned
-    # test_emulated_lora_linear.py compares these with float64.
-    for ours, expected in zip((y, s), run_forward(*args)):
-        assert torch.equal(ours, expected)
-    grad_y = grad_y_of(x, rest[0])
-    op = torch.ops.lora_kernels_emulated.lora_linear_backward
-    grads = op(grad_y, x, s, *rest[:3], None, 1.7, 0.0, True, True, True, "")
-    for ours, expected in zip(grads, run_backward(grad_y, x, s, *rest[:3])[0]):
-        assert torch.equal(ours, expected)
-    other = emulated(x, rest[0], rest[1].double(), rest[2].double())
-    assert torch.equal(other[0], emulated(x, *rest[:3])[0]), "other adapters"
+    x, weight, lora_A, lora_B, bias = matrices(70, n, k, rank, "tf32", bias=True)
+    y, *_ = check_forward((x, weight, lora_A, lora_B, bias))
+    assert last_launch(native)["aligned"] == aligned
+    check_backward((grad_y_of(x, weight), x, saved_s(x, lora_A), weight, lora_A, lora_B))
+    assert [launch["aligned"] for launch in native.launches()] == [aligned] * 2
+    other = emulated(x, weight, lora_A.double(), lora_B.double(), bias)
+    assert torch.equal(other[0], y), "other adapters"
 
 
 @pytest.mark.parametrize(("m", "schedule"), [(3, "decode"), (70, "ticketed")])
 def test_schedules(native, m, schedule):
     check(*matrices(m, 72, 520, 16, "bf16", bias=True))
-    assert native.last_launch()["schedule"] == schedule
+    assert last_launch(native)["schedule"] == schedule
 
 
-# ----------------------------------------------------------------------------------- gradients, and the base alone
+# -------------------------------------------------------------------------------------------------- gradients
 
 
 def backward(args, *, p=0.0, needs=(True, True, True)):
@@ -195,7 +179,6 @@ def problem(lead, n, k, rank, dtype, *, float_adapters=False):
 @pytest.mark.parametrize("rank", [16, 24, 7])
 @pytest.mark.parametrize("float_adapters", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.usefixtures("native")
 def test_gradients(dtype, float_adapters, rank):
     args = problem((2, 3, 50), 72, 136, rank, dtype, float_adapters=float_adapters)
     for ours, unfused, exact, like in zip(*backward(args, p=0.3), (args[1], args[4], args[5])):
@@ -204,7 +187,6 @@ def test_gradients(dtype, float_adapters, rank):
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3))[1:], ids=str)
-@pytest.mark.usefixtures("native")
 def test_gradients_that_are_not_needed_are_empty(needs):
     for need, ours, unfused, exact in zip(needs, *backward(problem((70,), 72, 40, 8, torch.bfloat16), needs=needs)):
         if need:
@@ -213,7 +195,6 @@ def test_gradients_that_are_not_needed_are_empty(needs):
             assert ours.numel() == 0
 
 
-@pytest.mark.usefixtures("native")
 def test_gradients_of_other_layouts():
     grad_y, x, s, weight, lora_A, lora_B = problem((70,), 72, 40, 8, torch.bfloat16)
     args = (*(t.t().contiguous().t() for t in (grad_y, x, s, weight)), wide(lora_A), wide(lora_B))
@@ -222,7 +203,6 @@ def test_gradients_of_other_layouts():
 
 
 @pytest.mark.parametrize("float_adapters", [False, True])
-@pytest.mark.usefixtures("native")
 def test_gradients_without_rows_are_zero(float_adapters):
     args = problem((0,), 72, 40, 8, torch.bfloat16, float_adapters=float_adapters)
     (grad_x, grad_A, grad_B), *_ = backward(args)
@@ -231,21 +211,12 @@ def test_gradients_without_rows_are_zero(float_adapters):
     assert not grad_B.any()
 
 
-@pytest.mark.usefixtures("native")
-def test_frozen_linear():
-    x, weight, _, _, bias = matrices(70, 72, 136, 8, "bf16", bias=True)
-    y = torch.ops.lora_kernels_emulated.frozen_linear(x.view(2, 35, 136), weight, bias, "")
-    reference = torch.nn.functional.linear
-    exact = reference(x.double(), weight.double(), bias.double())
-    assert_as_accurate(y.view(70, 72), reference(x, weight, bias), exact)
-
-
 # --------------------------------------------------------------------------------------------------- counters
 
 
 def counters_of(native, m):
     check(*matrices(m, 8, 8, 8, "bf16"), p=0.3)
-    launch = native.last_launch()
+    launch = last_launch(native)
     assert launch["counters_were_zero"]
     return launch["counters"]
 
@@ -256,7 +227,7 @@ def test_launches_of_a_stream_share_their_counters(native):
     before = native.memsets()
     assert counters_of(native, 300) == first
     assert native.memsets() == before
-    native.set_stream(next(_streams))
+    steered()
     assert counters_of(native, 100) != first
 
 
@@ -298,6 +269,19 @@ def test_no_rows_launch_nothing(native):
     assert native.memsets() == before
 
 
+@pytest.mark.parametrize("namespace", ["lora_kernels_emulated", "lora_kernels_native"])
+def test_a_rank_of_0_is_refused(namespace):
+    # The kernels read the last row of A where a row is past its end.
+    ops = getattr(torch.ops, namespace)
+    x, weight, lora_A, lora_B, _ = matrices(70, 72, 40, 8, torch.float32)
+    empty = (lora_A[:0], lora_B[:, :0])
+    with pytest.raises(RuntimeError, match=r"lora_A must be .* rank of at least 1"):
+        ops.lora_linear(x, weight, *empty, None, None, 1.0, 0.0, "")
+    grad_y, s = grad_y_of(x, weight), torch.empty(70, 0)
+    with pytest.raises(RuntimeError, match=r"lora_A must be .* rank of at least 1"):
+        ops.lora_linear_backward(grad_y, x, s, weight, *empty, None, 1.0, 0.0, True, True, True, "")
+
+
 @pytest.mark.parametrize("rows", [1, misfits.M])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_is_launched_on_what_does_not_fit(rows, dtype):
@@ -308,5 +292,3 @@ def test_nothing_is_launched_on_what_does_not_fit(rows, dtype):
     for name in misfits.BACKWARD:
         with pytest.raises(RuntimeError, match=misfits.message(name)):
             ops.lora_linear_backward(*misfits.lora_linear_backward(name, rows, dtype), "")
-    with pytest.raises(RuntimeError, match="must"):
-        ops.frozen_linear(torch.randn(rows, 8).to(dtype), torch.randn(6, 16).to(dtype), None, "")

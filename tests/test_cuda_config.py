@@ -1,4 +1,4 @@
-"""How lora_linear is cut into tiles and tickets (csrc/config.h, csrc/kernels/lora_linear.cuh)."""
+"""How lora_linear is cut into tiles and tickets (csrc/config, csrc/kernels/lora_linear.cuh)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ A100 = (108, 163 << 10)
 
 
 def config(m, n, rank=16, *, k=4096, aligned=True, has_dropout=False, device=A100):
-    return emulator.load().lora_linear_config(m, n, k, rank, aligned, has_dropout, *device)
+    return emulator.load_lora_linear().lora_linear_config(m, n, k, rank, aligned, has_dropout, *device)
 
 
 @pytest.mark.parametrize(
@@ -57,10 +57,15 @@ def test_splits_of_decode_cover_the_depth(n, k):
     assert chosen["counters"] == (-(-n // chosen["columns"]) if chosen["splits"] > 1 else 0)
 
 
+def test_no_depth_is_not_split():
+    chosen = config(4, 4096, k=0)
+    assert (chosen["schedule"], chosen["splits"], chosen["blocks"]) == ("decode", 1, 64)
+
+
 @pytest.mark.parametrize("m", [1, 255, 256, 1000, 8192])
 @pytest.mark.parametrize("rank", [16, 64])
 def test_splits_of_the_adapter_gradients_cover_the_rows(m, rank):
-    chosen = emulator.load().lora_backward_config(m, 4096, 1024, rank, True, True, True, True, *A100)
+    chosen = emulator.load_lora_linear().lora_backward_config(m, 4096, 1024, rank, True, True, True, True, *A100)
     assert (chosen["splits"] - 1) * chosen["split_rows"] < m <= chosen["splits"] * chosen["split_rows"]
 
 
@@ -76,7 +81,7 @@ def test_every_tile_has_one_ticket_and_waits_only_for_lower_ones(m, n, rank):
     shrink_columns, base_columns = -(-rank // chosen["rank_tile"]), -(-n // chosen["columns"])
     assert chosen["blocks"] == row_blocks * (shrink_columns + base_columns)
     work = [
-        emulator.load().work_of_ticket(t, row_blocks, shrink_columns, base_columns, chosen["group_rows"])
+        emulator.load_lora_linear().work_of_ticket(t, row_blocks, shrink_columns, base_columns, chosen["group_rows"])
         for t in range(chosen["blocks"])
     ]
     shrink = {(True, row, column) for row in range(row_blocks) for column in range(shrink_columns)}

@@ -1,6 +1,7 @@
 """What the compiler makes of the main loops: LoRA costs the loop of a large tile nothing beside the frozen product's.
 
-The machine code is read with the disassembler that Triton brings along.
+The machine code is read with the disassembler that Triton brings along. The frozen product's kernel serves no op and is
+not in the extension: it is compiled here, as setup.py compiles the others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import emulator
 import pytest
+import setup_script
 
 from lora_kernels import _native
 
@@ -39,15 +42,16 @@ def disassembler() -> Path | None:
 
 pytestmark = [
     pytest.mark.skipif(_native.cuda is None, reason=f"lora_kernels._cuda: {_native.cuda_error}"),
+    pytest.mark.skipif(setup_script.load().CUDA_HOME is None, reason=setup_script.load().CUDA_REASON),
     pytest.mark.skipif(disassembler() is None, reason="triton, whose disassembler is used, is not installed"),
 ]
 
 
-def loops(kernel: str, arch: str) -> list[Loop]:
+def loops(module: Path, kernel: str, arch: str) -> list[Loop]:
     """Every loop of a kernel: the instructions from a backward branch's target to the branch."""
     tool = disassembler()
     environment = {**os.environ, "PATH": f"{tool.parent}:{os.environ['PATH']}"}
-    command = [str(tool), "-sass", "-arch", arch, "-fun", kernel, _native.cuda.__file__]
+    command = [str(tool), "-sass", "-arch", arch, "-fun", kernel, str(module)]
     text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     code = [(int(address, 16), line) for address, line in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", text)]
     assert code, f"{kernel} is not built for {arch}"
@@ -61,15 +65,38 @@ def loops(kernel: str, arch: str) -> list[Loop]:
     return found
 
 
-def main_loop(kernel: str, arch: str) -> Loop:
+def main_loop(found: list[Loop]) -> Loop:
     """The loop over the depth of the base product: it copies, and has the most products from barrier to barrier."""
-    candidates = (loop for loop in loops(kernel, arch) if loop.copies and loop.barriers)
-    return max(candidates, key=lambda loop: loop.products / loop.barriers)
+    return max(
+        (loop for loop in found if loop.copies and loop.barriers), key=lambda loop: loop.products / loop.barriers
+    )
 
 
-def kernel_named(*parts: str) -> str:
+def lora_loop(arch: str, *parts: str) -> Loop:
+    """Of the kernel in the extension whose name has these parts."""
     (name,) = [name for name in _native.cuda.kernels() if all(part in name for part in parts)]
-    return name
+    return main_loop(loops(Path(_native.cuda.__file__), name, arch))
+
+
+FROZEN = """
+#include "kernels/frozen_linear.cuh"
+namespace lk {{
+using Frozen = FrozenLinear<LargeTile<{element}, kFewestWarpsN<{element}>>, true>;
+template __global__ void lora_linear_kernel<Frozen>(const LoraLinearParams);
+}}
+"""
+
+
+def frozen_loop(arch: str, element: str, folder: Path) -> Loop:
+    """Of the frozen product's large tile."""
+    source, module = folder / "frozen.cu", folder / "frozen.cubin"
+    source.write_text(FROZEN.format(element=element))
+    nvcc = setup_script.load().CUDA_HOME / "bin" / "nvcc"
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={arch}", f"-I{emulator.CSRC}"]
+    built = subprocess.run([nvcc, *flags, "-cubin", source, "-o", module], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (name,) = set(re.findall(rb"_ZN2lk18lora_linear_kernelI\w+", module.read_bytes()))
+    return main_loop(loops(module, name.decode(), arch))
 
 
 LARGE_4_WARPS, LARGE_8_WARPS = "ELi128ELi128ELi32ELi2ELi2E", "ELi128ELi128ELi32ELi2ELi4E"
@@ -84,9 +111,9 @@ LARGE_4_WARPS, LARGE_8_WARPS = "ELi128ELi128ELi32ELi2ELi2E", "ELi128ELi128ELi32E
     ],
 )
 @pytest.mark.parametrize("arch", ARCHS)
-def test_the_forward_has_the_loop_of_the_frozen_product(arch, element, tile, expected):
-    frozen = main_loop(kernel_named("FrozenLinear", element, tile), arch)
-    ours = main_loop(kernel_named("10LoraLinearI", element, tile, "Li16ELb1ELNS_9DirectionE0ELb0E"), arch)
+def test_the_forward_has_the_loop_of_the_frozen_product(arch, element, tile, expected, tmp_path):
+    frozen = frozen_loop(arch, element.lstrip("0123456789"), tmp_path)
+    ours = lora_loop(arch, "10LoraLinearI", element, tile, "Li16ELb1ENS_12ForwardRolesELb0E")
     assert (frozen.products, frozen.fragment_loads, frozen.copies, frozen.barriers) == expected
     assert ours[1:] == frozen[1:]
     assert ours.total <= frozen.total + 1
@@ -96,10 +123,9 @@ def test_the_forward_has_the_loop_of_the_frozen_product(arch, element, tile, exp
 @pytest.mark.parametrize("rank_tile", [16, 64])
 def test_the_gradient_of_x_has_that_loop_with_w_transposed(arch, rank_tile):
     # The forward with as many warps; its base product is the frozen one.
-    plain = main_loop(kernel_named("10LoraLinearI", "8BFloat16", LARGE_8_WARPS, "Li64ELb1ELNS_9DirectionE0ELb0E"), arch)
-    ours = main_loop(
-        kernel_named("10LoraLinearI", "8BFloat16", LARGE_8_WARPS, f"Li{rank_tile}ELb1ELNS_9DirectionE1ELb0E"), arch
-    )
+    large = ("10LoraLinearI", "8BFloat16", LARGE_8_WARPS)
+    plain = lora_loop(arch, *large, "Li64ELb1ENS_12ForwardRolesELb0E")
+    ours = lora_loop(arch, *large, f"Li{rank_tile}ELb1ENS_10GradXRolesELb0E")
     assert (plain.products, plain.fragment_loads, plain.copies, plain.barriers) == (32, 12, 4, 1)
     assert ours[1:] == plain[1:]
     assert ours.total <= plain.total + 7

@@ -40,7 +40,7 @@ def problem(m, n, k, rank, name="bf16", *, p=0.0, float_adapters=False):
 def test_gradients_are_as_accurate_as_torch(kernel, case):
     rows, aligned, rank_tile = kernel
     m, n, k, rank, sms = (case[name] for name in ("m", "n", "k", "rank", "sms"))
-    chosen = emulator.load().lora_backward_config(m, n, k, rank, aligned, True, True, True, sms, 99 << 10)
+    chosen = emulator.load_lora_linear().lora_backward_config(m, n, k, rank, aligned, True, True, True, sms, 99 << 10)
     assert (chosen["rows"], chosen["rank_tile"]) == (rows, rank_tile)
     assert (n % 8 == k % 8 == rank % 8 == 0) == aligned
     args = problem(m, n, k, rank, case["name"], p=case["p"], float_adapters=case["float_adapters"])
@@ -55,7 +55,7 @@ def test_only_what_is_needed_is_computed(needs, rank):
 
 
 def test_narrow_ranks_share_the_pass_over_grad_y():
-    config = emulator.load().lora_backward_config
+    config = emulator.load_lora_linear().lora_backward_config
     shared = config(8192, 4096, 4096, 16, True, True, True, True, 108, 163 << 10)
     assert shared["parts_of_grad_b"] == 8192 // shared["rows"]
     assert config(8192, 4096, 4096, 64, True, True, True, True, 108, 163 << 10)["parts_of_grad_b"] == 0

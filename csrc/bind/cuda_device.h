@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../config.h"
+#include "../config/tiles.h"
 
 extern "C" {
 __attribute__((weak)) AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardHandle*);
@@ -44,21 +44,36 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Asked for once per device.
-inline DeviceLimits device_limits(int32_t device) {
-  static std::mutex mutex;
-  static std::map<int32_t, DeviceLimits> known;
-  const std::lock_guard lock(mutex);
-  const auto entry = known.find(device);
-  if (entry != known.end()) return entry->second;
-  const auto attribute = [&](cudaDeviceAttr which) {
-    int value;
-    check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
-    return value;
-  };
-  const DeviceLimits limits{.sms = attribute(cudaDevAttrMultiProcessorCount),
-                            .shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
-  return known.emplace(device, limits).first->second;
-}
+// Of each device, asked for once.
+class KnownLimits {
+ public:
+  DeviceLimits of(int32_t device) {
+    const std::lock_guard lock(mutex_);
+    const auto entry = known_.find(device);
+    if (entry != known_.end()) return entry->second;
+    const auto attribute = [&](cudaDeviceAttr which) {
+      int value;
+      check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+      return value;
+    };
+    const DeviceLimits limits{.sms = attribute(cudaDevAttrMultiProcessorCount),
+                              .shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+    return known_.emplace(device, limits).first->second;
+  }
+
+  // The emulator's device changes.
+  void forget() {
+    const std::lock_guard lock(mutex_);
+    known_.clear();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int32_t, DeviceLimits> known_;
+};
+
+inline KnownLimits known_limits;
+
+inline DeviceLimits device_limits(int32_t device) { return known_limits.of(device); }
 
 }  // namespace lk

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../launch/launch.h"
+#include "../launch/dropout_mask.h"
 #include "cuda_device.h"
 #include "lora_checks.h"
 

@@ -22,7 +22,8 @@ inline void check_seed(const Tensor& seed) {
 inline void check_lora_linear(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                               const std::optional<Tensor>& bias, const std::optional<Tensor>& seed) {
   check_frozen_linear(x, weight, bias);
-  STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.size(1) == weight.size(1), "lora_A must be [rank, k]");
+  STD_TORCH_CHECK(lora_A.dim() == 2 && lora_A.size(0) >= 1 && lora_A.size(1) == weight.size(1),
+                  "lora_A must be [rank, k], with a rank of at least 1");
   STD_TORCH_CHECK(lora_B.dim() == 2 && lora_B.size(0) == weight.size(0) && lora_B.size(1) == lora_A.size(0),
                   "lora_B must be [n, rank]");
   STD_TORCH_CHECK(lora_A.scalar_type() == lora_B.scalar_type(), "lora_B must have lora_A's dtype");

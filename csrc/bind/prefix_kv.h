@@ -1,6 +1,7 @@
 // prefix_kv and its gradient on any device: tensors to Params, and the outputs.
 #pragma once
 
+#include "../params/prefix_kv.h"
 #include "rows.h"
 
 namespace lk {

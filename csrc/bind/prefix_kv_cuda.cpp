@@ -2,7 +2,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../launch/launch.h"
+#include "../launch/prefix_kv.h"
 #include "cuda_device.h"
 #include "prefix_kv.h"
 

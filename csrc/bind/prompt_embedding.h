@@ -4,6 +4,7 @@
 #include <string>
 #include <tuple>
 
+#include "../params/prompt_embedding.h"
 #include "rows.h"
 
 namespace lk {

@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string_view>
 
-#include "../launch/launch.h"
+#include "../launch/prompt_embedding.h"
 #include "cuda_device.h"
 #include "prompt_embedding.h"
 
@@ -11,7 +11,7 @@ namespace lk {
 namespace {
 
 // Indices are on the device, and checking them on the host would wait for it. With LORA_KERNELS_DEVICE_ASSERT=1 the
-// kernels stop at one that is out of range; without, they take the nearest.
+// kernels stop at one that is out of range; without, an id or a task gives rows of NaN, and a length is the nearest.
 bool trap_outside() {
   const char* const value = std::getenv("LORA_KERNELS_DEVICE_ASSERT");
   return value != nullptr && std::string_view(value) == "1";

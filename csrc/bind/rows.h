@@ -1,8 +1,8 @@
 // Rows of floating-point tensors as the kernels take them.
 #pragma once
 
-#include "../config.h"
-#include "../params.h"
+#include "../config/tiles.h"
+#include "../params/common.h"
 #include "aten.h"
 
 namespace lk {

@@ -3,7 +3,60 @@
 
 #include <cstdint>
 
-#include "../params.h"
+#include "../params/dropout_mask.h"
+#include "../philox.h"
+
+namespace lk {
+
+// The narrow products of a LoRA branch on the CPU, in fp32. Without dropout `mask` is all ones and its scale 1.
+
+// s[m, :] = (mask ∘ x)[m, :] · Wᵀ, times the mask's scale; `packed` is W [rank, k] as pack_transposed lays it out.
+struct LoraShrinkParams {
+  const float* x;  // [rows, k]
+  int64_t x_stride;
+  const float* packed;
+  float* s;  // [rows, rank], contiguous
+  int64_t rows, k, rank;
+  bool has_dropout;
+  int64_t first_row;  // of x within the matrix that the mask belongs to
+  Dropout dropout;
+};
+
+// grad[j, c] += alpha · sum over m of s[m, j] · (mask ∘ x)[m, c], and, while the mask is at hand,
+// grad_x += alpha · mask ∘ (s · A). Either part may be absent.
+struct LoraGradParams {
+  const float* x;  // [rows, k]; null where grad is not wanted
+  int64_t x_stride;
+  const float* s;  // [rows, rank], contiguous
+  float* grad;     // element (j, c) at grad[j * grad_stride_j + c * grad_stride_c]
+  int64_t grad_stride_j, grad_stride_c;
+  const float* a;  // [rank, k]; null where grad_x is not wanted
+  int64_t a_stride;
+  float* grad_x;  // [rows, k]
+  int64_t grad_x_stride;
+  float alpha;
+  int64_t rows, k, rank;
+  bool has_dropout;
+  int64_t first_row;
+  Dropout dropout;
+};
+
+// y = x Wᵀ + bias + alpha · s Bᵀ for a few rows of x. bias and s may be null.
+struct LoraDecodeParams {
+  const float* x;  // [rows, k]
+  int64_t x_stride;
+  const float* w;  // [n, k]
+  int64_t w_stride;
+  const float* bias;
+  const float* s;  // [rows, rank], contiguous
+  const float* b;  // [n, rank]
+  int64_t b_stride;
+  float alpha;
+  float* y;  // [rows, n], contiguous
+  int64_t rows, n, k, rank;
+};
+
+}  // namespace lk
 
 namespace lk::cpu {
 

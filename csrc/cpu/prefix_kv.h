@@ -1,7 +1,7 @@
 // prefix_kv and its gradient: functions over ranges, so that the caller brings the threads.
 #pragma once
 
-#include "../params.h"
+#include "../params/prefix_kv.h"
 
 namespace lk::cpu {
 

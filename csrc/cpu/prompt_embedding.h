@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../params.h"
+#include "../params/prompt_embedding.h"
 
 namespace lk::cpu {
 

@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../params.h"
+#include "../params/common.h"
 #include "float_types.h"
 
 namespace lk::cpu {

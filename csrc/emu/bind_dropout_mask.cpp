@@ -1,6 +1,7 @@
 // The CUDA binding of dropout_mask as it is, over CPU tensors and emulated launches: an op of
 // `lora_kernels_emulated_mask`. Test only.
 #include "../kernels/dropout_mask.cuh"
+#include "../launch/dropout_mask.h"
 #include "launch_over_torch.h"
 
 namespace lk {

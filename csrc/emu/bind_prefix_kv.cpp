@@ -1,6 +1,7 @@
 // The CUDA binding of prefix_kv as it is, over CPU tensors and emulated launches: ops of
 // `lora_kernels_emulated_prefix`. Test only.
 #include "../kernels/prefix_kv.cuh"
+#include "../launch/prefix_kv.h"
 #include "launch_over_torch.h"
 
 namespace lk {
@@ -11,9 +12,8 @@ cudaError_t launch_prefix_kv(const PrefixKvParams& p, const PrefixConfig& config
   Memory memory;
   memory.input(p.prefix, size_of(p.prefix_type), s.tokens, width, p.prefix_stride);
   memory.output(p.out, s.batch * s.tokens * width * size_of(p.type));
-  return with_prompt_variant<PrefixKv>(p.type, config.aligned, [&](auto variant) {
-    using Variant = decltype(variant);
-    return run<Variant>(&prefix_kv_kernel<Variant>, config.aligned, config.blocks, p, memory);
+  return with_variant(RowVariants<PrefixKv>{}, RowsKey{p.type, config.aligned}, [&]<class Kernel>(Kernel) {
+    return run<Kernel>(&prefix_kv_kernel<Kernel>, config.aligned, config.blocks, p, memory);
   });
 }
 
@@ -32,9 +32,8 @@ cudaError_t launch_prefix_kv_backward(const PrefixKvBackwardParams& p, const Pre
   for (int64_t t = 0; t < s.tokens; ++t) {
     memory.output(static_cast<char*>(p.grad_prefix) + t * p.grad_prefix_stride * size_of(p.prefix_type), width);
   }
-  return with_prompt_variant<PrefixKvBackward>(p.type, config.aligned, [&](auto variant) {
-    using Variant = decltype(variant);
-    return run<Variant>(&prefix_kv_backward_kernel<Variant>, config.aligned, config.blocks, p, memory);
+  return with_variant(RowVariants<PrefixKvBackward>{}, RowsKey{p.type, config.aligned}, [&]<class Kernel>(Kernel) {
+    return run<Kernel>(&prefix_kv_backward_kernel<Kernel>, config.aligned, config.blocks, p, memory);
   });
 }
 

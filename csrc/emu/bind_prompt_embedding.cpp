@@ -2,9 +2,23 @@
 // `lora_kernels_emulated_prompt`. Test only.
 #include "../kernels/prompt_embedding.cuh"
 #include "../kernels/prompt_embedding_backward.cuh"
+#include "../launch/prompt_embedding.h"
 #include "launch_over_torch.h"
 
 namespace lk {
+namespace {
+
+void add_indices(Memory& memory, const IndexArray& a, int64_t count) {
+  memory.input(a.data, a.is_int64 ? 8 : 4, 1, count, 0);
+}
+
+void add_column(Memory& memory, const TokenColumn& c, int64_t tokens, int64_t rows) {
+  memory.input(c.tokens, c.element_size, 1, tokens, 0);
+  memory.output(c.out, rows * c.element_size);
+}
+
+}  // namespace
+
 cudaError_t launch_prompt_embedding(const PromptEmbeddingParams& p, const PromptEmbeddingConfig& config, cudaStream_t) {
   const PromptSizes& s = p.sizes;
   const int64_t tokens = s.batch * s.tokens, rows = s.batch * (s.prompt_rows + s.tokens);
@@ -23,17 +37,16 @@ cudaError_t launch_prompt_embedding(const PromptEmbeddingParams& p, const Prompt
     memory.input(static_cast<const char*>(p.prompt) + task * p.prompt_task_stride * prompt_element, prompt_element,
                  s.prompt_rows, s.hidden, p.prompt_stride);
   }
-  memory.input(p.ids, tokens);
-  memory.input(p.task_ids, s.batch);
-  memory.input(p.prompt_lengths, s.batch);
-  memory.column(p.mask, tokens, rows);
-  memory.column(p.labels, tokens, rows);
+  add_indices(memory, p.ids, tokens);
+  add_indices(memory, p.task_ids, s.batch);
+  add_indices(memory, p.prompt_lengths, s.batch);
+  add_column(memory, p.mask, tokens, rows);
+  add_column(memory, p.labels, tokens, rows);
   memory.output(p.positions, rows * sizeof *p.positions);
   memory.output(p.layout, s.batch * sizeof *p.layout);
   memory.output(p.out, rows * s.hidden * element);
-  return with_prompt_variant<PromptEmbedding>(p.type, config.aligned, [&](auto variant) {
-    using Variant = decltype(variant);
-    return run<Variant>(&prompt_embedding_kernel<Variant>, config.aligned, config.blocks, p, memory);
+  return with_variant(RowVariants<PromptEmbedding>{}, RowsKey{p.type, config.aligned}, [&]<class Kernel>(Kernel) {
+    return run<Kernel>(&prompt_embedding_kernel<Kernel>, config.aligned, config.blocks, p, memory);
   });
 }
 
@@ -47,15 +60,15 @@ cudaError_t launch_prompt_embedding_backward(const PromptEmbeddingBackwardParams
                  s.prompt_rows + s.tokens, s.hidden, p.grad_stride);
   }
   memory.input(p.layout, sizeof *p.layout, 1, s.batch, 0);
-  memory.input(p.ids, s.batch * s.tokens);
-  memory.input(p.task_ids, s.batch);
+  add_indices(memory, p.ids, s.batch * s.tokens);
+  add_indices(memory, p.task_ids, s.batch);
   memory.output(p.grad_prompt, s.tasks * s.prompt_rows * s.hidden * size_of(p.prompt_type));
   memory.output(p.grad_embeds, s.batch * s.tokens * s.hidden * element);
   memory.output(p.grad_weight, s.vocabulary * s.hidden * element);
-  return with_prompt_variant<PromptEmbeddingBackward>(p.type, config.aligned, [&](auto variant) {
-    using Variant = decltype(variant);
-    return run<Variant>(&prompt_embedding_backward_kernel<Variant>, config.aligned, config.blocks(), p, memory);
-  });
+  return with_variant(
+      RowVariants<PromptEmbeddingBackward>{}, RowsKey{p.type, config.aligned}, [&]<class Kernel>(Kernel) {
+        return run<Kernel>(&prompt_embedding_backward_kernel<Kernel>, config.aligned, config.blocks(), p, memory);
+      });
 }
 
 }  // namespace lk

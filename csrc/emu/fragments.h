@@ -2,6 +2,7 @@
 #pragma once
 
 #include "machine_parts.h"
+#include "ptx/core.h"
 
 namespace lk::emu {
 

@@ -1,7 +1,7 @@
-// How blocks of one launch learn of each other's results.
+// The tile scheduler of a launch, and how its blocks learn of each other's results.
 #pragma once
 
-#include "../device.h"
+#include "../tile.h"
 
 namespace lk {
 
@@ -17,6 +17,54 @@ LK_DEVICE bool arrive_last(uint32_t* counter, int expected, uint32_t smem) {
   }
   sync_block();
   return load_shared_4(smem) != 0;
+}
+
+// Counters of a launch.
+constexpr int kTicketCounter = 0, kDoneCounter = 1, kFirstFlag = 2;
+
+// A piece of work: shrink tile or base tile number `column` of row block `row`.
+struct WorkItem {
+  bool is_shrink;
+  int row, column;
+};
+
+// The work of a ticket. Within a group, row blocks follow each other: neighbours share columns of w, and the group's
+// rows of x stay in the L2 cache.
+LK_HOST_DEVICE WorkItem work_of_ticket(int ticket, int row_blocks, int shrink_columns, int base_columns,
+                                       int group_rows) {
+  const int per_group = group_rows * (shrink_columns + base_columns);
+  const int first_row = ticket / per_group * group_rows;
+  const int rows = smaller(row_blocks - first_row, group_rows);
+  const int i = ticket % per_group, column = i / rows;
+  const bool is_shrink = column < shrink_columns;
+  return {is_shrink, first_row + i % rows, is_shrink ? column : column - shrink_columns};
+}
+
+// The block's work lies in shared memory and is read where it is needed: over a main loop, registers are scarce.
+constexpr int kBytesWork = 16;
+
+// Draws a ticket for the block; work(ticket) is a WorkItem. All threads call it.
+template <class Work>
+LK_DEVICE void acquire_work(uint32_t* counters, uint32_t smem, const Work& work) {
+  if (thread_index() == 0) {
+    const WorkItem item = work(static_cast<int>(atomic_add(counters + kTicketCounter, 1)));
+    store_shared_16(smem,
+                    {{static_cast<uint32_t>(item.row), static_cast<uint32_t>(item.column), item.is_shrink ? 1u : 0u}});
+  }
+  sync_block();
+}
+
+LK_DEVICE WorkItem current_work(uint32_t smem) {
+  const Vec16 v = load_shared_16(smem);
+  return {v.word[2] != 0, static_cast<int>(v.word[0]), static_cast<int>(v.word[1])};
+}
+
+// The block has done its work. The last one makes the counters fit for the next launch.
+LK_DEVICE void release_work(uint32_t* counters, int flags) {
+  if (thread_index() != 0) return;
+  const uint32_t done = atomic_add_acquire_release(counters + kDoneCounter, 1);
+  if (done + 1 != static_cast<uint32_t>(block_count())) return;
+  for (int i = 0; i < kFirstFlag + flags; ++i) store_global(counters + i, 0u);
 }
 
 }  // namespace lk

@@ -1,7 +1,7 @@
 // The dropout mask within kernels. A mask is never stored: whoever needs it computes it from the seed.
 #pragma once
 
-#include "../params.h"
+#include "../philox.h"
 #include "../tile.h"
 
 namespace lk {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../device.h"
-#include "../params.h"
+#include "../params/dropout_mask.h"
 
 namespace lk {
 

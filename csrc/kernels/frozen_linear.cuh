@@ -1,13 +1,15 @@
-// y = x wᵀ + bias with the main loop of lora_linear and without its branch: the floor that benchmarks divide by.
+// y = x wᵀ + bias with the main loop of lora_linear and without its branch. A yardstick of the tests, which run it in
+// the emulator and compare its machine code with lora_linear's. No op is served by it, and it is not in the module.
 #pragma once
 
-#include "lora_linear.cuh"
+#include "lora_linear_variants.cuh"
 
 namespace lk {
 
 template <class Base_, bool kAligned_>
 struct FrozenLinear {
   using Base = Base_;
+  using Element = typename Base::Element;
   static constexpr bool kAligned = kAligned_;
   static constexpr int kThreads = Base::kThreads, kMinBlocks = kThreads <= 128 ? 2 : 1;
   static constexpr int kSharedBytes = larger(Base::kSharedBytes, Base::kBytesResult);
@@ -18,10 +20,29 @@ struct FrozenLinear {
         work_of_ticket(block_index(), ceil_div(p.m, Base::kM), 0, ceil_div(p.n, Base::kN), p.group_rows);
     const int row0 = work.row * Base::kM, column0 = work.column * Base::kN;
     typename Base::Accumulator acc = {};
-    Base::template run<kAligned>(smem, {p.x, p.x_stride, p.m, p.k}, row0, {p.w, p.w_stride, p.n, p.k}, column0, 0, p.k,
-                                 acc, Alone{});
-    store_result<Base, kAligned>(p, smem, row0, column0, acc);
+    using Chunk = PlainChunk<Element, kAligned>;
+    Base::template run<Chunk, Chunk>(smem, {p.x, p.x_stride, p.m, p.k}, row0, {p.w, p.w_stride, p.n, p.k}, column0, 0,
+                                     p.k, acc, NoSideTask{});
+    epilogue<Base, kAligned>(p, smem, row0, column0, acc);
   }
 };
+
+inline LoraLinearConfig frozen_linear_config(int64_t m, int64_t n, bool aligned, const DeviceLimits& device) {
+  LoraLinearConfig config{};
+  config.key.aligned = aligned;
+  config.splits = 1;
+  config.key.tile = choose_tile(m, n, aligned, device, config.tile_reason);
+  config.key.schedule = Schedule::kColumn0;  // no tiles of s
+  plan_tickets(m, n, 0, config);
+  config.counters = 0;
+  return config;
+}
+
+template <class Element>
+using FrozenVariants = VariantList<
+    Variant<forward_key(Schedule::kColumn0, LoraTile::kLarge, 0),
+            FrozenLinear<LargeTile<Element, kFewestWarpsN<Element>>, true>>,
+    Variant<forward_key(Schedule::kColumn0, LoraTile::kSmall, 0), FrozenLinear<SmallTile<Element>, true>>,
+    Variant<forward_key(Schedule::kColumn0, LoraTile::kSmall, 0, false), FrozenLinear<SmallTile<Element>, false>>>;
 
 }  // namespace lk

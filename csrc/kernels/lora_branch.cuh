@@ -1,27 +1,34 @@
 // The low-rank branch of a tile of y: acc += scaling · s bᵀ, and the ways to get s.
 #pragma once
 
+#include "../formats/float32.h"
+#include "../params/lora_linear.h"
 #include "dropout.cuh"
-#include "gemm.cuh"
+#include "store.cuh"
 
 namespace lk {
 
-// What fp32 adapters are rounded to on the way, `Rounded` of TileLoader: nothing where elements are as wide.
-template <class Element>
-using RoundedAdapter = std::conditional_t<sizeof(typename Element::Storage) == 2, Element, void>;
+// fp32 adapters under 16-bit elements are rounded on the way.
+template <class Element, bool kAligned>
+using RoundedChunk = DecodedChunk<Float32Format<Element>, kAligned>;
 
-template <class T>
-struct TypeOf {
-  using Type = T;
-};
-
-// f(TypeOf<Rounded>{}): a choice made once, outside of f's loops.
-template <class Element, class F>
-LK_DEVICE void with_rounding(bool adapters_are_float, const F& f) {
+// f(Chunk{}) of the adapter: a choice made once, outside of f's loops.
+template <class Element, bool kAligned, class F>
+LK_DEVICE void with_adapter_chunk(bool adapters_are_float, const F& f) {
   if constexpr (sizeof(typename Element::Storage) == 2) {
-    if (adapters_are_float) return f(TypeOf<Element>{});
+    if (adapters_are_float) return f(RoundedChunk<Element, kAligned>{});
   }
-  f(TypeOf<void>{});
+  f(PlainChunk<Element, kAligned>{});
+}
+
+// A chunk that chooses itself, within a loop that is not to be there twice.
+template <class Element, bool kAligned>
+LK_DEVICE auto adapter_chunk(bool adapters_are_float) {
+  if constexpr (sizeof(typename Element::Storage) == 2) {
+    return EitherChunk<RoundedChunk<Element, kAligned>, PlainChunk<Element, kAligned>>{adapters_are_float};
+  } else {
+    return PlainChunk<Element, kAligned>{};
+  }
 }
 
 // How a product of a fragment's ranks enters the accumulator. Scaled in fp32: s and b are rounded already, their
@@ -62,6 +69,7 @@ struct MaskedSum {
 template <class Base, bool kAligned>
 struct LoraBranch {
   using Element = typename Base::Element;
+  using Chunk = PlainChunk<Element, kAligned>;
   // As many ranks at a time as the stages hold; s lies where a stage has P, b where it has Q.
   static constexpr int kThreads = Base::kThreads, kM = Base::kM, kDepth = Base::kDepth;
   static constexpr int kBatch = Base::kStages * kDepth;
@@ -83,7 +91,7 @@ struct LoraBranch {
         }
         sync_block();
       }
-      typename Base::template LoaderP<kAligned> load_s(s, row0, batch);
+      typename Base::template LoaderP<Chunk> load_s(s, row0, batch);
       LK_NO_UNROLL
       for (int r = batch; r < end; r += kDepth) load_s.load(stage_of(smem, r - batch));
       copy_async_commit();
@@ -94,17 +102,18 @@ struct LoraBranch {
     }
   }
 
-  // s is what `shrink` (ShrinkBeside) has computed beside this tile. `staged` is called when it lies in shared memory.
-  template <class Shrink, class Staged>
-  LK_DEVICE static void add_beside(const LoraLinearParams& p, uint32_t smem, int column0, Shrink& shrink,
-                                   float* partial_s, typename Base::Accumulator& acc, const Staged& staged) {
+  // s is what `shrink` (ShrinkTask) has computed beside this tile. `on_s_ready` is called when it lies in shared
+  // memory.
+  template <class Shrink, class Ready>
+  LK_DEVICE static void add_own(const LoraLinearParams& p, uint32_t smem, int column0, Shrink& shrink, float* partial_s,
+                                typename Base::Accumulator& acc, const Ready& on_s_ready) {
     load_b(p, smem, column0, 0, p.rank);
     copy_async_commit();
     shrink.stage(smem, p.rank, partial_s);
     copy_async_wait<0>();
     sync_block();
-    staged();
-    multiply(smem, p.rank, acc, ScaledSum{scaling_of(p)});
+    on_s_ready();
+    multiply(smem, p.rank, acc, ScaledSum{p.scaling});
   }
 
   // Writes s, staged by this block, to memory.
@@ -118,17 +127,11 @@ struct LoraBranch {
  private:
   LK_DEVICE static void load_b(const LoraLinearParams& p, uint32_t smem, int column0, int begin, int end) {
     // The choice lies outside of the loop: within, it costs the large tile a register too many on sm_90.
-    with_rounding<Element>(p.adapters_are_float, [&](auto rounded) {
-      using Rounded = typename decltype(rounded)::Type;
-      load_b<Rounded>({p.b, p.b_stride, p.n, p.rank, !std::is_void_v<Rounded>}, smem, column0, begin, end);
+    with_adapter_chunk<Element, kAligned>(p.adapters_are_float, [&](auto chunk) {
+      typename Base::template LoaderQ<decltype(chunk)> load({p.b, p.b_stride, p.n, p.rank}, column0, begin);
+      LK_NO_UNROLL
+      for (int r = begin; r < end; r += kDepth) load.load(stage_of(smem, r - begin) + Base::kOffsetQ);
     });
-  }
-
-  template <class Rounded>
-  LK_DEVICE static void load_b(const Operand& b, uint32_t smem, int column0, int begin, int end) {
-    typename Base::template LoaderQ<kAligned, Rounded> load(b, column0, begin);
-    LK_NO_UNROLL
-    for (int r = begin; r < end; r += kDepth) load.load(stage_of(smem, r - begin) + Base::kOffsetQ);
   }
 
   template <class Sum>
@@ -149,7 +152,7 @@ struct LoraBranch {
 // Beside the product with w: s = x aᵀ for the tile's rows, without dropout, all ranks (at most kRankTile). The warps
 // that share rows of x divide the work: by rows if there are enough, else by depth, and add up at the end.
 template <class Base, int kRankTile, bool kAligned>
-class ShrinkBeside {
+class ShrinkTask {
   using Element = typename Base::Element;
   static constexpr int kDepth = Base::kDepth, kSteps = Base::kSteps;
   static constexpr bool kSplitsDepth = Base::kFragmentsM < Base::kWarpsN;
@@ -157,21 +160,21 @@ class ShrinkBeside {
   static constexpr int kRowFragments = kSplitsDepth ? Base::kFragmentsM : Base::kFragmentsM / Base::kWarpsN;
   static_assert(kSplitsDepth ? kSteps % Base::kWarpsN == 0 : Base::kFragmentsM % Base::kWarpsN == 0);
   using TileA = OperandTile<Element, kRankTile, kDepth, Layout::kRows, ChunksFirst>;
-  using Loader =
-      TileLoader<Element, kRankTile, kDepth, Layout::kRows, Base::kThreads, kAligned, RoundedAdapter<Element>>;
+  using Chunk = decltype(adapter_chunk<Element, kAligned>(true));
+  using Loader = TileLoader<Element, kRankTile, kDepth, Layout::kRows, Base::kThreads, Chunk>;
 
  public:
-  static constexpr bool kChanges = false;
+  static constexpr bool kChangesStage = false;
   static constexpr int kBytes = TileA::kBytes;
-  static_assert(Base::kBytesStage - Base::kOffsetBeside == kBytes, "a stage has a place for a");
+  static_assert(Base::kBytesStage - Base::kOffsetSide == kBytes, "a stage has a place for a");
 
-  LK_DEVICE ShrinkBeside(const LoraLinearParams& p, int k0, int k1)
-      : loader_({p.a, p.a_stride, p.rank, k1, p.adapters_are_float}, 0, k0) {}
+  LK_DEVICE ShrinkTask(const LoraLinearParams& p, int k0, int k1)
+      : loader_({p.a, p.a_stride, p.rank, k1}, 0, k0, adapter_chunk<Element, kAligned>(p.adapters_are_float)) {}
 
-  LK_DEVICE void load(uint32_t beside) { loader_.load(beside); }
+  LK_DEVICE void fill(uint32_t place) { loader_.load(place); }
 
-  LK_DEVICE void arrived(uint32_t stage, int) {
-    const uint32_t x = stage + Base::lane_offset_P(), a = stage + Base::kOffsetBeside + TileA::lane_offset(0);
+  LK_DEVICE void on_stage_ready(uint32_t stage, int) {
+    const uint32_t x = stage + Base::lane_offset_P(), a = stage + Base::kOffsetSide + TileA::lane_offset(0);
     LK_UNROLL
     for (int i = 0; i < kSteps / (kSplitsDepth ? Base::kWarpsN : 1); ++i) {
       const int step = kSplitsDepth ? i * Base::kWarpsN + warp_n() : i;
@@ -225,9 +228,9 @@ class ShrinkBeside {
     static_assert(Base::kWarpsM == 1);
     constexpr int kFragments = kRowFragments * kFragmentsN;
     constexpr int kBytesWarp = kFragments * kWarp * 16;
-    constexpr int kBehindBranch = (kRankTile + kDepth - 1) / kDepth * Base::kBytesStage;
-    static_assert(kBehindBranch + Base::kWarpsN * kBytesWarp <= Base::kSharedBytes);
-    const uint32_t scratch = smem + kBehindBranch;
+    constexpr int kOffsetScratch = (kRankTile + kDepth - 1) / kDepth * Base::kBytesStage;
+    static_assert(kOffsetScratch + Base::kWarpsN * kBytesWarp <= Base::kSharedBytes);
+    const uint32_t scratch = smem + kOffsetScratch;
     const int lane = thread_index() % kWarp;
     LK_UNROLL
     for (int i = 0; i < kFragments; ++i) {
@@ -256,12 +259,12 @@ class ShrinkBeside {
 
 // y = acc + bias, by way of shared memory, where all threads have finished.
 template <class Base, bool kAligned>
-LK_DEVICE void store_result(const LoraLinearParams& p, uint32_t smem, int row0, int column0,
-                            const typename Base::Accumulator& acc) {
+LK_DEVICE void epilogue(const LoraLinearParams& p, uint32_t smem, int row0, int column0,
+                        const typename Base::Accumulator& acc) {
   using Element = typename Base::Element;
   const auto* const bias_gmem = static_cast<const typename Element::Storage*>(p.bias);
   sync_block();
-  Base::stage_accumulators(smem, [&](int mi, int ni, int i, int column) {
+  stage_accumulators<Base>(smem, [&](int mi, int ni, int i, int column) {
     const bool has_bias = bias_gmem != nullptr && column0 + column < p.n;
     const float bias = has_bias ? Element::low(load_global(bias_gmem + column0 + column)) : 0.0f;
     return acc[mi][ni][i] + bias;

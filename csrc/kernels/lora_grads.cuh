@@ -5,9 +5,11 @@
 // (PartOfGradB), and only their sum is wanted.
 #pragma once
 
+#include "../params/lora_linear.h"
 #include "between_blocks.cuh"
 #include "dropout.cuh"
 #include "gemm.cuh"
+#include "store.cuh"
 
 namespace lk {
 
@@ -18,12 +20,13 @@ template <class Element_, int kRankTile, bool kAligned_>
 struct LoraGrads {
   using Element = Element_;
   static constexpr bool kAligned = kAligned_;
+  using Chunk = PlainChunk<Element, kAligned>;
   static constexpr int kElementBytes = sizeof(typename Element::Storage);
   static constexpr int kThreads = 128, kMinBlocks = 2, kDepth = 64 / kElementBytes, kStages = 4;
   using TileA = Gemm<Element, kRankTile, kGradColumns, kDepth, 1, 4, kStages, Layout::kColumns, Layout::kColumns>;
   using TileB = Gemm<Element, kGradColumns, kRankTile, kDepth, 4, 1, kStages, Layout::kColumns, Layout::kColumns>;
   static constexpr int kSharedBytes = larger(TileA::kSharedBytes, larger(TileA::kBytesResult, TileB::kBytesResult));
-  static_assert(TileA::kPartial == TileB::kPartial && TileA::kSharedBytes == TileB::kSharedBytes);
+  static_assert(kPartial<TileA> == kPartial<TileB> && TileA::kSharedBytes == TileB::kSharedBytes);
 
   LK_DEVICE static void run(const LoraGradsParams& p) {
     const uint32_t smem = dynamic_shared();
@@ -45,12 +48,12 @@ struct LoraGrads {
  private:
   // While x is in shared memory.
   struct DropX {
-    static constexpr bool kChanges = true;
+    static constexpr bool kChangesStage = true;
     int column0;
     DropoutMask mask;
 
-    LK_DEVICE void load(uint32_t) const {}
-    LK_DEVICE void arrived(uint32_t stage, int row0) const {
+    LK_DEVICE void fill(uint32_t) const {}
+    LK_DEVICE void on_stage_ready(uint32_t stage, int row0) const {
       drop_tile<typename TileA::TileQ::Tile, kDepth, kThreads>(stage + TileA::kOffsetQ, row0, column0, mask);
     }
   };
@@ -59,16 +62,16 @@ struct LoraGrads {
                                   int column0) {
     const Operand grad_s{p.grad_s, p.rank, p.rank, p.m}, x{p.x, p.x_stride, p.k, p.m};
     typename TileA::Accumulator acc = {};
-    const auto run = [&](auto&& beside) {
-      TileA::template run<kAligned>(smem, grad_s, rank0, x, column0, first_row(p, split), first_row(p, split + 1), acc,
-                                    beside);
+    const auto run = [&](auto&& task) {
+      TileA::template run<Chunk, Chunk>(smem, grad_s, rank0, x, column0, first_row(p, split), first_row(p, split + 1),
+                                        acc, task);
     };
-    float scale = scaling_of(p);
+    float scale = p.scaling;
     if (p.seed != nullptr) {
       run(DropX{column0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
       scale *= p.dropout_scale;
     } else {
-      run(Alone{});
+      run(NoSideTask{});
     }
     finish<TileA>(p, smem, tile, split, acc, scale, p.grad_a, p.k, p.rank, p.k, rank0, column0);
   }
@@ -76,9 +79,9 @@ struct LoraGrads {
   LK_DEVICE static void product_B(const LoraGradsParams& p, uint32_t smem, int tile, int split, int row0, int rank0) {
     const Operand grad_y{p.grad_y, p.grad_y_stride, p.n, p.m}, s{p.s, p.rank, p.rank, p.m};
     typename TileB::Accumulator acc = {};
-    TileB::template run<kAligned>(smem, grad_y, row0, s, rank0, first_row(p, split), first_row(p, split + 1), acc,
-                                  Alone{});
-    finish<TileB>(p, smem, tile, split, acc, scaling_of(p), p.grad_b, p.rank, p.n, p.rank, row0, rank0);
+    TileB::template run<Chunk, Chunk>(smem, grad_y, row0, s, rank0, first_row(p, split), first_row(p, split + 1), acc,
+                                      NoSideTask{});
+    finish<TileB>(p, smem, tile, split, acc, p.scaling, p.grad_b, p.rank, p.n, p.rank, row0, rank0);
   }
 
   LK_DEVICE static int first_row(const LoraGradsParams& p, int split) {
@@ -92,17 +95,17 @@ struct LoraGrads {
                                typename Tile::Accumulator& acc, float scale, void* out, int64_t stride, int rows,
                                int columns, int row0, int column0) {
     if (p.splits > 1) {
-      float* const partials = p.partials + static_cast<int64_t>(tile) * p.splits * Tile::kPartial;
-      Tile::store_partial(partials + split * Tile::kPartial, acc);
+      float* const partials = p.partials + static_cast<int64_t>(tile) * p.splits * kPartial<Tile>;
+      store_partial<Tile>(partials + split * kPartial<Tile>, acc);
       if (!arrive_last(p.counters + tile, p.splits, smem)) return;
-      Tile::sum_partials(partials, p.splits, acc);
+      sum_partials<Tile>(partials, p.splits, acc);
     }
     if (kElementBytes == 2 && p.grads_are_float) {
       store_floats<Tile>(static_cast<float*>(out), stride, rows, columns, row0, column0, acc, scale);
       return;
     }
     sync_block();  // the stages are free
-    Tile::stage_accumulators(smem, [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
+    stage_accumulators<Tile>(smem, [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
     sync_block();
     store_tile<Element, Tile::kM, Tile::kN, kThreads, kAligned>(smem, out, stride, rows, columns, row0, column0);
   }
@@ -136,7 +139,7 @@ struct LoraGrads {
   // dB[row0 ...] = scaling · the sum over the blocks of rows of [n, kPartOfGradBRank].
   LK_DEVICE static void sum_B(const LoraGradsParams& p, int row0) {
     constexpr int kGroups = kPartOfGradBRank / 4;
-    const float scale = scaling_of(p);
+    const float scale = p.scaling;
     for (int i = thread_index(); i < kGradColumns * kGroups; i += kThreads) {
       const int row = row0 + i / kGroups, column = i % kGroups * 4;
       if (row >= p.n || column >= p.rank) continue;

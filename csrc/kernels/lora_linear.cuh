@@ -1,57 +1,47 @@
 // y = x wᵀ + bias + scaling · s bᵀ, s = dropout(x) aᵀ, in one launch: schedules "ticketed" and "column-0".
 //
-// Ticketed: a block draws a ticket and does one piece of work. *Shrink* tiles compute s for a block of rows; *base*
+// Ticketed: a block acquires one piece of work, by a ticket. *Shrink* tiles compute s for a block of rows; *base*
 // tiles compute y. For a group of row blocks the shrink tiles have the lower tickets. A base tile multiplies x by w
 // first and needs its rows of s only then; by that time they are nearly always there, and if not it waits for a flag.
 // It waits only for lower tickets, which belong to blocks that are running or done: no deadlock, whatever the order the
 // blocks start in. Column-0: there are no shrink tiles; the base tiles of column 0 compute s beside y.
+//
+// Where what happens to one tile is:
+// - between_blocks.cuh: which tile a block computes (tickets), how the last block cleans up, flags between blocks;
+// - lora_linear.cuh: shrink and base tiles, and what the forward and the gradient of x do differently (*Roles);
+// - operand.cuh: x, w, a and b from memory to shared memory (walks and chunks) and from there to fragments;
+// - formats/: operands that are decoded on the way, as fp32 adapters are;
+// - gemm.cuh: the main loop, x wᵀ or x aᵀ; main_loop.cuh: what is asked of one;
+// - dropout.cuh: the mask, on a stage of x or as bits for the branch;
+// - lora_branch.cuh: acc += scaling · s bᵀ, with s of other blocks or of this one (ShrinkTask), and the epilogue;
+// - store.cuh: accumulators to rows of memory, and sums of parts of the depth.
+// lora_linear_dual.cuh has the schedules of few rows or columns, lora_grads.cuh dA and dB; lora_linear_variants.cuh
+// lists all kernels with their keys, and config/lora_linear.h chooses one.
 //
 // The gradient of x is the same computation: dX = dY W + scaling · mask ∘ (s' A), s' = dY B, where w, a and b lie the
 // other way round in memory, and dropout acts on the branch's result.
 #pragma once
 
 #include "between_blocks.cuh"
+#include "gemm.cuh"
 #include "lora_branch.cuh"
 
 namespace lk {
 
-// Counters of a launch.
-constexpr int kTicketCounter = 0, kDoneCounter = 1, kFirstFlag = 2;
-
-// A piece of work: shrink tile or base tile number `column` of row block `row`.
-struct WorkItem {
-  bool is_shrink;
-  int row, column;
-};
-
-// The work of a ticket. Within a group, row blocks follow each other: neighbours share columns of w, and the group's
-// rows of x stay in the L2 cache.
-LK_HOST_DEVICE WorkItem work_of_ticket(int ticket, int row_blocks, int shrink_columns, int base_columns,
-                                       int group_rows) {
-  const int per_group = group_rows * (shrink_columns + base_columns);
-  const int first_row = ticket / per_group * group_rows;
-  const int rows = smaller(row_blocks - first_row, group_rows);
-  const int i = ticket % per_group, column = i / rows;
-  const bool is_shrink = column < shrink_columns;
-  return {is_shrink, first_row + i % rows, is_shrink ? column : column - shrink_columns};
-}
-
-enum class Direction { kForward, kBackward };
-
-// What the shrink tile of the forward does beside its product.
+// The shrink tile's task beside its product where x is dropped out.
 template <class Shrink>
 struct DropX {
-  static constexpr bool kChanges = true;
+  static constexpr bool kChangesStage = true;
   int row0;
   DropoutMask mask;
 
-  LK_DEVICE void load(uint32_t) const {}
-  LK_DEVICE void arrived(uint32_t stage, int k0) const {
+  LK_DEVICE void fill(uint32_t) const {}
+  LK_DEVICE void on_stage_ready(uint32_t stage, int k0) const {
     drop_tile<typename Shrink::TileP::Tile, Shrink::kM, Shrink::kThreads>(stage, row0, k0, mask);
   }
 };
 
-// What the shrink tile of the backward does beside s' = dY B: while dY is here, these rows' part of dB = dYᵀ s.
+// The shrink tile's task beside s' = dY B: while dY is here, these rows' part of dB = dYᵀ s.
 template <class Shrink, bool kAligned>
 class PartOfGradB {
   using Element = typename Shrink::Element;
@@ -61,12 +51,13 @@ class PartOfGradB {
   using GradY = OperandTile<Element, Shrink::kDepth, kM, Layout::kColumns, ChunksFirst>;  // a stage's tile, seen as dYᵀ
 
  public:
-  static constexpr bool kChanges = false;
-  static_assert(SavedS::kBytes == Shrink::kBytesResult, "as many bytes as LoraLinear keeps for it");
+  static constexpr bool kChangesStage = false;
+  static_assert(SavedS::kBytes == Shrink::kBytesResult, "as many bytes as GradXRoles keeps for it");
 
   LK_DEVICE PartOfGradB(const LoraLinearParams& p, uint32_t smem, int row_block) : n_(p.k) {
     const Operand s{p.saved_s, p.rank, p.rank, p.m};
-    TileLoader<Element, kRank, kM, Layout::kColumns, Shrink::kThreads, kAligned>(s, 0, row_block * kM).load(smem);
+    using Chunk = PlainChunk<Element, kAligned>;
+    TileLoader<Element, kRank, kM, Layout::kColumns, Shrink::kThreads, Chunk>(s, 0, row_block * kM).load(smem);
     copy_async_commit();
     copy_async_wait<0>();
     sync_block();
@@ -80,9 +71,9 @@ class PartOfGradB {
     out_ = p.partial_grad_b + static_cast<int64_t>(row_block) * n_ * kRank;
   }
 
-  LK_DEVICE void load(uint32_t) const {}
+  LK_DEVICE void fill(uint32_t) const {}
 
-  LK_DEVICE void arrived(uint32_t stage, int n0) const {
+  LK_DEVICE void on_stage_ready(uint32_t stage, int n0) const {
     const int lane = thread_index() % kWarp;
     LK_UNROLL
     for (int row = thread_index() / kWarp / 2 * 16; row < Shrink::kDepth; row += Shrink::kThreads / kWarp / 2 * 16) {
@@ -114,90 +105,132 @@ class PartOfGradB {
   float* out_;
 };
 
-template <class Base_, int kRankTile, bool kAligned_, Direction kDirection, bool kColumn0 = false>
+// What the forward and the gradient of x do differently. How w and a lie in memory;
+// - for a shrink tile, `ShrinkSide`: the task beside its product;
+// - for a base tile, `BranchSide`: how the branch enters it;
+// each with the bytes of shared memory that it takes behind the stages.
+struct ForwardRoles {
+  static constexpr Layout kFactors = Layout::kRows;
+
+  template <class Shrink, bool kAligned>
+  struct ShrinkSide {
+    static constexpr int kBytes = 0;
+
+    // run(task); returns what s is multiplied by.
+    template <class Run>
+    LK_DEVICE static float with_task(const LoraLinearParams& p, uint32_t, int row_block, const Run& run) {
+      if (p.seed != nullptr) {
+        run(DropX<Shrink>{row_block * Shrink::kM, DropoutMask(p.seed, p.dropout_threshold, p.k)});
+        return p.dropout_scale;
+      }
+      run(NoSideTask{});
+      return 1.0f;
+    }
+  };
+
+  template <class Base>
+  struct BranchSide {
+    static constexpr int kBytes = 0;
+
+    // add(sum) with the way a product enters the accumulator.
+    template <class Add>
+    LK_DEVICE static void with_sum(const LoraLinearParams& p, uint32_t, int, int, const Add& add) {
+      add(ScaledSum{in_register(p.scaling)});
+    }
+  };
+};
+
+struct GradXRoles {
+  static constexpr Layout kFactors = Layout::kColumns;
+
+  template <class Shrink, bool kAligned>
+  struct ShrinkSide {
+    static constexpr bool kComputesGradB = Shrink::kN == 16;
+    static constexpr int kBytes = kComputesGradB ? Shrink::kBytesResult : 0;  // for the saved s
+
+    template <class Run>
+    LK_DEVICE static float with_task(const LoraLinearParams& p, uint32_t smem, int row_block, const Run& run) {
+      if constexpr (kComputesGradB) {
+        if (p.partial_grad_b != nullptr) {
+          run(PartOfGradB<Shrink, kAligned>(p, smem, row_block));
+          return 1.0f;
+        }
+      }
+      run(NoSideTask{});
+      return 1.0f;
+    }
+  };
+
+  template <class Base>
+  struct BranchSide {
+    using Keep = KeepBits<Base::kM, Base::kN>;
+    static constexpr int kBytes = Keep::kBytes;
+
+    template <class Add>
+    LK_DEVICE static void with_sum(const LoraLinearParams& p, uint32_t smem, int row0, int column0, const Add& add) {
+      if (p.seed != nullptr) {
+        Keep::template compute<Base::kThreads>(smem, row0, column0, DropoutMask(p.seed, p.dropout_threshold, p.n));
+        add(MaskedSum<Base>{p.scaling * p.dropout_scale, smem});
+      } else {
+        add(ScaledSum{in_register(p.scaling)});
+      }
+    }
+  };
+};
+
+template <class Base_, int kRankTile_, bool kAligned_, class Roles, bool kColumn0 = false>
 struct LoraLinear {
   using Base = Base_;
   using Element = typename Base::Element;
   using Branch = LoraBranch<Base, kAligned_>;
-  static constexpr bool kAligned = kAligned_, kBackward = kDirection == Direction::kBackward;
-  static constexpr int kThreads = Base::kThreads, kM = Base::kM;
+  using Chunk = PlainChunk<Element, kAligned_>;
+  static constexpr bool kAligned = kAligned_;
+  static constexpr int kRankTile = kRankTile_, kThreads = Base::kThreads, kM = Base::kM;
   static constexpr int kMinBlocks = kThreads <= 128 ? 2 : 1;  // per SM: bounds the registers
-  using Shrink = Gemm<Element, kM, kRankTile, Base::kDepth, kThreads / kWarp, 1, Base::kStages, Layout::kRows,
-                      kBackward ? Layout::kColumns : Layout::kRows>;
-  using Keep = KeepBits<kM, Base::kN>;
-  static constexpr bool kComputesGradB = kBackward && kRankTile == 16;
-  // Behind the stages: saved s in a shrink tile, the mask in a base tile.
-  static constexpr int kOffsetBehind = larger(Base::kSharedBytes, Base::kBytesResult);
-  static constexpr int kBytesSavedS = kComputesGradB ? Shrink::kBytesResult : 0;
-  static constexpr int kBehind = !kBackward ? 0 : larger(Keep::kBytes, kBytesSavedS);
-  static constexpr int kOffsetWork = kOffsetBehind + kBehind, kSharedBytes = kOffsetWork + 16;
-  static_assert(Shrink::kSharedBytes <= kOffsetBehind, "a rank tile is no wider than a base tile");
+  using Shrink =
+      Gemm<Element, kM, kRankTile, Base::kDepth, kThreads / kWarp, 1, Base::kStages, Layout::kRows, Roles::kFactors>;
+  using ShrinkSide = typename Roles::template ShrinkSide<Shrink, kAligned>;
+  using BranchSide = typename Roles::template BranchSide<Base>;
+  static constexpr int kOffsetAfterStages = larger(Base::kSharedBytes, Base::kBytesResult);
+  static constexpr int kOffsetWork = kOffsetAfterStages + larger(ShrinkSide::kBytes, BranchSide::kBytes);
+  static constexpr int kSharedBytes = kOffsetWork + kBytesWork;
+  static_assert(Shrink::kSharedBytes <= kOffsetAfterStages, "a rank tile is no wider than a base tile");
 
   LK_DEVICE static void run(const LoraLinearParams& p) {
     const uint32_t smem = dynamic_shared();
-    draw(p, smem);
-    if (drawn(smem).is_shrink) {
+    acquire_work(p.counters, smem + kOffsetWork, [&](int ticket) {
+      return work_of_ticket(ticket, ceil_div(p.m, kM), shrink_columns(p), ceil_div(p.n, Base::kN), p.group_rows);
+    });
+    if (work_of(smem).is_shrink) {
       shrink_tile(p, smem);
     } else {
       base_tile(p, smem);
     }
-    leave(p);
+    release_work(p.counters, ceil_div(p.m, kM));
   }
 
  private:
   LK_DEVICE static int shrink_columns(const LoraLinearParams& p) { return kColumn0 ? 0 : ceil_div(p.rank, kRankTile); }
 
-  // The block's work lies in shared memory and is read where it is needed: over a main loop, registers are scarce.
-  LK_DEVICE static void draw(const LoraLinearParams& p, uint32_t smem) {
-    if (thread_index() == 0) {
-      const int ticket = static_cast<int>(atomic_add(p.counters + kTicketCounter, 1));
-      const WorkItem work =
-          work_of_ticket(ticket, ceil_div(p.m, kM), shrink_columns(p), ceil_div(p.n, Base::kN), p.group_rows);
-      store_shared_16(smem + kOffsetWork, {{static_cast<uint32_t>(work.row), static_cast<uint32_t>(work.column),
-                                            work.is_shrink ? 1u : 0u}});
-    }
-    sync_block();
-  }
-
-  LK_DEVICE static WorkItem drawn(uint32_t smem) {
-    const Vec16 v = load_shared_16(smem + kOffsetWork);
-    return {v.word[2] != 0, static_cast<int>(v.word[0]), static_cast<int>(v.word[1])};
-  }
-
-  // The last block makes the counters fit for the next launch.
-  LK_DEVICE static void leave(const LoraLinearParams& p) {
-    if (thread_index() != 0) return;
-    const uint32_t done = atomic_add_acquire_release(p.counters + kDoneCounter, 1);
-    if (done + 1 != static_cast<uint32_t>(block_count())) return;
-    for (int i = 0; i < kFirstFlag + ceil_div(p.m, kM); ++i) store_global(p.counters + i, 0u);
-  }
+  LK_DEVICE static WorkItem work_of(uint32_t smem) { return current_work(smem + kOffsetWork); }
 
   LK_DEVICE static uint32_t* flag_of(const LoraLinearParams& p, int row_block) {
     return p.counters + kFirstFlag + row_block;
   }
 
   LK_DEVICE static void shrink_tile(const LoraLinearParams& p, uint32_t smem) {
-    const WorkItem work = drawn(smem);
+    const WorkItem work = work_of(smem);
     const int row0 = work.row * kM, column0 = work.column * kRankTile;
-    const Operand x{p.x, p.x_stride, p.m, p.k}, a{p.a, p.a_stride, p.rank, p.k, p.adapters_are_float};
+    const Operand x{p.x, p.x_stride, p.m, p.k}, a{p.a, p.a_stride, p.rank, p.k};
     typename Shrink::Accumulator acc = {};
-    const auto run = [&](auto&& beside) {
-      with_rounding<Element>(p.adapters_are_float, [&](auto rounded) {
-        using Rounded = typename decltype(rounded)::Type;
-        Shrink::template run<kAligned, Rounded>(smem, x, row0, a, column0, 0, p.k, acc, beside);
+    const auto run = [&](auto&& task) {
+      with_adapter_chunk<Element, kAligned>(p.adapters_are_float, [&](auto chunk) {
+        Shrink::template run<Chunk, decltype(chunk)>(smem, x, row0, a, column0, 0, p.k, acc, task);
       });
     };
-    float scale = 1.0f;
-    if (kComputesGradB && p.partial_grad_b != nullptr) {
-      if constexpr (kComputesGradB) run(PartOfGradB<Shrink, kAligned>(p, smem + kOffsetBehind, work.row));
-    } else if (!kBackward && p.seed != nullptr) {
-      run(DropX<Shrink>{row0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
-      scale = p.dropout_scale;
-    } else {
-      run(Alone{});
-    }
+    const float scale = ShrinkSide::with_task(p, smem + kOffsetAfterStages, work.row, run);
     sync_block();  // the stages are free
-    Shrink::stage_accumulators(smem, [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
+    stage_accumulators<Shrink>(smem, [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
     sync_block();
     store_tile<Element, kM, kRankTile, kThreads, kAligned>(smem, p.s, p.rank, p.m, p.rank, row0, column0);
     sync_block();
@@ -206,45 +239,38 @@ struct LoraLinear {
 
   LK_DEVICE static void base_tile(const LoraLinearParams& p, uint32_t smem) {
     typename Base::Accumulator acc = {};
-    const auto run = [&](auto&& beside) {
-      const WorkItem work = drawn(smem);
-      Base::template run<kAligned>(smem, {p.x, p.x_stride, p.m, p.k}, work.row * kM, {p.w, p.w_stride, p.n, p.k},
-                                   work.column * Base::kN, 0, p.k, acc, beside);
+    const auto run = [&](auto&& task) {
+      const WorkItem work = work_of(smem);
+      Base::template run<Chunk, Chunk>(smem, {p.x, p.x_stride, p.m, p.k}, work.row * kM, {p.w, p.w_stride, p.n, p.k},
+                                       work.column * Base::kN, 0, p.k, acc, task);
       sync_block();  // the stages are free
     };
-    if (kColumn0 && drawn(smem).column == 0) {
+    if (kColumn0 && work_of(smem).column == 0) {
       if constexpr (kColumn0) {
-        ShrinkBeside<Base, kRankTile, kAligned> shrink(p, 0, p.k);
+        ShrinkTask<Base, kRankTile, kAligned> shrink(p, 0, p.k);
         run(shrink);
-        Branch::add_beside(p, smem, 0, shrink, nullptr, acc, [&] {
-          const int row_block = drawn(smem).row;
+        Branch::add_own(p, smem, 0, shrink, nullptr, acc, [&] {
+          const int row_block = work_of(smem).row;
           Branch::store_s(p, smem, row_block * kM);
           sync_block();
           if (thread_index() == 0) store_release(flag_of(p, row_block), 1);
         });
       }
     } else {
-      run(Alone{});
+      run(NoSideTask{});
       add_branch(p, smem, acc);
     }
-    const WorkItem work = drawn(smem);
-    store_result<Base, kAligned>(p, smem, work.row * kM, work.column * Base::kN, acc);
+    const WorkItem work = work_of(smem);
+    epilogue<Base, kAligned>(p, smem, work.row * kM, work.column * Base::kN, acc);
   }
 
   // With s from the shrink tiles, or from column 0.
   LK_DEVICE static void add_branch(const LoraLinearParams& p, uint32_t smem, typename Base::Accumulator& acc) {
-    const WorkItem work = drawn(smem);
+    const WorkItem work = work_of(smem);
     const int row0 = work.row * kM, column0 = work.column * Base::kN;
-    const auto add = [&](auto sum) {
+    BranchSide::with_sum(p, smem + kOffsetAfterStages, row0, column0, [&](auto sum) {
       Branch::add(p, smem, row0, column0, flag_of(p, work.row), kColumn0 ? 1 : shrink_columns(p), acc, sum);
-    };
-    if (kBackward && p.seed != nullptr) {
-      const uint32_t bits = smem + kOffsetBehind;
-      Keep::template compute<kThreads>(bits, row0, column0, DropoutMask(p.seed, p.dropout_threshold, p.n));
-      add(MaskedSum<Base>{scaling_of(p) * p.dropout_scale, bits});
-    } else {
-      add(ScaledSum{scaling_of(p)});
-    }
+    });
   }
 };
 

@@ -11,14 +11,16 @@
 
 namespace lk {
 
-template <class Base_, int kRankTile, bool kAligned_>
+template <class Base_, int kRankTile_, bool kAligned_>
 struct LoraLinearDual {
   using Base = Base_;
   using Element = typename Base::Element;
   static constexpr bool kAligned = kAligned_;
+  static constexpr int kRankTile = kRankTile_;
   static constexpr int kThreads = Base::kThreads, kM = Base::kM, kMinBlocks = 2;
+  using Chunk = PlainChunk<Element, kAligned>;
   using Branch = LoraBranch<Base, kAligned>;
-  using Shrink = ShrinkBeside<Base, kRankTile, kAligned>;
+  using Shrink = ShrinkTask<Base, kRankTile, kAligned>;
   static constexpr int kSharedBytes = larger(Base::kSharedBytes, Base::kBytesResult);
 
   LK_DEVICE static void run(const LoraLinearParams& p) {
@@ -31,21 +33,21 @@ struct LoraLinearDual {
 
     typename Base::Accumulator acc = {};
     Shrink shrink(p, k0, k1);
-    Base::template run<kAligned>(smem, x, row0, w, column0, k0, k1, acc, shrink);
+    Base::template run<Chunk, Chunk>(smem, x, row0, w, column0, k0, k1, acc, shrink);
     sync_block();  // the stages are free
     const bool is_split = p.splits > 1;
     float* const partial_s = column_block == 0 && is_split ? partials_of_s(p, row_block) + split * kPartialS : nullptr;
-    Branch::add_beside(p, smem, column0, shrink, partial_s, acc, [&] {
+    Branch::add_own(p, smem, column0, shrink, partial_s, acc, [&] {
       if (column_block == 0 && !is_split) Branch::store_s(p, smem, row0);
     });
     if (is_split) {
-      float* const partials = p.partials + static_cast<int64_t>(tile) * p.splits * Base::kPartial;
-      Base::store_partial(partials + split * Base::kPartial, acc);
+      float* const partials = p.partials + static_cast<int64_t>(tile) * p.splits * kPartial<Base>;
+      store_partial<Base>(partials + split * kPartial<Base>, acc);
       if (!arrive_last(p.counters + tile, p.splits, smem)) return;
-      Base::sum_partials(partials, p.splits, acc);
+      sum_partials<Base>(partials, p.splits, acc);
       if (column_block == 0) store_sum_of_s(p, row_block);
     }
-    store_result<Base, kAligned>(p, smem, row0, column0, acc);
+    epilogue<Base, kAligned>(p, smem, row0, column0, acc);
   }
 
  private:
@@ -54,7 +56,7 @@ struct LoraLinearDual {
   // Behind the partials of y.
   LK_DEVICE static float* partials_of_s(const LoraLinearParams& p, int row_block) {
     const int64_t tiles = static_cast<int64_t>(ceil_div(p.m, kM)) * ceil_div(p.n, Base::kN);
-    return p.partials + (tiles * Base::kPartial + static_cast<int64_t>(row_block) * kPartialS) * p.splits;
+    return p.partials + (tiles * kPartial<Base> + static_cast<int64_t>(row_block) * kPartialS) * p.splits;
   }
 
   LK_DEVICE static void store_sum_of_s(const LoraLinearParams& p, int row_block) {

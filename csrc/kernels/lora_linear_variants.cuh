@@ -1,11 +1,11 @@
-// The kernels that the configs of config.h choose from.
+// The kernels that the configs of config/lora_linear.h choose from.
 #pragma once
 
-#include "../config.h"
-#include "frozen_linear.cuh"
+#include "../config/lora_linear.h"
 #include "lora_grads.cuh"
 #include "lora_linear.cuh"
 #include "lora_linear_dual.cuh"
+#include "variants.h"
 
 namespace lk {
 
@@ -16,8 +16,8 @@ constexpr bool has_shape(TileShape tile) {
          Base::kDepth == tile.depth(sizeof(typename Base::Element::Storage)) && Base::kStages == tile.stages;
 }
 
-// Bytes beside a stage for a tile of A.
-constexpr int beside(int rank_tile, LoraTile tile) { return rank_tile * tile_shape(tile).depth_bytes; }
+// Bytes of a stage for the side task's tile of A.
+constexpr int side_bytes(int rank_tile, LoraTile tile) { return rank_tile * tile_shape(tile).depth_bytes; }
 
 // Depth of a tile in elements.
 template <class Element, LoraTile kTile>
@@ -28,14 +28,14 @@ constexpr int kDepthOf = tile_shape(kTile).depth(sizeof(typename Element::Storag
 // per SM instead of two.
 template <class Element>
 constexpr int kFewestWarpsN = sizeof(typename Element::Storage) == 2 ? 2 : 4;
-template <class Element, int kWarpsN, Layout kLayoutW = Layout::kRows, int kBeside = 0>
+template <class Element, int kWarpsN, Layout kLayoutW = Layout::kRows, int kSide = 0>
 using LargeTile =
-    Gemm<Element, 128, 128, kDepthOf<Element, LoraTile::kLarge>, 2, kWarpsN, 4, Layout::kRows, kLayoutW, kBeside>;
-template <class Element, Layout kLayoutW = Layout::kRows, int kBeside = 0>
-using SmallTile = Gemm<Element, 64, 64, kDepthOf<Element, LoraTile::kSmall>, 2, 2, 3, Layout::kRows, kLayoutW, kBeside>;
-template <class Element, int kBeside>
+    Gemm<Element, 128, 128, kDepthOf<Element, LoraTile::kLarge>, 2, kWarpsN, 4, Layout::kRows, kLayoutW, kSide>;
+template <class Element, Layout kLayoutW = Layout::kRows, int kSide = 0>
+using SmallTile = Gemm<Element, 64, 64, kDepthOf<Element, LoraTile::kSmall>, 2, 2, 3, Layout::kRows, kLayoutW, kSide>;
+template <class Element, int kSide>
 using FlatTile =
-    Gemm<Element, 16, 64, kDepthOf<Element, LoraTile::kFlat>, 1, 4, 4, Layout::kRows, Layout::kRows, kBeside>;
+    Gemm<Element, 16, 64, kDepthOf<Element, LoraTile::kFlat>, 1, 4, 4, Layout::kRows, Layout::kRows, kSide>;
 static_assert(has_shape<LargeTile<BFloat16, 2>>(tile_shape(LoraTile::kLarge)));
 static_assert(has_shape<SmallTile<BFloat16>>(tile_shape(LoraTile::kSmall)));
 static_assert(has_shape<FlatTile<BFloat16, 0>>(tile_shape(LoraTile::kFlat)));
@@ -52,66 +52,68 @@ lora_grads_kernel(const LoraGradsParams p) {
   Variant::run(p);
 }
 
-// f(Variant{}) for the variant that a config of lora_linear asks for.
-template <class Element, class F>
-auto with_lora_linear_variant(const LoraLinearConfig& config, const F& f) {
-  constexpr Direction kForward = Direction::kForward;
-  const bool narrow = config.rank_tile == 16;
-  if (config.schedule == Schedule::kDecode) {
-    return narrow ? f(LoraLinearDual<FlatTile<Element, beside(16, LoraTile::kFlat)>, 16, true>{})
-                  : f(LoraLinearDual<FlatTile<Element, beside(64, LoraTile::kFlat)>, 64, true>{});
-  }
-  if (config.schedule == Schedule::kDual) {
-    return narrow ? f(LoraLinearDual<SmallTile<Element, Layout::kRows, beside(16, LoraTile::kSmall)>, 16, true>{})
-                  : f(LoraLinearDual<SmallTile<Element, Layout::kRows, beside(64, LoraTile::kSmall)>, 64, true>{});
-  }
-  if (config.schedule == Schedule::kColumn0) {
-    return f(
-        LoraLinear<LargeTile<Element, 4, Layout::kRows, beside(64, LoraTile::kLarge)>, 64, true, kForward, true>{});
-  }
-  if (!config.aligned) {
-    return narrow ? f(LoraLinear<SmallTile<Element>, 16, false, kForward>{})
-                  : f(LoraLinear<SmallTile<Element>, 64, false, kForward>{});
-  }
-  if (config.tile == LoraTile::kSmall) {
-    return narrow ? f(LoraLinear<SmallTile<Element>, 16, true, kForward>{})
-                  : f(LoraLinear<SmallTile<Element>, 64, true, kForward>{});
-  }
-  return narrow ? f(LoraLinear<LargeTile<Element, kFewestWarpsN<Element>>, 16, true, kForward>{})
-                : f(LoraLinear<LargeTile<Element, 4>, 64, true, kForward>{});
+// A kernel and the config that asks for it, which must agree.
+template <LoraKey kKey, class Kernel>
+struct LoraVariant : Variant<kKey, Kernel> {
+  static_assert(Kernel::kAligned == kKey.aligned && Kernel::kRankTile == kKey.rank_tile);
+  static_assert(has_shape<typename Kernel::Base>(tile_shape(kKey.tile)));
+};
+
+constexpr LoraKey forward_key(Schedule schedule, LoraTile tile, int rank_tile, bool aligned = true) {
+  return {LoraRole::kForward, schedule, tile, rank_tile, aligned};
+}
+constexpr LoraKey grad_x_key(LoraTile tile, int rank_tile, bool aligned = true) {
+  return {LoraRole::kGradX, Schedule::kTicketed, tile, rank_tile, aligned};
 }
 
-// The same for the gradient of x.
-template <class Element, class F>
-auto with_lora_grad_x_variant(const LoraLinearConfig& config, const F& f) {
-  constexpr Direction kBackward = Direction::kBackward;
-  constexpr Layout kColumns = Layout::kColumns;
-  const bool narrow = config.rank_tile == 16;
-  if (!config.aligned) {
-    return narrow ? f(LoraLinear<SmallTile<Element, kColumns>, 16, false, kBackward>{})
-                  : f(LoraLinear<SmallTile<Element, kColumns>, 64, false, kBackward>{});
-  }
-  if (config.tile == LoraTile::kSmall) {
-    return narrow ? f(LoraLinear<SmallTile<Element, kColumns>, 16, true, kBackward>{})
-                  : f(LoraLinear<SmallTile<Element, kColumns>, 64, true, kBackward>{});
-  }
-  return narrow ? f(LoraLinear<LargeTile<Element, 4, kColumns>, 16, true, kBackward>{})
-                : f(LoraLinear<LargeTile<Element, 4, kColumns>, 64, true, kBackward>{});
-}
+// Every kernel of lora_linear...
+template <class Element>
+using LoraForwardVariants = VariantList<
+    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kLarge, 16),
+                LoraLinear<LargeTile<Element, kFewestWarpsN<Element>>, 16, true, ForwardRoles>>,
+    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kLarge, 64),
+                LoraLinear<LargeTile<Element, 4>, 64, true, ForwardRoles>>,
+    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 16),
+                LoraLinear<SmallTile<Element>, 16, true, ForwardRoles>>,
+    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 64),
+                LoraLinear<SmallTile<Element>, 64, true, ForwardRoles>>,
+    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 16, false),
+                LoraLinear<SmallTile<Element>, 16, false, ForwardRoles>>,
+    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 64, false),
+                LoraLinear<SmallTile<Element>, 64, false, ForwardRoles>>,
+    LoraVariant<forward_key(Schedule::kColumn0, LoraTile::kLarge, 64),
+                LoraLinear<LargeTile<Element, 4, Layout::kRows, side_bytes(64, LoraTile::kLarge)>, 64, true,
+                           ForwardRoles, true>>,
+    LoraVariant<forward_key(Schedule::kDual, LoraTile::kSmall, 16),
+                LoraLinearDual<SmallTile<Element, Layout::kRows, side_bytes(16, LoraTile::kSmall)>, 16, true>>,
+    LoraVariant<forward_key(Schedule::kDual, LoraTile::kSmall, 64),
+                LoraLinearDual<SmallTile<Element, Layout::kRows, side_bytes(64, LoraTile::kSmall)>, 64, true>>,
+    LoraVariant<forward_key(Schedule::kDecode, LoraTile::kFlat, 16),
+                LoraLinearDual<FlatTile<Element, side_bytes(16, LoraTile::kFlat)>, 16, true>>,
+    LoraVariant<forward_key(Schedule::kDecode, LoraTile::kFlat, 64),
+                LoraLinearDual<FlatTile<Element, side_bytes(64, LoraTile::kFlat)>, 64, true>>>;
 
-template <class Element, class F>
-auto with_lora_grads_variant(const LoraGradsConfig& config, const F& f) {
-  const bool narrow = config.rank_tile == 16;
-  if (!config.aligned) return narrow ? f(LoraGrads<Element, 16, false>{}) : f(LoraGrads<Element, 64, false>{});
-  return narrow ? f(LoraGrads<Element, 16, true>{}) : f(LoraGrads<Element, 64, true>{});
-}
+// ... of the gradient of x...
+template <class Element>
+using LoraGradXVariants =
+    VariantList<LoraVariant<grad_x_key(LoraTile::kLarge, 16),
+                            LoraLinear<LargeTile<Element, 4, Layout::kColumns>, 16, true, GradXRoles>>,
+                LoraVariant<grad_x_key(LoraTile::kLarge, 64),
+                            LoraLinear<LargeTile<Element, 4, Layout::kColumns>, 64, true, GradXRoles>>,
+                LoraVariant<grad_x_key(LoraTile::kSmall, 16),
+                            LoraLinear<SmallTile<Element, Layout::kColumns>, 16, true, GradXRoles>>,
+                LoraVariant<grad_x_key(LoraTile::kSmall, 64),
+                            LoraLinear<SmallTile<Element, Layout::kColumns>, 64, true, GradXRoles>>,
+                LoraVariant<grad_x_key(LoraTile::kSmall, 16, false),
+                            LoraLinear<SmallTile<Element, Layout::kColumns>, 16, false, GradXRoles>>,
+                LoraVariant<grad_x_key(LoraTile::kSmall, 64, false),
+                            LoraLinear<SmallTile<Element, Layout::kColumns>, 64, false, GradXRoles>>>;
 
-// The forward's base product alone.
-template <class Element, class F>
-auto with_frozen_linear_variant(const LoraLinearConfig& config, const F& f) {
-  if (!config.aligned) return f(FrozenLinear<SmallTile<Element>, false>{});
-  if (config.tile == LoraTile::kSmall) return f(FrozenLinear<SmallTile<Element>, true>{});
-  return f(FrozenLinear<LargeTile<Element, kFewestWarpsN<Element>>, true>{});
-}
+// ... and of the adapter's gradients.
+template <class Element>
+using LoraGradsVariants = VariantList<Variant<LoraGradsKey{16, true}, LoraGrads<Element, 16, true>>,
+                                      Variant<LoraGradsKey{64, true}, LoraGrads<Element, 64, true>>,
+                                      Variant<LoraGradsKey{16, false}, LoraGrads<Element, 16, false>>,
+                                      Variant<LoraGradsKey{64, false}, LoraGrads<Element, 64, false>>>;
 
 }  // namespace lk

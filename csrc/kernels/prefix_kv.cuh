@@ -2,7 +2,7 @@
 // neighbours on both sides: rows of a head are contiguous in the prefix and in the keys and values.
 #pragma once
 
-#include "../prefix_config.h"
+#include "../config/prefix_kv.h"
 #include "prompt_rows.cuh"
 
 namespace lk {
@@ -15,7 +15,7 @@ struct PrefixGroup {
 
 LK_DEVICE PrefixGroup prefix_group_of_thread(const PrefixSizes& s, int group) {
   const int blocks = static_cast<int>(prefix_blocks(s, group));
-  const int per_row = static_cast<int>(parts_of(s.head_dim, group)), tokens = static_cast<int>(s.tokens);
+  const int per_row = static_cast<int>(blocks_of(s.head_dim, group)), tokens = static_cast<int>(s.tokens);
   const int i = block_index() % blocks * kPrefixThreads + thread_index(), row = i / per_row;
   return {.part = block_index() / blocks,
           .row = row,

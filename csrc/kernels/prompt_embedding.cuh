@@ -4,6 +4,7 @@
 // rows, a warp a row. No block waits for another: each finds out from the mask where its sample's prompt goes.
 #pragma once
 
+#include "../config/prompt_embedding.h"
 #include "block_scan.cuh"
 #include "prompt_rows.cuh"
 
@@ -24,7 +25,7 @@ struct PromptEmbedding {
       write_columns(p, block_index(), scan);
     } else {
       const int block = block_index() - batch;
-      const int blocks = static_cast<int>(parts_of(p.sizes.prompt_rows + p.sizes.tokens, p.rows_per_block));
+      const int blocks = static_cast<int>(blocks_of(p.sizes.prompt_rows + p.sizes.tokens, p.rows_per_block));
       write_rows(p, block / blocks, block % blocks * p.rows_per_block, scan);
     }
   }

@@ -2,6 +2,7 @@
 // table's. Every sum belongs to one thread, which adds in the order of the batch: no bit depends on who comes when.
 #pragma once
 
+#include "../config/prompt_embedding.h"
 #include "block_scan.cuh"
 #include "prompt_rows.cuh"
 

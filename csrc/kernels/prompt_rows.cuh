@@ -3,8 +3,9 @@
 
 #include <type_traits>
 
-#include "../prompt_config.h"
+#include "../params/prompt_embedding.h"
 #include "../tile.h"
+#include "variants.h"
 
 namespace lk {
 
@@ -166,17 +167,20 @@ LK_DEVICE int row_of_token(const Place& place, int token) {
   return place.first + token + (token < place.split ? 0 : place.length);
 }
 
-// f(Variant{}) for a template of an element type and whether rows are aligned. Float64 is not served.
-template <template <class, bool> class Variant, class F>
-auto with_prompt_variant(FloatType type, bool aligned, const F& f) {
-  switch (type) {
-    case FloatType::kFloat32:
-      return aligned ? f(Variant<Float32, true>{}) : f(Variant<Float32, false>{});
-    case FloatType::kBFloat16:
-      return aligned ? f(Variant<BFloat16, true>{}) : f(Variant<BFloat16, false>{});
-    default:
-      return aligned ? f(Variant<Float16, true>{}) : f(Variant<Float16, false>{});
-  }
-}
+// The kernels that a template of an element type and of whether rows are aligned has. float64 is not served.
+struct RowsKey {
+  FloatType type;
+  bool aligned;
+
+  friend constexpr bool operator==(const RowsKey&, const RowsKey&) = default;
+};
+
+template <template <class, bool> class Kernel>
+using RowVariants = VariantList<Variant<RowsKey{FloatType::kFloat32, true}, Kernel<Float32, true>>,
+                                Variant<RowsKey{FloatType::kFloat32, false}, Kernel<Float32, false>>,
+                                Variant<RowsKey{FloatType::kBFloat16, true}, Kernel<BFloat16, true>>,
+                                Variant<RowsKey{FloatType::kBFloat16, false}, Kernel<BFloat16, false>>,
+                                Variant<RowsKey{FloatType::kFloat16, true}, Kernel<Float16, true>>,
+                                Variant<RowsKey{FloatType::kFloat16, false}, Kernel<Float16, false>>>;
 
 }  // namespace lk

@@ -1,6 +1,6 @@
 #include "../kernels/dropout_mask.cuh"
-#include "describe.h"
-#include "launch.h"
+#include "dropout_mask.h"
+#include "variant.h"
 
 namespace lk {
 

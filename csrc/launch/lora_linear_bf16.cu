@@ -1,10 +1,9 @@
-#include "variant.h"
+#include "lora_linear.cuh"
 
 namespace lk {
 
 template cudaError_t launch_lora_linear<BFloat16>(const LoraLinearParams&, const LoraLinearConfig&, cudaStream_t);
-template KernelInfo describe_lora_linear<BFloat16>(const LoraLinearConfig&);
-template cudaError_t launch_frozen_linear<BFloat16>(const LoraLinearParams&, const LoraLinearConfig&, cudaStream_t);
-template KernelInfo describe_frozen_linear<BFloat16>(const LoraLinearConfig&);
+template KernelInfo describe_lora_linear<BFloat16>(const LoraKey&);
+template std::vector<KernelInfo> lora_linear_kernels<BFloat16>();
 
 }  // namespace lk

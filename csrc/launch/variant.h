@@ -1,10 +1,13 @@
-// The launch of a kernel variant, and what is known of it without one. A source file instantiates what follows for one
-// element type, so that the types compile side by side.
+// The launch of a kernel variant, and what is known of it without a GPU.
 #pragma once
 
-#include "../kernels/lora_linear_variants.cuh"
-#include "describe.h"
-#include "launch.h"
+#include <cstdint>
+#include <string>
+#include <typeinfo>
+#include <vector>
+
+#include "../kernels/variants.h"
+#include "kernel_info.h"
 
 namespace lk {
 
@@ -19,60 +22,41 @@ cudaError_t launch_variant(void (*kernel)(Params), int64_t blocks, const Params&
   return cudaGetLastError();
 }
 
-template <class Element>
-cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
-  return with_lora_linear_variant<Element>(config, [&](auto variant) {
-    using Variant = decltype(variant);
-    return launch_variant<Variant>(&lora_linear_kernel<Variant>, config.blocks, p, stream);
-  });
+// The runtime names its kernels (cudaFuncGetName) only where there is a driver. But the Itanium ABI spells the template
+// argument of `void lk::kernel<Variant>(Params)` as it does that of a class `lk::Variants<Variant>`, which typeid
+// names.
+template <class Variant>
+struct Variants {};
+
+// <length><name>, as the ABI writes an identifier.
+inline std::string mangled_identifier(const std::string& name) { return std::to_string(name.size()) + name; }
+
+// The rest of a type's name behind the mangled `namespace lk::`.
+template <class T>
+std::string mangled_in_lk() {
+  return std::string(typeid(T).name()).substr(std::string("N2lk").size());
 }
 
-template <class Element>
-KernelInfo describe_lora_linear(const LoraLinearConfig& config) {
-  return with_lora_linear_variant<Element>(
-      config, [](auto variant) { return describe_variant<decltype(variant), LoraLinearParams>("lora_linear_kernel"); });
+// kernel: the template's plain name.
+template <class Variant, class Params>
+KernelInfo describe_variant(const std::string& kernel) {
+  const std::string argument = mangled_in_lk<Variants<Variant>>().substr(mangled_identifier("Variants").size());
+  return {.name = "_ZN2lk" + mangled_identifier(kernel) + argument + "vNS_" + mangled_in_lk<Params>(),
+          .threads = Variant::kThreads,
+          .shared_bytes = Variant::kSharedBytes};
 }
 
-template <class Element>
-cudaError_t launch_frozen_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
-  return with_frozen_linear_variant<Element>(config, [&](auto variant) {
-    using Variant = decltype(variant);
-    return launch_variant<Variant>(&lora_linear_kernel<Variant>, config.blocks, p, stream);
-  });
+// Of the kernel with this key, and of every kernel of a list.
+template <class Params, class List, class Key>
+KernelInfo describe_one(List list, const Key& key, const std::string& kernel) {
+  return with_variant(list, key, [&]<class Kernel>(Kernel) { return describe_variant<Kernel, Params>(kernel); });
 }
 
-template <class Element>
-KernelInfo describe_frozen_linear(const LoraLinearConfig& config) {
-  return with_frozen_linear_variant<Element>(
-      config, [](auto variant) { return describe_variant<decltype(variant), LoraLinearParams>("lora_linear_kernel"); });
-}
-
-template <class Element>
-cudaError_t launch_lora_grad_x(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
-  return with_lora_grad_x_variant<Element>(config, [&](auto variant) {
-    using Variant = decltype(variant);
-    return launch_variant<Variant>(&lora_linear_kernel<Variant>, config.blocks, p, stream);
-  });
-}
-
-template <class Element>
-KernelInfo describe_lora_grad_x(const LoraLinearConfig& config) {
-  return with_lora_grad_x_variant<Element>(
-      config, [](auto variant) { return describe_variant<decltype(variant), LoraLinearParams>("lora_linear_kernel"); });
-}
-
-template <class Element>
-cudaError_t launch_lora_grads(const LoraGradsParams& p, const LoraGradsConfig& config, cudaStream_t stream) {
-  return with_lora_grads_variant<Element>(config, [&](auto variant) {
-    using Variant = decltype(variant);
-    return launch_variant<Variant>(&lora_grads_kernel<Variant>, config.blocks, p, stream);
-  });
-}
-
-template <class Element>
-KernelInfo describe_lora_grads(const LoraGradsConfig& config) {
-  return with_lora_grads_variant<Element>(
-      config, [](auto variant) { return describe_variant<decltype(variant), LoraGradsParams>("lora_grads_kernel"); });
+template <class Params, class List>
+std::vector<KernelInfo> describe_all(List list, const std::string& kernel) {
+  std::vector<KernelInfo> all;
+  for_each_variant(list, [&]<class Kernel>(Kernel) { all.push_back(describe_variant<Kernel, Params>(kernel)); });
+  return all;
 }
 
 }  // namespace lk

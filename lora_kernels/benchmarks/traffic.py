@@ -1,4 +1,4 @@
-"""A MODEL, not a measurement: traffic and tensor-core work of the CUDA forward, from csrc/config.h's tile and schedule.
+"""A MODEL, not a measurement: traffic and tensor-core work of the CUDA forward, from csrc/config's tile and schedule.
 
 Bytes are those that blocks ask of the L2 cache: a tile of y reads its rows of x and its columns of w over all of k.
 What hits in L2 is not told apart from what does not. Beside it: the compulsory bytes (each operand once), the same base

@@ -1,4 +1,4 @@
-// Every asm statement of the kernels, behind names. Requires sm_80.
+// The machine of sm_80 and later behind names: every asm statement of the kernels is in this folder.
 //
 // Shared memory is addressed by 32-bit byte offsets within the shared window, as ldmatrix and cp.async want it.
 #pragma once
@@ -20,6 +20,14 @@ LK_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 LK_DEVICE uint32_t bits_of(float f) { return __float_as_uint(f); }
 LK_DEVICE uint32_t count_ones(uint32_t bits) { return static_cast<uint32_t>(__popc(bits)); }
 
+// The same number, in a register: the compiler does not see that it is a parameter of the kernel, which it would use
+// from where parameters are, and then, where registers are scarce, spill another one.
+LK_DEVICE float in_register(float f) {
+  float same;
+  asm("add.f32 %0, %1, 0f80000000;" : "=f"(same) : "f"(f));  // -0
+  return same;
+}
+
 // ------------------------------------------------------------------------------------------------ the thread
 
 LK_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
@@ -35,9 +43,12 @@ LK_DEVICE uint32_t warp_ballot(bool flag) { return __ballot_sync(0xFFFFFFFFu, fl
 // Ends the launch with an error.
 LK_DEVICE void trap() { __trap(); }
 
-// Address of the block's dynamic shared memory: a multiple of 128, so that swizzled rows begin at bank 0.
+// Address of the block's dynamic shared memory: a multiple of this, so that swizzled rows begin at bank 0, and that an
+// exclusive or with a part of a row's length stays within the row (OperandTile).
+constexpr int kDynamicSharedAlignment = 1024;
+
 LK_DEVICE uint32_t dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
+  extern __shared__ __align__(kDynamicSharedAlignment) unsigned char dynamic_shared_memory[];
   return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared_memory));
 }
 

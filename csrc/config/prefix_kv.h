@@ -1,7 +1,8 @@
 // The grids of prefix_kv and its gradient, which launches, kernels, plans and tests agree on. No CUDA.
 #pragma once
 
-#include "prompt_config.h"
+#include "../params/prefix_kv.h"
+#include "tiles.h"
 
 namespace lk {
 
@@ -20,7 +21,7 @@ constexpr int prefix_group(FloatType type, FloatType prefix_type, bool aligned) 
 
 // Blocks of one part: no block has two of them.
 constexpr int64_t prefix_blocks(const PrefixSizes& s, int group) {
-  return parts_of(s.heads * s.tokens * parts_of(s.head_dim, group), kPrefixThreads);
+  return blocks_of(s.heads * s.tokens * blocks_of(s.head_dim, group), kPrefixThreads);
 }
 
 constexpr PrefixConfig prefix_config(const PrefixSizes& s, FloatType type, FloatType prefix_type, bool aligned) {

@@ -1,23 +1,13 @@
-// Problem -> tile, schedule, grid: what every launch, the emulator and the tests agree on. Host only, no CUDA.
+// Problem -> tile, schedule, grid of lora_linear and its gradients: what every launch, plan, the emulator and the tests
+// agree on. Host only, no CUDA.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "tiles.h"
+
 namespace lk {
-
-// The device as far as a choice depends on it.
-struct DeviceLimits {
-  int sms;
-  int shared_per_block;  // what a block may opt in to, bytes
-};
-
-constexpr int kChunkBytes = 16;  // what one cp.async, one ldmatrix row and one wide store move
-
-constexpr int chunk_elements(int element_bytes) { return kChunkBytes / element_bytes; }
-
-// Elements between neighbouring rows, at most: the distance of rows within a tile is reckoned in 32 bits (TileLoader).
-constexpr int64_t kMaxRowStride = 1 << 25;
 
 enum class Schedule : int32_t { kTicketed, kColumn0, kDual, kDecode };
 
@@ -26,28 +16,21 @@ constexpr const char* name_of(Schedule schedule) {
   return kNames[static_cast<int>(schedule)];
 }
 
-enum class LoraTile : int32_t {
-  kLarge,  // 128 x 128
-  kSmall,  // 64 x 64, for problems that leave SMs idle with the large one, and for rows that are not aligned
-  kFlat,   // 16 x 64, for a few rows
-};
+enum class LoraRole : int32_t { kForward, kGradX };
 
-struct TileShape {
-  int rows, columns, depth_bytes, stages;
-  constexpr int depth(int element_bytes) const { return depth_bytes / element_bytes; }
-  constexpr int shared_bytes() const { return stages * (rows + columns) * depth_bytes; }
-};
-
-constexpr TileShape tile_shape(LoraTile tile) {
-  constexpr TileShape kShapes[] = {{128, 128, 64, 4}, {64, 64, 128, 3}, {16, 64, 128, 4}};
-  return kShapes[static_cast<int>(tile)];
-}
-
-struct LoraLinearConfig {
+// What tells the kernels of lora_linear and of the gradient of x apart.
+struct LoraKey {
+  LoraRole role;
   Schedule schedule;
   LoraTile tile;
-  bool aligned;      // rows begin at 16 bytes, and n, k and rank are multiples of a chunk's elements
-  int rank_tile;     // columns of s that a block computes at a time
+  int rank_tile;  // columns of s that a block computes at a time
+  bool aligned;   // rows begin at 16 bytes, and n, k and rank are multiples of a chunk's elements
+
+  friend constexpr bool operator==(const LoraKey&, const LoraKey&) = default;
+};
+
+struct LoraLinearConfig {
+  LoraKey key;
   int64_t blocks;    // one per tile of s and of y, and per split
   int group_rows;    // blocks of rows whose tickets follow each other
   int64_t counters;  // 32-bit words of workspace, zero before the launch
@@ -61,10 +44,10 @@ struct LoraLinearConfig {
 // Rows of x that a group may span: its tiles share them through the L2 cache.
 constexpr int kGroupRows = 1024;
 
-// Where one block has all ranks of s, as in column-0, dual and decode.
-constexpr int kMaxRankBeside = 64;
+constexpr int rank_tile_of(int64_t rank) { return rank <= 16 ? 16 : 64; }
 
-constexpr int64_t blocks_of(int64_t size, int tile) { return (size + tile - 1) / tile; }
+// Where one block has all ranks of s, as in column-0, dual and decode.
+constexpr int kMaxRankOfBlock = 64;
 
 // Whether rows of these lengths are whole chunks, which `aligned` needs besides pointers and strides.
 constexpr bool whole_chunks(int64_t n, int64_t k, int64_t rank, int element_bytes) {
@@ -72,35 +55,11 @@ constexpr bool whole_chunks(int64_t n, int64_t k, int64_t rank, int element_byte
   return n % chunk == 0 && k % chunk == 0 && rank % chunk == 0;
 }
 
-// Time to compute tiles that the SMs take one after the other, in units of a large tile's. A small tile reads twice as
-// much of x and w per multiply-add. A model: it orders, it does not predict.
-inline double modelled_time(int64_t m, int64_t n, LoraTile tile, const DeviceLimits& device) {
-  const TileShape shape = tile_shape(tile);
-  const int64_t tiles = blocks_of(m, shape.rows) * blocks_of(n, shape.columns);
-  return static_cast<double>(blocks_of(tiles, device.sms)) * (tile == LoraTile::kLarge ? 1.0 : 0.35);
-}
-
-inline LoraTile choose_tile(int64_t m, int64_t n, bool aligned, const DeviceLimits& device, const char*& reason) {
-  if (!aligned) {
-    reason = "rows are not aligned to 16 bytes";
-  } else if (tile_shape(LoraTile::kLarge).shared_bytes() > device.shared_per_block) {
-    reason = "the large tile does not fit into shared memory";
-  } else if (m <= 64) {
-    reason = "few rows: half of a large tile would be idle";
-  } else if (modelled_time(m, n, LoraTile::kLarge, device) > modelled_time(m, n, LoraTile::kSmall, device)) {
-    reason = "small tiles fill the waves of SMs better";
-  } else {
-    reason = "large tiles fill the waves of SMs well";
-    return LoraTile::kLarge;
-  }
-  return LoraTile::kSmall;
-}
-
 // What ticketed and column-0 share: one ticket per tile.
 inline void plan_tickets(int64_t m, int64_t n, int64_t rank, LoraLinearConfig& config) {
-  const TileShape tile = tile_shape(config.tile);
+  const TileShape tile = tile_shape(config.key.tile);
   const int64_t rows = blocks_of(m, tile.rows);
-  const int64_t shrink_columns = config.schedule == Schedule::kTicketed ? blocks_of(rank, config.rank_tile) : 0;
+  const int64_t shrink_columns = config.key.schedule == Schedule::kTicketed ? blocks_of(rank, config.key.rank_tile) : 0;
   config.blocks = rows * (shrink_columns + blocks_of(n, tile.columns));
   config.group_rows = static_cast<int>(std::clamp<int64_t>(rows, 1, kGroupRows / tile.rows));
   config.counters = 2 + rows;
@@ -110,54 +69,55 @@ inline void plan_tickets(int64_t m, int64_t n, int64_t rank, LoraLinearConfig& c
 inline void plan_splits(int64_t m, int64_t n, int64_t k, int element_bytes, const DeviceLimits& device,
                         LoraLinearConfig& config) {
   constexpr int kBlocksPerSm = 4, kMinSteps = 4;  // a split has at least so many stages to stream
-  const TileShape tile = tile_shape(config.tile);
+  const TileShape tile = tile_shape(config.key.tile);
   const int depth = tile.depth(element_bytes);
   const int64_t rows = blocks_of(m, tile.rows), tiles = rows * blocks_of(n, tile.columns);
   int64_t splits = 1;
-  if (config.schedule == Schedule::kDecode && tiles > 0) {
+  if (config.key.schedule == Schedule::kDecode && tiles > 0) {
     const int64_t most = std::max<int64_t>(1, blocks_of(k, depth) / kMinSteps);
     splits = std::clamp<int64_t>(kBlocksPerSm * device.sms / tiles, 1, most);
   }
   config.split_depth = static_cast<int>(blocks_of(blocks_of(k, depth), static_cast<int>(splits)) * depth);
-  config.splits = static_cast<int>(blocks_of(k, config.split_depth));
+  config.splits = config.split_depth == 0 ? 1 : static_cast<int>(blocks_of(k, config.split_depth));
   config.blocks = tiles * config.splits;
   if (config.splits == 1) return;
   config.counters = tiles;
-  config.partials = config.splits * (tiles * tile.rows * tile.columns + rows * tile.rows * config.rank_tile);
+  config.partials = config.splits * (tiles * tile.rows * tile.columns + rows * tile.rows * config.key.rank_tile);
 }
 
 // How a forward of y [m, n] from x [m, k] with this rank is launched. element_bytes: of x.
 inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t k, int64_t rank, int element_bytes,
                                            bool aligned, bool has_dropout, const DeviceLimits& device) {
   LoraLinearConfig config{};
-  config.aligned = aligned;
-  config.rank_tile = rank <= 16 ? 16 : 64;
+  config.key.role = LoraRole::kForward;
+  config.key.aligned = aligned;
+  config.key.rank_tile = rank_tile_of(rank);
   config.splits = 1;
-  const bool may_be_beside = aligned && !has_dropout && rank <= kMaxRankBeside;
-  if (may_be_beside && m <= tile_shape(LoraTile::kFlat).rows) {
-    config.schedule = Schedule::kDecode;
+  const bool fits_one_block = aligned && !has_dropout && rank <= kMaxRankOfBlock;
+  if (fits_one_block && m <= tile_shape(LoraTile::kFlat).rows) {
+    config.key.schedule = Schedule::kDecode;
     config.reason = "few rows: reading w is all that counts, and blocks share out its columns and the depth";
-    config.tile = LoraTile::kFlat;
+    config.key.tile = LoraTile::kFlat;
     config.tile_reason = "few rows";
-  } else if (may_be_beside && n <= tile_shape(LoraTile::kSmall).columns) {
-    config.schedule = Schedule::kDual;
+  } else if (fits_one_block && n <= tile_shape(LoraTile::kSmall).columns) {
+    config.key.schedule = Schedule::kDual;
     config.reason = "y is one tile wide: no other block needs these rows of s";
-    config.tile = LoraTile::kSmall;
+    config.key.tile = LoraTile::kSmall;
     config.tile_reason = "y is no wider";
   } else {
-    config.tile = choose_tile(m, n, aligned, device, config.tile_reason);
-    if (may_be_beside && config.tile == LoraTile::kLarge && config.rank_tile == 64) {
-      config.schedule = Schedule::kColumn0;
+    config.key.tile = choose_tile(m, n, aligned, device, config.tile_reason);
+    if (fits_one_block && config.key.tile == LoraTile::kLarge && config.key.rank_tile == 64) {
+      config.key.schedule = Schedule::kColumn0;
       config.reason = "one block per SM: nobody would fill the gap while it waits for a tile of s";
     } else {
-      config.schedule = Schedule::kTicketed;
-      config.reason = has_dropout             ? "dropout is applied once, in tiles of s alone"
-                      : rank > kMaxRankBeside ? "the rank is too large for one block"
-                      : !aligned              ? "rows are not aligned to 16 bytes"
-                                              : "several blocks per SM: tiles of s run beside tiles of y";
+      config.key.schedule = Schedule::kTicketed;
+      config.reason = has_dropout              ? "dropout is applied once, in tiles of s alone"
+                      : rank > kMaxRankOfBlock ? "the rank is too large for one block"
+                      : !aligned               ? "rows are not aligned to 16 bytes"
+                                               : "several blocks per SM: tiles of s run beside tiles of y";
     }
   }
-  if (config.schedule == Schedule::kDual || config.schedule == Schedule::kDecode) {
+  if (config.key.schedule == Schedule::kDual || config.key.schedule == Schedule::kDecode) {
     plan_splits(m, n, k, element_bytes, device, config);
   } else {
     plan_tickets(m, n, rank, config);
@@ -165,21 +125,15 @@ inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t k, int6
   return config;
 }
 
-// The base product alone, for comparisons.
-inline LoraLinearConfig frozen_linear_config(int64_t m, int64_t n, bool aligned, const DeviceLimits& device) {
-  LoraLinearConfig config{};
-  config.aligned = aligned;
-  config.splits = 1;
-  config.tile = choose_tile(m, n, aligned, device, config.tile_reason);
-  config.schedule = Schedule::kColumn0;  // no tiles of s
-  plan_tickets(m, n, 0, config);
-  config.counters = 0;
-  return config;
-}
+struct LoraGradsKey {
+  int rank_tile;
+  bool aligned;
+
+  friend constexpr bool operator==(const LoraGradsKey&, const LoraGradsKey&) = default;
+};
 
 struct LoraGradsConfig {
-  bool aligned;
-  int rank_tile;
+  LoraGradsKey key;
   int splits, split_rows;  // parts of the rows
   int64_t blocks;
   int64_t counters;  // 32-bit words of workspace, zero before the launch
@@ -200,10 +154,9 @@ inline LoraGradsConfig lora_grads_config(int64_t m, int64_t n, int64_t k, int64_
                                          bool aligned, const DeviceLimits& device) {
   constexpr int kColumns = 128, kDepth = 32, kBlocksPerSm = 2, kMinRows = 256;
   LoraGradsConfig config{};
-  config.aligned = aligned;
-  config.rank_tile = rank <= 16 ? 16 : 64;
+  config.key = {.rank_tile = rank_tile_of(rank), .aligned = aligned};
   const int64_t columns = blocks_of(k, kColumns) + (parts_of_grad_b > 0 ? 0 : blocks_of(n, kColumns));
-  const int64_t tiles = columns * blocks_of(rank, config.rank_tile);
+  const int64_t tiles = columns * blocks_of(rank, config.key.rank_tile);
   const int64_t most = std::max<int64_t>(1, m / kMinRows);
   const int64_t splits = tiles == 0 ? 1 : std::clamp<int64_t>(kBlocksPerSm * device.sms / tiles, 1, most);
   config.split_rows = static_cast<int>(blocks_of(blocks_of(m, static_cast<int>(splits)), kDepth) * kDepth);
@@ -211,7 +164,7 @@ inline LoraGradsConfig lora_grads_config(int64_t m, int64_t n, int64_t k, int64_
   config.blocks = tiles * config.splits + (parts_of_grad_b > 0 ? blocks_of(n, kColumns) : 0);
   if (config.splits == 1) return config;
   config.counters = tiles;
-  config.partials = tiles * config.splits * kColumns * config.rank_tile;
+  config.partials = tiles * config.splits * kColumns * config.key.rank_tile;
   return config;
 }
 
@@ -220,17 +173,18 @@ inline LoraBackwardConfig lora_backward_config(int64_t m, int64_t n, int64_t k, 
                                                bool need_a, bool need_b, const DeviceLimits& device) {
   LoraBackwardConfig config{};
   LoraLinearConfig& grad_x = config.grad_x;
-  grad_x.schedule = Schedule::kTicketed;
-  grad_x.aligned = aligned;
-  grad_x.rank_tile = rank <= 16 ? 16 : 64;
+  grad_x.key.role = LoraRole::kGradX;
+  grad_x.key.schedule = Schedule::kTicketed;
+  grad_x.key.aligned = aligned;
+  grad_x.key.rank_tile = rank_tile_of(rank);
   grad_x.splits = 1;
   grad_x.reason = "tiles of s' also compute parts of dB while they have dY";
-  grad_x.tile = choose_tile(m, k, aligned, device, grad_x.tile_reason);
+  grad_x.key.tile = choose_tile(m, k, aligned, device, grad_x.tile_reason);
   if (need_x || need_a) plan_tickets(m, need_x ? k : 0, rank, grad_x);
   // Parts of dB take as much traffic per rank as 1/32 of dY: beyond a narrow rank tile it is cheaper to read dY twice.
-  if (need_b && grad_x.blocks > 0 && grad_x.rank_tile == 16) {
-    config.parts_of_grad_b = blocks_of(m, tile_shape(grad_x.tile).rows);
-    config.partial_grad_b = config.parts_of_grad_b * n * grad_x.rank_tile;
+  if (need_b && grad_x.blocks > 0 && grad_x.key.rank_tile == 16) {
+    config.parts_of_grad_b = blocks_of(m, tile_shape(grad_x.key.tile).rows);
+    config.partial_grad_b = config.parts_of_grad_b * n * grad_x.key.rank_tile;
   }
   config.grads = lora_grads_config(m, need_b ? n : 0, need_a ? k : 0, rank, config.parts_of_grad_b, aligned, device);
   return config;

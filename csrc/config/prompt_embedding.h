@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "params.h"
+#include "../params/prompt_embedding.h"
+#include "tiles.h"
 
 namespace lk {
 
@@ -26,14 +27,12 @@ struct PromptBackwardConfig {
   constexpr int64_t blocks() const { return prompt_blocks + embeds_blocks + weight_blocks; }
 };
 
-constexpr int64_t parts_of(int64_t size, int64_t part) { return (size + part - 1) / part; }
-
 // looks_for_tokens: where a sample's prompt goes depends on its mask.
 constexpr PromptEmbeddingConfig prompt_embedding_config(const PromptSizes& s, bool aligned, bool looks_for_tokens) {
   PromptEmbeddingConfig config{};
   config.aligned = aligned;
   config.rows_per_block = looks_for_tokens ? 4 * kPromptWarps : kPromptWarps;
-  config.blocks = s.batch * (1 + parts_of(s.prompt_rows + s.tokens, config.rows_per_block));
+  config.blocks = s.batch * (1 + blocks_of(s.prompt_rows + s.tokens, config.rows_per_block));
   config.reason = looks_for_tokens
                       ? "a block looks for the first real token itself, and then copies several rows per warp"
                       : "a row per warp";
@@ -44,10 +43,10 @@ constexpr PromptBackwardConfig prompt_backward_config(const PromptSizes& s, bool
                                                       bool need_weight, bool need_embeds) {
   PromptBackwardConfig config{};
   config.aligned = aligned;
-  const int64_t groups = parts_of(s.hidden, prompt_group(aligned));
-  if (need_prompt) config.prompt_blocks = parts_of(s.tasks * s.prompt_rows * groups, kPromptThreads);
-  if (need_embeds) config.embeds_blocks = parts_of(s.batch * s.tokens, kPromptWarps);
-  if (need_weight) config.weight_blocks = parts_of(s.vocabulary, kVocabularyRows);
+  const int64_t groups = blocks_of(s.hidden, prompt_group(aligned));
+  if (need_prompt) config.prompt_blocks = blocks_of(s.tasks * s.prompt_rows * groups, kPromptThreads);
+  if (need_embeds) config.embeds_blocks = blocks_of(s.batch * s.tokens, kPromptWarps);
+  if (need_weight) config.weight_blocks = blocks_of(s.vocabulary, kVocabularyRows);
   return config;
 }
 

@@ -1,0 +1,134 @@
+// The launches of lora_linear and its gradients, emulated. Results and workspace are NaN before, results lie in rows
+// that are apart, and a launch that leaves a counter other than zero is an error.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include "../kernels/lora_linear_variants.cuh"
+#include "../launch/lora_linear.h"
+#include "../launch/lora_problem.h"
+#include "launches.h"
+
+namespace lk {
+
+struct LoraLaunch {
+  const char* schedule;
+  bool aligned;
+  const void *x = nullptr, *w = nullptr, *a = nullptr, *b = nullptr;
+  const uint32_t* counters = nullptr;
+  bool counters_were_zero = true;
+  emu::Report report = {};
+};
+
+inline std::vector<LoraLaunch> lora_launches;   // of the last forward or backward
+inline std::vector<unsigned char> last_grad_s;  // dY B, as the second launch of a backward finds it
+
+inline bool all_zero(const uint32_t* words, int64_t count) {
+  return std::all_of(words, words + count, [](uint32_t word) { return word == 0; });
+}
+
+inline void add(Memory& memory, const MemoryRef& ref) {
+  for (int64_t row = 0; ref.is_written && row < ref.rows; ++row) {
+    auto* const bytes = static_cast<unsigned char*>(const_cast<void*>(ref.data));
+    std::memset(bytes + row * ref.stride * ref.element_bytes, 0xFF, ref.columns * ref.element_bytes);  // NaN
+  }
+  memory.input(ref.data, ref.element_bytes, ref.rows, ref.columns, ref.stride);
+}
+
+// Rows that lie apart, as a caller's may, in the place of contiguous ones.
+class RowsApart {
+ public:
+  RowsApart(void* rows, int64_t count, int64_t columns, int element_bytes)
+      : rows_(static_cast<unsigned char*>(rows)),
+        count_(columns == 0 ? 0 : count),
+        stride_(columns + kGap),
+        row_bytes_(columns * element_bytes),
+        stride_bytes_(stride_ * element_bytes),
+        apart_((count_ * stride_bytes_ + sizeof(Vec16) - 1) / sizeof(Vec16)) {
+    std::memset(static_cast<void*>(apart_.data()), 0xFF, apart_.size() * sizeof(Vec16));
+  }
+
+  void* data() { return apart_.data(); }
+  int64_t stride() const { return stride_; }
+
+  void copy_back() const {
+    for (int64_t row = 0; row < count_; ++row) {
+      const auto* const source = reinterpret_cast<const unsigned char*>(apart_.data()) + row * stride_bytes_;
+      std::memcpy(rows_ + row * row_bytes_, source, row_bytes_);
+      if (!std::all_of(source + row_bytes_, source + stride_bytes_, [](unsigned char byte) { return byte == 0xFF; })) {
+        throw std::runtime_error("the launch wrote past the end of a row");
+      }
+    }
+  }
+
+ private:
+  static constexpr int kGap = 8;  // whole chunks of any element
+
+  unsigned char* const rows_;
+  const int64_t count_, stride_, row_bytes_, stride_bytes_;
+  std::vector<Vec16> apart_;
+};
+
+template <class Variant, class Params, class Config>
+void run_lora(void (*kernel)(Params), const Params& p, const Config& config, const Memory& memory) {
+  Memory all = memory;
+  all.input(p.counters, sizeof(uint32_t), 1, config.counters, 0);
+  lora_launches.back().report = emulate<Variant>(kernel, config.blocks, p, all);
+  if (!all_zero(p.counters, config.counters)) throw std::runtime_error("the launch left a counter other than zero");
+}
+
+template <class Kernel>
+cudaError_t run_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config) {
+  constexpr int kBytes = sizeof(typename Kernel::Element::Storage);
+  lora_launches = {{.schedule = name_of(config.key.schedule),
+                    .aligned = config.key.aligned,
+                    .x = p.x,
+                    .w = p.w,
+                    .a = p.a,
+                    .b = p.b,
+                    .counters = p.counters,
+                    .counters_were_zero = all_zero(p.counters, config.counters)}};
+  if (emu::runtime.fail_launches) {
+    *p.counters = 1;
+    return cudaErrorLaunchFailure;
+  }
+  RowsApart y(p.y, p.m, p.n, kBytes);
+  LoraLinearParams apart = p;
+  apart.y = y.data();
+  apart.y_stride = y.stride();
+  Memory memory;
+  for_each_range(apart, config, kBytes, [&](const MemoryRef& ref) { add(memory, ref); });
+  run_lora<Kernel>(&lora_linear_kernel<Kernel>, apart, config, memory);
+  y.copy_back();
+  return cudaSuccess;
+}
+
+template <class Element>
+cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t) {
+  return with_variant(LoraForwardVariants<Element>{}, config.key,
+                      [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config); });
+}
+
+template <class Element>
+cudaError_t launch_lora_grad_x(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t) {
+  return with_variant(LoraGradXVariants<Element>{}, config.key,
+                      [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config); });
+}
+
+template <class Element>
+cudaError_t launch_lora_grads(const LoraGradsParams& p, const LoraGradsConfig& config, cudaStream_t) {
+  constexpr int kBytes = sizeof(typename Element::Storage);
+  const auto* const grad_s = static_cast<const unsigned char*>(p.grad_s);
+  last_grad_s.assign(grad_s, grad_s + static_cast<int64_t>(p.m) * p.rank * kBytes);
+  lora_launches.push_back({.schedule = "split rows", .aligned = config.key.aligned, .counters = p.counters});
+  Memory memory;
+  for_each_range(p, config, kBytes, [&](const MemoryRef& ref) { add(memory, ref); });
+  return with_variant(LoraGradsVariants<Element>{}, config.key, [&]<class Kernel>(Kernel) {
+    run_lora<Kernel>(&lora_grads_kernel<Kernel>, p, config, memory);
+    return cudaSuccess;
+  });
+}
+
+}  // namespace lk

@@ -1,0 +1,248 @@
+// A call of lora_linear, or of its gradients -> the configs, workspace and Params of its launches: once, for the
+// binding, the plans and the tests' emulator. No torch, no CUDA.
+#pragma once
+
+#include <cstdint>
+
+#include "../config/lora_linear.h"
+#include "../params/common.h"
+#include "../params/lora_linear.h"
+#include "../philox.h"
+
+namespace lk {
+
+constexpr int element_bytes(FloatType type) {
+  return type == FloatType::kFloat64 ? 8 : type == FloatType::kFloat32 ? 4 : 2;
+}
+
+// A matrix in memory: its rows `stride` elements apart, the elements of a row neighbours.
+struct MatrixRef {
+  const void* data;
+  int64_t stride, rows, columns;
+  FloatType type;
+
+  // Whether every row begins where a chunk may.
+  bool aligned() const {
+    return reinterpret_cast<uintptr_t>(data) % kChunkBytes == 0 && stride % chunk_elements(element_bytes(type)) == 0;
+  }
+};
+
+// Where a result goes.
+struct OutputRef {
+  void* data;
+  int64_t stride;
+};
+
+// What the forward and its gradients are told. x and w are of one type; a and b are, too, or both fp32.
+struct LoraProblem {
+  MatrixRef x, w, a, b;        // [m, k], [n, k], [rank, k], [n, rank]
+  const void* bias = nullptr;  // [n], of x's type; null: none
+  float scaling = 1.0f;
+  const int64_t* seed = nullptr;  // where the kernel finds it; null: no dropout
+  double dropout_p = 0.0;
+
+  int64_t m() const { return x.rows; }
+  int64_t k() const { return x.columns; }
+  int64_t n() const { return w.rows; }
+  int64_t rank() const { return a.rows; }
+  int element_bytes() const { return lk::element_bytes(x.type); }
+  bool adapters_are_wider() const { return lk::element_bytes(a.type) > element_bytes(); }
+  // Of the operands. Results and workspace are allocated for the call, and aligned where their rows are whole chunks.
+  bool aligned() const {
+    return whole_chunks(n(), k(), rank(), element_bytes()) && x.aligned() && w.aligned() && a.aligned() && b.aligned();
+  }
+};
+
+// What the gradients are told besides.
+struct LoraBackwardProblem {
+  LoraProblem forward;
+  MatrixRef grad_y;  // [m, n]
+  MatrixRef s;       // the forward's, [m, rank], contiguous
+  bool need_x = true, need_a = true, need_b = true;
+
+  bool aligned() const { return forward.aligned() && grad_y.aligned() && s.aligned(); }
+};
+
+// ---------------------------------------------------------------------------------------------------- forward
+
+inline LoraLinearConfig lora_linear_config(const LoraProblem& p, const DeviceLimits& device) {
+  return lora_linear_config(p.m(), p.n(), p.k(), p.rank(), p.element_bytes(), p.aligned(), p.seed != nullptr, device);
+}
+
+// config.counters words that are zero, and config.partials floats.
+struct LoraWorkspace {
+  uint32_t* counters;
+  float* partials;
+};
+
+// s: [m, rank], contiguous.
+inline LoraLinearParams forward_params(const LoraProblem& p, OutputRef y, void* s, const LoraLinearConfig& config,
+                                       const LoraWorkspace& workspace) {
+  const Dropout dropout = make_dropout(0, p.dropout_p);
+  return {.x = p.x.data,
+          .w = p.w.data,
+          .a = p.a.data,
+          .b = p.b.data,
+          .bias = p.bias,
+          .y = y.data,
+          .s = s,
+          .x_stride = p.x.stride,
+          .w_stride = p.w.stride,
+          .a_stride = p.a.stride,
+          .b_stride = p.b.stride,
+          .y_stride = y.stride,
+          .m = static_cast<int32_t>(p.m()),
+          .n = static_cast<int32_t>(p.n()),
+          .k = static_cast<int32_t>(p.k()),
+          .rank = static_cast<int32_t>(p.rank()),
+          .adapters_are_float = p.adapters_are_wider(),
+          .scaling = p.scaling,
+          .dropout_threshold = dropout.threshold,
+          .dropout_scale = dropout.scale,
+          .seed = p.seed,
+          .counters = workspace.counters,
+          .group_rows = config.group_rows,
+          .splits = config.splits,
+          .split_depth = config.split_depth,
+          .partials = workspace.partials,
+          .saved_s = nullptr,
+          .partial_grad_b = nullptr};
+}
+
+// ---------------------------------------------------------------------------------------------------- gradients
+
+inline LoraBackwardConfig lora_backward_config(const LoraBackwardProblem& p, const DeviceLimits& device) {
+  const LoraProblem& f = p.forward;
+  return lora_backward_config(f.m(), f.n(), f.k(), f.rank(), p.aligned(), p.need_x, p.need_a, p.need_b, device);
+}
+
+// counters: those of the first launch, then the second's. grad_s: s' = dY B, [m, rank] of x's type, which the first
+// launch leaves for the second, as it does config.partial_grad_b floats.
+struct LoraBackwardWorkspace {
+  uint32_t* counters;
+  void* grad_s;
+  float *partial_grad_b, *partials;
+};
+
+// The first launch: the forward's computation with dY for x, and with W, B and A, which lie in memory as they do there,
+// for the transposes of w, a and b. grad_x: [m, k].
+inline LoraLinearParams grad_x_params(const LoraBackwardProblem& p, OutputRef grad_x, const LoraBackwardConfig& config,
+                                      const LoraBackwardWorkspace& workspace) {
+  const LoraProblem& f = p.forward;
+  const Dropout dropout = make_dropout(0, f.dropout_p);
+  return {.x = p.grad_y.data,
+          .w = f.w.data,
+          .a = f.b.data,
+          .b = f.a.data,
+          .bias = nullptr,
+          .y = grad_x.data,
+          .s = workspace.grad_s,
+          .x_stride = p.grad_y.stride,
+          .w_stride = f.w.stride,
+          .a_stride = f.b.stride,
+          .b_stride = f.a.stride,
+          .y_stride = grad_x.stride,
+          .m = static_cast<int32_t>(f.m()),
+          .n = static_cast<int32_t>(p.need_x ? f.k() : 0),
+          .k = static_cast<int32_t>(f.n()),
+          .rank = static_cast<int32_t>(f.rank()),
+          .adapters_are_float = f.adapters_are_wider(),
+          .scaling = f.scaling,
+          .dropout_threshold = dropout.threshold,
+          .dropout_scale = dropout.scale,
+          .seed = f.seed,
+          .counters = workspace.counters,
+          .group_rows = config.grad_x.group_rows,
+          .splits = config.grad_x.splits,
+          .split_depth = config.grad_x.split_depth,
+          .partials = nullptr,
+          .saved_s = p.s.data,
+          .partial_grad_b = config.parts_of_grad_b > 0 ? workspace.partial_grad_b : nullptr};
+}
+
+// The second. grad_a: [rank, k], grad_b: [n, rank], both contiguous, of a's type, and null where they are not wanted.
+inline LoraGradsParams grads_params(const LoraBackwardProblem& p, void* grad_a, void* grad_b,
+                                    const LoraBackwardConfig& config, const LoraBackwardWorkspace& workspace) {
+  const LoraProblem& f = p.forward;
+  const Dropout dropout = make_dropout(0, f.dropout_p);
+  return {.x = f.x.data,
+          .grad_y = p.grad_y.data,
+          .s = p.s.data,
+          .grad_s = workspace.grad_s,
+          .grad_a = grad_a,
+          .grad_b = grad_b,
+          .x_stride = f.x.stride,
+          .grad_y_stride = p.grad_y.stride,
+          .m = static_cast<int32_t>(f.m()),
+          .n = static_cast<int32_t>(f.n()),
+          .k = static_cast<int32_t>(f.k()),
+          .rank = static_cast<int32_t>(f.rank()),
+          .grads_are_float = f.a.type == FloatType::kFloat32,
+          .scaling = f.scaling,
+          .dropout_threshold = dropout.threshold,
+          .dropout_scale = dropout.scale,
+          .seed = f.seed,
+          .splits = config.grads.splits,
+          .split_rows = config.grads.split_rows,
+          .partials = workspace.partials,
+          .counters = workspace.counters + config.grad_x.counters,
+          .partial_grad_b = config.parts_of_grad_b > 0 ? workspace.partial_grad_b : nullptr,
+          .parts_of_grad_b = static_cast<int32_t>(config.parts_of_grad_b)};
+}
+
+// ----------------------------------------------------------------------------------- what a launch may touch
+
+// Rows of memory. What is written is written in full, but for the gaps between rows.
+struct MemoryRef {
+  const void* data;
+  int64_t rows, columns, stride;
+  int element_bytes;
+  bool is_written;
+};
+
+// f(MemoryRef) for everything that lora_linear_kernel reads or writes, other than the counters.
+template <class F>
+void for_each_range(const LoraLinearParams& p, const LoraLinearConfig& config, int element_bytes, const F& f) {
+  const int adapter_bytes = p.adapters_are_float ? 4 : element_bytes;
+  const auto add = [&](const void* data, int64_t rows, int64_t columns, int64_t stride, int bytes, bool is_written) {
+    if (data != nullptr) f(MemoryRef{data, rows, columns, stride, bytes, is_written});
+  };
+  // The gradient's w, a and b lie the other way round.
+  const bool is_backward = config.key.role == LoraRole::kGradX;
+  const auto factor = [&](const void* data, int64_t r, int64_t c, int64_t stride, int bytes) {
+    add(data, is_backward ? c : r, is_backward ? r : c, stride, bytes, false);
+  };
+  add(p.x, p.m, p.k, p.x_stride, element_bytes, false);
+  factor(p.w, p.n, p.k, p.w_stride, element_bytes);
+  factor(p.a, p.rank, p.k, p.a_stride, adapter_bytes);
+  factor(p.b, p.n, p.rank, p.b_stride, adapter_bytes);
+  add(p.bias, 1, p.n, p.n, element_bytes, false);
+  add(p.seed, 1, 1, 1, sizeof *p.seed, false);
+  add(p.saved_s, p.m, p.rank, p.rank, element_bytes, false);
+  add(p.y, p.m, p.n, p.y_stride, element_bytes, true);
+  add(p.s, p.m, p.rank, p.rank, element_bytes, true);
+  add(p.partials, 1, config.partials, config.partials, sizeof(float), true);
+  const int64_t parts = blocks_of(p.m, tile_shape(config.key.tile).rows) * p.k * config.key.rank_tile;
+  add(p.partial_grad_b, 1, parts, parts, sizeof(float), true);
+}
+
+// The same for lora_grads_kernel.
+template <class F>
+void for_each_range(const LoraGradsParams& p, const LoraGradsConfig& config, int element_bytes, const F& f) {
+  const auto add = [&](const void* data, int64_t rows, int64_t columns, int64_t stride, int bytes, bool is_written) {
+    if (data != nullptr) f(MemoryRef{data, rows, columns, stride, bytes, is_written});
+  };
+  const int grad_bytes = p.grads_are_float ? 4 : element_bytes;
+  const int64_t parts = static_cast<int64_t>(p.parts_of_grad_b) * p.n * config.key.rank_tile;
+  add(p.x, p.m, p.k, p.x_stride, element_bytes, false);
+  add(p.grad_y, p.m, p.n, p.grad_y_stride, element_bytes, false);
+  add(p.s, p.m, p.rank, p.rank, element_bytes, false);
+  add(p.grad_s, p.m, p.rank, p.rank, element_bytes, false);
+  add(p.seed, 1, 1, 1, sizeof *p.seed, false);
+  add(p.partial_grad_b, 1, parts, parts, sizeof(float), false);
+  add(p.grad_a, p.rank, p.k, p.k, grad_bytes, true);
+  add(p.grad_b, p.n, p.rank, p.rank, grad_bytes, true);
+  add(p.partials, 1, config.partials, config.partials, sizeof(float), true);
+}
+
+}  // namespace lk

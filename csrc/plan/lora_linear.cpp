@@ -1,0 +1,176 @@
+// Plans of lora_linear and its gradients.
+#include "../launch/lora_linear.h"
+
+#include "../launch/lora_problem.h"
+#include "plan.h"
+
+namespace lk {
+namespace {
+
+struct LoraLinearFields {
+  using Params = LoraLinearParams;
+  static constexpr std::array kFields = {
+      LK_FIELD(x),
+      LK_FIELD(w),
+      LK_FIELD(a),
+      LK_FIELD(b),
+      LK_FIELD(bias),
+      LK_FIELD(y),
+      LK_FIELD(s),
+      LK_FIELD(x_stride),
+      LK_FIELD(w_stride),
+      LK_FIELD(a_stride),
+      LK_FIELD(b_stride),
+      LK_FIELD(y_stride),
+      LK_FIELD(m),
+      LK_FIELD(n),
+      LK_FIELD(k),
+      LK_FIELD(rank),
+      LK_FIELD(adapters_are_float),
+      LK_FIELD(scaling),
+      LK_FIELD(dropout_threshold),
+      LK_FIELD(dropout_scale),
+      LK_FIELD(seed),
+      LK_FIELD(counters),
+      LK_FIELD(group_rows),
+      LK_FIELD(splits),
+      LK_FIELD(split_depth),
+      LK_FIELD(partials),
+      LK_FIELD(saved_s),
+      LK_FIELD(partial_grad_b),
+  };
+  static_assert(lists_all<Params>(kFields));
+};
+
+struct LoraGradsFields {
+  using Params = LoraGradsParams;
+  static constexpr std::array kFields = {
+      LK_FIELD(x),
+      LK_FIELD(grad_y),
+      LK_FIELD(s),
+      LK_FIELD(grad_s),
+      LK_FIELD(grad_a),
+      LK_FIELD(grad_b),
+      LK_FIELD(x_stride),
+      LK_FIELD(grad_y_stride),
+      LK_FIELD(m),
+      LK_FIELD(n),
+      LK_FIELD(k),
+      LK_FIELD(rank),
+      LK_FIELD(grads_are_float),
+      LK_FIELD(scaling),
+      LK_FIELD(dropout_threshold),
+      LK_FIELD(dropout_scale),
+      LK_FIELD(seed),
+      LK_FIELD(splits),
+      LK_FIELD(split_rows),
+      LK_FIELD(partials),
+      LK_FIELD(counters),
+      LK_FIELD(partial_grad_b),
+      LK_FIELD(parts_of_grad_b),
+  };
+  static_assert(lists_all<Params>(kFields));
+};
+
+// What the problem of an op and the device come as.
+struct Problem {
+  LoraProblem lora;
+  DeviceLimits device;
+};
+
+// Where tensors begin that are never read.
+constexpr int64_t kSeed = 0;
+const void* somewhere(bool aligned, FloatType type) {
+  return reinterpret_cast<const void*>(static_cast<uintptr_t>(aligned ? 0 : element_bytes(type)));
+}
+
+// False with a Python error.
+bool parse(PyObject* args, PyObject* keywords, Problem& p) {
+  const char* const names[] = {"dtype", "m", "n", "k", "rank", "rows_aligned", "has_dropout", "sms", "shared_per_block",
+                               nullptr};
+  const char* dtype;
+  long long m, n, k, rank;
+  int rows_aligned, has_dropout;
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLppii", const_cast<char**>(names), &dtype, &m, &n, &k, &rank,
+                                   &rows_aligned, &has_dropout, &p.device.sms, &p.device.shared_per_block)) {
+    return false;
+  }
+  FloatType type;
+  if (!parse_type("dtype", dtype, type, "tf32")) return false;
+  const auto matrix = [&](int64_t rows, int64_t columns) {
+    return MatrixRef{somewhere(rows_aligned != 0, type), columns, rows, columns, type};
+  };
+  p.lora = {.x = matrix(m, k), .w = matrix(n, k), .a = matrix(rank, k), .b = matrix(n, rank)};
+  if (has_dropout != 0) p.lora.seed = &kSeed;
+  return true;
+}
+
+Plan plan_of(const LoraLinearConfig& config, const KernelInfo& kernel, int64_t more_words = 0) {
+  return {.schedule = name_of(config.key.schedule),
+          .reason = std::string(config.reason) + "; " + config.tile_reason,
+          .kernel = kernel,
+          .blocks = config.blocks,
+          .workspace_bytes = (config.counters + config.partials + more_words) * kBytesWord,
+          .params_size = sizeof(LoraLinearParams),
+          .fields = LoraLinearFields::kFields};
+}
+
+PyObject* plan_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
+  Problem p;
+  if (!parse(args, keywords, p)) return nullptr;
+  const LoraLinearConfig config = lora_linear_config(p.lora, p.device);
+  if (config.blocks > INT32_MAX) return too_many_tiles();
+  return with_element(p.lora.x.type, [&]<class Element>(std::type_identity<Element>) {
+    return to_python(plan_of(config, describe_lora_linear<Element>(config.key)));
+  });
+}
+
+// A list of the two launches.
+PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keywords) {
+  Problem p;
+  if (!parse(args, keywords, p)) return nullptr;
+  const LoraProblem& forward = p.lora;
+  const LoraBackwardProblem problem{.forward = forward,
+                                    .grad_y = {forward.w.data, forward.n(), forward.m(), forward.n(), forward.x.type},
+                                    .s = {forward.w.data, forward.rank(), forward.m(), forward.rank(), forward.x.type}};
+  const LoraBackwardConfig config = lora_backward_config(problem, p.device);
+  if (config.grad_x.blocks > INT32_MAX || config.grads.blocks > INT32_MAX) return too_many_tiles();
+  return with_element(forward.x.type, [&]<class Element>(std::type_identity<Element>) -> PyObject* {
+    const Plan second = {.schedule = "split rows",
+                         .reason = config.parts_of_grad_b > 0 ? "parts of dB are there and only summed"
+                                                              : "dY is read again: parts of dB would be larger",
+                         .kernel = describe_lora_grads<Element>(config.grads.key),
+                         .blocks = config.grads.blocks,
+                         .workspace_bytes = (config.grads.counters + config.grads.partials) * kBytesWord,
+                         .params_size = sizeof(LoraGradsParams),
+                         .fields = LoraGradsFields::kFields};
+    PyObject* launches = PyList_New(0);
+    if (append(launches, to_python(plan_of(config.grad_x, describe_lora_grad_x<Element>(config.grad_x.key),
+                                           config.partial_grad_b))) &&
+        append(launches, to_python(second))) {
+      return launches;
+    }
+    Py_XDECREF(launches);
+    return nullptr;
+  });
+}
+
+std::vector<KernelInfo> kernels() {
+  std::vector<KernelInfo> all;
+  for (const FloatType type : {FloatType::kBFloat16, FloatType::kFloat16, FloatType::kFloat32}) {
+    with_element(type, [&]<class Element>(std::type_identity<Element>) {
+      for (const auto& some : {lora_linear_kernels<Element>(), lora_backward_kernels<Element>()}) {
+        all.insert(all.end(), some.begin(), some.end());
+      }
+    });
+  }
+  return all;
+}
+
+const PlannedOp registered(
+    {planner("plan_lora_linear", plan_lora_linear, "The launch of lora_linear for a problem and a device, as a dict."),
+     planner("plan_lora_linear_backward", plan_lora_linear_backward, "The two launches of its gradients.")},
+    kernels);
+
+}  // namespace
+}  // namespace lk
