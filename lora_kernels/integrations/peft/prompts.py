@@ -112,11 +112,12 @@ class FusedPrompts:
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """PEFT's, which leaves bound methods on the instance: they would outlive this class in ``unpatch``."""
+        ours = type(self)  # until someone calls unpatch inside
         try:
             with super().disable_adapter():
                 yield
         finally:
-            drop_own_methods(self)
+            drop_own_methods(self, ours)
 
     def get_prompt(self, batch_size: int, *args: Any, **kwargs: Any) -> Any:
         """PEFT's method; a prefix is computed once for the batch, and is the cache without being copied into it."""
@@ -255,8 +256,8 @@ def inserted(column: Tensor, mask: Tensor | None, rows: int, value: int, behind_
 
 
 def own_methods(model: PeftModel, *also: type) -> list[str]:
-    """Names under which the instance keeps what its class, one of that class's bases or of ``also`` has anyway."""
-    kinds = (*type(model).__mro__, *also)
+    """Names under which the instance keeps what its class, or one of ``also``, has anyway."""
+    kinds = [base for kind in (type(model), *also) for base in kind.__mro__]
     return [
         name
         for name, value in model.__dict__.items()
@@ -266,7 +267,7 @@ def own_methods(model: PeftModel, *also: type) -> list[str]:
     ]
 
 
-def drop_own_methods(model: PeftModel) -> None:
+def drop_own_methods(model: PeftModel, *also: type) -> None:
     """``disable_adapter`` of PEFT leaves such methods behind, which would hide those of another class."""
-    for name in own_methods(model):
+    for name in own_methods(model, *also):
         del model.__dict__[name]
