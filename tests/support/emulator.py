@@ -18,7 +18,7 @@ import torch
 
 from lora_kernels.ops import lora_linear
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 BUILD = CSRC.parent / "build" / "emu"
 MACHINE = ("emu/machine.cpp", "emu/memory.cpp", "emu/fiber.cpp")
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
