@@ -85,7 +85,7 @@ def upward(arrows: dict[str, set[str]]) -> list[str]:
 
 
 def circles(arrows: dict[str, set[str]]) -> list[str]:
-    """Modules that import themselves in the end. A package's ``__init__`` that lists its parts' names is none of them."""
+    """Modules that import themselves in the end. A package's ``__init__`` that lists its parts' names is none."""
     packages = {name.rpartition(".")[0] for name in arrows}
     left = {name: {t for t in targets if t not in packages} for name, targets in arrows.items() if name not in packages}
     while free := [name for name, targets in left.items() if not targets & left.keys()]:

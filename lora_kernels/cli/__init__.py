@@ -11,8 +11,9 @@ from typing import NoReturn
 import torch
 
 from .._version import __version__
+from ..text import first_sentence
 from . import bench, finetune, info, merge, plan, verify
-from ._console import CliError, error, first_sentence
+from ._console import CliError, error
 
 _COMMANDS = (info, finetune, merge, verify, bench, plan)
 

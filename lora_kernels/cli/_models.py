@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._console import CliError, first_sentence
+from ..text import first_sentence
+from ._console import CliError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 import lora_kernels as lk
 
 from ..adapters.files import replacing
+from ..text import first_sentence
 from . import _arguments as arguments
-from ._console import CliError, Progress, counters, error, first_sentence, progress
+from ._console import CliError, Progress, counters, error, progress
 from ._models import DTYPES, linear_names, load_model, load_tokenizer, pick_device, require
 from ._training import (
     STATE_FILE,

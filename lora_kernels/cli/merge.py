@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import lora_kernels as lk
 
 from ..adapters.files import replacing
+from ..text import first_sentence
 from . import _arguments as arguments
-from ._console import CliError, error, first_sentence
+from ._console import CliError, error
 from ._models import DTYPES, load_model, load_tokenizer
 
 _CHECK_TOKENS = 64

@@ -7,8 +7,9 @@ from typing import Any
 
 import lora_kernels as lk
 
+from ..text import first_sentence
 from . import _arguments as arguments
-from ._console import CliError, first_sentence
+from ._console import CliError
 from ._models import DTYPES, load_model, pick_device, require
 
 
