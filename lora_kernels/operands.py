@@ -151,6 +151,8 @@ def _magnitude(layer: nn.Module, name: str, lora_bias: Tensor | None, kind: str 
     """DoRA's magnitude vector, or why this LoRA variant of a ``kind`` of layer is not the DoRA that we compute."""
     if not _is_peft(layer.lora_variant[name], "variants", f"Dora{kind}Variant"):
         return Reason.VARIANT
+    if getattr(sys.modules.get("peft.tuners.lora.dora"), "ENABLE_DORA_CACHING", False) and not layer.training:
+        return Reason.DORA_CACHING
     module = layer.lora_magnitude_vector[name]
     if not _is_peft(module, "dora", f"Dora{kind}Layer") or lora_bias is not None:
         return Reason.DORA

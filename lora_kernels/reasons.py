@@ -32,6 +32,7 @@ class Reason(str, enum.Enum):
     NO_ACTIVE_ADAPTER = "no active adapter on this layer"
     VARIANT = "LoRA variant"
     DORA = "DoRA in a form the op does not compute"
+    DORA_CACHING = "DoRA caching is on, which is PEFT's"
     FAN_IN_FAN_OUT = "fan_in_fan_out (Conv1D)"
     LORA_BIAS = "bias in lora_B"
     TENSOR_SCALING = "tensor-valued scaling"
