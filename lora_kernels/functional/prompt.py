@@ -93,7 +93,8 @@ def prompt_embedding(
         task_ids=task_ids, prompt_lengths=prompt_lengths, padding_side=padding_side,
     )  # fmt: skip
     output = eager.call(_op.SPEC, PromptEmbeddingFunction, args)
-    return PromptEmbeddingOutput(*output[:3], None if labels is None else output[3])
+    embeds, mask, positions, out_labels, *_ = output
+    return PromptEmbeddingOutput(embeds, mask, positions, None if labels is None else out_labels)
 
 
 @explains(_OP, _op.SPEC)

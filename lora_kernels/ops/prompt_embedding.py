@@ -55,7 +55,8 @@ def _check_indices(
 
 
 def _token_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
-    batch, tokens = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+    given: Any = inputs_embeds if input_ids is None else input_ids
+    batch, tokens = given.shape[:2]
     return batch, tokens
 
 
@@ -81,7 +82,7 @@ def _reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if prompt.device.type == "cpu":
         _check_indices(prompt, input_ids, weight, inputs_embeds, attention_mask, labels, task_ids, prompt_lengths, left)
-    embeds = F.embedding(input_ids, weight) if inputs_embeds is None else inputs_embeds
+    embeds = F.embedding(input_ids, weight) if inputs_embeds is None else inputs_embeds  # type: ignore[arg-type]
     batch, tokens, hidden = embeds.shape
     rows, device = prompt.shape[-2], prompt.device
     layout = _layout(prompt, input_ids, inputs_embeds, attention_mask, prompt_lengths, left)
@@ -191,7 +192,7 @@ def _wide(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def _reference_backward(
-    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
+    grad: Tensor, layout: Tensor, input_ids: Any, task_ids: Any, tasks: int, prompt_rows: int,
     prompt_dtype: torch.dtype, vocabulary: int, need_prompt: bool, need_weight: bool, need_embeds: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, hidden = grad.shape[1] - prompt_rows, grad.shape[2]

@@ -80,10 +80,10 @@ class FusedCausalLM(FusedPrompts, PeftModelForCausalLM):
         self._place(inputs, fused, mask is not None)
         return inputs
 
-    def _fixed_inputs(self, args: tuple, task_ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _fixed_inputs(self, args: tuple, task_ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Of any step: [pads, prompt, text], and positions that count prompt and text."""
-        inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
-        cache = inputs.get("cache", inputs.get("past_key_values"))
+        inputs: dict[str, Any] = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+        cache: Any = inputs.get("cache", inputs.get("past_key_values"))
         if _is_empty(cache):
             return self._first_inputs(inputs, task_ids)
         for name in ("position_ids", "cache_position", "token_type_ids"):
