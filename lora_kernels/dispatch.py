@@ -83,11 +83,11 @@ def native(spec: OpSpec) -> Callable[..., Any]:
     return _native_ops[spec.name]
 
 
-def _autocast_rule(spec: OpSpec, device_type: str, key: str):
+def _autocast_rule(spec: OpSpec, device_type: str, key: str) -> Callable[..., Any]:
     op = getattr(torch.ops.lora_kernels, spec.name).default
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def rule(*args):
+    def rule(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(keyset):
             return op(*autocast_args(spec, device_type, args))
 
@@ -163,7 +163,7 @@ def backends() -> dict[str, BackendStatus]:
     """Availability of every backend, in order of preference."""
     from importlib.util import find_spec
 
-    def extension(module, error: str, found: str) -> BackendStatus:
+    def extension(module: Any, error: str, found: str) -> BackendStatus:
         return BackendStatus(module is not None, found if module is not None else error)
 
     cuda = extension(_native.cuda, _native.cuda_error, "lora_kernels._cuda")
