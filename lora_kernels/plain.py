@@ -44,6 +44,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_parametrized(module: nn.Module) -> bool:
+    """Whether torch computes some of the module's parameters (``torch.nn.utils.parametrize``)."""
     return "parametrizations" in module._modules
 
 

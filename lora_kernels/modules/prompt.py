@@ -327,6 +327,7 @@ def _table(op: str, embedding: Tensor | nn.Module) -> Tensor:
 
 
 def check_count(op: str, name: str, value: Any) -> None:
+    """``TypeError`` or ``ValueError`` unless ``value`` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
     if value < 1:

@@ -233,6 +233,7 @@ def output_options(output_attentions: Any, output_hidden_states: Any, return_dic
 
 
 def count(op: str, reason: Reason) -> None:
+    """Records that PEFT's own code serves a call."""
     if not torch.compiler.is_compiling():  # a counter in traced code would recompile on every call
         dispatch.count_fallback(op, reason)
 
