@@ -4,7 +4,7 @@
 #   make test       build and run the test suite
 #   make test-full  the same, then the exhaustive tests                           (long)
 #   make build      build the extensions and say what was built
-#   make lint       ruff, clang-format
+#   make lint       ruff, mypy, clang-format
 #   make bench      every benchmark, with plots in build/bench                    (about an hour)
 #   make ptx        PTX of every CUDA kernel, in build/ptx/<arch>/                (needs nvcc, no GPU)
 #   make clean      remove build products; `make distclean` also removes $(VENV)
@@ -66,6 +66,7 @@ bench: $(VENV)/.built
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	git ls-files 'csrc/*' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.built

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-from types import ModuleType
+from typing import Any
 
 import torch  # noqa: F401  (libtorch must be loaded before an extension that links it)
 
 from .reasons import Reason
 
 
-def _load(name: str) -> tuple[ModuleType | None, str]:
+def _load(name: str) -> tuple[Any, str]:
+    """The module, or None and why."""
     try:
         return importlib.import_module(f"lora_kernels.{name}"), ""
     except ImportError as error:

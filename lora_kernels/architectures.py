@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Architecture(NamedTuple):
@@ -105,6 +105,9 @@ def resource_table(kernels: list[KernelUse], described: dict[str, tuple[int, int
     """
     lines = ["registers  stack+spills  threads  shared  blocks/SM  arch    kernel"]
     for use in kernels:
+        threads: Any
+        shared: Any
+        blocks: Any
         threads = shared = blocks = "?"
         if use.kernel in described:
             threads, dynamic = described[use.kernel]

@@ -27,12 +27,12 @@ def in_place_of(original: type) -> Callable[[type[nn.Module]], type[nn.Module]]:
     def rename(ours: type[nn.Module]) -> type[nn.Module]:
         home = ours.__module__, ours.__qualname__
 
-        def reduce(self: nn.Module, protocol: int) -> tuple:
+        def reduce(self: nn.Module, protocol: Any) -> Any:
             # Pickle finds a class by its name, which is the other's now; so it is told where to look.
             parts = super(ours, self).__reduce_ex__(protocol)
             return (_empty, home, *parts[2:]) if type(self) is ours else parts
 
-        ours.__reduce_ex__ = reduce
+        ours.__reduce_ex__ = reduce  # type: ignore[method-assign, assignment]
         ours.__name__, ours.__qualname__, ours.__module__ = (
             original.__name__, original.__qualname__, original.__module__,
         )  # fmt: skip
@@ -66,19 +66,20 @@ def our_class(module: nn.Module, ours: Collection[type]) -> type | None:
     return None
 
 
-def give_back(module: nn.Module, originals: Mapping[type, type]) -> tuple[type, type] | None:
+def give_back(module: nn.Module, originals: Mapping[Any, type]) -> tuple[type[Any], type[Any]] | None:
     """Puts the original in the place of our class; returns both, None where the module has none of ours."""
     ours = our_class(module, originals)
     if ours is None:
         return None
     original = originals[ours]
-    module.__class__ = _with_base(type(module), ours, original)
+    kind: Any = type(module)
+    module.__class__ = _with_base(kind, ours, original)
     return ours, original
 
 
 @functools.cache
-def _with_base(kind: type, ours: type, original: type) -> type:
-    """``kind``, made again with ``original`` for its ancestor ``ours``."""
+def _with_base(kind: Any, ours: Any, original: Any) -> Any:
+    """The class ``kind``, made again with ``original`` for its ancestor ``ours``."""
     if kind is ours:
         return original
     bases = tuple(_with_base(base, ours, original) if issubclass(base, ours) else base for base in kind.__bases__)

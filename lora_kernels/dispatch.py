@@ -14,7 +14,7 @@ import torch
 
 from . import _native
 from .reasons import Reason
-from .spec import Kernel, OpSpec, Verdict
+from .spec import OpSpec, Verdict
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
@@ -83,11 +83,11 @@ def native(spec: OpSpec) -> Callable[..., Any]:
     return _native_ops[spec.name]
 
 
-def _autocast_rule(spec: OpSpec, device_type: str, key: str):
+def _autocast_rule(spec: OpSpec, device_type: str, key: str) -> Callable[..., Any]:
     op = getattr(torch.ops.lora_kernels, spec.name).default
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def rule(*args):
+    def rule(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(keyset):
             return op(*autocast_args(spec, device_type, args))
 
@@ -163,7 +163,7 @@ def backends() -> dict[str, BackendStatus]:
     """Availability of every backend, in order of preference."""
     from importlib.util import find_spec
 
-    def extension(module, error: str, found: str) -> BackendStatus:
+    def extension(module: Any, error: str, found: str) -> BackendStatus:
         return BackendStatus(module is not None, found if module is not None else error)
 
     cuda = extension(_native.cuda, _native.cuda_error, "lora_kernels._cuda")
@@ -207,7 +207,7 @@ def _device_type(args: tuple) -> str:
     return "cpu" if first.is_cpu else first.device.type  # where a call takes microseconds, the string counts
 
 
-def _select(spec: OpSpec, args: tuple) -> tuple[str, Verdict, tuple[tuple[str, Reason], ...]]:
+def _select(spec: OpSpec, args: tuple) -> tuple[str, Verdict, tuple[tuple[str, str], ...]]:
     """The backend that serves a call, its verdict, and the (backend, reason) pairs that were passed over on the way."""
     forced = _forced.get()
     device = _device_type(args)
@@ -225,7 +225,7 @@ def _select(spec: OpSpec, args: tuple) -> tuple[str, Verdict, tuple[tuple[str, R
             )
         return forced, verdict, ()
 
-    passed: tuple[tuple[str, Reason], ...] = ()
+    passed: tuple[tuple[str, str], ...] = ()
     for backend in _ORDER.get(device, _REFERENCE_ONLY):
         verdict = _ask(spec, backend, args)
         if verdict.schedule is not None:
@@ -242,7 +242,8 @@ def choose(spec: OpSpec, args: tuple) -> Choice:
         reason = f"asked for; {reason}"
     elif passed:
         reason += "; " + ", ".join(f"{name}: {why}" for name, why in passed)
-    return Choice(backend, verdict.schedule, reason)
+    schedule: Any = verdict.schedule  # the verdict is a yes
+    return Choice(backend, schedule, reason)
 
 
 def explain(spec: OpSpec, args: tuple) -> Choice:
@@ -252,7 +253,8 @@ def explain(spec: OpSpec, args: tuple) -> Choice:
     if kernel is None or kernel.explain is None:
         return choice
     verdict = kernel.explain(*args)
-    return choice._replace(schedule=verdict.schedule, reason=f"{choice.reason}; {verdict.reason}")
+    schedule: Any = verdict.schedule
+    return choice._replace(schedule=schedule, reason=f"{choice.reason}; {verdict.reason}")
 
 
 def run(spec: OpSpec, *args: Any) -> Any:
@@ -272,7 +274,8 @@ def run(spec: OpSpec, *args: Any) -> Any:
     return _compute(spec, kernel, verdict, args)
 
 
-def _compute(spec: OpSpec, kernel: Kernel | None, verdict: Verdict, args: tuple) -> Any:
+def _compute(spec: OpSpec, kernel: Any, verdict: Verdict, args: tuple) -> Any:
+    """By the kernel's ``run``, or, without a kernel, by the reference."""
     return spec.reference(*args) if kernel is None else kernel.run(verdict.schedule, *args)
 
 

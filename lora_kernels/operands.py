@@ -53,23 +53,23 @@ _any_autocast = torch._C._is_any_autocast_enabled  # several times cheaper than 
 # ------------------------------------------------------------------------------------------------------ linear
 
 
-def operands(layer: nn.Module) -> Operands | SideBySide | Reason:
+def operands(layer: Any) -> Operands | SideBySide | Reason:
     """What ``lora_linear`` or ``dora_linear`` needs from ``layer`` besides x, or why the layer must run its own
     forward now.
     """
-    names = active_adapters(layer.__dict__, "lora_A")
+    names: Any = active_adapters(layer.__dict__, "lora_A")
     if type(names) is str:
         return adapter_operands(layer, names)
     return names if type(names) is Reason else _several_adapters(layer, names)
 
 
-def adapter_operands(layer: nn.Module, name: str) -> Operands | Reason:
+def adapter_operands(layer: Any, name: str) -> Operands | Reason:
     """As ``operands``, for one adapter, whether it is the active one or not."""
     base_layer = layer.__dict__["_modules"]["base_layer"]
-    base = _base_operands(base_layer)
+    base: Any = _base_operands(base_layer)
     if type(base) is not tuple:
         return base
-    branch = branch_operands(layer, name, base_layer)
+    branch: Any = branch_operands(layer, name, base_layer)
     if type(branch) is not tuple:
         return branch
     weight, bias = base
@@ -79,7 +79,7 @@ def adapter_operands(layer: nn.Module, name: str) -> Operands | Reason:
     return weight, lora_A, lora_B, bias, scaling, p, training, magnitude
 
 
-def branch_operands(layer: nn.Module, name: str, *also_skipped: nn.Module) -> Branch | Reason:
+def branch_operands(layer: Any, name: str, *also_skipped: nn.Module) -> Branch | Reason:
     """What the adapter ``name`` adds to the base layer.
 
     ``also_skipped`` are modules besides the adapter's that will not be called either, so that their hooks matter.
@@ -117,7 +117,7 @@ def branch_operands(layer: nn.Module, name: str, *also_skipped: nn.Module) -> Br
         scaling = usual_scaling(scaling)
         if type(scaling) is Reason:
             return scaling
-    magnitude = None
+    magnitude: Any = None
     if name in state["lora_variant"]:
         magnitude = _magnitude(layer, name, lora_bias)
         if type(magnitude) is Reason:
@@ -147,7 +147,7 @@ def _variant_or_modules(layer: nn.Module, name: str) -> Reason:
     return Reason.VARIANT if name in layer.__dict__["lora_variant"] else Reason.ADAPTER_MODULES
 
 
-def _magnitude(layer: nn.Module, name: str, lora_bias: Tensor | None, kind: str = "Linear") -> Tensor | Reason:
+def _magnitude(layer: Any, name: str, lora_bias: Tensor | None, kind: str = "Linear") -> Tensor | Reason:
     """DoRA's magnitude vector, or why this LoRA variant of a ``kind`` of layer is not the DoRA that we compute."""
     if not _is_peft(layer.lora_variant[name], "variants", f"Dora{kind}Variant"):
         return Reason.VARIANT
@@ -168,20 +168,20 @@ def _magnitude(layer: nn.Module, name: str, lora_bias: Tensor | None, kind: str 
     return magnitude
 
 
-def _several_adapters(layer: nn.Module, names: list[str]) -> Operands | SideBySide | Reason:
+def _several_adapters(layer: Any, names: list[str]) -> Operands | SideBySide | Reason:
     """Adapters side by side are one adapter of the summed rank, as long as they see the same x.
 
     Under dropout they do not: each of them draws a mask.
     """
     base_layer = layer.__dict__["_modules"]["base_layer"]
-    base = _base_operands(base_layer)
+    base: Any = _base_operands(base_layer)
     if type(base) is not tuple:
         return base
     weight, bias = base
     branches: list[Branch] = []
     drops = False
     for name in names:
-        branch = branch_operands(layer, name, base_layer)
+        branch: Any = branch_operands(layer, name, base_layer)
         if type(branch) is not tuple:
             return branch
         lora_A, lora_B, lora_bias, scaling, p, training, magnitude = branch
@@ -194,7 +194,7 @@ def _several_adapters(layer: nn.Module, names: list[str]) -> Operands | SideBySi
     if drops:
         (lora_A, lora_B, _, scaling, p, training, _), *others = branches
         return SideBySide((weight, lora_A, lora_B, bias, scaling, p, training, None), others)
-    stacked = _stack([(lora_A, lora_B, scaling) for lora_A, lora_B, _, scaling, *_ in branches])
+    stacked: Any = _stack([(lora_A, lora_B, scaling) for lora_A, lora_B, _, scaling, *_ in branches])
     if type(stacked) is Reason:
         return stacked
     lora_A, lora_B, scaling = stacked
@@ -209,7 +209,7 @@ def _add_lora_bias(bias: Tensor | None, lora_bias: Tensor, scaling: float | Tens
 # --------------------------------------------------------------------------------------------------- embedding
 
 
-def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
+def embedding_operands(layer: Any) -> EmbeddingOperands | Reason:
     """What ``lora_embedding`` needs from a ``lora.Embedding`` besides the ids, or why the layer must run its own
     forward now.
     """
@@ -242,7 +242,7 @@ def embedding_operands(layer: nn.Module) -> EmbeddingOperands | Reason:
                 return Reason.DORA  # it scales what the adapters before it have added, too
         lora_A = layer.lora_embedding_A._parameters.get(name, _DISPLACED)
         lora_B = layer.lora_embedding_B._parameters.get(name, _DISPLACED)
-        scaling = usual_scaling(state["scaling"][name])
+        scaling: Any = usual_scaling(state["scaling"][name])
         if type(scaling) is Reason:
             return scaling
         if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS:
@@ -385,7 +385,7 @@ def _is_peft(value: Any, module: str, name: str) -> bool:
 # ---------------------------------------------------------------------------------------------------- one adapter
 
 
-def plain_adapter(layer: Any, adapter: str | None) -> tuple:
+def plain_adapter(layer: Any, adapter: str | None) -> tuple[Any, ...]:
     """What ``LoRALinear.from_peft`` needs: weight, bias, lora_A, lora_B, alpha, scaling, dropout, use_rslora."""
     linear = getattr(sys.modules.get("peft.tuners.lora.layer"), "Linear", None)
     if linear is None or not isinstance(layer, linear):
@@ -398,7 +398,7 @@ def plain_adapter(layer: Any, adapter: str | None) -> tuple:
     if adapter not in layer.lora_A:
         known = ", ".join(layer.lora_A) or "none"
         raise ValueError(f"from_peft: no adapter {adapter!r} on this layer, it has {known}")
-    found = Reason.MERGED if layer.merged else adapter_operands(layer, adapter)
+    found: Any = Reason.MERGED if layer.merged else adapter_operands(layer, adapter)
     if not isinstance(found, Reason):
         weight, lora_A, lora_B, bias, scaling, dropout, _, magnitude = found
         found = _beyond_plain_lora(layer, adapter, weight, scaling, magnitude)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -42,6 +44,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_parametrized(module: nn.Module) -> bool:
+    """Whether torch computes some of the module's parameters (``torch.nn.utils.parametrize``)."""
     return "parametrizations" in module._modules
 
 
@@ -50,14 +53,14 @@ def not_plain(found: Tensor | Reason | None) -> Reason:
     return found if isinstance(found, Reason) else Reason.DTENSOR
 
 
-def why_no_base(layer: nn.Module) -> Reason | None:
+def why_no_base(layer: Any) -> Reason | None:
     """Why an adapter of ours cannot share the weight and bias of a linear layer or embedding; None if it can."""
     if is_parametrized(layer):
         return Reason.PARAMETRIZED
     if "forward" in layer.__dict__:
         return Reason.INSTANCE_FORWARD
     for name in ("weight",) if isinstance(layer, nn.Embedding) else ("weight", "bias"):
-        parameter = layer._parameters.get(name, Reason.DISPLACED)
+        parameter: Any = layer._parameters.get(name, Reason.DISPLACED)
         if parameter is None and name == "bias":
             continue
         if type(parameter) is Tensor:  # what a wrapper computes or cuts out of its own
@@ -73,7 +76,8 @@ def why_no_base(layer: nn.Module) -> Reason | None:
 
 def passed_by(model: nn.Module) -> set[nn.Module]:
     """The layers in ``model`` that torch's own modules never or not always call: they read the weight themselves."""
-    found = set()
+    found: set[nn.Module] = set()
+    parent: Any  # of whichever class
     for parent in model.modules():
         forward = getattr(type(parent), "forward", None)  # a scripted module's class has none
         if forward is nn.MultiheadAttention.forward:
@@ -88,7 +92,7 @@ def passed_by(model: nn.Module) -> set[nn.Module]:
 _LINEAR_CROSS_ENTROPY = getattr(getattr(nn, "LinearCrossEntropyLoss", None), "forward", nn)  # from torch 2.14 on
 
 
-def may_take_fast_path(layer: nn.Module) -> bool:
+def may_take_fast_path(layer: Any) -> bool:
     """Whether this is an encoder layer of torch's whose calls in eval mode may be one op, on the weights of all parts.
 
     They are where no part has a forward hook, among others.

@@ -92,7 +92,7 @@ def checkout(tmp_path_factory):
     """A copy of the checkout without build products."""
     copy = tmp_path_factory.mktemp("checkout") / "source"
     skip = shutil.ignore_patterns(
-        ".venv*", "build", "dist", "*.so", "_build_info.json", "*.egg-info", "__pycache__", ".git"
+        ".venv*", "build", "dist", "*.so", "_build_info.json", "*.egg-info", "__pycache__", ".git", ".mypy_cache"
     )
     shutil.copytree(ROOT, copy, ignore=skip)
     return copy

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .._version import __version__
+from lora_kernels._version import __version__
 
 TileShape = tuple[int, ...]
 

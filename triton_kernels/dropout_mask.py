@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import philox
+from lora_kernels import philox
+
 from .launching import Launch
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 256

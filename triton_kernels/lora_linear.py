@@ -31,8 +31,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import philox
-from ..precision import float32_products
+from lora_kernels import philox
+from lora_kernels.precision import float32_products
+
 from . import autotune, configs
 from .dropout_mask import keep_tile
 from .launching import Device, Launch, counters, device_of, on_device, run_all
@@ -359,8 +360,9 @@ def forward(
     n, rank = lora_B.shape
     y, s = x.new_empty((*x.shape[:-1], n)), x.new_empty((*x.shape[:-1], rank))
     task = forward_task(y, s, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
+    device: Any = device_of(x.device)  # of a GPU that ``supports`` has seen
     with on_device(x):
-        run_all(fused_launches(device_of(x.device), schedule, task, drops="p"))
+        run_all(fused_launches(device, schedule, task, drops="p"))
     return y, s
 
 
@@ -369,7 +371,7 @@ def backward(
     seed: Tensor | None, scaling: float, dropout_p: float, need_x: bool, need_A: bool, need_B: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The op ``lora_linear_backward``: gradients of x, A and B in the dtypes of these; empty where not needed."""
-    device = device_of(x.device)
+    device: Any = device_of(x.device)
     grad_x = x.new_empty(x.shape if need_x else 0)
     grad_A = lora_A.new_empty(lora_A.shape if need_A else 0)
     grad_B = lora_B.new_empty(lora_B.shape if need_B else 0)

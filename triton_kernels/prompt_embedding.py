@@ -315,10 +315,12 @@ def forward(
     left: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op ``prompt_embedding``: embeddings, mask, positions, labels (empty where none were given) and layout."""
-    batch, tokens = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+    text: Any = inputs_embeds if input_ids is None else input_ids
+    table: Any = weight if inputs_embeds is None else inputs_embeds
+    batch, tokens = text.shape[:2]
     rows = prompt.shape[-2] + tokens
     device = prompt.device
-    out = (weight if inputs_embeds is None else inputs_embeds).new_empty((batch, rows, prompt.shape[-1]))
+    out = table.new_empty((batch, rows, prompt.shape[-1]))
     mask_dtype = torch.int64 if attention_mask is None else attention_mask.dtype
     out_mask = torch.empty((batch, rows), dtype=mask_dtype, device=device)
     positions = torch.empty((batch, rows), dtype=torch.int64, device=device)
@@ -335,7 +337,7 @@ def forward(
 
 
 def backward(
-    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
+    grad: Tensor, layout: Tensor, input_ids: Any, task_ids: Tensor | None, tasks: int, prompt_rows: int,
     prompt_dtype: torch.dtype, vocabulary: int, need_prompt: bool, need_weight: bool, need_embeds: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The op ``prompt_embedding_backward``; empty where not needed. The ids are sorted by torch, stably."""
@@ -365,8 +367,9 @@ def forward_launch(
     batch, rows, hidden = out.shape
     tokens = rows - prompt.shape[-2]
     one, significant = _mask_bits(out_mask.dtype)
+    table: Any = weight
     task = ForwardTask(
-        source=Rows(weight, 0, *weight.stride()) if inputs_embeds is None else _rows(inputs_embeds),
+        source=Rows(table, 0, *table.stride()) if inputs_embeds is None else _rows(inputs_embeds),
         ids=_column(input_ids), vocabulary=0 if weight is None else weight.shape[0],
         prompt=_rows(prompt) if prompt.dim() == 3 else Rows(prompt, 0, *prompt.stride()),
         tasks=prompt.shape[0] if prompt.dim() == 3 else 0,
@@ -429,7 +432,7 @@ def _mask_bits(dtype: torch.dtype) -> tuple[int, int]:
     """(bits of 1, bits that make an element non-zero: not the sign of a float)."""
     if not dtype.is_floating_point:
         return 1, -1 if dtype.itemsize > 1 else 0xFF
-    one = _bits(torch.ones((), dtype=dtype)).item()
+    one: Any = _bits(torch.ones((), dtype=dtype)).item()
     return one, 2 ** (8 * dtype.itemsize - 1) - 1
 
 

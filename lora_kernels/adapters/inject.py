@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,6 +85,7 @@ def inject(
         for name, (layer, rank, _) in plan.items()
     }
     model.requires_grad_(False)
+    layer: Any  # of two classes, one after the other
     for name, (layer, rank, scale) in plan.items():
         # The class is swapped, as in patch: other references to the layer and its hooks stay valid.
         layer.__class__ = LoRALinear
@@ -120,9 +122,11 @@ class Targets:
         for name, module in modules.items():
             names_of.setdefault(module, []).append(name)
         chosen = [name for name in self._candidates(model, modules) if not _listed(self.exclude_modules, name)]
-        not_called, plan, kept = passed_by(model), {}, []
+        not_called = passed_by(model)
+        plan: dict[str, tuple[nn.Linear, int, float]] = {}
+        kept: list[tuple[str, str]] = []
         for name in chosen:
-            layer = modules[name]
+            layer: Any = modules[name]
             reason = _unserved(layer, layer in not_called, len(names_of[layer]) > 1)
             if reason is not None and self._all_linear:
                 kept.append((name, reason))
@@ -130,7 +134,7 @@ class Targets:
             if isinstance(reason, Reason) and reason != Reason.FAN_IN_FAN_OUT:
                 raise ValueError(f"{op}: {', '.join(names_of[layer])}: {reason}")
             check_plain_linear(f"{op}: {name}", layer)
-            rank = first_match(self.rank_pattern, name, self.r)
+            rank: Any = first_match(self.rank_pattern, name, self.r)
             alpha = first_match(self.alpha_pattern, name, self.alpha)
             check_hyperparameters(f"{op}: {name}", rank, alpha, dropout)
             plan[name] = (layer, rank, alpha)
@@ -146,9 +150,10 @@ class Targets:
                 if not any(_listed([entry], name) for name in modules):
                     yield f"target_modules: {entry!r} matches no module"
         candidates, excluded = self._candidates(model, modules), self.exclude_modules or ()
-        for entry in [excluded] if isinstance(excluded, str) else [[name] for name in excluded]:
-            if not any(_listed(entry, name) for name in candidates):
-                shown = entry if isinstance(entry, str) else entry[0]
+        names: str | list[str]
+        for names in [excluded] if isinstance(excluded, str) else [[name] for name in excluded]:
+            if not any(_listed(names, name) for name in candidates):
+                shown = names if isinstance(names, str) else names[0]
                 yield f"exclude_modules: {shown!r} excludes no module"
         for field_name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, field_name):

@@ -106,7 +106,7 @@ def _load_into_layers(
 
 
 def _load_into_peft(
-    model: nn.Module, adapter: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Path
+    model: Any, adapter: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Path
 ) -> None:
     from peft.tuners.lora import LoraLayer
 
@@ -156,7 +156,7 @@ def _read_tensors(file: Path, pickle: Path) -> dict[str, Tensor]:
 
 def _check_scaling(scalings: Mapping[str, float], config: Mapping[str, Any], file: Path) -> None:
     for name, scaling in scalings.items():
-        rank = first_match(config["rank_pattern"], name, config["r"])
+        rank: Any = first_match(config["rank_pattern"], name, config["r"])
         alpha = first_match(config["alpha_pattern"], name, config["lora_alpha"])
         saved = scaling_of(rank, alpha, config["use_rslora"])
         if not math.isclose(saved, scaling, rel_tol=1e-6):

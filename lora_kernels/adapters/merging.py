@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..functional.merging import stays_finite
@@ -85,9 +87,9 @@ def _memory(parameter: nn.Parameter) -> object:
     return id(parameter) if parameter.is_meta else (parameter.device, parameter.untyped_storage().data_ptr())
 
 
-def _untie(model: nn.Module, layer: LoRALinear | LoRAEmbedding) -> None:
+def _untie(model: Any, layer: LoRALinear | LoRAEmbedding) -> None:
     layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
         return
     if layer is model.get_output_embeddings() or layer is model.get_input_embeddings():

@@ -66,7 +66,7 @@ def layer_slots(op: str, model: Slots, layers: Mapping[str, LoRALinear], *, writ
     return slots
 
 
-def adapter_shapes(linear: nn.Module, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def adapter_shapes(linear: Any, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """The shapes of lora_A and lora_B over ``linear``."""
     return (rank, linear.in_features), (linear.out_features, rank)
 

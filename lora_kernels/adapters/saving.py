@@ -71,7 +71,7 @@ def _save_layers(model: nn.Module, target: Path) -> None:
         save_file(tensors, staged / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def _save_peft(model: nn.Module, adapter: str, target: Path, kinds: Collection[str]) -> None:
+def _save_peft(model: Any, adapter: str, target: Path, kinds: Collection[str]) -> None:
     """By PEFT's own code, which is given the tensors."""
     options: dict[str, Any] = {}
     config = model.peft_config[adapter]
@@ -143,7 +143,7 @@ def _check_one_name_each(model: nn.Module, layers: Mapping[str, LoRALinear]) -> 
 
 
 def _names_without_wrappers(
-    model: nn.Module, adapter: str, kinds: Collection[str], written: Mapping[str, Any]
+    model: Any, adapter: str, kinds: Collection[str], written: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What is to be changed in the config that PEFT wrote, because an adapter was made, or a class taken, of a wrapped
     model.

@@ -63,8 +63,8 @@ class Slot:
     model: Slots
 
     @property
-    def tensor(self) -> Tensor:
-        """What stands in the module; its values may be elsewhere."""
+    def tensor(self) -> Any:
+        """The tensor, plain or not, that stands in the module; its values may be elsewhere."""
         return getattr(self.module, self.attribute)
 
     @property
@@ -76,7 +76,7 @@ class Slot:
     def misfit(self, *, writing: bool) -> str | None:
         """Why the values cannot be read, or replaced such that they stay so; None if they can."""
         tensor = self.tensor
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(tensor):
             return "has no size yet; run the model once"
         if hasattr(tensor, "ds_id") and tuple(tensor.shape) != self.shape:
             return (
@@ -174,7 +174,7 @@ class _Offloaded:
             weights, key = weights.dataset, weights.prefix + key
         self.weights, self.key = weights, key
         memory = getattr(weights, "state_dict", weights)  # what a loader of files has in memory comes before them
-        self.memory = memory if isinstance(memory, MutableMapping) else None
+        self.memory: Any = memory if isinstance(memory, MutableMapping) else None
 
     def read(self) -> Tensor:
         return self.weights[self.key]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -42,9 +43,10 @@ def wrapper_kind(module: nn.Module) -> str | None:
 
 def without_wrappers(module: nn.Module) -> nn.Module:
     """What ``module`` wraps, however often; ``module`` itself if it is no wrapper."""
-    while (kind := wrapper_kind(module)) is not None:
-        module = module._modules[_WRAPPERS[kind][2]]
-    return module
+    inner: Any = module
+    while (kind := wrapper_kind(inner)) is not None:
+        inner = inner._modules[_WRAPPERS[kind][2]]
+    return inner
 
 
 def wrapper_kinds(model: nn.Module) -> set[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def peft_layer(base: nn.Linear, rank: int, dropout: float, adapter_dtype: torch.
     return layer
 
 
-def weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def weights(layer: Any) -> tuple[Tensor, Tensor]:
     """(lora_A, lora_B) of the only adapter of a PEFT layer."""
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
@@ -59,7 +60,8 @@ def check(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, float]:
         WrongResult: an output or gradient is further from float64 than that.
     """
     A, B = weights(layer)
-    weight = layer.base_layer.weight
+    base: Any = layer.base_layer
+    weight: Tensor = base.weight
 
     def unfused(dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.detach().to(dtype).requires_grad_() for t in (x, A, B)]
@@ -82,7 +84,7 @@ def check(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, float]:
     return shares
 
 
-def check_peer(name: str, peer: peers.Linear, layer: nn.Module, x: Tensor, grad: Tensor) -> None:
+def check_peer(name: str, peer: peers.Linear, layer: Any, x: Tensor, grad: Tensor) -> None:
     """A peer's output and gradients are PEFT's, within a hundredth of the largest element."""
     leaves = [x, *weights(layer)]
     layer.eval()
@@ -128,12 +130,17 @@ def make_case(
         others = {"addmm": peers.AddmmLoRA.apply, **peers.installed(device)}
         for name, peer in others.items():
             check_peer(name, peer, stock, few, grad[:CHECKED_ROWS])
-            calls[name] = lambda peer=peer: peer(x[None], base.weight, *weights(stock), SCALING)[0]
+
+            def call(peer: peers.Linear = peer) -> Tensor:
+                return peer(x[None], base.weight, *weights(stock), SCALING)[0]
+
+            calls[name] = call
     leaves = [x, *weights(stock), *weights(fused)]
     steps = {name: _step(call, what, grad, leaves) for name, call in calls.items()}
 
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
-    args = (x, base.weight, *weights(fused), None, seed, SCALING, dropout)
+    args: tuple[Any, ...] = (x, base.weight, *weights(fused), None, seed, SCALING, dropout)
+    spec: Any
     spec, flops, traffic = dispatch.specs(), 0, 0
     if dtype == adapter_dtype:
         flops, traffic = spec["lora_linear"].flops(*args), spec["lora_linear"].bytes(*args)
@@ -189,7 +196,8 @@ def _low_precision_cases(
 @contextlib.contextmanager
 def without_onednn() -> Iterator[None]:
     """torch then multiplies in 16 bits as it does on CPUs without instructions for it."""
-    enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    mkldnn: Any = torch.backends.mkldnn
+    enabled, mkldnn.enabled = mkldnn.enabled, False
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,13 +109,11 @@ def block_cases(device: torch.device, compile_too: bool = True) -> Iterator[Case
         def forward(model: nn.Module, x: Tensor = x) -> Tensor:
             return model(inputs_embeds=x, use_cache=False).last_hidden_state
 
-        calls: dict[str, Callable[[], Tensor]] = {
-            name: lambda m=model, f=forward: f(m) for name, model in models.items()
-        }
+        calls: dict[str, Callable[[], Tensor]] = {name: partial(forward, model) for name, model in models.items()}
         if compile_too:
             for name in (BASELINE, OURS):
                 compiled = torch.compile(forward, dynamic=False)
-                calls[f"{name} compiled"] = lambda m=models[name], f=compiled: f(m)
+                calls[f"{name} compiled"] = partial(compiled, models[name])
         check(models, forward, grad)
         leaves = [x, *[p for model in models.values() for p in model.parameters() if p.requires_grad]]
 
@@ -126,7 +125,7 @@ def block_cases(device: torch.device, compile_too: bool = True) -> Iterator[Case
         constants = [t for model in models.values() for t in [*model.parameters(), *model.buffers()]]
         yield Case(
             "block", f"Llama block of 576, {BATCH}x{SEQ} tokens, r={RANK}, float32, dropout {dropout:g}",
-            "forward+backward", {name: lambda c=call, s=step: s(c) for name, call in calls.items()},
+            "forward+backward", {name: partial(step, call) for name, call in calls.items()},
             forwards={name: calls[name] for name in models}, constants=constants,
         )  # fmt: skip
 
@@ -179,7 +178,7 @@ def _training_step(model: nn.Module, forward: Callable[[], Tensor]) -> Step:
 def _decode_case(base: nn.Module, prompt: Tensor) -> Case:
     models = {name: model.eval() for name, model in variants(base, 0.0).items()}
 
-    def generate(model: nn.Module) -> Tensor:
+    def generate(model: Any) -> Tensor:
         options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
         return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
 

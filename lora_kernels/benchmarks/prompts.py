@@ -37,7 +37,7 @@ class Embeddings(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
 
-    def forward(self, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """The input."""
         return inputs_embeds
 

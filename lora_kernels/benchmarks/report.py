@@ -56,7 +56,7 @@ def render(results: Sequence[Result]) -> str:
 
 
 def _rows(result: Result) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, seconds in result.seconds.items():
         share = result.light_share if name == OURS else None
         rows.append((

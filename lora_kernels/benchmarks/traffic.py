@@ -49,7 +49,8 @@ def _up(size: int, tile: int) -> int:
 def model(problem: tuple[int, int, int, int], launch: dict[str, Any]) -> Row:
     """The row of one problem, whose planned ``launch`` is given (``lora-kernels plan``)."""
     m, n, k, r = problem
-    rows, columns = (int(size) for size in _TILE.search(launch["kernel"]).groups())
+    tile: Any = _TILE.search(launch["kernel"])
+    rows, columns = (int(size) for size in tile.groups())
     schedule = launch["schedule"]
     y_tiles = _up(m, rows) * _up(n, columns)
     base_reads = y_tiles * (min(m, rows) + min(n, columns)) * k

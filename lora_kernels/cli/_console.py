@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import lora_kernels as lk
 
@@ -71,7 +71,7 @@ def progress(total: int, label: str, done: int = 0) -> Iterator[Progress]:
 
 
 class _RichProgress:
-    def __init__(self, bar, task) -> None:
+    def __init__(self, bar: Any, task: Any) -> None:
         self._bar, self._task = bar, task
 
     def update(self, done: int, status: str) -> None:

@@ -243,7 +243,8 @@ class StopRequest:
     """Turns the first Ctrl-C (or SIGTERM) into a flag that the loop checks; a second one acts as usual."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal: Any = None
+        """Its number, once there was one."""
         self._previous: dict[int, Any] = {}
 
     def __call__(self) -> bool:

@@ -228,7 +228,7 @@ def read_blocks(path: str, tokenizer: Any, seq: int) -> Tensor:
     return blocks
 
 
-def _check_fit(model: nn.Module, blocks: Tensor) -> None:
+def _check_fit(model: Any, blocks: Tensor) -> None:
     """The blocks must fit the model's context and vocabulary."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and blocks.shape[1] > limit:

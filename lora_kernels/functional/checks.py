@@ -40,6 +40,7 @@ def sizes_fit(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: T
 
 
 def check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """``TypeError`` or ``ValueError`` unless x [..., K], weight [N, K] and bias [N], of one dtype, fit together."""
     for name, t in (("x", x), ("weight", weight)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
@@ -71,12 +72,14 @@ def check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_dense(op: str, name: str, t: Tensor) -> None:
+    """``TypeError`` for sparse and nested tensors."""
     if t.layout != torch.strided or t.is_nested:
         kind = "nested" if t.is_nested else str(t.layout)
         raise TypeError(f"{op}: {name} must be a dense tensor, got a {kind} one")
 
 
 def check_adapter(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """``TypeError`` or ``ValueError`` unless lora_A [rank, K] and lora_B [N, rank], of one dtype, fit weight [N, K]."""
     for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
@@ -97,6 +100,7 @@ def check_adapter(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> No
 
 
 def check_adapter_dtype(op: str, weight: Tensor, lora_A: Tensor) -> None:
+    """``TypeError`` unless lora_A is of the weight's dtype, or float32 over 16 bits."""
     if lora_A.dtype != weight.dtype and not (lora_A.dtype == torch.float32 and weight.dtype in LOW_PRECISION):
         raise TypeError(
             f"{op}: lora_A must be {weight.dtype} like weight (or float32 over a 16-bit weight), got {lora_A.dtype}"
@@ -104,6 +108,7 @@ def check_adapter_dtype(op: str, weight: Tensor, lora_A: Tensor) -> None:
 
 
 def check_magnitude(op: str, magnitude: Tensor, weight: Tensor) -> None:
+    """``TypeError`` or ``ValueError`` unless DoRA's magnitude [N] fits weight [N, K]."""
     if not isinstance(magnitude, Tensor):
         raise TypeError(f"{op}: magnitude must be a tensor, got {type(magnitude).__name__}")
     if not magnitude.is_floating_point():
@@ -130,6 +135,7 @@ def scaling_tensor(op: str, scaling: Tensor, device: torch.device) -> Tensor:
 
 
 def check_scaling(op: str, scaling: float) -> None:
+    """``TypeError`` or ``ValueError`` unless ``scaling`` is a finite number."""
     if not isinstance(scaling, (int, float)):
         raise TypeError(f"{op}: scaling must be a number, got {type(scaling).__name__}")
     if not -math.inf < scaling < math.inf:  # isfinite does not take the symbol that a compiler may trace
@@ -137,6 +143,7 @@ def check_scaling(op: str, scaling: float) -> None:
 
 
 def check_probability(op: str, name: str, p: float) -> None:
+    """``ValueError`` unless ``p`` is a number in [0, 1]."""
     if not isinstance(p, (int, float)) or not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: {name} must be a number in [0, 1], got {p!r}")
 

@@ -24,17 +24,18 @@ FEW_STEPS, WIDE_HIDDEN = 32, 1024
 """torch's LSTM (oneDNN's) costs much per call and little per step, as long as the weights stay in the cache."""
 
 
-def run_mlp(mlp: nn.Module, rows: Tensor) -> Tensor:
+def run_mlp(mlp: Any, rows: Tensor) -> Tensor:
     """``mlp(rows)`` for rows [rows, features]."""
     if is_compiling() or type(mlp) is not nn.Sequential or not _is_plain(mlp) or not _trains_on_cpu(rows, mlp):
         return mlp(rows)
+    module: Any
     for module in mlp:
         plain = type(module) is nn.Linear and _is_plain(module)
         rows = _linear(rows, module.weight, module.bias) if plain else module(rows)
     return rows
 
 
-def run_lstm(lstm: nn.Module, rows: Tensor) -> Tensor:
+def run_lstm(lstm: Any, rows: Tensor) -> Tensor:
     """``lstm(rows[None])[0][0]`` for a ``batch_first`` LSTM and one sequence, rows [steps, features].
 
     Returns:
@@ -57,7 +58,8 @@ def run_lstm(lstm: nn.Module, rows: Tensor) -> Tensor:
 
 
 def _run_direction(rows: Tensor, weight_ih: Tensor, weight_hh: Tensor, *biases: Tensor) -> Tensor:
-    return _Recurrence.apply(_linear(rows, weight_ih, sum(biases) if biases else None), weight_hh)
+    bias: Any = sum(biases) if biases else None
+    return _Recurrence.apply(_linear(rows, weight_ih, bias), weight_hh)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -66,7 +66,10 @@ def prefix_kv(
 
 
 @explains(_OP, _op.SPEC)
-def arguments(prefix, layers, heads, *, batch_size=1, dtype=None, copies=False) -> tuple:
+def arguments(
+    prefix: Tensor, layers: int, heads: int, *, batch_size: int = 1, dtype: torch.dtype | None = None,
+    copies: bool = False,
+) -> tuple:  # fmt: skip
     """The op's positional arguments from those of ``prefix_kv``, checked."""
     if not isinstance(prefix, Tensor):
         raise TypeError(f"{_OP}: prefix must be a tensor, got {type(prefix).__name__}")

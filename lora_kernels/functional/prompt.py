@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,13 +93,14 @@ def prompt_embedding(
         task_ids=task_ids, prompt_lengths=prompt_lengths, padding_side=padding_side,
     )  # fmt: skip
     output = eager.call(_op.SPEC, PromptEmbeddingFunction, args)
-    return PromptEmbeddingOutput(*output[:3], None if labels is None else output[3])
+    embeds, mask, positions, out_labels, *_ = output
+    return PromptEmbeddingOutput(embeds, mask, positions, None if labels is None else out_labels)
 
 
 @explains(_OP, _op.SPEC)
 def arguments(
-    input_ids, weight, prompt, *, inputs_embeds=None, attention_mask=None, labels=None, task_ids=None,
-    prompt_lengths=None, padding_side="right",
+    input_ids: Any, weight: Any, prompt: Any, *, inputs_embeds: Any = None, attention_mask: Any = None,
+    labels: Any = None, task_ids: Any = None, prompt_lengths: Any = None, padding_side: str = "right",
 ) -> tuple:  # fmt: skip
     """The op's positional arguments from those of ``prompt_embedding``, checked."""
     if (input_ids is None) == (inputs_embeds is None):
@@ -144,7 +145,7 @@ def arguments(
     )  # fmt: skip
 
 
-def _check_prompt(prompt, task_ids) -> None:
+def _check_prompt(prompt: Any, task_ids: Any) -> None:
     if not isinstance(prompt, Tensor):
         raise TypeError(f"{_OP}: prompt must be a tensor, got {type(prompt).__name__}")
     _check_tensor("prompt", prompt, FLOATS, prompt.device)
@@ -155,7 +156,7 @@ def _check_prompt(prompt, task_ids) -> None:
         raise ValueError(f"{_OP}: prompt must be [tasks, rows, hidden] with task_ids, got shape {tuple(prompt.shape)}")
 
 
-def _check_tensor(name: str, t, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+def _check_tensor(name: str, t: Any, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{_OP}: {name} must be a tensor, got {type(t).__name__}")
     if t.dtype not in dtypes:

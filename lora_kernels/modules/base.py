@@ -20,7 +20,7 @@ class LoRALayer(nn.Module):
     weight: nn.Parameter
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    _NUMBERS = ("rank", "alpha", "use_rslora", "scaling", "merged", "_base_copy")
+    _NUMBERS: tuple[str, ...] = ("rank", "alpha", "use_rslora", "scaling", "merged", "_base_copy")
     _PLAIN: type[nn.Module]
     """What is left of the layer without its adapter."""
 
@@ -94,7 +94,7 @@ class LoRALayer(nn.Module):
         """Turns this module back into a plain one with its present ``weight``. Cannot be undone."""
         for name in ("lora_A", "lora_B", *self._NUMBERS):
             delattr(self, name)
-        self.__class__ = self._PLAIN
+        self.__class__ = self._PLAIN  # type: ignore[assignment]
 
 
 def scaling_of(r: int, alpha: float, use_rslora: bool) -> float:

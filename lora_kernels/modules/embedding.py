@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +36,9 @@ class LoRAEmbedding(LoRALayer):
         TypeError, ValueError: a rank or alpha that is not a number in its range.
     """
 
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
     _PLAIN = nn.Embedding
 
     def __init__(
@@ -82,9 +87,7 @@ class LoRAEmbedding(LoRALayer):
         layer._adopt(embedding, r, alpha, use_rslora, adapter_dtype)
         return layer
 
-    def _adopt(
-        self, base: nn.Embedding, r: int, alpha: float, use_rslora: bool, adapter_dtype: torch.dtype | None
-    ) -> None:
+    def _adopt(self, base: Any, r: int, alpha: float, use_rslora: bool, adapter_dtype: torch.dtype | None) -> None:
         """Takes over a base weight and starts a new adapter."""
         for name in ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type"):
             setattr(self, name, getattr(base, name))

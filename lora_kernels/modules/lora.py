@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class LoRALinear(LoRALayer):
         TypeError, ValueError: a rank, alpha or dropout that is not a number in its range.
     """
 
+    bias: nn.Parameter | None
     _NUMBERS = (*LoRALayer._NUMBERS, "dropout_p")
     _PLAIN = nn.Linear
 
@@ -115,10 +117,11 @@ class LoRALinear(LoRALayer):
         return layer
 
     def _adopt(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, adapter: tuple[nn.Parameter, nn.Parameter],
+        self, weight: Tensor, bias: Tensor | None, adapter: tuple[nn.Parameter, nn.Parameter],
         r: int, alpha: float, dropout: float, use_rslora: bool,
     ) -> None:  # fmt: skip
         """Takes over a base weight and bias and starts an adapter, of which only the room is there."""
+        base: Any
         for name, base in (("weight", weight), ("bias", bias)):
             self.register_parameter(name, None if base is None else base.requires_grad_(False))
         self.lora_A, self.lora_B = adapter
@@ -138,7 +141,7 @@ class LoRALinear(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return linear(x, self.weight, self.bias)
-        own = self._parameters  # four times quicker than attributes, which is felt in a small layer
+        own: Any = self._parameters  # four times quicker than attributes, which is felt in a small layer
         try:
             weight, lora_A, lora_B, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
         except KeyError:  # pruned, parametrized, a replica or sharded: they are attributes then

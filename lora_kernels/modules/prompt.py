@@ -221,6 +221,10 @@ class PromptEncoder(_Prompt):
         TypeError, ValueError: an argument that is not in its range.
     """
 
+    num_virtual_tokens: int
+    hidden_size: int
+    kind: str
+
     def __init__(
         self,
         num_virtual_tokens: int,
@@ -247,7 +251,7 @@ class PromptEncoder(_Prompt):
             raise ValueError(f"PromptEncoder: dropout must be a number in [0, 1), got {dropout!r}")
         super().__init__()
         self.num_virtual_tokens, self.hidden_size, self.kind = num_virtual_tokens, hidden_size, kind
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embedding = nn.Embedding(num_virtual_tokens, hidden_size, **factory)
         if kind == "LSTM":
             self.lstm_head = nn.LSTM(
@@ -294,7 +298,7 @@ def all_rows(embedding: nn.Embedding) -> Tensor:
     return embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device))
 
 
-def encoded_rows(encoder: nn.Module) -> Tensor:
+def encoded_rows(encoder: Any) -> Tensor:
     """The prompt of a ``PromptEncoder``, ours or PEFT's: [num_virtual_tokens, hidden_size]."""
     rows = all_rows(encoder.embedding)
     lstm = encoder._modules.get("lstm_head")
@@ -323,6 +327,7 @@ def _table(op: str, embedding: Tensor | nn.Module) -> Tensor:
 
 
 def check_count(op: str, name: str, value: Any) -> None:
+    """``TypeError`` or ``ValueError`` unless ``value`` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
     if value < 1:

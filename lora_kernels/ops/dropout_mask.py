@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .. import dispatch, philox
@@ -19,7 +21,7 @@ def _triton_supports(seed: torch.Tensor, rows: int, columns: int, p: float) -> V
     return triton.refusal(seed.device) or _PHILOX
 
 
-def _triton_run(schedule: str, *args) -> torch.Tensor:
+def _triton_run(schedule: str, *args: Any) -> torch.Tensor:
     from ..triton_kernels import dropout_mask
 
     return dropout_mask.dropout_mask(*args)

@@ -5,6 +5,7 @@ The embedding of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models"
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,15 +31,19 @@ def _reference(
     return y, s.reshape(-1, lora_A.shape[0])
 
 
-def _fake(ids, weight, lora_A, lora_B, scaling, padding_idx):
+def _fake(
+    ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, padding_idx: int
+) -> tuple[Tensor, Tensor]:
     return weight.new_empty((*ids.shape, weight.shape[1])), weight.new_empty((ids.numel(), lora_A.shape[0]))
 
 
-def _supports(*_) -> Verdict:
+def _supports(*_: Any) -> Verdict:
     return _ATEN
 
 
-def _run(schedule: str, ids, weight, lora_A, lora_B, scaling, padding_idx) -> tuple[Tensor, Tensor]:
+def _run(
+    schedule: str, ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, padding_idx: int
+) -> tuple[Tensor, Tensor]:
     wide = _matmul_dtype(weight)
     flat = ids.reshape(-1)
     y = F.embedding(flat, weight).to(wide)
@@ -52,11 +57,11 @@ def _matmul_dtype(t: Tensor) -> torch.dtype:
     return torch.float32 if t.device.type == "cpu" and not cpu.has_native_matmul(t.dtype) else t.dtype
 
 
-def _flops(ids, weight, lora_A, *_) -> int:
+def _flops(ids: Tensor, weight: Tensor, lora_A: Tensor, *_: Any) -> int:
     return 2 * ids.numel() * weight.shape[1] * lora_A.shape[0]
 
 
-def _bytes(ids, weight, lora_A, lora_B, *_) -> int:
+def _bytes(ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *_: Any) -> int:
     m, n, r = ids.numel(), weight.shape[1], lora_A.shape[0]
     return m * ids.element_size() + (2 * m * n + m * r) * weight.element_size() + r * (m + n) * lora_A.element_size()
 
@@ -84,19 +89,28 @@ def _sum_rows(rows: Tensor, ids: Tensor, count: int, padding_idx: int) -> Tensor
     return torch.ops.aten.embedding_dense_backward(rows, ids.reshape(-1), count, padding_idx, False)
 
 
-def _run_backward(schedule: str, *args) -> tuple[Tensor, Tensor]:
+def _run_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensor]:
     return _reference_backward(*args)
 
 
-def _fake_backward(grad_y, ids, s, lora_A, lora_B, scaling, padding_idx, need_A, need_B):
+def _fake_backward(
+    grad_y: Tensor, ids: Tensor, s: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, padding_idx: int,
+    need_A: bool, need_B: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return lora_A.new_empty(lora_A.shape if need_A else 0), lora_B.new_empty(lora_B.shape if need_B else 0)
 
 
-def _flops_backward(grad_y, ids, s, lora_A, lora_B, scaling, padding_idx, need_A, need_B) -> int:
+def _flops_backward(
+    grad_y: Tensor, ids: Tensor, s: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, padding_idx: int,
+    need_A: bool, need_B: bool,
+) -> int:  # fmt: skip
     return 2 * s.numel() * grad_y.shape[-1] * (need_A + need_B)
 
 
-def _bytes_backward(grad_y, ids, s, lora_A, lora_B, scaling, padding_idx, need_A, need_B) -> int:
+def _bytes_backward(
+    grad_y: Tensor, ids: Tensor, s: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, padding_idx: int,
+    need_A: bool, need_B: bool,
+) -> int:  # fmt: skip
     adapters = lora_B.numel() * (1 + need_B) + lora_A.numel() * need_A
     return (grad_y.numel() + s.numel()) * grad_y.element_size() + adapters * lora_A.element_size()
 
@@ -131,7 +145,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     _save(ctx, inputs, output)
 
 
-def _gradients(ctx: Any, grad_y: Tensor | None, backward) -> tuple:
+def _gradients(ctx: Any, grad_y: Tensor | None, backward: Callable[..., Any]) -> tuple:
     """Gradients of (ids, weight, lora_A, lora_B, scaling, padding_idx); ``backward`` calls the op."""
     if grad_y is None:
         return (None,) * 6

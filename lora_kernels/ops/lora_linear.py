@@ -5,6 +5,7 @@ LoRA is from Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", IC
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -37,36 +38,51 @@ def _reference(
     return y, s
 
 
-def _fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p):
+def _fake(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, seed: Tensor | None, scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     lead = x.shape[:-1]
     return x.new_empty((*lead, weight.shape[0])), x.new_empty((*lead, lora_A.shape[0]))
 
 
-def _cpu_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
+def _cpu_supports(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, seed: Tensor | None, scaling: float,
+    dropout_p: float,
+) -> Verdict:  # fmt: skip
     if seed is not None:
         return cpu.REFUSED_DTYPE if x.dtype == torch.float64 else cpu.matmul_verdict(x, weight)
     return cpu.DECODE if cpu.reads_weight_once(x, weight) else cpu.matmul_verdict(x, weight)
 
 
-def _triton_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
+def _triton_supports(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, seed: Tensor | None, scaling: float,
+    dropout_p: float,
+) -> Verdict:  # fmt: skip
     n, k = weight.shape
     return triton.lora_verdict(x, n, k, lora_A.shape[0])
 
 
-def _triton_run(schedule: str, *args) -> tuple[Tensor, Tensor]:
+def _triton_run(schedule: str, *args: Any) -> tuple[Tensor, Tensor]:
     from ..triton_kernels import lora_linear
 
     return lora_linear.forward(schedule, *args)
 
 
-def _cuda_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
+def _cuda_supports(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, seed: Tensor | None, scaling: float,
+    dropout_p: float,
+) -> Verdict:  # fmt: skip
     n, k = weight.shape
     if weight.stride(1) != 1:
         return cuda_or_triton.COLUMN_MAJOR
     return cuda_or_triton.cuda_or_triton(x, n, k, lora_A.shape[0])
 
 
-def _cuda_explain(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> Verdict:
+def _cuda_explain(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, seed: Tensor | None, scaling: float,
+    dropout_p: float,
+) -> Verdict:  # fmt: skip
     return cuda.planned(_native.cuda.plan_lora_linear, x, weight, (lora_A, lora_B), seed is not None)
 
 
@@ -75,12 +91,18 @@ def _sizes(x: Tensor, weight: Tensor, lora_A: Tensor) -> tuple[int, int, int, in
     return x.shape[:-1].numel(), n, k, lora_A.shape[0]
 
 
-def _flops(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> int:
+def _flops(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, seed: Tensor | None, scaling: float,
+    dropout_p: float,
+) -> int:  # fmt: skip
     m, n, k, r = _sizes(x, weight, lora_A)
     return 2 * m * k * (n + r) + 2 * m * n * r
 
 
-def _bytes(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p) -> int:
+def _bytes(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, seed: Tensor | None, scaling: float,
+    dropout_p: float,
+) -> int:  # fmt: skip
     m, n, k, r = _sizes(x, weight, lora_A)
     return (m * k + n * k + m * n + m * r) * x.element_size() + r * (k + n) * lora_A.element_size()
 
@@ -105,7 +127,10 @@ def _reference_backward(
     return grad_x, grad_A, grad_B
 
 
-def _fake_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, need_x, need_A, need_B):
+def _fake_backward(
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
+    scaling: float, dropout_p: float, need_x: bool, need_A: bool, need_B: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         x.new_empty(x.shape if need_x else 0),
         lora_A.new_empty(lora_A.shape if need_A else 0),
@@ -113,7 +138,10 @@ def _fake_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_
     )
 
 
-def _cpu_supports_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, *needs) -> Verdict:
+def _cpu_supports_backward(
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
+    scaling: float, dropout_p: float, *needs: Any,
+) -> Verdict:  # fmt: skip
     if seed is not None and x.dtype == torch.float64:
         return cpu.REFUSED_DTYPE
     verdict = cpu.matmul_verdict(grad_y, weight, is_k_by_n=True)
@@ -121,32 +149,40 @@ def _cpu_supports_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, 
     return cpu.NATIVE if verdict is cpu.ATEN and cpu.is_native_16bit(x.dtype) else verdict
 
 
-def _triton_supports_backward(grad_y, x, s, weight, *_) -> Verdict:
+def _triton_supports_backward(grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, *_: Any) -> Verdict:
     n, k = weight.shape
     return triton.lora_verdict(x, k, n, s.shape[-1])
 
 
-def _triton_run_backward(schedule: str, *args) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_run_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from ..triton_kernels import lora_linear
 
     return lora_linear.backward(schedule, *args)
 
 
-def _cuda_supports_backward(grad_y, x, s, weight, lora_A, lora_B, *rest) -> Verdict:
+def _cuda_supports_backward(
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any
+) -> Verdict:
     n, k = weight.shape
     if weight.stride(1) != 1:
         return cuda_or_triton.COLUMN_MAJOR
     return cuda_or_triton.cuda_or_triton(x, k, n, s.shape[-1])
 
 
-def _flops_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, need_x, need_A, need_B) -> int:
+def _flops_backward(
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
+    scaling: float, dropout_p: float, need_x: bool, need_A: bool, need_B: bool,
+) -> int:  # fmt: skip
     m, n, k, r = _sizes(x, weight, lora_A)
     flops = 2 * m * n * r if need_x or need_A else 0
     flops += 2 * m * k * (n + r) if need_x else 0
     return flops + (2 * m * k * r if need_A else 0) + (2 * m * n * r if need_B else 0)
 
 
-def _bytes_backward(grad_y, x, s, weight, lora_A, lora_B, seed, scaling, dropout_p, need_x, need_A, need_B) -> int:
+def _bytes_backward(
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
+    scaling: float, dropout_p: float, need_x: bool, need_A: bool, need_B: bool,
+) -> int:  # fmt: skip
     m, n, k, r = _sizes(x, weight, lora_A)
     elements = m * n + m * r + (n * k + m * k if need_x else 0) + (m * k if need_A else 0)
     adapter = r * (k + n) + (r * k if need_A else 0) + (r * n if need_B else 0)
@@ -186,7 +222,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     _save(ctx, inputs, output)
 
 
-def _gradients(ctx: Any, grad_y: Tensor | None, backward) -> tuple:
+def _gradients(ctx: Any, grad_y: Tensor | None, backward: Callable[..., Any]) -> tuple:
     """Gradients of (x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p); ``backward`` calls the op."""
     x, s, weight, lora_A, lora_B, seed = ctx.saved_tensors
     need_x, need_weight, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
@@ -240,7 +276,10 @@ _decode = dispatch.define_native(
 )
 
 
-def _cpu_inference(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, schedule) -> tuple[Tensor, ...]:
+def _cpu_inference(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, seed: Tensor | None, scaling: float,
+    dropout_p: float, schedule: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     if schedule == "decode":
         return (_decode(x, weight, lora_A, lora_B, bias, scaling),)
     return dispatch.native(SPEC)(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, schedule)

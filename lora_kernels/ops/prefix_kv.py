@@ -36,7 +36,7 @@ def _reference(prefix: Tensor, layers: int, heads: int, batch: int, copies: bool
     return written.expand(-1, -1, batch, -1, -1, -1)
 
 
-def _fake(prefix, layers, heads, batch, copies, dtype):
+def _fake(prefix: Tensor, layers: int, heads: int, batch: int, copies: bool, dtype: torch.dtype) -> Tensor:
     tokens, width = prefix.shape
     written = prefix.new_empty(
         (layers, 2, batch if copies else 1, heads, tokens, width // (2 * layers * heads)), dtype=dtype
@@ -44,17 +44,17 @@ def _fake(prefix, layers, heads, batch, copies, dtype):
     return written.expand(-1, -1, batch, -1, -1, -1)
 
 
-def _cpu_supports(prefix, layers, heads, batch, copies, dtype) -> Verdict:
+def _cpu_supports(prefix: Tensor, layers: int, heads: int, batch: int, copies: bool, dtype: torch.dtype) -> Verdict:
     return _TRANSPOSE if prefix.dtype in FLOATS and dtype in FLOATS else _REFUSED_DTYPE
 
 
-def _cuda_supports(prefix, layers, heads, batch, copies, dtype) -> Verdict:
+def _cuda_supports(prefix: Tensor, layers: int, heads: int, batch: int, copies: bool, dtype: torch.dtype) -> Verdict:
     tokens, width = prefix.shape
     rows = tokens * (batch if copies else 1) * 2 * layers * heads
     return cuda.prompt_refusal(prefix.device, dtype, prefix.dtype, rows, width) or _TRANSPOSE
 
 
-def _triton_supports(prefix, layers, heads, batch, copies, dtype) -> Verdict:
+def _triton_supports(prefix: Tensor, layers: int, heads: int, batch: int, copies: bool, dtype: torch.dtype) -> Verdict:
     tokens, width = prefix.shape
     return triton.rows_refusal(prefix.device, (prefix.dtype, dtype), 1, tokens, width) or _TRANSPOSE
 
@@ -65,7 +65,7 @@ def _triton_run(schedule: str, *args: Any) -> Tensor:
     return prefix_kv.forward(*args)
 
 
-def _bytes(prefix, layers, heads, batch, copies, dtype) -> int:
+def _bytes(prefix: Tensor, layers: int, heads: int, batch: int, copies: bool, dtype: torch.dtype) -> int:
     return prefix.numel() * (prefix.element_size() + (batch if copies else 1) * dtype.itemsize)
 
 
@@ -79,22 +79,22 @@ def _reference_backward(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
     return total.permute(2, 0, 1, 3).reshape(tokens, len(grads) * heads * head_dim).to(dtype)
 
 
-def _fake_backward(grads, dtype):
+def _fake_backward(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
     _, heads, tokens, head_dim = grads[0].shape
     return grads[0].new_empty((tokens, len(grads) * heads * head_dim), dtype=dtype)
 
 
-def _cpu_supports_backward(grads, dtype) -> Verdict:
+def _cpu_supports_backward(grads: list[Tensor], dtype: torch.dtype) -> Verdict:
     return _SUM if grads[0].dtype in FLOATS and dtype in FLOATS else _REFUSED_DTYPE
 
 
-def _cuda_supports_backward(grads, dtype) -> Verdict:
+def _cuda_supports_backward(grads: list[Tensor], dtype: torch.dtype) -> Verdict:
     batch, heads, tokens, head_dim = grads[0].shape
     rows, columns = batch * heads * tokens, len(grads) * heads * head_dim
     return cuda.prompt_refusal(grads[0].device, grads[0].dtype, dtype, rows, columns) or _SUM
 
 
-def _triton_supports_backward(grads, dtype) -> Verdict:
+def _triton_supports_backward(grads: list[Tensor], dtype: torch.dtype) -> Verdict:
     _, heads, tokens, head_dim = grads[0].shape
     columns = len(grads) * heads * head_dim
     return triton.rows_refusal(grads[0].device, (grads[0].dtype, dtype), 1, tokens, columns) or _SUM
@@ -106,11 +106,11 @@ def _triton_run_backward(schedule: str, *args: Any) -> Tensor:
     return prefix_kv.backward(*args)
 
 
-def _flops_backward(grads, dtype) -> int:
+def _flops_backward(grads: list[Tensor], dtype: torch.dtype) -> int:
     return sum(grad.numel() for grad in grads)
 
 
-def _bytes_backward(grads, dtype) -> int:
+def _bytes_backward(grads: list[Tensor], dtype: torch.dtype) -> int:
     batch = max(grads[0].shape[0], 1)
     elements = sum(grad.numel() for grad in grads)
     return elements * grads[0].element_size() + elements // batch * dtype.itemsize

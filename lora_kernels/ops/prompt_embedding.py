@@ -5,6 +5,7 @@ Prompt tuning is from Lester et al., "The Power of Scale for Parameter-Efficient
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,8 +44,9 @@ def _check_range(name: str, index: Tensor | None, limit: int) -> None:
 
 
 def _check_indices(
-    prompt, input_ids, weight, inputs_embeds, attention_mask, labels, task_ids, prompt_lengths, left
-) -> None:
+    prompt: Tensor, input_ids: Tensor | None, weight: Any, inputs_embeds: Tensor | None, attention_mask: Tensor | None,
+    labels: Tensor | None, task_ids: Tensor | None, prompt_lengths: Tensor | None, left: bool,
+) -> None:  # fmt: skip
     if input_ids is not None:
         _check_range("input_ids", input_ids, weight.shape[0])
     _check_range("task_ids", task_ids, prompt.shape[0])
@@ -55,11 +57,15 @@ def _check_indices(
 
 
 def _token_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
-    batch, tokens = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+    given: Any = inputs_embeds if input_ids is None else input_ids
+    batch, tokens = given.shape[:2]
     return batch, tokens
 
 
-def _layout(prompt, input_ids, inputs_embeds, attention_mask, prompt_lengths, left) -> Tensor:
+def _layout(
+    prompt: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None,
+    prompt_lengths: Tensor | None, left: bool,
+) -> Tensor:  # fmt: skip
     """int64 [B, 3], one (first, split, length) per sample.
 
     From row ``first`` of the output on there are ``split`` tokens, ``length`` prompt rows and the other tokens; the
@@ -81,7 +87,7 @@ def _reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if prompt.device.type == "cpu":
         _check_indices(prompt, input_ids, weight, inputs_embeds, attention_mask, labels, task_ids, prompt_lengths, left)
-    embeds = F.embedding(input_ids, weight) if inputs_embeds is None else inputs_embeds
+    embeds = F.embedding(input_ids, weight) if inputs_embeds is None else inputs_embeds  # type: ignore[arg-type]
     batch, tokens, hidden = embeds.shape
     rows, device = prompt.shape[-2], prompt.device
     layout = _layout(prompt, input_ids, inputs_embeds, attention_mask, prompt_lengths, left)
@@ -111,7 +117,10 @@ def _reference(
     return insert(embeds, prompts, 0), mask, positions, out_labels, layout
 
 
-def _fake(prompt, input_ids, weight, inputs_embeds, attention_mask, labels, task_ids, prompt_lengths, left):
+def _fake(
+    prompt: Tensor, input_ids: Tensor | None, weight: Any, inputs_embeds: Tensor | None, attention_mask: Tensor | None,
+    labels: Tensor | None, task_ids: Tensor | None, prompt_lengths: Tensor | None, left: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     batch, tokens = _token_shape(input_ids, inputs_embeds)
     rows = prompt.shape[-2] + tokens
     embeds = weight if inputs_embeds is None else inputs_embeds
@@ -125,16 +134,18 @@ def _fake(prompt, input_ids, weight, inputs_embeds, attention_mask, labels, task
 
 
 def _cpu_supports(
-    prompt, input_ids, weight, inputs_embeds, attention_mask, labels, task_ids, prompt_lengths, left
-) -> Verdict:
+    prompt: Tensor, input_ids: Tensor | None, weight: Any, inputs_embeds: Tensor | None, attention_mask: Tensor | None,
+    labels: Tensor | None, task_ids: Tensor | None, prompt_lengths: Tensor | None, left: bool,
+) -> Verdict:  # fmt: skip
     embeds = weight if inputs_embeds is None else inputs_embeds
     served = prompt.dtype in FLOATS and embeds.dtype in FLOATS
     return _GATHER if served and _served(input_ids, task_ids, prompt_lengths) else _REFUSED_DTYPE
 
 
 def _cuda_supports(
-    prompt, input_ids, weight, inputs_embeds, attention_mask, labels, task_ids, prompt_lengths, left
-) -> Verdict:
+    prompt: Tensor, input_ids: Tensor | None, weight: Any, inputs_embeds: Tensor | None, attention_mask: Tensor | None,
+    labels: Tensor | None, task_ids: Tensor | None, prompt_lengths: Tensor | None, left: bool,
+) -> Verdict:  # fmt: skip
     embeds = weight if inputs_embeds is None else inputs_embeds
     if not _served(input_ids, task_ids, prompt_lengths):
         return _REFUSED_DTYPE
@@ -156,8 +167,9 @@ def _run_cpu(schedule: str, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _triton_supports(
-    prompt, input_ids, weight, inputs_embeds, attention_mask, labels, task_ids, prompt_lengths, left
-) -> Verdict:
+    prompt: Tensor, input_ids: Tensor | None, weight: Any, inputs_embeds: Tensor | None, attention_mask: Tensor | None,
+    labels: Tensor | None, task_ids: Tensor | None, prompt_lengths: Tensor | None, left: bool,
+) -> Verdict:  # fmt: skip
     embeds = weight if inputs_embeds is None else inputs_embeds
     batch, tokens = _token_shape(input_ids, inputs_embeds)
     size = batch, prompt.shape[-2] + tokens, prompt.shape[-1]
@@ -172,7 +184,10 @@ def _triton_run(schedule: str, *args: Any) -> tuple[Tensor, ...]:
     return prompt_embedding.forward(*args)
 
 
-def _bytes(prompt, input_ids, weight, inputs_embeds, attention_mask, labels, task_ids, prompt_lengths, left) -> int:
+def _bytes(
+    prompt: Tensor, input_ids: Tensor | None, weight: Any, inputs_embeds: Tensor | None, attention_mask: Tensor | None,
+    labels: Tensor | None, task_ids: Tensor | None, prompt_lengths: Tensor | None, left: bool,
+) -> int:  # fmt: skip
     batch, tokens = _token_shape(input_ids, inputs_embeds)
     rows, hidden = prompt.shape[-2:]
     embeds = weight if inputs_embeds is None else inputs_embeds
@@ -191,7 +206,7 @@ def _wide(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def _reference_backward(
-    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
+    grad: Tensor, layout: Tensor, input_ids: Any, task_ids: Any, tasks: int, prompt_rows: int,
     prompt_dtype: torch.dtype, vocabulary: int, need_prompt: bool, need_weight: bool, need_embeds: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, hidden = grad.shape[1] - prompt_rows, grad.shape[2]
@@ -223,9 +238,9 @@ def _reference_backward(
 
 
 def _fake_backward(
-    grad, layout, input_ids, task_ids, tasks, prompt_rows, prompt_dtype, vocabulary,
-    need_prompt, need_weight, need_embeds,
-):  # fmt: skip
+    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
+    prompt_dtype: torch.dtype, vocabulary: int, need_prompt: bool, need_weight: bool, need_embeds: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, rows, hidden = grad.shape
     prompt_shape = (tasks, prompt_rows, hidden) if tasks else (prompt_rows, hidden)
     return (
@@ -235,19 +250,28 @@ def _fake_backward(
     )
 
 
-def _cpu_supports_backward(grad, layout, input_ids, task_ids, tasks, prompt_rows, prompt_dtype, *rest) -> Verdict:
+def _cpu_supports_backward(
+    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
+    prompt_dtype: torch.dtype, *rest: Any,
+) -> Verdict:  # fmt: skip
     served = grad.dtype in FLOATS and prompt_dtype in FLOATS and _served(layout, input_ids, task_ids)
     return _SUM if served else _REFUSED_DTYPE
 
 
-def _cuda_supports_backward(grad, layout, input_ids, task_ids, tasks, prompt_rows, prompt_dtype, *rest) -> Verdict:
+def _cuda_supports_backward(
+    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
+    prompt_dtype: torch.dtype, *rest: Any,
+) -> Verdict:  # fmt: skip
     if not _served(layout, input_ids, task_ids):
         return _REFUSED_DTYPE
     batch, rows, hidden = grad.shape
     return cuda.prompt_refusal(grad.device, grad.dtype, prompt_dtype, batch * rows, hidden) or _SUM
 
 
-def _triton_supports_backward(grad, layout, input_ids, task_ids, tasks, prompt_rows, prompt_dtype, *rest) -> Verdict:
+def _triton_supports_backward(
+    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
+    prompt_dtype: torch.dtype, *rest: Any,
+) -> Verdict:  # fmt: skip
     batch, rows, hidden = grad.shape
     size = max(batch, tasks), rows, hidden
     return triton.rows_refusal(grad.device, (grad.dtype, prompt_dtype), *size) or _SUM
@@ -260,16 +284,16 @@ def _triton_run_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensor, Ten
 
 
 def _flops_backward(
-    grad, layout, input_ids, task_ids, tasks, prompt_rows, prompt_dtype, vocabulary,
-    need_prompt, need_weight, need_embeds,
+    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
+    prompt_dtype: torch.dtype, vocabulary: int, need_prompt: bool, need_weight: bool, need_embeds: bool,
 ) -> int:  # fmt: skip
     batch, rows, hidden = grad.shape
     return batch * hidden * ((prompt_rows if need_prompt else 0) + (rows - prompt_rows if need_weight else 0))
 
 
 def _bytes_backward(
-    grad, layout, input_ids, task_ids, tasks, prompt_rows, prompt_dtype, vocabulary,
-    need_prompt, need_weight, need_embeds,
+    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
+    prompt_dtype: torch.dtype, vocabulary: int, need_prompt: bool, need_weight: bool, need_embeds: bool,
 ) -> int:  # fmt: skip
     batch, rows, hidden = grad.shape
     tokens = rows - prompt_rows
@@ -317,7 +341,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[4], input_ids if ctx.needs_input_grad[2] else None, task_ids)
 
 
-def _gradients(ctx: Any, grad: Tensor | None, backward) -> tuple:
+def _gradients(ctx: Any, grad: Tensor | None, backward: Callable[..., Any]) -> tuple:
     """Gradients of the op's inputs; ``backward`` calls the op."""
     need_prompt, _, need_weight, need_embeds, *_ = ctx.needs_input_grad
     if grad is None:

@@ -144,7 +144,10 @@ def _by_decode(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.lora_kernels_native.frozen_linear.default(a, b, None, "decode")
 
 
-_NAMES = {_by_onednn: ("onednn", "oneDNN's GEMM"), _by_decode: ("decode", "the kernel that reads a weight once")}
+_NAMES: dict[Callable[[Tensor, Tensor], Tensor], tuple[str, str]] = {
+    _by_onednn: ("onednn", "oneDNN's GEMM"),
+    _by_decode: ("decode", "the kernel that reads a weight once"),
+}
 
 
 def _stand_in(m: int, n: int, k: int) -> tuple[int, int, int]:

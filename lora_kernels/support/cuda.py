@@ -83,7 +83,7 @@ def prompt_refusal(
 def planned(plan: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor, adapters: tuple[torch.Tensor, ...],
             has_dropout: bool) -> Verdict:  # fmt: skip
     """What ``plan``, a function of ``lora_kernels._cuda``, would launch; of several launches, the first."""
-    device = torch.cuda.get_device_properties(x.device)
+    device: Any = torch.cuda.get_device_properties(x.device)
     n, k = weight.shape
     aligned = all(
         t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])

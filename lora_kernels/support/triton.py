@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -86,7 +87,8 @@ def lora_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) -> Verdic
     rows = x.numel() // x.shape[-1]
     if configs.most_programs(rows, columns) > MAX_SIZE or max(rows, columns, depth) > MAX_SIZE:
         return _SIZE
-    return _SCHEDULES[configs.schedule(device_of(x.device).target, columns, rank, float32)]
+    gpu: Any = device_of(x.device)  # not too old: it was not refused
+    return _SCHEDULES[configs.schedule(gpu.target, columns, rank, float32)]
 
 
 def rows_refusal(
@@ -109,6 +111,6 @@ def is_preferred(verdict: Verdict, device: torch.device, rows: int, columns: int
     """
     if verdict.schedule is None or dispatch.forced_backend() == "cuda":
         return False
-    gpu = device_of(device)
+    gpu: Any = device_of(device)
     tile = configs.TARGETS[gpu.target].medium
     return gpu.target in ("sm_90", "sm_100") and configs.fills(tile, gpu.sms, rows, columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class _Masked(nn.Module):
         return x * self._factor.to(x.dtype)
 
 
-def _base_of(layer: nn.Module) -> nn.Module:
+def _base_of(layer: Any) -> Any:
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
@@ -106,7 +107,7 @@ def _fill_zeros(layer: nn.Module) -> None:
             parameter.normal_(std=0.1)
 
 
-def _dropout_p(layer: nn.Module) -> float:
+def _dropout_p(layer: Any) -> float:
     """Of the one adapter of a linear layer, else 0."""
     if isinstance(layer, LoRALinear):
         return layer.dropout_p
@@ -120,7 +121,7 @@ def _is_linear(base: nn.Module) -> bool:
     return not isinstance(base, (*_EMBEDDINGS, nn.modules.conv._ConvNd))
 
 
-def _drop_with(original: nn.Module, mask: Tensor, scale: float) -> None:
+def _drop_with(original: Any, mask: Tensor, scale: float) -> None:
     if isinstance(original, _UnfusedLinear):
         original.__dict__["dropout"] = _Masked(mask, scale)
     else:
@@ -132,10 +133,11 @@ def _mask(x: Tensor, p: float) -> Tensor:
     """What a layer that has just been called, first after ``SEED``, drops of [rows, features]."""
     torch.manual_seed(SEED)
     seed = draw_seed(x.device)
-    return dropout_mask(*x.shape, p, seed)
+    rows, features = x.shape
+    return dropout_mask(rows, features, p, seed)
 
 
-def _input(base: nn.Module, rows: int) -> Tensor:
+def _input(base: Any, rows: int) -> Tensor:
     """[rows, in_features], ids [rows], or [rows, channels, ...] of the least size that fills the kernel."""
     weight = base.weight
     generator = torch.Generator().manual_seed(SEED)
@@ -151,7 +153,7 @@ def _input(base: nn.Module, rows: int) -> Tensor:
 def _run(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Results:
     """y and the gradients of one call; the gradient of y is representable in ``dtype``."""
     x = x.detach().clone()
-    wanted = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    wanted: dict[str, Tensor] = {name: p for name, p in layer.named_parameters() if p.requires_grad}
     if x.is_floating_point():
         wanted["dx"] = x.requires_grad_()
     y = layer(x)

@@ -49,7 +49,7 @@ class _Reached(Exception):
     """Ends a call where the base model begins."""
 
 
-def _base_inputs(model: nn.Module, tokens: int) -> Results:
+def _base_inputs(model: Any, tokens: int) -> Results:
     """What the base model gets for two texts, and the gradients of what makes the prompt."""
     vocabulary, device = model.word_embeddings.num_embeddings, model.word_embeddings.weight.device
     generator = torch.Generator().manual_seed(SEED)

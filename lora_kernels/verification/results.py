@@ -67,9 +67,11 @@ class Verification:
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
+    """The largest absolute difference from ``exact``, which is float64; NaN if there is one."""
     return (actual.double() - exact).abs().max().item()
 
 
 def badness(check: Check) -> tuple[bool, float]:
+    """To sort by: what differs first of all, then the error as a share of what is allowed."""
     quotient = check.error / check.allowed if check.allowed else (math.inf if check.error else 0.0)
     return check.verdict == DIFFERS, quotient

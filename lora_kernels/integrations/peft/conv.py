@@ -24,7 +24,7 @@ Adapter = tuple[str, Tensor, "float | Tensor"]
 """Name, weight of lora_B, scaling."""
 
 
-def adapters(layer: nn.Module) -> list[Adapter] | Reason:
+def adapters(layer: Any) -> list[Adapter] | Reason:
     """The active adapters of one of PEFT's convolutions, or why the layer must run its own forward now."""
     state = layer.__dict__
     names = operands.active_adapters(state, "lora_A")
@@ -36,21 +36,21 @@ def adapters(layer: nn.Module) -> list[Adapter] | Reason:
     reason = operands.why_not_called_as_is(base)  # a hook may keep the result that we write into
     if reason is not None:
         return reason
-    found = []
+    found: list[Adapter] = []
     for name in [names] if type(names) is str else names:
         if name not in layer.lora_A:
             return Reason.NO_ACTIVE_ADAPTER
         if name in state["lora_variant"]:
             is_dora = type(state["lora_variant"][name]).__name__.startswith("DoraConv")
             return Reason.DORA if is_dora else Reason.VARIANT
-        adapter = _adapter(layer, name, type(base))
+        adapter: Any = _adapter(layer, name, type(base))
         if type(adapter) is Reason:
             return adapter
         found.append(adapter)
     return found
 
 
-def _adapter(layer: nn.Module, name: str, kind: type[nn.Module]) -> Adapter | Reason:
+def _adapter(layer: Any, name: str, kind: type[nn.Module]) -> Adapter | Reason:
     A, B = layer.lora_A[name], layer.lora_B[name]
     if type(A) is not kind or type(B) is not kind:
         return Reason.PARAMETRIZED if is_parametrized(A) or is_parametrized(B) else Reason.ADAPTER_MODULES
@@ -66,7 +66,7 @@ def _adapter(layer: nn.Module, name: str, kind: type[nn.Module]) -> Adapter | Re
         return Reason.LORA_BIAS if isinstance(bias, Tensor) else Reason.DISPLACED
     if A.weight.dtype != weight.dtype or weight.dtype not in FLOATS:
         return Reason.MIXED_DTYPES
-    scaling = operands.usual_scaling(layer.scaling[name])
+    scaling: Any = operands.usual_scaling(layer.scaling[name])
     return scaling if type(scaling) is Reason else (name, weight, scaling)
 
 
@@ -87,7 +87,7 @@ def call_reason(x: Any, found: list[Adapter]) -> Reason | None:
     return Reason.TRANSFORM if inside_transform() else None
 
 
-def forward(layer: nn.Module, x: Tensor, found: list[Adapter]) -> Tensor:
+def forward(layer: Any, x: Tensor, found: list[Adapter]) -> Tensor:
     """The layer's output, in the base result's dtype."""
     y = layer.base_layer(x)
     for name, weight, scaling in found:
@@ -99,7 +99,7 @@ def forward(layer: nn.Module, x: Tensor, found: list[Adapter]) -> Tensor:
     return y
 
 
-def _add(y: Tensor, s: Tensor, weight: Tensor, scaling: float | Tensor, lora_B: nn.Module) -> Tensor:
+def _add(y: Tensor, s: Tensor, weight: Tensor, scaling: float | Tensor, lora_B: Any) -> Tensor:
     batched = y.dim() == weight.dim()
     if batched and not is_compiling() and may_add_channels(y, lora_B.groups):
         return add_channels(y, s, weight, scaling, lora_B.groups)

@@ -19,7 +19,7 @@ from ...reasons import Reason
 from ...report import FUSED
 from . import conv, mixed_batch, several_adapters
 
-original_create_new_module = LoraModel._create_new_module
+original_create_new_module: Any = LoraModel._create_new_module
 """What ``LoraModel`` had when ``patch_peft`` was called last."""
 
 
@@ -32,6 +32,8 @@ class FusedLinear(Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found: Any
+        reason: Reason | None
         if args or kwargs:
             reason = _extra_arguments(self, args, kwargs)
             if reason is None:
@@ -67,9 +69,9 @@ class FusedEmbedding(Embedding):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs:
-            reason = _extra_arguments(self, args, kwargs) or Reason.ADAPTER_NAMES
+            reason: Any = _extra_arguments(self, args, kwargs) or Reason.ADAPTER_NAMES
         else:
-            found = operands.embedding_operands(self)
+            found: Any = operands.embedding_operands(self)
             reason = found if type(found) is Reason else operands.ids_reason(x)
             if reason is None:
                 weight, lora_A, lora_B, scaling, padding_idx, magnitude = found
@@ -85,9 +87,9 @@ class FusedConv(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs:
-            reason = _extra_arguments(self, args, kwargs) or Reason.ADAPTER_NAMES
+            reason: Any = _extra_arguments(self, args, kwargs) or Reason.ADAPTER_NAMES
         else:
-            found = conv.adapters(self)
+            found: Any = conv.adapters(self)
             reason = found if type(found) is Reason else conv.call_reason(x, found)
             if reason is None:
                 return conv.forward(self, x, found)
@@ -116,7 +118,7 @@ SWAPS = {
 """PEFT's layers and what replaces them."""
 
 
-def _extra_arguments(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Reason | None:
+def _extra_arguments(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reason | None:
     """Why a call with more than x is PEFT's own; None for ``adapter_names``."""
     if layer._disable_adapters:
         return Reason.DISABLED
@@ -167,10 +169,11 @@ def why_not_swapped(layer: nn.Module) -> Reason | None:
     return Reason.INSTANCE_FORWARD if "forward" in layer.__dict__ else None
 
 
-def next_call(layer: nn.Module) -> tuple[Reason | None, str]:
+def next_call(layer: Any) -> tuple[Reason | None, str]:
     """Why the next plain call of a swapped layer, on an input of the base's dtype, is PEFT's own, None if it is not;
     what serves it otherwise.
     """
+    found: Any
     if isinstance(layer, FusedEmbedding):
         found = operands.embedding_operands(layer)
         if type(found) is Reason:
@@ -190,11 +193,12 @@ def next_call(layer: nn.Module) -> tuple[Reason | None, str]:
     return reason, FUSED if magnitude is None else "dora_linear"
 
 
-def _count_not_swapped(layer: nn.Module, args: tuple) -> None:
+def _count_not_swapped(layer: nn.Module, args: tuple[Any, ...]) -> None:
     """A forward pre-hook of layers that stay PEFT's."""
     is_conv = isinstance(layer, (Conv1d, Conv2d, Conv3d))
     op = "lora_conv" if is_conv else "lora_embedding" if isinstance(layer, Embedding) else "lora_linear"
-    _count(op, why_not_swapped(layer))
+    reason: Any = why_not_swapped(layer)
+    _count(op, reason)
 
 
 def stop_counting(module: nn.Module) -> None:

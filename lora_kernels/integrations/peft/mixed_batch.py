@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import dispatch, operands
 from ...ops.eager import as_rows
@@ -15,7 +16,7 @@ Group = tuple[list[int], Tensor, Tensor, "Tensor | None", "float | Tensor"]
 """Samples that share an adapter; its lora_A, lora_B, bias of lora_B and scaling."""
 
 
-def groups(layer: nn.Module, x: Tensor, names: Sequence[str]) -> list[Group] | Reason:
+def groups(layer: Any, x: Tensor, names: Sequence[str]) -> list[Group] | Reason:
     """What ``add_updates`` adds for ``names``, one per sample of x, or why PEFT's own code must serve the call."""
     if layer.merged or len(names) != len(x):
         return Reason.ADAPTER_NAMES  # PEFT reports the error
@@ -26,7 +27,7 @@ def groups(layer: nn.Module, x: Tensor, names: Sequence[str]) -> list[Group] | R
     for name, indices in samples.items():
         if name not in layer.lora_A:  # "__base__", or an adapter of other layers
             continue
-        branch = operands.branch_operands(layer, name)
+        branch: Any = operands.branch_operands(layer, name)
         if type(branch) is not tuple:
             return branch
         lora_A, lora_B, lora_bias, scaling, p, training, magnitude = branch

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType, ModuleType
+from types import MethodType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -153,13 +154,13 @@ def _peft_imported() -> bool:
     return sys.modules.get("peft") is not None
 
 
-def _fused_layers() -> ModuleType:
+def _fused_layers() -> Any:
     from . import linear
 
     return linear
 
 
-def _fused_prompts() -> ModuleType:
+def _fused_prompts() -> Any:
     from . import prompt_models
 
     return prompt_models
@@ -171,7 +172,7 @@ def _adapter_reason(model: nn.Module, adapter: str) -> Reason | None:
     return adapter_reason(model, adapter)
 
 
-def _lora_model() -> type:
+def _lora_model() -> type[Any]:
     from peft.tuners.lora import LoraModel
 
     return LoraModel
@@ -188,7 +189,7 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _passed_by(model: nn.Module, peft_layers: Collection[nn.Module]) -> set[nn.Module]:
+def _passed_by(model: nn.Module, peft_layers: Collection[Any]) -> set[nn.Module]:
     """The PEFT layers whose parent may read their base weight, and so pass the adapter by; in PEFT it does, too."""
     if not peft_layers:
         return set()
@@ -202,7 +203,7 @@ def why_not_swapped(layer: nn.Module) -> Reason | None:
     return _fused_layers().why_not_swapped(layer)
 
 
-def prompt_reason(model: nn.Module) -> Reason | None:
+def prompt_reason(model: Any) -> Reason | None:
     """Why the active prompt of a PEFT model is PEFT's own to put in; None if it is ours."""
     if class_swaps.swapped_in(model) is None:
         return Reason.LAYER_TYPE
@@ -210,7 +211,7 @@ def prompt_reason(model: nn.Module) -> Reason | None:
 
 
 @contextmanager
-def original_prompts(model: nn.Module) -> Iterator[None]:
+def original_prompts(model: Any) -> Iterator[None]:
     """A patched model with prompts has PEFT's class inside."""
     fixed = model._left_padding_fixed
     _fused_prompts().unfuse(model)
@@ -237,7 +238,7 @@ def prompt_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield name, module
 
 
-def _check_all_fusable(prompts: dict[str, nn.Module]) -> None:
+def _check_all_fusable(prompts: Mapping[str, Any]) -> None:
     """Raises if PEFT, whose layout is not wanted, would put in one of the prompts; prefixes have no such layout."""
     for name, model in prompts.items():
         for adapter in model.prompt_encoder:
@@ -251,7 +252,7 @@ def _prompt_name(model: str, adapter: str) -> str:
     return ".".join(filter(None, (model, PROMPT_MODULE, adapter)))
 
 
-def _patch_prompts(name: str, model: nn.Module, left_padding_fixed: bool, report: Report) -> None:
+def _patch_prompts(name: str, model: Any, left_padding_fixed: bool, report: Report) -> None:
     """Swaps the class of a model with prompts; a row for each of them."""
     prompt = _fused_prompts()
     of_model = prompt.fuse(model)
@@ -281,7 +282,7 @@ def _fuse(layer: nn.Module) -> tuple[bool, str]:
     return (True, by_what) if reason is None else (False, reason)
 
 
-def _patch_frozen(model: nn.Module, peft_layers: dict[str, nn.Module], report: Report) -> None:
+def _patch_frozen(model: nn.Module, peft_layers: dict[str, Any], report: Report) -> None:
     """Swaps frozen plain linears; those inside a fused layer have no row of their own."""
     adapters = {
         child for layer in peft_layers.values() for child in layer.modules() if child is not layer.get_base_layer()

@@ -39,9 +39,11 @@ class FusedCausalLM(FusedPrompts, PeftModelForCausalLM):
     """``PeftModelForCausalLM`` with fused prompts."""
 
     def forward(
-        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, output_attentions=None,
-        output_hidden_states=None, return_dict=None, task_ids=None, **kwargs,
-    ):  # fmt: skip
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None, labels: Tensor | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None, task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
         outputs = output_options(output_attentions, output_hidden_states, return_dict)
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         fused = None
@@ -53,7 +55,7 @@ class FusedCausalLM(FusedPrompts, PeftModelForCausalLM):
         self._place(kwargs, fused, attention_mask is not None)
         return self.base_model(labels=fused.labels, **outputs, **kwargs)
 
-    def prepare_inputs_for_generation(self, *args, task_ids=None, **kwargs):
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         if self.active_peft_config.peft_type in PROMPTS:
             if self._left_padding_fixed:
                 return self._fixed_inputs(args, task_ids, kwargs)
@@ -80,10 +82,10 @@ class FusedCausalLM(FusedPrompts, PeftModelForCausalLM):
         self._place(inputs, fused, mask is not None)
         return inputs
 
-    def _fixed_inputs(self, args: tuple, task_ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _fixed_inputs(self, args: tuple, task_ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Of any step: [pads, prompt, text], and positions that count prompt and text."""
-        inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
-        cache = inputs.get("cache", inputs.get("past_key_values"))
+        inputs: dict[str, Any] = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+        cache: Any = inputs.get("cache", inputs.get("past_key_values"))
         if _is_empty(cache):
             return self._first_inputs(inputs, task_ids)
         for name in ("position_ids", "cache_position", "token_type_ids"):
@@ -107,9 +109,11 @@ class _FusedClassification(FusedPrompts):
     """What the classification models share: labels are not of the tokens that the prompt comes in front of."""
 
     def forward(
-        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, output_attentions=None,
-        output_hidden_states=None, return_dict=None, task_ids=None, **kwargs,
-    ):  # fmt: skip
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None, labels: Tensor | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None, task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
         outputs = output_options(output_attentions, output_hidden_states, return_dict)
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         fused = None
@@ -137,9 +141,11 @@ class FusedFeatureExtraction(FusedPrompts, PeftModelForFeatureExtraction):
     """``PeftModelForFeatureExtraction`` with fused prompts."""
 
     def forward(
-        self, input_ids=None, attention_mask=None, inputs_embeds=None, output_attentions=None,
-        output_hidden_states=None, return_dict=None, task_ids=None, **kwargs,
-    ):  # fmt: skip
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None, task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
         outputs = output_options(output_attentions, output_hidden_states, return_dict)
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         fused = None
@@ -156,10 +162,12 @@ class FusedSeq2SeqLM(FusedPrompts, PeftModelForSeq2SeqLM):
     """``PeftModelForSeq2SeqLM`` with fused prompts, which are the encoder's."""
 
     def forward(
-        self, input_ids=None, attention_mask=None, inputs_embeds=None, decoder_input_ids=None,
-        decoder_attention_mask=None, decoder_inputs_embeds=None, labels=None, output_attentions=None,
-        output_hidden_states=None, return_dict=None, task_ids=None, **kwargs,
-    ):  # fmt: skip
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None, decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None, decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None, output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+        return_dict: bool | None = None, task_ids: Tensor | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         outputs = output_options(output_attentions, output_hidden_states, return_dict)
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         decoder = {
@@ -186,7 +194,7 @@ class FusedSeq2SeqLM(FusedPrompts, PeftModelForSeq2SeqLM):
             labels, decoder = behind.labels, {"decoder_inputs_embeds": behind.inputs_embeds}
         return self.base_model(**decoder, labels=labels, **outputs, **kwargs)
 
-    def generate(self, **kwargs):
+    def generate(self, **kwargs: Any) -> Any:
         if self.active_peft_config.peft_type not in PROMPTS:
             return super().generate(**kwargs)
         mask = kwargs.get("attention_mask")
@@ -195,7 +203,8 @@ class FusedSeq2SeqLM(FusedPrompts, PeftModelForSeq2SeqLM):
                 input_ids=kwargs["input_ids"], inputs_embeds=None, attention_mask=mask, task_ids=kwargs.get("task_ids")
             )
         else:
-            fused = self._decline(Reason.EXTRA_ARGUMENTS)
+            self._decline(Reason.EXTRA_ARGUMENTS)
+            fused = None
         if fused is None:
             return super().generate(**kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "task_ids")}

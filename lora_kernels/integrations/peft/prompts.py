@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import (
@@ -25,7 +25,7 @@ from peft import (
 from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as SPECIAL_CACHES
 from peft.utils.integrations import map_cache_to_layer_device_map
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 
 from ... import dispatch
@@ -67,7 +67,8 @@ def adapter_reason(model: PeftModel, adapter: str) -> Reason | None:
 
 def call_reason(model: PeftModel, **tensors: Tensor | None) -> Reason | None:
     """Why a call with these [batch, tokens, ...] tensors, or task_ids [batch], is not served; None if it is."""
-    ids, embeds = tensors.pop("input_ids"), tensors.pop("inputs_embeds")
+    ids: Any = tensors.pop("input_ids")
+    embeds = tensors.pop("inputs_embeds")
     text = ids if embeds is None else embeds
     task_ids = tensors.pop("task_ids")
     given = [t for t in (text, task_ids, *tensors.values()) if t is not None]
@@ -103,7 +104,7 @@ def _transform_reason() -> Reason | None:
 # ------------------------------------------------------------------------------------------------ what they share
 
 
-class FusedPrompts:
+class FusedPrompts(PeftModel if TYPE_CHECKING else object):  # type: ignore[misc]
     """Mixed into a class of ``PeftModel``: prompts by ``prompt_embedding``, prefixes by ``prefix_kv``."""
 
     _left_padding_fixed = False
@@ -151,7 +152,7 @@ class FusedPrompts:
         config = self.active_peft_config
         return prefix_kv(rows, config.num_layers, config.num_attention_heads, batch_size=batch_size, dtype=dtype)
 
-    def _rows(self, encoder: nn.Module) -> Tensor:
+    def _rows(self, encoder: Any) -> Tensor:
         """What the encoder makes of all of its tokens, once: [tokens, width]."""
         if self.active_peft_config.inference_mode:
             return encoder.embedding.weight
@@ -165,9 +166,7 @@ class FusedPrompts:
         rows = all_rows(encoder.embedding)
         return encoder.transform(rows) if type(encoder) is PrefixEncoder and encoder.prefix_projection else rows
 
-    def _prompt(
-        self, batch_size: int, task_ids: Tensor | None, of_decoder: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def _prompt(self, batch_size: int, task_ids: Any, of_decoder: bool = False) -> tuple[Tensor, Tensor | None]:
         """``prompt`` and ``task_ids`` of the op; a decoder's prompt comes behind the encoder's."""
         config = self.active_peft_config
         encoder = self.prompt_encoder[self.active_adapter]
@@ -199,7 +198,8 @@ class FusedPrompts:
             inputs_embeds = self.word_embeddings(input_ids)
         if inputs_embeds is not None:
             input_ids = None
-        batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        text: Any = input_ids if inputs_embeds is None else inputs_embeds
+        batch_size = text.shape[0]
         prompt, task_ids = self._prompt(batch_size, task_ids)
         return prompt_embedding(
             input_ids, weight, prompt, inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels,
@@ -233,6 +233,7 @@ def output_options(output_attentions: Any, output_hidden_states: Any, return_dic
 
 
 def count(op: str, reason: Reason) -> None:
+    """Records that PEFT's own code serves a call."""
     if not torch.compiler.is_compiling():  # a counter in traced code would recompile on every call
         dispatch.count_fallback(op, reason)
 
