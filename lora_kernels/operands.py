@@ -151,14 +151,15 @@ def _magnitude(layer: Any, name: str, lora_bias: Tensor | None, kind: str = "Lin
     """DoRA's magnitude vector, or why this LoRA variant of a ``kind`` of layer is not the DoRA that we compute."""
     if not _is_peft(layer.lora_variant[name], "variants", f"Dora{kind}Variant"):
         return Reason.VARIANT
-    if getattr(sys.modules.get("peft.tuners.lora.dora"), "ENABLE_DORA_CACHING", False) and not layer.training:
-        return Reason.DORA_CACHING
     module = layer.lora_magnitude_vector[name]
     if not _is_peft(module, "dora", f"Dora{kind}Layer") or lora_bias is not None:
         return Reason.DORA
     reason = why_not_called_as_is(module)
     if reason is not None:
         return reason
+    caches = getattr(sys.modules.get("peft.tuners.lora.dora"), "ENABLE_DORA_CACHING", False) and not layer.training
+    if caches or module.__dict__.get("_dora_cache"):  # the first call without caching empties it
+        return Reason.DORA_CACHING
     magnitude = module._parameters.get("weight", _DISPLACED)
     if type(magnitude) not in PLAIN_TENSORS:
         return not_plain(magnitude)
