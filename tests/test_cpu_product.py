@@ -38,7 +38,7 @@ def matrix(n, k, offset=0):
     return memory[first : first + n * k].view(n, k)
 
 
-@pytest.mark.parametrize(("onednn", "schedule"), [(0.5, "onednn"), (0.95, "aten"), (1.0, "aten"), (2.0, "aten")])
+@pytest.mark.parametrize(("onednn", "schedule"), [(0.5, "onednn"), (0.98, "aten"), (1.0, "aten"), (2.0, "aten")])
 def test_the_faster_one_is_taken_and_a_tie_is_torchs(onednn, schedule, machine):
     machine.onednn = onednn
     found = product.choose(512, True, matrix(96, 64))
@@ -92,7 +92,7 @@ def test_a_stand_in_is_small(machine):
         product._measured(product.Kind(1, 1, 1, True, True, True, 1), (rows, *weight.shape), product._by_onednn)
         a, b = machine.stand_ins[-1]
         assert a.shape[0] >= min(rows, product.FROM_ROWS)
-        assert a.shape[0] * b.numel() <= 1 << 28
+        assert a.shape[0] * b.numel() <= 1 << 27
 
 
 def test_what_is_not_measured(machine):

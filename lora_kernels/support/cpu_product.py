@@ -28,12 +28,12 @@ MKL = Verdict("aten", "vendor GEMM, low-rank branch accumulated into its output"
 
 _VARIABLE = "LORA_KERNELS_CPU_PRODUCT"
 _MODES = ("measure", "mkl", "onednn")
-_GAIN = 1.07
+_GAIN = 1.03
 """By how much oneDNN must win: choosing it in a tie would change bits for nothing."""
 _ROUNDS, _SECONDS, _MOST_ROUNDS = 5, 0.01, 50
 """How often each takes its turn: so many times at least, and until this much time has gone into them."""
 _LONGEST = 1024
-_MOST_MULTIPLICATIONS = 1 << 28
+_MOST_MULTIPLICATIONS = 1 << 27
 """Sides and work of a stand-in: a few milliseconds per product."""
 _CACHE_LINE = 64
 
