@@ -40,7 +40,7 @@ def variants(dropout: float) -> tuple[str, ...]:
     return tuple(name for name in VARIANTS if not (dropout and name == "addmm"))
 
 
-def make_step(variant: str, dropout: float, cache: Path) -> Callable[[], float]:
+def make_step(variant: str, dropout: float, cache: Path, copied: bool) -> Callable[[], float]:
     """Build one model; the result is its training step, which returns the loss."""
     sys.path.insert(0, str(EXAMPLES))
     import peft
@@ -51,6 +51,9 @@ def make_step(variant: str, dropout: float, cache: Path) -> Callable[[], float]:
     import lora_kernels as lk
 
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2.model_dir(cache), dtype=torch.float32)
+    if copied:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     if variant == "frozen":
         model.requires_grad_(False).train()
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
@@ -84,11 +87,11 @@ def make_step(variant: str, dropout: float, cache: Path) -> Callable[[], float]:
     return step
 
 
-def worker(variant: str, dropout: float, cache: Path) -> None:
+def worker(variant: str, dropout: float, cache: Path, copied: bool) -> None:
     """Print a model's first two losses, then time a step for every line on stdin."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get among the answers
-    step = make_step(variant, dropout, cache)
+    step = make_step(variant, dropout, cache, copied)
     for _ in range(2):
         print(step(), file=answers, flush=True)
     for _ in sys.stdin:
@@ -101,6 +104,7 @@ def start_worker(variant: str, options: argparse.Namespace) -> subprocess.Popen:
     """A process that runs ``worker``."""
     role = "PEFT" if variant == "null" else variant
     command = [sys.executable, __file__, "--worker", role, "--dropout", str(options.dropout)]
+    command += ["--copied"] * options.copied
     return subprocess.Popen(
         [*command, "--cache", str(options.cache)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -125,7 +129,10 @@ def check_losses(losses: dict[str, list[float]], dropout: float) -> None:
 def measure_in_one_process(options: argparse.Namespace) -> Timings:
     """As ``measure``, with all models in this process."""
     names = variants(options.dropout)
-    steps = {name: make_step("PEFT" if name == "null" else name, options.dropout, options.cache) for name in names}
+    steps = {
+        name: make_step("PEFT" if name == "null" else name, options.dropout, options.cache, options.copied)
+        for name in names
+    }
     check_losses({name: [step() for _ in range(2)] for name, step in steps.items()}, options.dropout)
     return interleave(steps, options.rounds)
 
@@ -162,11 +169,16 @@ def main() -> int:
     parser.add_argument("--dropout", type=probability, default=0.0, help="lora_dropout (default: %(default)s)")
     parser.add_argument("--rounds", type=integer(2), default=11, help="samples of each (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=Path("build/demo"), help="folder of the model's files")
+    parser.add_argument(
+        "--copied",
+        action="store_true",
+        help="weights in memory of their own, not mapped from the file, where they begin at any byte",
+    )
     parser.add_argument("--one-process", action="store_true", help="all models in one process")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker, options.dropout, options.cache)
+        worker(options.worker, options.dropout, options.cache, options.copied)
         return 0
     times = (measure_in_one_process if options.one_process else measure)(options)
     rows = [
