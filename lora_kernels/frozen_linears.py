@@ -23,8 +23,8 @@ class FrozenLinear(nn.Linear):
     be faster than torch's own product, and for up to four rows and a large weight by a kernel that reads the weight
     once; in fp32 under ``torch.compile`` it is ``nn.Linear``.
 
-    ``patch(model, frozen_linears=True)`` swaps the class of existing layers, which keep the name ``Linear``; results equal
-    ``nn.Linear``'s up to rounding. The op has no double backward.
+    ``patch(model, frozen_linears=True)`` swaps the class of existing layers, which keep the name ``Linear``. Results
+    equal ``nn.Linear``'s up to rounding. The op has no double backward.
     """
 
     def forward(self, input: Tensor) -> Tensor:
