@@ -72,6 +72,15 @@ def test_conv1d():
     assert verdicts(lk.verify(model)) == {("ok", "lora_linear")}
 
 
+def test_convolutions():
+    net = nn.ModuleDict({"one": nn.Conv1d(4, 6, 2, groups=2), "two": nn.Conv2d(4, 6, 3, padding=1)})
+    model = get_peft_model(net, LoraConfig(r=4, target_modules=["one", "two"], lora_dropout=0.1))
+    lk.patch(model)
+    found = lk.verify(model)
+    assert found.ok
+    assert verdicts(found) == {("ok", "lora_conv")}
+
+
 PROMPTS = {
     "prompt tuning": PromptTuningConfig(num_virtual_tokens=5),
     "P-tuning": PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=16),
