@@ -132,8 +132,8 @@ def _measured(kind: Kind, sizes: tuple[int, int, int], other: Callable[[Tensor, 
         f"{'aligned' if kind.is_aligned else 'not aligned'}"
     )
     if own > _GAIN * others:
-        return Verdict(schedule, f"{name}: {own / others:.2f} times as fast as MKL's {how}")
-    return Verdict("aten", f"torch's own product (MKL's): {name} took {others / own:.2f} times as long {how}")
+        return Verdict(schedule, f"{name}: {own / others:.2f} times as fast as torch's own {how}")
+    return Verdict("aten", f"torch's own product: {name} took {others / own:.2f} times as long {how}")
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> Tensor:

@@ -54,7 +54,9 @@ def _alone(layer: nn.Module) -> nn.Module:
     """A copy without hooks, which may count, record, or be others'."""
     twin = copy.deepcopy(layer)
     for module in twin.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+        for hooks in (
+            module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+        ):  # fmt: skip
             hooks.clear()
     return twin
 
