@@ -31,6 +31,9 @@ def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "tf32"), required=True, help="tf32: fp32 tensors")
     parser.add_argument("--dropout", action="store_true", help="the branch drops out elements of x")
     parser.add_argument("--unaligned", action="store_true", help="rows of the tensors do not begin at 16 bytes")
+    parser.add_argument(
+        "--schedule", choices=("auto", "one launch", "cublas"), default="auto", help="(default: what is fastest there)"
+    )
 
 
 def _lora_problem(options: argparse.Namespace) -> dict[str, Any]:
@@ -42,6 +45,8 @@ def _lora_problem(options: argparse.Namespace) -> dict[str, Any]:
         "rank": options.r,
         "rows_aligned": not options.unaligned,
         "has_dropout": options.dropout,
+        "capability": int(options.arch.removeprefix("sm_")),
+        "schedule": options.schedule,
     }
 
 
@@ -114,7 +119,7 @@ def add_parser(commands: Any) -> None:
         "plan",
         help="the CUDA launch of an op for given sizes and GPU, as JSON",
         description="Print how an op would be launched on a GPU that need not be present: schedule and why, kernel, "
-        "grid, shared memory, workspace, and the layout of the kernel's one parameter struct. Two launches are a list.",
+        "grid, shared memory, workspace, and the layout of the kernel's one parameter struct. Several launches are a list.",
     )
     ops = parser.add_subparsers(dest="op", required=True, metavar="OP")
     devices = ", ".join(f"{a.device}: {a.sms}" for a in ARCHITECTURES.values())

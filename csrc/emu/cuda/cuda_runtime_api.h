@@ -5,7 +5,12 @@
 #include <cstring>
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+};
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 using cudaStream_t = struct CUstream_st*;
 
@@ -14,6 +19,7 @@ namespace lk::emu {
 // What the tests set and read.
 struct Runtime {
   int sms = 1;
+  int capability = 86;
   bool capturing = false;
   bool fail_launches = false;
   cudaStream_t stream = nullptr;
@@ -29,7 +35,21 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? lk::emu::runtime.sms : 99 << 10;
+  const lk::emu::Runtime& device = lk::emu::runtime;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = device.sms;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 99 << 10;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = device.capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = device.capability % 10;
+      break;
+  }
   return cudaSuccess;
 }
 
