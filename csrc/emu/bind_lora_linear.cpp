@@ -34,7 +34,7 @@ Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   p.group_rows = config.group_rows;
   with_element(rows.type, [&]<class Element>(std::type_identity<Element>) {
     return with_variant(FrozenVariants<Element>{}, config.key,
-                        [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config); });
+                        [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config, emu::runtime.stream); });
   });
   return y;
 }
@@ -48,6 +48,7 @@ py::dict config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, boo
   d["schedule"] = name_of(c.key.schedule);
   d["rows"] = tile.rows;
   d["columns"] = tile.columns;
+  d["stages"] = tile.stages;
   d["rank_tile"] = c.key.rank_tile;
   d["blocks"] = c.blocks;
   d["group_rows"] = c.group_rows;
@@ -66,6 +67,7 @@ py::dict backward_config(int64_t m, int64_t n, int64_t k, int64_t rank, bool ali
                                                     {.sms = sms, .shared_per_block = shared_per_block});
   py::dict d;
   d["rows"] = tile_shape(c.grad_x.key.tile).rows;
+  d["stages"] = tile_shape(c.grad_x.key.tile).stages;
   d["rank_tile"] = c.grad_x.key.rank_tile;
   d["blocks"] = c.grad_x.blocks;
   d["parts_of_grad_b"] = c.parts_of_grad_b;
@@ -92,6 +94,7 @@ py::dict to_python(const LoraLaunch& launch) {
   d["lora_B"] = address(launch.b);
   d["counters"] = address(launch.counters);
   d["counters_were_zero"] = launch.counters_were_zero;
+  d["stream"] = address(launch.stream);
   d["report"] = launch.report;
   return d;
 }
@@ -99,6 +102,12 @@ py::dict to_python(const LoraLaunch& launch) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_emulated, CPU, m) { m.impl("frozen_linear", TORCH_BOX(&frozen_linear)); }
+
+// Where some of the tensors are on another device than the others.
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_emulated, Meta, m) {
+  m.impl("lora_linear", TORCH_BOX(&lora_linear));
+  m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
+}
 
 }  // namespace lk
 
@@ -111,10 +120,10 @@ PYBIND11_MODULE(_emu_lora_linear, m) {
     runtime.sms = sms;
     lk::known_limits.forget();
   });
-  m.def("set_stream", [](uintptr_t stream) { runtime.stream = reinterpret_cast<cudaStream_t>(stream); });
-  m.def("capture", [](bool on) { runtime.capturing = on; });
+  m.def("set_row_gap", [](int64_t elements) { lk::row_gap = elements; });
   m.def("fail_launches", [](bool on) { runtime.fail_launches = on; });
   m.def("memsets", [] { return runtime.memsets; });
+  m.def("memset_stream", [] { return reinterpret_cast<uintptr_t>(runtime.memset_stream); });
   // Of the last forward or backward.
   m.def("launches", [] {
     pybind11::list all;
