@@ -11,6 +11,8 @@ from covering import case_id, covering_pairs
 from emulated import DTYPES, check_backward, grad_y_of, matrices, run_backward, saved_s
 
 MANY = 1000  # SMs: more than there are tiles
+STAGES_OF_GRADS = 4
+"""LoraGrads::kStages."""
 
 # Problems for which each kernel of dX is chosen: (rows of a tile, aligned, rank tile) -> axes. Many SMs split the rows
 # of dA and dB. No result has but a few elements: the bound compares our largest error with torch's, there one draw with
@@ -44,8 +46,12 @@ def test_gradients_are_as_accurate_as_torch(kernel, case):
     assert (chosen["rows"], chosen["rank_tile"]) == (rows, rank_tile)
     assert (n % 8 == k % 8 == rank % 8 == 0) == aligned
     args = problem(m, n, k, rank, case["name"], p=case["p"], float_adapters=case["float_adapters"])
-    grads, _ = check_backward(args, p=case["p"], sms=sms)
+    grads, reports = check_backward(args, p=case["p"], sms=sms)
     assert grads[1].dtype == grads[2].dtype == args[4].dtype
+    # Banks of shared memory are asked once for a matrix (tf32 is not transposed by matrices), and loads are as far
+    # ahead as there are stages.
+    assert all(report.load_matrix_turns in ((0, 1) if case["name"] == "tf32" else (1,)) for report in reports)
+    assert [report.groups_under_way for report in reports] == [chosen["stages"] - 2, STAGES_OF_GRADS - 2]
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3))[1:], ids=str)

@@ -49,7 +49,10 @@ def test_forward_is_as_accurate_as_torch(kernel, case):
     assert (chosen["schedule"], chosen["rows"], chosen["rank_tile"]) == (schedule, rows, rank_tile)
     assert (n % 8 == k % 8 == rank % 8 == 0) == aligned
     args = matrices(m, n, k, rank, case["name"], bias=case["bias"], float_adapters=case["float_adapters"])
-    assert check_forward(args, p=p, sms=sms)[2] == schedule
+    *_, launched, report = check_forward(args, p=p, sms=sms)
+    assert launched == schedule
+    assert report.load_matrix_turns == 1, "banks of shared memory are asked twice for one matrix"
+    assert report.groups_under_way == chosen["stages"] - 2, "loads are not as far ahead as there are stages"
 
 
 def test_decode_splits_the_depth_where_sms_are_idle():
