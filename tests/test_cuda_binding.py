@@ -89,15 +89,16 @@ def test_rows_that_lie_too_far_apart_are_copied(native):
     assert last_launch(native)["x"] != far.data_ptr()
 
 
-def far_apart(t, folder):
-    """t with as many elements from row to row as the kernels reckon with, in a file of nothing but holes."""
-    name = str(folder / f"{t.shape[0]} rows.bin")
-    memory = torch.from_file(name, shared=True, size=(t.shape[0] - 1) * FARTHEST + t.shape[1], dtype=t.dtype)
-    return memory.as_strided(t.shape, (FARTHEST, 1)).copy_(t)
-
-
 FARTHEST = 2**25
-"""Elements: kMaxRowStride of csrc/config/tiles.h."""
+"""Elements from row to row: kMaxRowStride of csrc/config/tiles.h."""
+
+
+def far_apart(t, folder):
+    """t with its rows as far apart as they may be, in a file of nothing else but holes."""
+    file = folder / "rows"
+    memory = torch.from_file(str(file), shared=True, size=(t.shape[0] - 1) * FARTHEST + t.shape[1], dtype=t.dtype)
+    file.unlink()  # the memory stays
+    return memory.as_strided(t.shape, (FARTHEST, 1)).copy_(t)
 
 
 @pytest.mark.parametrize("m", [70, 130], ids=["small tile", "large tile"])
@@ -114,8 +115,7 @@ def test_rows_that_lie_as_far_apart_as_they_may(native, tmp_path, m):
 def test_gradients_of_rows_that_lie_as_far_apart_as_they_may(native, tmp_path, m):
     grad_y, x, *rest = problem((m,), 72, 40, 8, torch.bfloat16)
     native.set_row_gap(FARTHEST - 40)
-    (tmp_path / "x").mkdir()
-    for ours, unfused, exact in zip(*backward((far_apart(grad_y, tmp_path), far_apart(x, tmp_path / "x"), *rest))):
+    for ours, unfused, exact in zip(*backward((far_apart(grad_y, tmp_path), far_apart(x, tmp_path), *rest))):
         assert_as_accurate(ours, unfused, exact)
 
 
