@@ -140,5 +140,23 @@ def test_every_tile_has_one_ticket_and_waits_only_for_lower_ones(m, n, rank):
         assert last_shrink < first_base
 
 
+@pytest.mark.parametrize(("m", "n"), [(8192, 4096), (4096, 14336), (16384, 1024)])
+def test_tiles_that_run_together_share_rows_and_columns(m, n):
+    # Of what fills an A100, two blocks per SM: a square of tiles would read the fewest rows of x and w, and a raster
+    # by rows alone reads w again for every block of rows.
+    chosen = config(m, n)
+    row_blocks, columns = -(-m // chosen["rows"]), -(-n // chosen["columns"])
+    work_of_ticket = emulator.load_lora_linear().work_of_ticket
+    tickets = range(row_blocks * (columns + 1))
+    work = [work_of_ticket(t, row_blocks, 1, columns, chosen["group_rows"]) for t in tickets]
+    wave = 2 * A100[0]
+    read = 0
+    for first in range(0, len(work), wave):
+        base = [(row, column) for is_shrink, row, column in work[first : first + wave] if not is_shrink]
+        read += len({row for row, _ in base}) + len({column for _, column in base})
+    squares = len(work) / wave * 2 * wave**0.5
+    assert read <= 1.5 * squares
+
+
 def test_counters_hold_a_flag_per_block_of_rows():
     assert config(8192, 4096)["counters"] == 2 + 8192 // 128

@@ -9,9 +9,11 @@ import pytest
 import torch
 from covering import case_id, covering_pairs
 from emulated import DTYPES, check_backward, grad_y_of, matrices, run_backward, saved_s
-from test_emulated_lora_linear import ALL, RANKS, WHOLE, asked
+from test_emulated_lora_linear import ALL, RANKS, STAGES_OF_BRANCH, WHOLE, asked
 
 MANY = 1000  # SMs: more than there are tiles
+STAGES_OF_GRADS = 4
+"""LoraGrads::kStages."""
 
 # Problems for which each kernel of dX is chosen: (schedule, rows of a tile, access, rank tile) -> axes; of "cublas" it is
 # the first. Many SMs split the rows of dA and dB. No result has but a few elements: the bound compares our largest error
@@ -57,7 +59,11 @@ def test_gradients_are_as_accurate_as_torch(kernel, case):
     args = problem(m, n, k, rank, case["name"], p=case["p"], float_adapters=case["float_adapters"])
     grads, reports = check_backward(args, p=case["p"], sms=sms, schedule=asked(schedule))
     assert grads[1].dtype == grads[2].dtype == args[4].dtype
-    assert len(reports) == (3 if schedule == "cublas" else 2)
+    # Banks of shared memory are asked once for a matrix (tf32 is not transposed by matrices), and loads are as far
+    # ahead as there are stages.
+    assert all(report.load_matrix_turns in ((0, 1) if case["name"] == "tf32" else (1,)) for report in reports)
+    stages = [chosen["stages"], *([STAGES_OF_BRANCH] if schedule == "cublas" else []), STAGES_OF_GRADS]
+    assert [report.groups_under_way for report in reports] == [count - 2 for count in stages]
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3))[1:], ids=str)

@@ -15,6 +15,9 @@ NO_DROPOUT, DROPOUT = (0.0,), (0.0, 0.3)
 WHOLE, RANKS, ALL = "whole", "gather ranks", "gather all"
 ODD = dict(n=(9, 75, 133), rank=(1, 7, 15))  # rows of y and of the rank's length are whole chunks of no element type
 
+STAGES_OF_BRANCH = 2
+"""Of LoraTile::kBranch."""
+
 # Problems for which each kernel is chosen: (schedule, rows of a tile, access, rank tile) -> axes. Of "cublas" it is the
 # first of two.
 KERNELS = {
@@ -75,7 +78,11 @@ def test_forward_is_as_accurate_as_torch(kernel, case):
     first = "shrink" if schedule == "cublas" else schedule
     assert (chosen["schedule"], chosen["rows"], chosen["access"], chosen["rank_tile"]) == (first, *kernel[1:])
     args = matrices(m, n, k, rank, case["name"], bias=case["bias"], float_adapters=case["float_adapters"])
-    assert check_forward(args, p=p, sms=sms, schedule=asked(schedule))[2] == schedule
+    *_, launched, reports = check_forward(args, p=p, sms=sms, schedule=asked(schedule))
+    assert launched == schedule
+    assert all(report.load_matrix_turns == 1 for report in reports), "banks of memory are asked twice for one matrix"
+    stages = [chosen["stages"], *([STAGES_OF_BRANCH] if schedule == "cublas" else [])]
+    assert [report.groups_under_way for report in reports] == [count - 2 for count in stages], "loads are less far ahead"
 
 
 @pytest.mark.parametrize(("m", "schedule"), [(1, "decode"), (100, "dual")])

@@ -7,11 +7,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 from interpreter import run_interpreted
+from pretended_gpu import pretend_gpu
 
 import lora_kernels as lk
 from lora_kernels import dispatch
 from lora_kernels.spec import Verdict
-from lora_kernels.support import cuda as _cuda
 from lora_kernels.support import triton as _triton
 from lora_kernels.triton_kernels import configs
 from lora_kernels.triton_kernels.launching import Device
@@ -125,6 +125,6 @@ def test_dispatch_leaves_such_calls_to_triton(gpu, monkeypatch):
     supports = dispatch.specs()["lora_linear"].kernels["cuda"].supports
     for target, capability, reason in (("sm_90", (9, 0), lk.Reason.PREFERS_TRITON), ("sm_80", (8, 0), None)):
         gpu(target)
-        monkeypatch.setattr(_cuda, "capability", lambda device, capability=capability: capability)
+        pretend_gpu(monkeypatch, capability)
         verdict = supports(x, weight, A, B, None, None, 1.0, 0.0)
         assert verdict.reason == reason if reason else verdict.schedule

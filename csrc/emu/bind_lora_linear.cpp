@@ -33,7 +33,7 @@ Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   p.group_rows = config.group_rows;
   with_element(rows.type, [&]<class Element>(std::type_identity<Element>) {
     return with_variant(FrozenVariants<Element>{}, config.key,
-                        [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config); });
+                        [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config, emu::runtime.stream); });
   });
   return y;
 }
@@ -59,6 +59,7 @@ py::dict to_python(const LoraLinearConfig& c) {
   d["access"] = name_of(c.key.access);
   d["rows"] = tile.rows;
   d["columns"] = tile.columns;
+  d["stages"] = tile.stages;
   d["rank_tile"] = c.key.rank_tile;
   d["blocks"] = c.blocks;
   d["group_rows"] = c.group_rows;
@@ -122,6 +123,7 @@ py::dict to_python(const LoraLaunch& launch) {
   d["lora_B"] = address(launch.b);
   d["counters"] = address(launch.counters);
   d["counters_were_zero"] = launch.counters_were_zero;
+  d["stream"] = address(launch.stream);
   d["report"] = launch.report;
   return d;
 }
@@ -129,6 +131,12 @@ py::dict to_python(const LoraLaunch& launch) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_emulated, CPU, m) { m.impl("frozen_linear", TORCH_BOX(&frozen_linear)); }
+
+// Where some of the tensors are on another device than the others.
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_emulated, Meta, m) {
+  m.impl("lora_linear", TORCH_BOX(&lora_linear));
+  m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
+}
 
 }  // namespace lk
 
@@ -145,10 +153,10 @@ PYBIND11_MODULE(_emu_lora_linear, m) {
     runtime.capability = capability;
     lk::known_limits.forget();
   });
-  m.def("set_stream", [](uintptr_t stream) { runtime.stream = reinterpret_cast<cudaStream_t>(stream); });
-  m.def("capture", [](bool on) { runtime.capturing = on; });
+  m.def("set_row_gap", [](int64_t elements) { lk::row_gap = elements; });
   m.def("fail_launches", [](bool on) { runtime.fail_launches = on; });
   m.def("memsets", [] { return runtime.memsets; });
+  m.def("memset_stream", [] { return reinterpret_cast<uintptr_t>(runtime.memset_stream); });
   // Since this was last called.
   m.def("launches", [] {
     pybind11::list all;

@@ -14,7 +14,7 @@ from .. import dispatch
 from ..plain import FLOATS
 from ..reasons import Reason
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from ..support import cuda, triton
+from ..support import cuda, fits, triton
 from . import eager
 from .eager import EagerFunction
 
@@ -60,6 +60,7 @@ def _triton_supports(prefix: Tensor, layers: int, heads: int, batch: int, copies
 
 
 def _triton_run(schedule: str, *args: Any) -> Tensor:
+    fits.check_prefix_kv(*args[:4])
     from ..triton_kernels import prefix_kv
 
     return prefix_kv.forward(*args)
@@ -101,6 +102,7 @@ def _triton_supports_backward(grads: list[Tensor], dtype: torch.dtype) -> Verdic
 
 
 def _triton_run_backward(schedule: str, *args: Any) -> Tensor:
+    fits.check_prefix_kv_backward(args[0])
     from ..triton_kernels import prefix_kv
 
     return prefix_kv.backward(*args)

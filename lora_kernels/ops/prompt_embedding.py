@@ -16,7 +16,7 @@ from .. import dispatch
 from ..plain import FLOATS
 from ..reasons import Reason
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from ..support import cuda, triton
+from ..support import cuda, fits, triton
 from . import eager
 from .eager import EagerFunction
 
@@ -177,6 +177,7 @@ def _triton_supports(
 
 
 def _triton_run(schedule: str, *args: Any) -> tuple[Tensor, ...]:
+    fits.check_prompt_embedding(*args[:8])
     from ..triton_kernels import prompt_embedding
 
     if args[0].device.type == "cpu":
@@ -278,6 +279,8 @@ def _triton_supports_backward(
 
 
 def _triton_run_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad, layout, input_ids, task_ids, _, prompt_rows, _, _, _, need_weight, _ = args
+    fits.check_prompt_embedding_backward(grad, layout, input_ids, task_ids, prompt_rows, need_weight)
     from ..triton_kernels import prompt_embedding
 
     return prompt_embedding.backward(*args)

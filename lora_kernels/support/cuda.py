@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import _native
 from ..precision import float32_products
 from ..reasons import Reason
 from ..spec import Verdict
@@ -77,6 +78,14 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def refusal(device: torch.device) -> Verdict | None:
+    """Why no CUDA kernel runs for tensors on ``device``; None where one does."""
+    if capability(device) < OLDEST:
+        return _ARCHITECTURE
+    problem = _native.cuda_problem(device)
+    return None if problem is None else Verdict(None, problem[0])
+
+
 def tensor_core_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) -> Verdict:
     """Whether the tensor-core kernels of a LoRA linear serve the rows of ``x``, for these sizes of the weight."""
     if x.dtype not in _PLAN_DTYPES:
@@ -91,9 +100,7 @@ def tensor_core_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) ->
     tiles = (rows // SMALLEST_TILE + 1) * (columns // SMALLEST_TILE + 1 + MAX_RANK // SMALLEST_RANK_TILE)
     if max(rows, tiles) > MAX_SIZE or max(columns, depth) > MAX_ROW:
         return _SIZE
-    if capability(x.device) < OLDEST:
-        return _ARCHITECTURE
-    return _schedule.get()
+    return refusal(x.device) or _schedule.get()
 
 
 def prompt_refusal(
@@ -109,9 +116,7 @@ def prompt_refusal(
         return _DTYPE
     if max(rows, columns * embeds.itemsize) > MAX_SIZE:
         return _SIZE
-    if capability(device) < OLDEST:
-        return _ARCHITECTURE
-    return None
+    return refusal(device)
 
 
 def planned(plan: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor, adapters: tuple[torch.Tensor, ...],

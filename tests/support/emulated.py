@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import emulator
 import torch
 from numerics import assert_as_accurate
@@ -41,18 +39,11 @@ def _dropped(x, keep, scale):
     return x if keep is None else torch.where(keep, x * scale, torch.zeros((), dtype=x.dtype))
 
 
-_streams = itertools.count(1)
-
-
 def steered(sms=1, **options):
-    """The emulator's module, with that many SMs and options for what is launched next.
-
-    Each time on a stream of its own: a faulty launch may leave its counters as no other may find them.
-    """
+    """The emulator's module, with that many SMs and options for what is launched next."""
     native = emulator.load_lora_linear()
     native.set_sms(sms)
     native.set_options({"resident_blocks": 3, **options})
-    native.set_stream(next(_streams))
     native.launches()  # what is asked next are those to come
     return native
 

@@ -3,15 +3,22 @@
 
 #include <cstddef>
 #include <cstring>
+#include <utility>
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorLaunchFailure = 719
+};
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
 };
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 using cudaStream_t = struct CUstream_st*;
 
 namespace lk::emu {
@@ -20,10 +27,11 @@ namespace lk::emu {
 struct Runtime {
   int sms = 1;
   int capability = 86;
-  bool capturing = false;
   bool fail_launches = false;
-  cudaStream_t stream = nullptr;
+  cudaStream_t stream = nullptr;  // the caller's
   int memsets = 0;
+  cudaStream_t memset_stream = nullptr;  // of the last one
+  cudaError_t last_error = cudaSuccess;  // what cudaGetLastError has not told yet
 };
 
 inline Runtime runtime;
@@ -31,7 +39,19 @@ inline Runtime runtime;
 }  // namespace lk::emu
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "launch failure";
+  return error == cudaSuccess ? "no error" : error == cudaErrorLaunchFailure ? "launch failure" : "an error";
+}
+
+inline cudaError_t cudaGetLastError() { return std::exchange(lk::emu::runtime.last_error, cudaSuccess); }
+
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 12040;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -53,13 +73,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = lk::emu::runtime.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
-
-inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t stream) {
   ++lk::emu::runtime.memsets;
+  lk::emu::runtime.memset_stream = stream;
   std::memset(target, value, bytes);
   return cudaSuccess;
 }
