@@ -8,7 +8,9 @@ import pytest
 A100 = (108, 163 << 10)
 
 
-def config(m, n, rank=16, *, k=4096, aligned=True, has_dropout=False, device=A100, capability=80, schedule="one launch"):
+def config(
+    m, n, rank=16, *, k=4096, aligned=True, has_dropout=False, device=A100, capability=80, schedule="one launch"
+):
     return emulator.load_lora_linear().lora_linear_config(
         m, n, k, rank, aligned, has_dropout, *device, capability=capability, schedule=schedule
     )

@@ -15,9 +15,9 @@ MANY = 1000  # SMs: more than there are tiles
 STAGES_OF_GRADS = 4
 """LoraGrads::kStages."""
 
-# Problems for which each kernel of dX is chosen: (schedule, rows of a tile, access, rank tile) -> axes; of "cublas" it is
-# the first. Many SMs split the rows of dA and dB. No result has but a few elements: the bound compares our largest error
-# with torch's, there one draw with another.
+# Problems for which each kernel of dX is chosen: (schedule, rows of a tile, access, rank tile) -> axes; of "cublas" it
+# is the first. Many SMs split the rows of dA and dB. No result has but a few elements: the bound compares our largest
+# error with torch's, there one draw with another.
 KERNELS = {
     ("ticketed", 128, WHOLE, 16): dict(m=(65, 200, 600), n=(24, 264), k=(72, 136), rank=(8, 16), sms=(1,)),
     ("ticketed", 128, WHOLE, 64): dict(m=(65, 200, 600), n=(24, 264), k=(72, 136), rank=(24, 64, 256), sms=(1,)),

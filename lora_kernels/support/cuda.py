@@ -53,7 +53,8 @@ def _schedule_of_environment() -> Verdict:
     return _SCHEDULES[wanted]
 
 
-_schedule: ContextVar[Verdict] = ContextVar("cuda_schedule", default=_schedule_of_environment())
+_OF_ENVIRONMENT = _schedule_of_environment()
+_schedule: ContextVar[Verdict] = ContextVar("cuda_schedule", default=_OF_ENVIRONMENT)  # noqa: B039, it is immutable
 
 
 @contextlib.contextmanager
