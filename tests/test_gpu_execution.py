@@ -105,7 +105,8 @@ def test_reduce_overhead_over_generations(backend, p):
 
     Two compiled functions take turns on the device, as two layers' graphs do.
     """
-    counters = torch._dynamo.utils.counters
+    from torch._dynamo.utils import counters
+
     torch.compiler.reset()
     counters.clear()
     first, second = of("one launch", p=p), of("few rows", dtype=FP16, p=p)

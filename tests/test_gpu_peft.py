@@ -207,8 +207,10 @@ def test_prompts_and_prefixes(order, kind):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_patched_model_under_reduce_overhead(dropout):
     """Warm-up, recording and replays of its graphs train as the eager model does."""
+    from torch._dynamo.utils import counters
+
     torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
+    counters.clear()
     stock, given = make(layers=1, lora_dropout=dropout), inputs()
     patched = patched_twin(stock)
     exact = results(copy.deepcopy(stock).eval().double(), given)
@@ -228,4 +230,4 @@ def test_a_patched_model_under_reduce_overhead(dropout):
     if dropout > 0.0:
         assert len(set(losses)) == 5, "every replay draws its own masks"
         assert max(losses) - min(losses) <= 0.2 * min(losses)
-    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0, "no graph was taken"
+    assert counters["inductor"]["cudagraph_skips"] == 0, "no graph was taken"

@@ -154,9 +154,8 @@ def check(q: Problem, backend: str) -> list[Tensor]:
     poison(unfused)
     lk.reset_stats()
     ours = unless_triton_is_old(lambda: fused(q))
-    assert lk.stats() == {
-        "served": {("lora_linear", backend): 1, ("lora_linear_backward", backend): 1}, "fallback": {},
-    }  # fmt: skip
+    served = lk.stats()["served"]
+    assert served == {("lora_linear", backend): 1, ("lora_linear_backward", backend): 1}, f"served: {served}"
     note_schedules(q)
     for name, value, bound, true in zip(RESULTS, ours, unfused, exact):
         assert value.dtype == bound.dtype
@@ -173,7 +172,8 @@ def check_inference(q: Problem, backend: str) -> Tensor:
     poison([unfused])
     lk.reset_stats()
     y = unless_triton_is_old(lambda: inferred(q))
-    assert lk.stats() == {"served": {("lora_linear", backend): 1}, "fallback": {}}
+    served = lk.stats()["served"]
+    assert served == {("lora_linear", backend): 1}, f"served: {served}"
     assert_as_accurate(y, unfused, exact)
     return y
 
