@@ -54,7 +54,7 @@ def _schedule_of_environment() -> Verdict:
 
 
 _OF_ENVIRONMENT = _schedule_of_environment()
-_schedule: ContextVar[Verdict] = ContextVar("cuda_schedule", default=_OF_ENVIRONMENT)  # noqa: B039, it is immutable
+_schedule: ContextVar[Verdict] = ContextVar("cuda_schedule", default=_OF_ENVIRONMENT)
 
 
 @contextlib.contextmanager

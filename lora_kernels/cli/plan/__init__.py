@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
         "plan",
         help="the CUDA launch of an op for given sizes and GPU, as JSON",
         description="Print how an op would be launched on a GPU that need not be present: schedule and why, kernel, "
-        "grid, shared memory, workspace, and the layout of the kernel's one parameter struct. Several launches are a list.",
+        "grid, shared memory, workspace, and the layout of the kernel's one parameter struct. A list of several.",
     )
     ops = parser.add_subparsers(dest="op", required=True, metavar="OP")
     devices = ", ".join(f"{a.device}: {a.sms}" for a in ARCHITECTURES.values())
