@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -23,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.triton_kernels import dropout_mask, lora_linear, prefix_kv, prompt_embedding
 
@@ -275,3 +277,18 @@ def test_debugging_stops_at_an_index_out_of_range(debug):
     # The message is in the code as a list of bytes.
     message = ", ".join(str(byte) for byte in b"input_ids out of range")
     assert ("__assertfail" in code) == (message in code) == debug
+
+
+def test_arguments_are_what_triton_3_6_takes():
+    """Later versions compile and launch with a descriptor in a tuple, and without a constant behind inner tuples."""
+    made = [launch for problem in PROBLEMS.values() for _, launch in launches("sm_90", **problem)]
+    made += [launch for _, launch in prompt_launches(hidden=64)]
+    descriptors = 0
+    for launch in made:
+        descriptors += sum(isinstance(argument, TensorDescriptor) for argument in launch.args)
+        for argument in filter(lambda argument: isinstance(argument, tuple), launch.args):
+            inner = [field for field in argument if isinstance(field, tuple)]
+            assert not inner or argument[-1] is None, f"{type(argument).__name__} ends without a constant"
+            fields = itertools.chain(argument, *inner)
+            assert not any(isinstance(field, TensorDescriptor) for field in fields)
+    assert descriptors == 8, "of p and q, in two problems, forward and backward"
