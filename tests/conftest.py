@@ -1,7 +1,10 @@
 """Shared set-up: one thread per worker (the suite runs under xdist), counters at zero before each test."""
 
+from collections import Counter
+
 import pytest
 import torch
+from gpu import backend  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels import _native
@@ -33,3 +36,19 @@ def onednn(monkeypatch):
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(_cpu_product, "_has_both", lambda: True)
     monkeypatch.setattr(_cpu_product, "_mode", "onednn")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Which schedules the tests on a GPU were served by: what dispatch did not choose has not been tested."""
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    chosen = Counter(
+        value
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == "schedule"
+    )
+    if chosen:
+        terminalreporter.section("schedules")
+        for schedule, count in sorted(chosen.items()):
+            terminalreporter.write_line(f"{count:5} {schedule}")

@@ -18,7 +18,7 @@ namespace lk {
 
 struct LoraLaunch {
   const char* schedule;
-  bool aligned;
+  Access access;
   const void *x = nullptr, *w = nullptr, *a = nullptr, *b = nullptr;
   const uint32_t* counters = nullptr;
   bool counters_were_zero = true;
@@ -26,7 +26,7 @@ struct LoraLaunch {
   emu::Report report = {};
 };
 
-inline std::vector<LoraLaunch> lora_launches;   // of the last forward or backward
+inline std::vector<LoraLaunch> lora_launches;   // since the test last asked
 inline std::vector<unsigned char> last_grad_s;  // dY B, as the second launch of a backward finds it
 
 inline bool all_zero(const uint32_t* words, int64_t count) {
@@ -93,15 +93,15 @@ void run_lora(void (*kernel)(Params), const Params& p, const Config& config, con
 template <class Kernel>
 cudaError_t run_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
   constexpr int kBytes = sizeof(typename Kernel::Element::Storage);
-  lora_launches = {{.schedule = name_of(config.key.schedule),
-                    .aligned = config.key.aligned,
-                    .x = p.x,
-                    .w = p.w,
-                    .a = p.a,
-                    .b = p.b,
-                    .counters = p.counters,
-                    .counters_were_zero = all_zero(p.counters, config.counters),
-                    .stream = stream}};
+  lora_launches.push_back({.schedule = name_of(config.key.schedule),
+                           .access = config.key.access,
+                           .x = p.x,
+                           .w = p.w,
+                           .a = p.a,
+                           .b = p.b,
+                           .counters = p.counters,
+                           .counters_were_zero = all_zero(p.counters, config.counters),
+                           .stream = stream});
   if (emu::runtime.fail_launches) {
     *p.counters = 1;
     return cudaErrorLaunchFailure;
@@ -125,6 +125,7 @@ cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig
 
 template <class Element>
 cudaError_t launch_lora_grad_x(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
+  if (config.blocks == 0) return cudaSuccess;
   return with_variant(LoraGradXVariants<Element>{}, config.key,
                       [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config, stream); });
 }
@@ -135,7 +136,7 @@ cudaError_t launch_lora_grads(const LoraGradsParams& p, const LoraGradsConfig& c
   const auto* const grad_s = static_cast<const unsigned char*>(p.grad_s);
   last_grad_s.assign(grad_s, grad_s + static_cast<int64_t>(p.m) * p.rank * kBytes);
   lora_launches.push_back({.schedule = "split rows",
-                           .aligned = config.key.aligned,
+                           .access = config.key.access,
                            .counters = p.counters,
                            .counters_were_zero = all_zero(p.counters, config.counters),
                            .stream = stream});

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .measure import MAX_NULL, Ratio, Step, Timer, interleave, peak_bytes, repeats_for, saved_bytes
+from .. import dispatch
+from .measure import MAX_NULL, Ratio, Step, Timer, interleave, peak_bytes, repeats_for, saved_bytes, synchronizer
 
 BASELINE, OURS, NULL = "PEFT", "fused", "PEFT again"
 SAMPLE_S = 0.05
 """A shorter sample would measure the noise of clock and scheduler."""
+EVENT_SAMPLE_S = 0.005
+"""The same for times that a GPU's own events give."""
 
 
 class WrongResult(RuntimeError):
@@ -41,6 +44,8 @@ class Case:
     """Numbers of the problem for plots: m, n, k, rank, dropout."""
     within: Callable[[], AbstractContextManager] = nullcontext
     """Entered once around all samples: a context of each call's own would be timed with it."""
+    schedules: Mapping[str, str] = field(default_factory=dict)
+    """By op, what dispatch chooses for the fused calls, and why, where the case can tell."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,11 @@ class Result:
     bytes: int
     light_share: float | None
     shape: dict[str, float]
+    served: dict[str, int]
+    """Calls of ours in one step, by op and backend."""
+    declined: dict[str, int]
+    """The same of the faster paths that were passed over, by op and reason."""
+    schedules: dict[str, str]
 
     @property
     def quotable(self) -> bool:
@@ -74,8 +84,9 @@ def is_quiet(null: Ratio) -> bool:
 
 
 def measure(
-    case: Case, rounds: int, timer: Timer, device: torch.device, light: Callable[[Case], float], attempts: int = 1
-) -> Result:
+    case: Case, rounds: int, timer: Timer, device: torch.device, light: Callable[[Case], float], attempts: int = 1,
+    sample_s: float = SAMPLE_S,
+) -> Result:  # fmt: skip
     """Times every implementation of ``case``, interleaved, and PEFT twice.
 
     Args:
@@ -86,12 +97,16 @@ def measure(
         timer: takes one sample.
         device: where it runs.
         light: seconds that the least work of a case takes at this machine's measured speeds; 0 where unknown.
+        sample_s: how long a sample of ours takes, about.
     """
     saved = {name: saved_bytes(forward, case.constants) for name, forward in case.forwards.items()}
     steps = {**case.steps, NULL: case.steps[BASELINE]}
     with case.within():
         peak = {name: peak_bytes(step, device) for name, step in case.steps.items()}
-        repeats = repeats_for(case.steps[OURS], SAMPLE_S)
+        with dispatch.own_stats():
+            case.steps[OURS]()
+            counts = dispatch.stats()
+        repeats = repeats_for(case.steps[OURS], sample_s, synchronizer(device))
         for _ in range(attempts):
             times = interleave(steps, rounds, repeats=repeats, warmup=2, timer=timer)
             if is_quiet(times.ratio(BASELINE, NULL)):
@@ -105,4 +120,7 @@ def measure(
         saved=saved, peak=peak, flops=case.flops, bytes=case.bytes,
         light_share=shortest / times.median(OURS) if shortest else None,
         shape=dict(case.shape),
+        served={f"{op} on {backend}": n for (op, backend), n in counts["served"].items()},
+        declined={f"{op}: {reason}": n for (op, reason), n in counts["fallback"].items()},
+        schedules=dict(case.schedules),
     )  # fmt: skip

@@ -75,31 +75,47 @@ def host_timer(sync: Callable[[], None] = lambda: None, clock: Callable[[], floa
     return seconds
 
 
-class GraphTimer:
+class EventTimer:
+    """Times an eager step by CUDA events, each call after the L2 cache was overwritten.
+
+    What the host does while the GPU waits for it is in it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(2 * l2, dtype=torch.int8, device=device)
+
+    def __call__(self, step: Step, repeats: int) -> float:
+        return self._timed(step, repeats)
+
+    def _timed(self, step: Step, repeats: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        milliseconds = 0.0
+        for _ in range(repeats):
+            self._flush.zero_()
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            milliseconds += start.elapsed_time(end)
+        return milliseconds / 1e3 / repeats
+
+
+class GraphTimer(EventTimer):
     """Times the replay of a CUDA graph of a step by events, each replay after the L2 cache was overwritten.
 
     What the host does between launches is not in it. A step that a graph cannot hold raises torch's error.
     """
 
     def __init__(self, device: torch.device) -> None:
-        l2 = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.empty(2 * l2, dtype=torch.int8, device=device)
+        super().__init__(device)
         self._graphs: dict[Step, torch.cuda.CUDAGraph] = {}
 
     def __call__(self, step: Step, repeats: int) -> float:
         graph = self._graphs.get(step)
         if graph is None:
             graph = self._graphs[step] = self._capture(step)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        milliseconds = 0.0
-        for _ in range(repeats):
-            self._flush.zero_()
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            milliseconds += start.elapsed_time(end)
-        return milliseconds / 1e3 / repeats
+        return self._timed(graph.replay, repeats)
 
     @staticmethod
     def _capture(step: Step) -> torch.cuda.CUDAGraph:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..plain import FLOATS
+from ..plain import FLOATS, sum_dtype
 from ..reasons import Reason
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from ..support import cuda, fits, triton
@@ -75,7 +75,7 @@ def _bytes(prefix: Tensor, layers: int, heads: int, batch: int, copies: bool, dt
 
 def _reference_backward(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
     _, heads, tokens, head_dim = grads[0].shape
-    wide = torch.float64 if torch.float64 in (grads[0].dtype, dtype) else torch.float32
+    wide = sum_dtype(grads[0].dtype, dtype)
     total = torch.stack([grad.sum(0, dtype=wide) for grad in grads])
     return total.permute(2, 0, 1, 3).reshape(tokens, len(grads) * heads * head_dim).to(dtype)
 

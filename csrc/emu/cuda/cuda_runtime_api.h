@@ -13,7 +13,12 @@ enum cudaError_t {
   cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorLaunchFailure = 719
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+};
 using cudaStream_t = struct CUstream_st*;
 
 namespace lk::emu {
@@ -21,6 +26,7 @@ namespace lk::emu {
 // What the tests set and read.
 struct Runtime {
   int sms = 1;
+  int capability = 86;
   bool fail_launches = false;
   cudaStream_t stream = nullptr;  // the caller's
   int memsets = 0;
@@ -49,7 +55,21 @@ inline cudaError_t cudaRuntimeGetVersion(int* version) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? lk::emu::runtime.sms : 99 << 10;
+  const lk::emu::Runtime& device = lk::emu::runtime;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = device.sms;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 99 << 10;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = device.capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = device.capability % 10;
+      break;
+  }
   return cudaSuccess;
 }
 
