@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _native, dispatch, philox
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from ..support import cpu, cuda, cuda_or_triton, triton
+from ..support import cpu, cuda, cuda_or_triton, fits, triton
 from . import eager
 from .eager import EagerFunction, as_rows, not_a_view
 
@@ -64,6 +64,7 @@ def _triton_supports(
 
 
 def _triton_run(schedule: str, *args: Any) -> tuple[Tensor, Tensor]:
+    fits.check_lora_linear(*args[:6])
     from ..triton_kernels import lora_linear
 
     return lora_linear.forward(schedule, *args)
@@ -153,6 +154,7 @@ def _triton_supports_backward(grad_y: Tensor, x: Tensor, s: Tensor, weight: Tens
 
 
 def _triton_run_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    fits.check_lora_linear_backward(*args[:7])
     from ..triton_kernels import lora_linear
 
     return lora_linear.backward(schedule, *args)
