@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..benchmarks.cases import NULL, OURS, Case, Result, WrongResult, measure
+from ..benchmarks.cases import EVENT_SAMPLE_S, NULL, OURS, SAMPLE_S, Case, Result, WrongResult, measure
 from ..benchmarks.measure import NOISE, GraphTimer, Timer, host_timer, synchronizer
 from ..text import table
 from . import _arguments as arguments
@@ -137,8 +137,9 @@ def _measure_all(
         graphed = device.type == "cuda" and case.level in ("layer", "decode", "ranks", "tokens")
         timer = GraphTimer(device) if graphed else host
         result = measure(
-            case, options.pairs, timer, device if case.level != "prompt" else CPU, light.seconds, options.attempts
-        )
+            case, options.pairs, timer, device if case.level != "prompt" else CPU, light.seconds, options.attempts,
+            EVENT_SAMPLE_S if graphed else SAMPLE_S,
+        )  # fmt: skip
         results.append(result)
         if options.levels:
             ratio, null = result.speedup[OURS], result.speedup[NULL]

@@ -6,9 +6,13 @@ not wait for the first machine with a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import fcntl
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -189,6 +193,21 @@ def check_backward(grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A:
     ours = unless_triton_is_old(lambda: torch.ops.lora_kernels.lora_linear_backward(*tensors, *rest))
     for name, value, bound, true in zip(RESULTS[1:], ours, unfused, exact):
         assert_as_accurate(value, bound, true, name)
+
+
+@contextlib.contextmanager
+def much_memory(gib: int) -> Iterator[None]:
+    """For one test at a time on this machine; skips where the GPU has less than that free."""
+    with open(Path(tempfile.gettempdir()) / "lora_kernels_gpu_tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0] / GIB
+        if free < gib:
+            pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} are free")
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()
 
 
 def same(ours: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
