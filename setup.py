@@ -6,7 +6,8 @@ with or without CUDA. No GPU is needed to build. Environment:
     CXX                      C++ compiler (default: g++)
     CUDA_HOME                CUDA toolkit (default: the one nvcc on PATH belongs to, then /usr/local/cuda)
     LORA_KERNELS_CUDA        0: do not build CUDA; 1: fail if it cannot be built (default: build it where nvcc is found)
-    TORCH_CUDA_ARCH_LIST     e.g. "8.0 9.0+PTX" (default: "8.0 9.0+PTX 12.0+PTX")
+    TORCH_CUDA_ARCH_LIST     e.g. "8.0 9.0+PTX" (default: "8.0 9.0 10.0+PTX 12.0+PTX"); what nvcc
+                             does not know is left out of either list, and a line says so
     LORA_KERNELS_STRICT      1: fail if the compiler spills registers of a kernel or gives it a stack (default: warn)
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -22,7 +24,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -30,7 +32,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 GPUS = SimpleNamespace(**runpy.run_path(str(ROOT / "lora_kernels" / "architectures.py")))
-DEFAULT_ARCHS = "8.0 9.0+PTX 12.0+PTX"
+# cp.async, and mma of bfloat16.
+OLDEST_ARCH = 80
+# Machine code serves later minor versions of its major one. PTX is for GPUs that then have none: 10.0's for 11.0, and
+# 12.0's for those to come. Between 9.0 and 10.0 there are none.
+DEFAULT_ARCHS = "8.0 9.0 10.0+PTX 12.0+PTX"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 # GCC 12 sees uninitialised reads in std::optional that are not there.
@@ -59,17 +65,66 @@ def find_nvcc() -> tuple[Path | None, str]:
     return None, "nvcc not found: set CUDA_HOME to build the CUDA kernels"
 
 
-def gencode(arch_list: str) -> list[str]:
-    """nvcc flags for a list such as "8.0 9.0+PTX"."""
-    flags = []
+class Arch(NamedTuple):
+    """An entry of TORCH_CUDA_ARCH_LIST."""
+
+    number: str
+    """As nvcc writes it: 80, 90a."""
+    ptx: bool
+    """PTX beside the machine code."""
+
+    @property
+    def family(self) -> int:
+        """Without the letter of what only this GPU has, as ``nvcc --list-gpu-arch`` lists it."""
+        return int(self.number.rstrip("af"))
+
+    def __str__(self) -> str:
+        digits = str(self.family)
+        return f"{digits[:-1]}.{digits[-1]}{self.number[len(digits) :]}{'+PTX' if self.ptx else ''}"
+
+
+def read_archs(arch_list: str) -> list[Arch]:
+    """A list such as "8.0 9.0+PTX"."""
+    archs = []
     for entry in arch_list.replace(";", " ").split():
         number, _, ptx = entry.partition("+")
         digits = number.replace(".", "")
         if not digits.rstrip("af").isdigit() or ptx not in ("", "PTX"):
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: cannot read {entry!r}, expected e.g. 8.0 or 9.0+PTX")
-        flags.append(f"-gencode=arch=compute_{digits},code=sm_{digits}")
+        archs.append(Arch(digits, bool(ptx)))
+    return archs
+
+
+def offered_archs(cuda_home: Path) -> set[int]:
+    """What the toolkit's nvcc compiles for."""
+    command = [str(cuda_home / "bin" / "nvcc"), "--list-gpu-arch"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {int(number) for number in re.findall(r"compute_(\d+)\b", listed)}
+
+
+def buildable(wanted: list[Arch], offered: set[int]) -> tuple[list[Arch], list[Arch]]:
+    """(what to build, what to leave out). GPUs later than the toolkit still run PTX, if any was wanted."""
+    kept = [arch for arch in wanted if arch.family in offered and arch.family >= OLDEST_ARCH]
+    left_out = [arch for arch in wanted if arch not in kept]
+    if not kept:
+        possible = [str(Arch(str(number), False)) for number in sorted(offered) if number >= OLDEST_ARCH]
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST: nothing can be built for {' '.join(map(str, wanted))}; "
+            f"this nvcc can build the kernels for {' '.join(possible) or 'nothing'}"
+        )
+    if any(arch.ptx for arch in left_out) and not any(arch.ptx for arch in kept):
+        newest = max(kept, key=lambda arch: arch.family)
+        kept[kept.index(newest)] = newest._replace(ptx=True)
+    return kept, left_out
+
+
+def gencode(archs: list[Arch]) -> list[str]:
+    """nvcc's flags."""
+    flags = []
+    for number, ptx in archs:
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if ptx:
-            flags.append(f"-gencode=arch=compute_{digits},code=compute_{digits}")
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
 
@@ -113,7 +168,11 @@ print(json.dumps(module.kernels()))
 
 
 CUDA_HOME, CUDA_REASON = find_nvcc()
-ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+ARCHS = LEFT_OUT = []
+if CUDA_HOME is not None:
+    ARCHS, LEFT_OUT = buildable(
+        read_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS), offered_archs(CUDA_HOME)
+    )
 
 
 def sources(name: str) -> list[str]:
@@ -223,15 +282,34 @@ def build_record() -> dict[str, str]:
     def version(command: list[str]) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    cuda = f"not built: {CUDA_REASON}"
+    cuda = {"CUDA": f"not built: {CUDA_REASON}"}
     if CUDA_HOME is not None:
-        cuda = f"built for {ARCHS} with {version([f'{CUDA_HOME}/bin/nvcc', '--version']).splitlines()[-1]}"
+        nvcc = version([f"{CUDA_HOME}/bin/nvcc", "--version"]).splitlines()[-1]
+        cuda = {"CUDA": f"built for {' '.join(map(str, ARCHS))} with {nvcc}"}
+    if LEFT_OUT:
+        cuda["CUDA, left out"] = left_out_text()
     return {
         "C++": f"built with {version([os.environ.get('CXX', 'g++'), '--version']).splitlines()[0]}",
-        "CUDA": cuda,
+        **cuda,
         "torch headers": torch.__version__,
         "oldest torch": "2.10",
     }
+
+
+def left_out_text() -> str:
+    """What is not built, and why."""
+    old = [str(arch) for arch in LEFT_OUT if arch.family < OLDEST_ARCH]
+    unknown = [str(arch) for arch in LEFT_OUT if arch.family >= OLDEST_ARCH]
+    reasons = [f"{' '.join(old)}: the kernels need 8.0"] if old else []
+    if unknown:
+        reasons.append(f"{' '.join(unknown)}: not known to {CUDA_HOME}/bin/nvcc; CUDA_HOME may name a later toolkit")
+    return "; ".join(reasons)
+
+
+def warn_of_what_is_left_out() -> None:
+    """Before a build that takes minutes."""
+    if LEFT_OUT:
+        print(f"warning: CUDA, left out: {left_out_text()}", file=sys.stderr)
 
 
 def extension(name: str) -> Extension:
@@ -244,6 +322,7 @@ def main() -> None:
         # A stale module of an earlier build must not pass for this one.
         (ROOT / "lora_kernels" / "_cuda.abi3.so").unlink(missing_ok=True)
         (ROOT / "build" / "kernel_resources.txt").unlink(missing_ok=True)
+    warn_of_what_is_left_out()
     setup(
         ext_modules=[extension("_C"), *([extension("_cuda")] if CUDA_HOME is not None else [])],
         cmdclass={"build_ext": NinjaBuild},

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from typing import Any
 
-import torch  # noqa: F401  (libtorch must be loaded before an extension that links it)
+import torch  # also: libtorch must be loaded before an extension that links it
 
 from .reasons import Reason
 
@@ -22,6 +23,26 @@ def _load(name: str) -> tuple[Any, str]:
 
 cpu, cpu_error = _load("_C")
 cuda, cuda_error = _load("_cuda")
+
+
+_CUDA_PROBLEMS = {
+    "driver": Reason.DRIVER,
+    "architecture": Reason.NOT_COMPILED,
+    "other": Reason.CUDA_ERROR,
+}
+"""By what ``lora_kernels._cuda.usable`` calls them."""
+
+
+@functools.cache
+def cuda_problem(device: torch.device) -> tuple[Reason, str] | None:
+    """Why ``lora_kernels._cuda``, which is loaded, does not run on a GPU, and what CUDA says; None if it does.
+
+    torch works there; but the extension may want a newer driver than torch does, and is compiled for the architectures
+    that its builder chose. CUDA is asked once per device, for one kernel: all are compiled for the same architectures.
+    """
+    with torch.cuda.device(device):
+        problem, detail = cuda.usable()
+    return (_CUDA_PROBLEMS[problem], detail) if problem else None
 
 
 def build_info() -> dict[str, str]:

@@ -160,7 +160,7 @@ def forced_backend() -> str | None:
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Availability of every backend, in order of preference."""
+    """Availability of every backend, in order of preference. On a machine with GPUs, the current one is asked."""
     from importlib.util import find_spec
 
     def extension(module: Any, error: str, found: str) -> BackendStatus:
@@ -169,6 +169,10 @@ def backends() -> dict[str, BackendStatus]:
     cuda = extension(_native.cuda, _native.cuda_error, "lora_kernels._cuda")
     if cuda.available and not torch.cuda.is_available():
         cuda = BackendStatus(False, "lora_kernels._cuda loads, but torch sees no CUDA device")
+    elif cuda.available:
+        problem = _native.cuda_problem(torch.device("cuda", torch.cuda.current_device()))
+        if problem is not None:
+            cuda = BackendStatus(False, "lora_kernels._cuda loads, but: {}: {}".format(*problem))
     served = ", ".join(name for name, spec in _SPECS.items() if "triton" in spec.kernels)
     if find_spec("triton") is None:
         triton = BackendStatus(False, str(Reason.TRITON_NOT_INSTALLED))

@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules import module as _module
 
 from .frozen_linears import FrozenLinear
-from .plain import FLOATS, LOW_PRECISION, PLAIN_TENSORS, inside_transform, is_parametrized, not_plain
+from .plain import FLOATS, INDICES, LOW_PRECISION, PLAIN_TENSORS, inside_transform, is_parametrized, not_plain
 from .reasons import Reason
 
 Operands = tuple[Tensor, Tensor, Tensor, "Tensor | None", "float | Tensor", float, bool, "Tensor | None"]
@@ -264,7 +264,7 @@ def ids_reason(ids: Any) -> Reason | None:
         return Reason.DTENSOR
     if ids.layout != torch.strided or ids.is_nested:
         return Reason.LAYOUT
-    if ids.dtype != torch.int64 and ids.dtype != torch.int32:
+    if ids.dtype not in INDICES:
         return Reason.DTYPE
     return Reason.TRANSFORM if inside_transform() else None
 

@@ -61,7 +61,12 @@ def keep_mask(seed: torch.Tensor, rows: int, columns: int, p: float) -> torch.Te
     """
     groups_per_row = (columns + 7) // 8
     group = torch.arange(rows * groups_per_row, dtype=torch.int64, device=seed.device)
+    return keep_groups(seed, group, p).view(rows, groups_per_row * 8)[:, :columns]
+
+
+def keep_groups(seed: torch.Tensor, group: torch.Tensor, p: float) -> torch.Tensor:
+    """The eight elements of each group: bool [..., 8] for ``group`` [...], int64."""
     zero = torch.zeros_like(group)
     words = philox4x32((group & _LOW32, group >> 32 & _LOW32, zero, zero), (seed & _LOW32, seed >> 32 & _LOW32))
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return halves.view(rows, groups_per_row * 8)[:, :columns] >= keep_threshold(p)
+    return halves >= keep_threshold(p)

@@ -18,6 +18,18 @@ PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes that the ops compute in."""
+INDICES = (torch.int64, torch.int32)
+"""Dtypes of token ids, labels and the like."""
+
+
+def are_indices(*given: Tensor | None) -> bool:
+    """Whether the dtypes are those of indices; None is none."""
+    return all(index is None or index.dtype in INDICES for index in given)
+
+
+def sum_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """What sums of these are formed in."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def inside_transform() -> bool:

@@ -21,8 +21,11 @@ class Reason(str, enum.Enum):
     RANK = "rank above 256"
     SIZE = "more rows, columns or tiles than 32 bits count"
     ARCHITECTURE = "GPU older than sm_80"
+    DRIVER = "driver older than the CUDA toolkit of the extension"
+    NOT_COMPILED = "extension not compiled for this GPU"
+    CUDA_ERROR = "the extension's CUDA does not work on this GPU"
     PREFERS_TRITON = "Triton reaches this GPU's faster matrix instructions"
-    TRITON_TOO_OLD = "Triton older than 3.7"
+    TRITON_TOO_OLD = "Triton older than 3.6"
     NOT_INTERPRETED = "Triton needs a GPU, or TRITON_INTERPRET=1 and use_backend('triton')"
 
     # A layer keeps its own forward (integrations).

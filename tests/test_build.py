@@ -149,16 +149,100 @@ def test_wheel_works_outside_the_checkout(checkout, tmp_path):
     [
         ({"LORA_KERNELS_CUDA": "yes"}, "LORA_KERNELS_CUDA must be 0, 1 or unset"),
         ({"LORA_KERNELS_CUDA": "0", "TORCH_CUDA_ARCH_LIST": ""}, None),
-        ({"TORCH_CUDA_ARCH_LIST": "Ampere"}, "TORCH_CUDA_ARCH_LIST: cannot read 'Ampere'"),
     ],
 )
 def test_build_settings_are_checked(checkout, environment, message):
-    code = "import setup; setup.gencode(setup.ARCHS)"
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", "import setup"],
+        cwd=checkout,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
     assert (message or "") in run.stderr
     assert (run.returncode == 0) == (message is None)
+
+
+def toolkit(folder, archs):
+    """The home of a toolkit whose nvcc knows these architectures, and refuses others as nvcc does."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    (folder / "include").mkdir()
+    (folder / "include" / "cuda_runtime_api.h").touch()
+    nvcc.write_text(f"""#!{sys.executable}
+import re, sys
+known = {archs!r}
+if "--list-gpu-arch" in sys.argv:
+    print(*(f"compute_{{number}}" for number in known), sep="\\n")
+elif "--version" in sys.argv:
+    print("nvcc: NVIDIA (R) Cuda compiler driver", "Build of_this_test", sep="\\n")
+else:
+    for number in re.findall(r"compute_(\\d+)", " ".join(sys.argv)):
+        if int(number) not in known:
+            sys.exit(f"nvcc fatal   : Unsupported gpu architecture 'compute_{{number}}'")
+""")
+    nvcc.chmod(0o755)
+    return folder
+
+
+def ask_setup(checkout, code, **environment):
+    run = subprocess.run(
+        [sys.executable, "-c", f"import setup; {code}"],
+        cwd=checkout,
+        env={**os.environ, "LORA_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "", **environment},
+        capture_output=True,
+        text=True,
+    )
+    return run.returncode, run.stdout.strip(), run.stderr.strip()
+
+
+CUDA_12_0 = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90)
+CUDA_12_9 = (*CUDA_12_0, 100, 101, 103, 120, 121)
+
+
+@pytest.mark.parametrize(
+    ("known", "wanted", "built", "left_out"),
+    [
+        (CUDA_12_9, "", "8.0 9.0 10.0+PTX 12.0+PTX", None),
+        (CUDA_12_0, "", "8.0 9.0+PTX", "10.0+PTX 12.0+PTX"),
+        (CUDA_12_0, "8.6;9.0a", "8.6 9.0a", None),
+        (CUDA_12_0, "8.0+PTX 12.0+PTX", "8.0+PTX", "12.0+PTX"),
+        (CUDA_12_0, "9.0 8.0 12.0f", "9.0 8.0", "12.0f"),
+        (CUDA_12_9, "7.5 8.0 9.0 12.0+PTX", "8.0 9.0 12.0+PTX", "7.5"),  # of an image that is also for a T4
+    ],
+)
+def test_what_nvcc_does_not_know_is_left_out_and_said(checkout, tmp_path, known, wanted, built, left_out):
+    """Its newest then gets the PTX that was asked for: later GPUs must find something to run."""
+    home = toolkit(tmp_path / "cuda", known)
+    code = """
+import json, subprocess
+subprocess.run([f"{setup.CUDA_HOME}/bin/nvcc", *setup.gencode(setup.ARCHS), "-c", "kernel.cu"], check=True)
+setup.warn_of_what_is_left_out()
+print(json.dumps(setup.build_record()))"""
+    status, out, err = ask_setup(checkout, code, CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=wanted)
+    assert status == 0, err
+    record = json.loads(out)
+    assert record["CUDA"] == f"built for {built} with Build of_this_test"
+    if left_out is None:
+        assert "CUDA, left out" not in record
+        assert err == ""
+    else:
+        assert record["CUDA, left out"].startswith(f"{left_out}: ")
+        assert err == f"warning: CUDA, left out: {record['CUDA, left out']}"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("12.0 7.5 10.0a", "nothing can be built for 12.0 7.5 10.0a; this nvcc can build the kernels for 8.0 8.6 8.7 "),
+        ("Ampere", "cannot read 'Ampere'"),
+    ],
+)
+def test_an_arch_list_of_which_nothing_can_be_built_is_an_error(checkout, tmp_path, wanted, message):
+    home = toolkit(tmp_path / "cuda", CUDA_12_0)
+    status, _, err = ask_setup(checkout, "", CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=wanted)
+    assert status != 0
+    assert f"TORCH_CUDA_ARCH_LIST: {message}" in err
 
 
 @pytest.mark.skipif(shutil.which(AARCH64) is None, reason=f"{AARCH64} is not installed")

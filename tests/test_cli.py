@@ -16,7 +16,8 @@ from cli_runs import ADAPTER_FILES, TRAIN, adapter_dir, copy_adapter, finetune, 
 from safetensors.torch import load_file, save_file
 
 import lora_kernels as lk
-from lora_kernels.cli import _training, main
+from lora_kernels import _native
+from lora_kernels.cli import _training, info, main
 
 
 def interrupt_after(monkeypatch, steps):
@@ -305,6 +306,18 @@ def test_info_names_backends_and_choices(capsys):
     assert choice["reason"]
     assert main(["info"]) == 0
     assert "reference" in capsys.readouterr().out
+
+
+def test_info_says_on_which_gpus_the_extension_works(monkeypatch):
+    problems = [None, (lk.Reason.NOT_COMPILED, "what CUDA says")]
+    monkeypatch.setattr(_native, "cuda", object())
+    monkeypatch.setattr(_native, "cuda_problem", lambda device: problems[device.index])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(problems))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, index))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    found = info._machine()["gpus"]
+    assert found == ["GPU 0 (sm_80)", f"GPU 1 (sm_81, {lk.Reason.NOT_COMPILED})"]
 
 
 def test_help_and_mistakes(capsys):

@@ -8,18 +8,22 @@ import pytest
 A100 = (108, 163 << 10)
 
 
-def config(m, n, rank=16, *, k=4096, aligned=True, has_dropout=False, device=A100):
-    return emulator.load_lora_linear().lora_linear_config(m, n, k, rank, aligned, has_dropout, *device)
+def config(
+    m, n, rank=16, *, k=4096, aligned=True, has_dropout=False, device=A100, capability=80, schedule="one launch"
+):
+    return emulator.load_lora_linear().lora_linear_config(
+        m, n, k, rank, aligned, has_dropout, *device, capability=capability, schedule=schedule
+    )
 
 
 @pytest.mark.parametrize(
     ("problem", "rows", "reason"),
     [
         (dict(m=8192, n=4096), 128, "large tiles fill the waves of SMs well"),
-        (dict(m=64, n=65536), 64, "few rows: half of a large tile would be idle"),
+        (dict(m=64, n=65536, rank=128), 64, "few rows: half of a large tile would be idle"),
+        (dict(m=64, n=65536), 64, "blocks share out the depth, too"),
         (dict(m=512, n=512), 64, "small tiles fill the waves of SMs better"),
         (dict(m=1408, n=1408), 64, "small tiles fill the waves of SMs better"),  # 121 large tiles: 2 waves for 1.1
-        (dict(m=8192, n=4096, aligned=False), 64, "rows are not aligned to 16 bytes"),
         (dict(m=8192, n=4096, device=(20, 48 << 10)), 64, "the large tile does not fit into shared memory"),
     ],
 )
@@ -37,9 +41,16 @@ def test_tile_and_its_reason(problem, rows, reason):
         (dict(m=8192, n=4096, rank=72), "ticketed"),
         (dict(m=8192, n=64), "dual"),
         (dict(m=16, n=4096), "decode"),
-        (dict(m=17, n=4096), "ticketed"),
+        (dict(m=16, n=4095, rank=4), "decode"),
+        (dict(m=17, n=4096), "dual"),
+        (dict(m=128, n=4096), "dual"),
+        (dict(m=129, n=4096), "ticketed"),
+        (dict(m=17, n=4096, rank=4), "ticketed"),
+        (dict(m=8192, n=4096, rank=4), "ticketed"),
+        (dict(m=8192, n=32001), "ticketed"),
         (dict(m=1, n=4096, rank=128), "ticketed"),
-        (dict(m=1, n=4096, aligned=False), "ticketed"),
+        (dict(m=1, n=4096, aligned=False), "shrink"),
+        (dict(m=8192, n=4096, schedule="cublas"), "shrink"),
     ],
 )
 def test_schedule(problem, schedule):
@@ -66,7 +77,45 @@ def test_no_depth_is_not_split():
 @pytest.mark.parametrize("rank", [16, 64])
 def test_splits_of_the_adapter_gradients_cover_the_rows(m, rank):
     chosen = emulator.load_lora_linear().lora_backward_config(m, 4096, 1024, rank, True, True, True, True, *A100)
-    assert (chosen["splits"] - 1) * chosen["split_rows"] < m <= chosen["splits"] * chosen["split_rows"]
+    assert (chosen["grads_splits"] - 1) * chosen["split_rows"] < m <= chosen["grads_splits"] * chosen["split_rows"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "cublas", "reason"),
+    [
+        (dict(m=8192, n=4096, capability=90), True, "three fifths"),
+        (dict(m=8192, n=4096, capability=100), True, "tcgen05"),
+        (dict(m=8192, n=4096, capability=80), True, "four fifths"),
+        (dict(m=1408, n=1408, capability=80), False, "one launch costs less"),
+        (dict(m=8192, n=4096, capability=86), False, "mma.sync is what the vendor's GEMM uses here"),
+        (dict(m=8192, n=4096, capability=120), False, "mma.sync is what the vendor's GEMM uses here"),
+        (dict(m=128, n=4096, capability=90), False, "few rows"),
+        (dict(m=64, n=4096, rank=4, capability=86), True, "fewer tiles than SMs"),
+        (dict(m=16, n=4096, capability=90), False, "few rows"),
+        (dict(m=16, n=4096, rank=4, capability=90), False, "few rows"),
+        (dict(m=16, n=4096, rank=128, capability=90), True, "fewer tiles than SMs"),
+        (dict(m=16, n=4096, has_dropout=True, capability=90), True, "fewer tiles than SMs"),
+        (dict(m=8192, n=32001, capability=90), False, "rows of y are not whole chunks"),
+        (dict(m=8192, n=4096, k=4095, capability=86), True, "rows of x or w are not whole chunks"),
+        (dict(m=8192, n=4096, capability=90, schedule="one launch"), False, "as asked"),
+        (dict(m=8192, n=4096, capability=86, schedule="cublas"), True, "as asked"),
+    ],
+)
+def test_one_launch_or_the_vendors_gemm(problem, cublas, reason):
+    chosen = config(**{"schedule": "auto", **problem})
+    assert chosen["cublas"] == cublas
+    assert reason in chosen["why"]
+    assert (chosen["schedule"] == "shrink") == cublas
+
+
+@pytest.mark.parametrize(("m", "k", "rank"), [(1, 4096, 16), (100, 776, 24), (8192, 4096, 16), (512, 14336, 200)])
+def test_splits_of_shrink_cover_the_depth_and_fill_the_sms(m, k, rank):
+    chosen = config(m, 4096, rank, k=k, schedule="cublas")
+    assert (chosen["splits"] - 1) * chosen["split_depth"] < k <= chosen["splits"] * chosen["split_depth"]
+    tiles = -(-m // chosen["rows"]) * -(-rank // chosen["columns"])
+    assert chosen["blocks"] == tiles * chosen["splits"]
+    assert chosen["splits"] == 1 or chosen["partials"] == tiles * chosen["splits"] * chosen["rows"] * chosen["columns"]
+    assert chosen["blocks"] >= A100[0] or chosen["split_depth"] < 2 * 8 * 64, "idle SMs could take part of the depth"
 
 
 @pytest.mark.parametrize("rank", [1, 16, 17, 64, 65, 256])
@@ -91,6 +140,24 @@ def test_every_tile_has_one_ticket_and_waits_only_for_lower_ones(m, n, rank):
         last_shrink = max(t for t, (is_shrink, r, _) in enumerate(work) if is_shrink and r == row)
         first_base = min(t for t, (is_shrink, r, _) in enumerate(work) if not is_shrink and r == row)
         assert last_shrink < first_base
+
+
+@pytest.mark.parametrize(("m", "n"), [(8192, 4096), (4096, 14336), (16384, 1024)])
+def test_tiles_that_run_together_share_rows_and_columns(m, n):
+    # Of what fills an A100, two blocks per SM: a square of tiles would read the fewest rows of x and w, and a raster
+    # by rows alone reads w again for every block of rows.
+    chosen = config(m, n)
+    row_blocks, columns = -(-m // chosen["rows"]), -(-n // chosen["columns"])
+    work_of_ticket = emulator.load_lora_linear().work_of_ticket
+    tickets = range(row_blocks * (columns + 1))
+    work = [work_of_ticket(t, row_blocks, 1, columns, chosen["group_rows"]) for t in tickets]
+    wave = 2 * A100[0]
+    read = 0
+    for first in range(0, len(work), wave):
+        base = [(row, column) for is_shrink, row, column in work[first : first + wave] if not is_shrink]
+        read += len({row for row, _ in base}) + len({column for _, column in base})
+    squares = len(work) / wave * 2 * wave**0.5
+    assert read <= 1.5 * squares
 
 
 def test_counters_hold_a_flag_per_block_of_rows():

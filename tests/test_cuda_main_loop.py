@@ -1,20 +1,19 @@
 """What the compiler makes of the main loops: LoRA costs the loop of a large tile nothing beside the frozen product's.
 
-The machine code is read with the disassembler that Triton brings along. The frozen product's kernel serves no op and is
-not in the extension: it is compiled here, as setup.py compiles the others.
+The frozen product's kernel serves no op and is not in the extension: it is compiled here, as setup.py compiles the
+others.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import emulator
 import pytest
+import sass
 import setup_script
 
 from lora_kernels import _native
@@ -34,35 +33,17 @@ class Loop(NamedTuple):
     barriers: int
 
 
-def disassembler() -> Path | None:
-    spec = find_spec("triton")
-    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if spec and spec.origin else None
-    return tool if tool is not None and tool.is_file() else None
-
-
 pytestmark = [
     pytest.mark.skipif(_native.cuda is None, reason=f"lora_kernels._cuda: {_native.cuda_error}"),
     pytest.mark.skipif(setup_script.load().CUDA_HOME is None, reason=setup_script.load().CUDA_REASON),
-    pytest.mark.skipif(disassembler() is None, reason="triton, whose disassembler is used, is not installed"),
+    pytest.mark.skipif(sass.disassembler() is None, reason="cuobjdump is not installed"),
 ]
 
 
 def loops(module: Path, kernel: str, arch: str) -> list[Loop]:
-    """Every loop of a kernel: the instructions from a backward branch's target to the branch."""
-    tool = disassembler()
-    environment = {**os.environ, "PATH": f"{tool.parent}:{os.environ['PATH']}"}
-    command = [str(tool), "-sass", "-arch", arch, "-fun", kernel, str(module)]
-    text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    code = [(int(address, 16), line) for address, line in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", text)]
-    assert code, f"{kernel} is not built for {arch}"
-    found = []
-    for end, line in code:
-        branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)", line)
-        begin = int(branch[1], 16) if branch else end
-        if begin < end:
-            body = [text for address, text in code if begin <= address <= end]
-            found.append(Loop(len(body), *(sum(name in text for text in body) for name in NAMES)))
-    return found
+    """Every loop of a kernel."""
+    bodies = sass.loops(sass.code(module, arch, kernel)[kernel])
+    return [Loop(len(body), *(sum(name in text for text in body) for name in NAMES)) for body in bodies]
 
 
 def main_loop(found: list[Loop]) -> Loop:

@@ -1,15 +1,18 @@
 """Which backend serves a call, and that it can always be told why."""
 
+import contextlib
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from pretended_gpu import pretend_gpu
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk
-from lora_kernels import dispatch
+from lora_kernels import _native, dispatch
 from lora_kernels.support import cuda as _cuda
 
 
@@ -50,9 +53,9 @@ def test_why_names_the_faster_path_that_was_passed_over():
     assert "cpu: dtype not served" in choice.reason
 
 
-def cuda_verdict(monkeypatch, *, m=3, n=6, k=8, rank=2, dtype=torch.bfloat16, capability=(8, 0)):
+def cuda_verdict(monkeypatch, *, m=3, n=6, k=8, rank=2, dtype=torch.bfloat16, capability=(8, 0), problem=None):
     """What the CUDA kernel of lora_linear says to a call; meta tensors, so that sizes cost nothing."""
-    monkeypatch.setattr(_cuda, "capability", lambda device: capability)
+    pretend_gpu(monkeypatch, capability, problem)
     shapes = ((m, k), (n, k), (rank, k), (n, rank))
     x, weight, A, B = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
     return dispatch.specs()["lora_linear"].kernels["cuda"].supports(x, weight, A, B, None, None, 1.0, 0.0)
@@ -78,11 +81,87 @@ def test_cuda_serves(monkeypatch, call):
         ({"n": 2**25 + 1}, lk.Reason.SIZE),
         ({"m": 2**24, "n": 2**20}, lk.Reason.SIZE),
         ({"capability": (7, 5)}, lk.Reason.ARCHITECTURE),
+        ({"problem": (lk.Reason.DRIVER, "")}, lk.Reason.DRIVER),
+        ({"problem": (lk.Reason.NOT_COMPILED, "")}, lk.Reason.NOT_COMPILED),
     ],
     ids=str,
 )
 def test_cuda_refuses_with_its_reason(monkeypatch, call, reason):
     assert cuda_verdict(monkeypatch, **call) == (None, reason)
+
+
+KINDS = {"driver": lk.Reason.DRIVER, "architecture": lk.Reason.NOT_COMPILED, "other": lk.Reason.CUDA_ERROR}
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """extension(problem): a ``lora_kernels._cuda`` and a GPU on which it has that problem, or none."""
+    asked = []
+
+    def load(problem):
+        def usable():
+            asked.append(problem)
+            return problem, "what CUDA says" if problem else ""
+
+        monkeypatch.setattr(_native, "cuda", SimpleNamespace(usable=usable))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        monkeypatch.setattr(_cuda, "capability", lambda device: (8, 0))
+        _native.cuda_problem.cache_clear()
+        return asked
+
+    yield load
+    _native.cuda_problem.cache_clear()
+
+
+def every_cuda_verdict():
+    """To a call of every op that has a kernel in the extension, by name."""
+    BF16, meta = torch.bfloat16, torch.device("meta")
+    rows = torch.empty(4, 8, dtype=BF16, device=meta)
+    x, weight, A, B = (torch.empty(size, dtype=BF16, device=meta) for size in ((3, 8), (6, 8), (2, 8), (6, 2)))
+    y, s = torch.empty(3, 6, dtype=BF16, device=meta), torch.empty(3, 2, dtype=BF16, device=meta)
+    ids = torch.empty(1, 5, dtype=torch.int64, device=meta)
+    kv = torch.empty(1, 2, 4, 2, dtype=BF16, device=meta)
+    embeds = torch.empty(1, 9, 8, dtype=BF16, device=meta)
+    needs = (True, True, True)
+    calls = {
+        "lora_linear": (x, weight, A, B, None, None, 1.0, 0.0),
+        "lora_linear_backward": (y, x, s, weight, A, B, None, 1.0, 0.0, *needs),
+        "dropout_mask": (ids, 3, 8, 0.5),
+        "prompt_embedding": (rows, ids, weight, *(None,) * 5, False),
+        "prompt_embedding_backward": (embeds, ids, None, None, 0, 4, BF16, 0, True, False, False),
+        "prefix_kv": (rows, 1, 2, 1, False, BF16),
+        "prefix_kv_backward": ([kv, kv], BF16),
+    }
+    kernels = {name: spec.kernels["cuda"] for name, spec in dispatch.specs().items() if "cuda" in spec.kernels}
+    assert {name for name, kernel in kernels.items() if kernel.run is None} == calls.keys(), "those of the extension"
+    return {name: kernels[name].supports(*args) for name, args in calls.items()}
+
+
+def test_every_cuda_kernel_serves_on_a_gpu_that_works(extension):
+    asked = extension("")
+    assert not [name for name, verdict in every_cuda_verdict().items() if verdict.schedule is None]
+    every_cuda_verdict()
+    assert len(asked) == 1, "once per device, not per call"
+    assert lk.backends()["cuda"] == (True, "lora_kernels._cuda")
+
+
+@pytest.mark.parametrize("problem", KINDS)
+def test_no_cuda_kernel_runs_where_the_extension_does_not(extension, problem):
+    # Refused, not raised: the next backend serves the call.
+    extension(problem)
+    assert set(every_cuda_verdict().values()) == {(None, KINDS[problem])}
+    status = lk.backends()["cuda"]
+    assert not status.available
+    assert str(KINDS[problem]) in status.detail
+    assert "what CUDA says" in status.detail
+
+
+def test_no_cuda_kernel_runs_on_an_old_gpu(extension, monkeypatch):
+    extension("")
+    monkeypatch.setattr(_cuda, "capability", lambda device: (7, 5))
+    assert set(every_cuda_verdict().values()) == {(None, lk.Reason.ARCHITECTURE)}
 
 
 def test_cuda_serves_float32_where_torch_allows_tf32(monkeypatch, fp32_precision):

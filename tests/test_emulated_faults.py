@@ -16,8 +16,8 @@ MANY = 1000
 
 def forward(problem, name="bf16", **options):
     def run(**fault):
-        *_, schedule, report = check_forward(matrices(*problem, name), **options, **fault)
-        return schedule, [report]
+        *_, schedule, reports = check_forward(matrices(*problem, name), **options, **fault)
+        return schedule, reports
 
     return run
 
@@ -36,11 +36,15 @@ def backward(problem, name="bf16", **options):
 # can be. tf32 has other stages and fragments: half as deep, and transposed without ldmatrix.
 SCENARIOS = {
     "ticketed": forward((256, 136, 272, 200), p=0.3),
-    "ticketed-unaligned": forward((150, 75, 443, 200), p=0.3),
+    "ticketed-ranks": forward((200, 75, 272, 7), p=0.3),
     "ticketed-tf32": forward((200, 132, 76, 72), "tf32", p=0.3),
     "column-0": forward((256, 136, 272, 40)),
     "dual": forward((150, 64, 424, 24)),
+    "dual-split": forward((100, 136, 1544, 24), sms=40),
     "decode": forward((5, 136, 1544, 16), sms=40),
+    "cublas": forward((150, 136, 1544, 24), p=0.3, sms=40, schedule="cublas"),
+    "cublas-gathered": forward((150, 75, 1543, 200), p=0.3, sms=40, schedule="cublas"),
+    "backward-cublas": backward((150, 1544, 136, 24), p=0.3, sms=40, schedule="cublas"),
     "backward": backward((200, 264, 136, 16), p=0.3),
     "backward-wide": backward((600, 272, 136, 200), p=0.3, sms=MANY),
     "backward-tf32": backward((200, 76, 132, 12), "tf32", p=0.3),
@@ -86,7 +90,7 @@ LEFT_OUT = {
 @pytest.mark.parametrize(
     ("scenario", "fault"),
     # Rows that are not aligned are not copied asynchronously.
-    [(s, f) for s in SCENARIOS for f in LEFT_OUT if (s, f) != ("ticketed-unaligned", "drop_async_wait")],
+    [(s, f) for s in SCENARIOS for f in LEFT_OUT if (s, f) != ("cublas-gathered", "drop_async_wait")],
 )
 def test_everything_left_out_is_caught(scenario, fault):
     names = sites(scenario, LEFT_OUT[fault])
@@ -98,19 +102,19 @@ def test_everything_left_out_is_caught(scenario, fault):
 
 @pytest.mark.parametrize(
     ("scenario", "fault"),
-    # The blocks of dual do not meet, and those of decode meet in one atomic addition: there is no flag to load.
+    # The blocks of dual do not meet, and those of decode and cublas meet in one atomic addition: no flag is loaded.
     [
         (s, f)
         for s in SCENARIOS
-        if s != "dual" and not s.endswith("unaligned")
+        if s != "dual"
         for f in ("drop_acquire", "drop_release_order", "early_release")
-        if (s, f) != ("decode", "drop_acquire")
+        if f != "drop_acquire" or not ("cublas" in s or s in ("decode", "dual-split"))
     ],
 )
 def test_a_missing_order_between_blocks_is_caught(scenario, fault):
     assert not survives(scenario, **{fault: True})
 
 
-@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if not name.endswith("unaligned")])
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != "cublas-gathered"])
 def test_a_tail_that_is_not_zero_is_caught(scenario):
     assert not survives(scenario, ignore_copy_size=True)

@@ -9,19 +9,30 @@ import pytest
 import torch
 from covering import case_id, covering_pairs
 from emulated import DTYPES, check_backward, grad_y_of, matrices, run_backward, saved_s
+from test_emulated_lora_linear import ALL, RANKS, STAGES_OF_BRANCH, WHOLE, asked
 
 MANY = 1000  # SMs: more than there are tiles
+STAGES_OF_GRADS = 4
+"""LoraGrads::kStages."""
 
-# Problems for which each kernel of dX is chosen: (rows of a tile, aligned, rank tile) -> axes. Many SMs split the rows
-# of dA and dB. No result has but a few elements: the bound compares our largest error with torch's, there one draw with
-# another.
+# Problems for which each kernel of dX is chosen: (schedule, rows of a tile, access, rank tile) -> axes; of "cublas" it
+# is the first. Many SMs split the rows of dA and dB. No result has but a few elements: the bound compares our largest
+# error with torch's, there one draw with another.
 KERNELS = {
-    (128, True, 16): dict(m=(65, 200, 600), n=(24, 264), k=(72, 136), rank=(8, 16), sms=(1,)),
-    (128, True, 64): dict(m=(65, 200, 600), n=(24, 264), k=(72, 136), rank=(24, 64, 256), sms=(1,)),
-    (64, True, 16): dict(m=(1, 64, 520), n=(24, 264), k=(8, 136), rank=(8, 16), sms=(MANY,)),
-    (64, True, 64): dict(m=(1, 64, 520), n=(24, 264), k=(8, 136), rank=(24, 64, 256), sms=(MANY,)),
-    (64, False, 16): dict(m=(1, 64, 530), n=(9, 75), k=(9, 133), rank=(1, 7, 16), sms=(1, MANY)),
-    (64, False, 64): dict(m=(1, 64, 530), n=(9, 75), k=(9, 133), rank=(17, 64, 255), sms=(1, MANY)),
+    ("ticketed", 128, WHOLE, 16): dict(m=(65, 200, 600), n=(24, 264), k=(72, 136), rank=(8, 16), sms=(1,)),
+    ("ticketed", 128, WHOLE, 64): dict(m=(65, 200, 600), n=(24, 264), k=(72, 136), rank=(24, 64, 256), sms=(1,)),
+    ("ticketed", 64, WHOLE, 16): dict(m=(1, 64, 520), n=(24, 264), k=(8, 136), rank=(8, 16), sms=(MANY,)),
+    ("ticketed", 64, WHOLE, 64): dict(m=(1, 64, 520), n=(24, 264), k=(8, 136), rank=(24, 64, 256), sms=(MANY,)),
+    ("ticketed", 128, RANKS, 16): dict(m=(65, 200, 600), n=(24, 264), k=(72, 136), rank=(1, 7, 15), sms=(1,)),
+    ("ticketed", 128, RANKS, 64): dict(m=(65, 200, 600), n=(24, 264), k=(72, 136), rank=(17, 255), sms=(1,)),
+    ("ticketed", 64, RANKS, 16): dict(m=(1, 64, 520), n=(24, 264), k=(8, 136), rank=(1, 7, 15), sms=(MANY,)),
+    ("ticketed", 64, RANKS, 64): dict(m=(1, 64, 520), n=(24, 264), k=(8, 136), rank=(17, 255), sms=(MANY,)),
+    ("cublas", 64, WHOLE, 16): dict(m=(1, 64, 520), n=(24, 776), k=(72, 136), rank=(8, 16), sms=(1, MANY)),
+    ("cublas", 64, WHOLE, 64): dict(m=(1, 64, 520), n=(24, 776), k=(72, 136), rank=(24, 200), sms=(1, MANY)),
+    ("cublas", 64, RANKS, 16): dict(m=(1, 64, 520), n=(24, 776), k=(72, 136), rank=(1, 7, 15), sms=(1, MANY)),
+    ("cublas", 64, RANKS, 64): dict(m=(1, 64, 520), n=(24, 776), k=(72, 136), rank=(17, 255), sms=(1, MANY)),
+    ("cublas", 64, ALL, 16): dict(m=(1, 64, 530), n=(9, 75), k=(9, 133), rank=(1, 7, 16), sms=(1, MANY)),
+    ("cublas", 64, ALL, 64): dict(m=(1, 64, 530), n=(9, 75), k=(9, 133), rank=(17, 64, 255), sms=(1, MANY)),
 }
 CASES = [
     (kernel, case)
@@ -38,20 +49,28 @@ def problem(m, n, k, rank, name="bf16", *, p=0.0, float_adapters=False):
 
 @pytest.mark.parametrize(("kernel", "case"), CASES, ids=case_id)
 def test_gradients_are_as_accurate_as_torch(kernel, case):
-    rows, aligned, rank_tile = kernel
+    schedule = kernel[0]
     m, n, k, rank, sms = (case[name] for name in ("m", "n", "k", "rank", "sms"))
-    chosen = emulator.load_lora_linear().lora_backward_config(m, n, k, rank, aligned, True, True, True, sms, 99 << 10)
-    assert (chosen["rows"], chosen["rank_tile"]) == (rows, rank_tile)
-    assert (n % 8 == k % 8 == rank % 8 == 0) == aligned
+    chosen = emulator.load_lora_linear().lora_backward_config(
+        m, n, k, rank, True, True, True, True, sms, 99 << 10, DTYPES[case["name"]].itemsize, schedule=asked(schedule)
+    )
+    first = "shrink" if schedule == "cublas" else schedule
+    assert (chosen["schedule"], chosen["rows"], chosen["access"], chosen["rank_tile"]) == (first, *kernel[1:])
     args = problem(m, n, k, rank, case["name"], p=case["p"], float_adapters=case["float_adapters"])
-    grads, _ = check_backward(args, p=case["p"], sms=sms)
+    grads, reports = check_backward(args, p=case["p"], sms=sms, schedule=asked(schedule))
     assert grads[1].dtype == grads[2].dtype == args[4].dtype
+    # Banks of shared memory are asked once for a matrix (tf32 is not transposed by matrices), and loads are as far
+    # ahead as there are stages.
+    assert all(report.load_matrix_turns in ((0, 1) if case["name"] == "tf32" else (1,)) for report in reports)
+    stages = [chosen["stages"], *([STAGES_OF_BRANCH] if schedule == "cublas" else []), STAGES_OF_GRADS]
+    assert [report.groups_under_way for report in reports] == [count - 2 for count in stages]
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3))[1:], ids=str)
 @pytest.mark.parametrize("rank", [16, 24])
-def test_only_what_is_needed_is_computed(needs, rank):
-    check_backward(problem(150, 72, 136, rank, p=0.3), p=0.3, needs=needs, sms=MANY)
+@pytest.mark.parametrize("schedule", ["one launch", "cublas"])
+def test_only_what_is_needed_is_computed(needs, rank, schedule):
+    check_backward(problem(150, 72, 136, rank, p=0.3), p=0.3, needs=needs, sms=MANY, schedule=schedule)
 
 
 def test_narrow_ranks_share_the_pass_over_grad_y():
@@ -74,12 +93,14 @@ def test_strided_rows(columns):
 
 
 @pytest.mark.parametrize(("rank", "name"), [(16, "bf16"), (24, "bf16"), (16, "tf32")])
-def test_order_of_blocks_and_warps_does_not_change_a_bit(rank, name):
-    args = problem(600, 72, 136, rank, name, p=0.4)
-    first, _ = run_backward(*args, p=0.4, sms=MANY, seed=1, resident_blocks=1)
+@pytest.mark.parametrize("schedule", ["one launch", "cublas"])
+def test_order_of_blocks_and_warps_does_not_change_a_bit(schedule, rank, name):
+    args = problem(600, 776 if schedule == "cublas" else 72, 136, rank, name, p=0.4)
+    options = dict(p=0.4, sms=MANY, schedule=schedule)
+    first, _ = run_backward(*args, **options, seed=1, resident_blocks=1)
     for seed, resident in ((2, 2), (3, 5), (4, 100)):
         stall = seed % 2 == 0
-        again, _ = run_backward(*args, p=0.4, sms=MANY, seed=seed, resident_blocks=resident, stall_release=stall)
+        again, _ = run_backward(*args, **options, seed=seed, resident_blocks=resident, stall_release=stall)
         for ours, reference in zip(again, first, strict=True):
             assert torch.equal(ours.view(torch.int16), reference.view(torch.int16))
 

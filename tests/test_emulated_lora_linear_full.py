@@ -12,17 +12,18 @@ from emulated import DTYPES
 RANKS = (1, 8, 16, 17, 64, 256)
 
 
-def ranks_of(axes, rank_tile, aligned):
+def ranks_of(axes, rank_tile, access):
     """The ranks that lead to a kernel, and those of its own that are not among RANKS."""
-    fitting = [r for r in RANKS if (r <= 16) == (rank_tile == 16) and (r % 8 == 0 or not aligned)]
+    fits = {forward.WHOLE: lambda r: r % 8 == 0, forward.RANKS: lambda r: r % 2 == 1, forward.ALL: lambda _: True}
+    fitting = [r for r in RANKS if (r <= 16) == (rank_tile == 16) and fits[access](r)]
     return sorted({r for r in fitting if min(axes["rank"]) <= r <= max(axes["rank"])} | set(axes["rank"]))
 
 
 def combinations(kernels, **more):
     """(kernel, case) with every value of every axis."""
     for kernel, axes in kernels.items():
-        *_, aligned, rank_tile = kernel
-        axes = {**axes, **more, "rank": ranks_of(axes, rank_tile, aligned)}
+        *_, access, rank_tile = kernel
+        axes = {**axes, **more, "rank": ranks_of(axes, rank_tile, access)}
         for values in itertools.product(*axes.values()):
             yield kernel, dict(zip(axes, values))
 

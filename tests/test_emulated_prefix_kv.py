@@ -8,10 +8,10 @@ import pytest
 import torch
 from covering import case_id, covering_pairs
 from naive_prefix import BF16, FP16, FP32, FP64, grads_of, inside_longer, make
+from pretended_gpu import pretend_gpu
 
 from lora_kernels.ops.prefix_kv import BACKWARD, SPEC
 from lora_kernels.reasons import Reason
-from lora_kernels.support import cuda as _cuda
 
 DTYPES = [(FP32, FP32), (FP32, BF16), (FP32, FP16), (BF16, BF16), (FP16, FP16)]
 """Of the prefix, and of the keys and values."""
@@ -133,16 +133,27 @@ def test_what_is_refused(monkeypatch):
     grads = grads_of(naive_prefix.forward(make(), 3, 2, 2, BF16))
     with pytest.raises(RuntimeError, match="serve float32, bfloat16 and float16"):
         run_backward(grads, FP16)
-    with pytest.raises(RuntimeError, match="differ in shape or dtype"):
+    with pytest.raises(RuntimeError, match="differ in shape, dtype or device"):
         run_backward([*grads[:-1], grads[-1].float()], FP32)
+    with pytest.raises(RuntimeError, match="differ in shape, dtype or device"):
+        run_backward([*(grad.to("meta") for grad in grads[:-1]), grads[-1]], FP32)
+
+
+def test_launches_go_to_the_callers_stream(native):
+    native.set_stream(0x77)
+    run_forward(make(), 3, 2, 1, False, BF16)
+    assert native.last_launch()[3] == 0x77
+    run_backward(grads_of(naive_prefix.forward(make(), 3, 2, 2, BF16)), FP32)
+    assert native.last_launch()[3] == 0x77
+    native.set_stream(0)
 
 
 def test_what_dispatch_asks(monkeypatch):
     forward, backward = SPEC.kernels["cuda"].supports, BACKWARD.kernels["cuda"].supports
     grads = grads_of(naive_prefix.forward(make(), 3, 2, 2, BF16))
-    monkeypatch.setattr(_cuda, "capability", lambda device: (7, 0))
+    pretend_gpu(monkeypatch, (7, 0))
     assert forward(make(), 3, 2, 1, False, BF16).reason == Reason.ARCHITECTURE
-    monkeypatch.setattr(_cuda, "capability", lambda device: (8, 0))
+    pretend_gpu(monkeypatch)
     assert forward(make(), 3, 2, 1, False, BF16).schedule == "transpose"
     assert forward(make(BF16), 3, 2, 1, False, FP32).reason == Reason.DTYPE
     assert forward(make(), 3, 2, 2**30, True, BF16).reason == Reason.SIZE

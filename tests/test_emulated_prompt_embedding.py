@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import emulator
+import misfits
 import naive_prompt
 import pytest
 import torch
 from covering import case_id, covering_pairs
 from naive_prompt import BATCH, BF16, FP16, FP32, FP64, MASK, ROWS, TOKENS, VOCABULARY, Problem, make
+from pretended_gpu import pretend_gpu
 
 from lora_kernels.functional import prompt as prompt_functional
 from lora_kernels.ops.prompt_embedding import BACKWARD, SPEC
 from lora_kernels.reasons import Reason
-from lora_kernels.support import cuda as _cuda
 
 DTYPES = [(FP32, FP32), (BF16, FP32), (FP16, FP32), (BF16, BF16), (FP16, FP16)]
 MASKS = [None, torch.int64, torch.int32, torch.bool, FP32, BF16, FP16, FP64, torch.uint8]
@@ -264,6 +265,22 @@ def test_a_layout_out_of_range_stays_within_the_gradient(layout):
     run_backward(make(), grad, torch.tensor([layout] * BATCH))
 
 
+def test_tensors_of_several_devices_are_refused():
+    ops = torch.ops.lora_kernels_emulated_prompt
+    problem = make(mask=torch.int64, labels=True, tasks=True, ragged=True)
+    args = op_arguments(problem, "right")
+    tensors = [t for t in args[1:] if isinstance(t, torch.Tensor)]
+    assert len(tensors) == 6
+    for tensor in tensors:
+        with pytest.raises(RuntimeError, match="prompt_embedding: tensors are on several devices"):
+            ops.prompt_embedding(*misfits.elsewhere(args, tensor), "")
+    grad, layout = torch.randn(BATCH, ROWS + TOKENS, RAGGED), torch.tensor([[0, 0, ROWS]] * BATCH)
+    args = (grad, layout, problem.input_ids, problem.task_ids, problem.prompt.shape[0], ROWS, FP32, VOCABULARY)
+    for tensor in args[1:4]:
+        with pytest.raises(RuntimeError, match="prompt_embedding_backward: tensors are on several devices"):
+            ops.prompt_embedding_backward(*misfits.elsewhere(args, tensor), True, True, True, "")
+
+
 def test_empty_tables_are_refused():
     problem = make()
     with pytest.raises(RuntimeError, match="empty table"):
@@ -272,7 +289,7 @@ def test_empty_tables_are_refused():
 
 @pytest.mark.parametrize("dtypes", [(FP64, FP64), (FP32, FP64), (FP32, BF16), (BF16, FP16)], ids=str)
 def test_other_dtypes_are_refused(monkeypatch, dtypes):
-    monkeypatch.setattr(_cuda, "capability", lambda device: (8, 0))
+    pretend_gpu(monkeypatch)
     problem = make(torch.int64, *dtypes)
     with pytest.raises(RuntimeError, match="serve float32, bfloat16 and float16"):
         run_forward(problem, "right")
@@ -282,10 +299,19 @@ def test_other_dtypes_are_refused(monkeypatch, dtypes):
     assert SPEC.kernels["cuda"].supports(*op_arguments(problem, "right")).reason == Reason.DTYPE
 
 
+def test_launches_go_to_the_callers_stream(native):
+    native.set_stream(0x77)
+    run_forward(make(), "right")
+    assert native.last_launch()[3] == 0x77
+    run_backward(make(), torch.randn(BATCH, ROWS + TOKENS, RAGGED), torch.tensor([[0, 0, ROWS]] * BATCH))
+    assert native.last_launch()[3] == 0x77
+    native.set_stream(0)
+
+
 def test_what_dispatch_asks(monkeypatch):
     verdicts = {}
     for major in (7, 8):
-        monkeypatch.setattr(_cuda, "capability", lambda device, major=major: (major, 0))
+        pretend_gpu(monkeypatch, (major, 0))
         verdicts[major] = SPEC.kernels["cuda"].supports(*op_arguments(make(dtype=BF16), "right"))
     assert verdicts[7].reason == Reason.ARCHITECTURE
     assert verdicts[8].schedule == "gather"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_kernels import dispatch
+from lora_kernels.cli.plan import PLANNED_OPS
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
@@ -160,3 +161,14 @@ def test_no_list_of_ops():
                 lists[str(file.relative_to(ROOT))] = sorted(named)
     allowed = {"lora_kernels/__init__.py", "lora_kernels/functional/__init__.py"}
     assert lists.keys() <= allowed, lists
+
+
+def test_an_op_is_planned_by_files_of_its_own():
+    """``lora-kernels plan``: an op that the command named itself, or one planned in C++ that it missed, would show."""
+    planners = {}
+    for file in ROOT.glob("csrc/plan/*.cpp"):
+        planners |= {op: file.stem for op in re.findall(r"\bPyObject\* plan_(\w+)\(", file.read_text())}
+    assert {op: plan.problem.__module__.rpartition(".")[2] for op, plan in PLANNED_OPS.items()} == planners
+    command = ROOT / "lora_kernels/cli/plan"
+    for file in (file for file in command.glob("*.py") if file.stem not in planners.values()):
+        assert [op for op in dispatch.specs() if re.search(rf"\b{op}\b", file.read_text())] == [], file.name

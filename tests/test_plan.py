@@ -16,7 +16,7 @@ from lora_kernels.architectures import ARCHITECTURES, blocks_per_sm
 from lora_kernels.cli import main
 
 needs_extension = pytest.mark.skipif(_native.cuda is None, reason=f"lora_kernels._cuda: {_native.cuda_error}")
-PROBLEM = {"--m": 8192, "--n": 4096, "--k": 4096, "--r": 16, "--dtype": "bf16", "--arch": "sm_80"}
+PROBLEM = {"--m": 8192, "--n": 4096, "--k": 4096, "--r": 16, "--dtype": "bf16", "--arch": "sm_86"}
 
 
 def command(*flags, op="lora_linear", **changes):
@@ -40,7 +40,8 @@ def test_plan_of_a_large_problem(plan):
     kernel = launch.pop("kernel")
     assert launch == {
         "schedule": "ticketed",
-        "reason": "several blocks per SM: tiles of s run beside tiles of y; large tiles fill the waves of SMs well",
+        "reason": "several blocks per SM: tiles of s run beside tiles of y; large tiles fill the waves of SMs well; "
+        "mma.sync is what the vendor's GEMM uses here, too: one launch saves the passes over x and y",
         "grid": [64 * (1 + 32), 1, 1],
         "block": [128, 1, 1],
         "cluster": [1, 1, 1],
@@ -62,16 +63,17 @@ def test_plan_of_a_large_problem(plan):
 @pytest.mark.parametrize(
     ("changes", "flags", "schedule", "reason"),
     [
-        ({}, ["--unaligned"], "ticketed", "rows are not aligned to 16 bytes"),
-        ({"k": 4095}, [], "ticketed", "rows are not aligned to 16 bytes"),
-        ({"m": 64}, [], "ticketed", "few rows: half of a large tile would be idle"),
-        ({"sms": 4096}, [], "ticketed", "small tiles fill the waves of SMs better"),
+        ({"m": 64, "n": 8192}, [], "dual", "few rows: every block computes s for its part of the depth"),
+        ({"sms": 4096, "schedule": "one launch"}, [], "ticketed", "small tiles fill the waves of SMs better"),
+        ({"r": 4}, [], "ticketed", "rows of the rank's length, or of y, are not whole chunks"),
+        ({"r": 12}, [], "ticketed", "rows of the rank's length, or of y, are not whole chunks"),
+        ({"n": 32001, "arch": "sm_90"}, [], "ticketed", "costs the vendor's GEMM most of its rate"),
+        ({"m": 1, "r": 4}, [], "decode", "few rows: reading w is all that counts"),
         ({"m": 1}, [], "decode", "few rows: reading w is all that counts"),
         ({"n": 64}, [], "dual", "y is one tile wide"),
         ({"r": 64}, [], "column-0", "one block per SM"),
         ({"r": 64, "dtype": "fp16", "arch": "sm_120"}, ["--dropout"], "ticketed", "dropout is applied once"),
         ({"dtype": "tf32", "k": 4092}, [], "ticketed", "several blocks per SM"),
-        ({"dtype": "tf32", "k": 4094}, [], "ticketed", "rows are not aligned to 16 bytes"),
         ({"dtype": "tf32", "m": 1}, [], "decode", "few rows"),
     ],
 )
@@ -80,6 +82,28 @@ def test_plan_is_what_the_launch_chooses(plan, changes, flags, schedule, reason)
     assert launch["schedule"] == schedule
     assert reason in launch["reason"]
     assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changes", "flags", "reason"),
+    [
+        ({"arch": "sm_90"}, [], "mma.sync reaches three fifths of the rate of the vendor's wgmma"),
+        ({"m": 129, "n": 1024}, [], "fewer tiles than SMs"),
+        ({"m": 1, "r": 128}, [], "fewer tiles than SMs"),
+        ({}, ["--unaligned"], "rows of x or w are not whole chunks"),
+        ({"dtype": "tf32", "k": 4094}, [], "rows of x or w are not whole chunks"),
+    ],
+)
+@pytest.mark.parametrize("op", ["lora_linear", "lora_linear_backward"])
+def test_plan_of_the_vendors_gemm(plan, op, changes, flags, reason):
+    if op == "lora_linear_backward" and "n" in changes:
+        changes = {**changes, "n": 4096, "k": 1024}  # dX is the narrow one
+    shrink, expand, product, *rest = plan(*flags, op=op, **changes)
+    assert [launch["schedule"] for launch in (shrink, expand, product)] == ["shrink", "expand", "cublas"]
+    assert all(reason in launch["reason"] for launch in (shrink, expand, product))
+    for launch in (shrink, expand, *rest):
+        assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
 
 
 @needs_extension

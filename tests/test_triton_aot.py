@@ -67,6 +67,7 @@ def compiling_for(arch):
 
 def compile_for(arch, launch):
     """The compiled kernel, specialised for its arguments as a real launch would be."""
+    counters = {"counters": torch.empty(launch.counters, dtype=torch.int32)} if launch.counters else {}
     with compiling_for(arch):
         return launch.kernel.warmup(
             *launch.args,
@@ -74,6 +75,7 @@ def compile_for(arch, launch):
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
             **launch.constants,
+            **counters,
         )
 
 

@@ -129,7 +129,7 @@ def test_lora_linear_takes_the_fastest_tile(clock, monkeypatch):
     measured = []
 
     def milliseconds(run):
-        ((launch,),) = run.args
+        (launch,), _ = run.args
         measured.append(tile_of(launch))
         return abs(launch.constants["BLOCK_COLUMNS"] - 128)
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from importlib.util import find_spec
 
 import pytest
 import torch
 from interpreter import run_interpreted
+from pretended_gpu import pretend_gpu
 
 import lora_kernels as lk
 from lora_kernels import dispatch
 from lora_kernels.spec import Verdict
-from lora_kernels.support import cuda as _cuda
 from lora_kernels.support import triton as _triton
 from lora_kernels.triton_kernels import configs
-from lora_kernels.triton_kernels.launching import Device
+from lora_kernels.triton_kernels.launching import Device, Launch, run_all
 
 INTERPRETED = "interpreted_lora_linear.py"
 VALUES = "test_values_and_gradients"
@@ -42,7 +43,7 @@ def gpu(monkeypatch):
 
     def pretend(target):
         monkeypatch.setattr(_triton, "is_installed", lambda: True)
-        monkeypatch.setattr(_triton, "version", lambda: (3, 7))
+        monkeypatch.setattr(_triton, "version", lambda: _triton.OLDEST)
         monkeypatch.setattr(_triton, "device_of", lambda _: None if target is None else Device(target, 100))
 
     return pretend
@@ -93,10 +94,46 @@ def test_refusals(gpu, monkeypatch, fp32_precision):
     assert verdict(dtype=torch.float32).schedule == "ticketed"
     gpu(None)
     assert verdict() == (None, lk.Reason.ARCHITECTURE)
-    monkeypatch.setattr(_triton, "version", lambda: (3, 6))
+    monkeypatch.setattr(_triton, "version", lambda: (3, 5))
     assert verdict() == (None, lk.Reason.TRITON_TOO_OLD)
     monkeypatch.setattr(_triton, "is_installed", lambda: False)
     assert verdict() == (None, lk.Reason.TRITON_NOT_INSTALLED)
+
+
+class Dirtying:
+    """A kernel that leaves its counters full."""
+
+    def __init__(self):
+        self.given = []
+
+    def __getitem__(self, grid):
+        return self.run
+
+    def run(self, counters=None, **_):
+        if counters is None:
+            self.given.append(None)
+            return
+        assert counters.dtype == torch.int32
+        assert not counters.any()
+        assert counters.data_ptr() % 16 == 0, "another kernel would be compiled for it"
+        self.given.append((counters.numel(), weakref.ref(counters.untyped_storage())))
+        counters.fill_(7)
+
+
+def test_counters_are_zero_and_nobody_keeps_them(monkeypatch):
+    """Kept, they would be dirty, or lie in a pool that belongs to a graph; a memset per launch would be too many."""
+    memsets = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: (memsets.append(size), zeros(*size, **options))[1])
+    kernel = Dirtying()
+    launches = [Launch(kernel, (1,), (), {}, 4, 1, counters=words) for words in (5, 0, 3)]
+    for _ in range(2):
+        run_all(launches, torch.device("cpu"))
+    assert len(memsets) == 2
+    assert [given is None for given in kernel.given] == [False, True, False] * 2
+    for (words, storage), wanted in zip(filter(None, kernel.given), (5, 3) * 2):
+        assert words >= wanted
+        assert storage() is None, "a temporary"
 
 
 def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
@@ -125,6 +162,6 @@ def test_dispatch_leaves_such_calls_to_triton(gpu, monkeypatch):
     supports = dispatch.specs()["lora_linear"].kernels["cuda"].supports
     for target, capability, reason in (("sm_90", (9, 0), lk.Reason.PREFERS_TRITON), ("sm_80", (8, 0), None)):
         gpu(target)
-        monkeypatch.setattr(_cuda, "capability", lambda device, capability=capability: capability)
+        pretend_gpu(monkeypatch, capability)
         verdict = supports(x, weight, A, B, None, None, 1.0, 0.0)
         assert verdict.reason == reason if reason else verdict.schedule

@@ -1,13 +1,14 @@
-"""A launch as a value, and the counters that launches share."""
+"""A launch as a value, and the counters that it is given."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import configs
 
@@ -30,8 +31,14 @@ def device_of(device: torch.device) -> Device | None:
     return None if target is None else Device(target, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+LAST_CONSTANT = None
+"""What a tuple of tuples ends with. Triton 3.6 forgets the constants of an inner tuple, strides of 1, where it enters a
+loop, unless the outer tuple has a constant of its own behind them.
+"""
+
+
 class Launch(NamedTuple):
-    """One kernel launch, complete; nothing of it depends on whether a GPU is present."""
+    """One kernel launch; nothing of it depends on whether a GPU is present."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -39,36 +46,29 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    counters: int = 0
+    """How many the kernel's argument ``counters`` points to: int32, zero when the kernel begins. 0: it is None."""
 
-    def run(self) -> None:
-        """Launch on the current stream of the device that the first tensor is on."""
-        self.kernel[self.grid](*self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
-
-
-def run_all(launches: Iterable[Launch]) -> None:
-    """One after the other."""
-    for launch in launches:
-        launch.run()
+    def run(self, counters: Tensor | None = None) -> None:
+        """Launch on the current stream of the device that the first tensor is on; ``run_all`` makes the counters."""
+        named = self.constants if counters is None else {**self.constants, "counters": counters}
+        self.kernel[self.grid](*self.args, **named, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+def run_all(launches: Sequence[Launch], device: torch.device) -> None:
+    """One after the other; one memset zeroes the counters of them all.
+
+    Counters that are kept for the next call would save the memset, but nothing may outlive a call: torch allocates from
+    whatever pool is in use, and that may belong to CUDA graphs (``torch.compile(mode="reduce-overhead")``) or be
+    unmapped between two steps.
+    """
+    # 16 bytes are what Triton compiles a pointer for.
+    words = [configs.blocks(launch.counters, 4) * 4 for launch in launches]
+    zeros = torch.zeros(sum(words), dtype=torch.int32, device=device)
+    for launch, counters in zip(launches, zeros.split(words)):
+        launch.run(counters if launch.counters else None)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Makes ``tensor``'s GPU the current one: Triton launches there."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-_counters: dict[tuple[int, int], torch.Tensor] = {}
-
-
-def counters(device: torch.device, words: int) -> torch.Tensor:
-    """int32 [>= words], zero. A kernel that uses them leaves them zero.
-
-    Launches on one stream follow each other and share one tensor. A captured graph gets its own, zeroed by a memset in
-    the graph, because it may be replayed on any stream.
-    """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(words, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    held = _counters.get(key)
-    if held is None or held.numel() < words:
-        held = _counters[key] = torch.zeros(max(words, 4096), dtype=torch.int32, device=device)
-    return held

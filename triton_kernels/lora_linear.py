@@ -36,7 +36,7 @@ from lora_kernels.precision import float32_products
 
 from . import autotune, configs
 from .dropout_mask import keep_tile
-from .launching import Device, Launch, counters, device_of, on_device, run_all
+from .launching import LAST_CONSTANT, Device, Launch, device_of, on_device, run_all
 
 # ------------------------------------------------------------------------------------------------ device code
 
@@ -47,12 +47,10 @@ class Matrix(NamedTuple):
     data: Any
     row_stride: Any
     column_stride: Any
-    tiles: Any = None  # TensorDescriptor of the matrix, or
-    transposed_tiles: Any = None  # of its transpose; None: not fetched that way
 
 
 class FusedTask(NamedTuple):
-    """Operands of ``_fused``; the number of rows and the counters travel beside it."""
+    """Operands of ``_fused``; the number of rows, the counters and the descriptors of p and q travel beside it."""
 
     p: Matrix  # [rows, depth]
     q: Matrix  # [depth, columns]
@@ -68,6 +66,7 @@ class FusedTask(NamedTuple):
     depth: Any
     columns: Any
     rank: Any
+    end: None = LAST_CONSTANT
 
 
 class ReduceTask(NamedTuple):
@@ -81,12 +80,12 @@ class ReduceTask(NamedTuple):
     scale: Any
     columns: Any
     rank: Any
+    end: None = LAST_CONSTANT
 
 
 # Counters of a ticketed launch; one flag per row block counts its finished tiles of ``inner``.
 _TICKET = tl.constexpr(0)
-_DONE = tl.constexpr(1)
-_FIRST_FLAG = tl.constexpr(2)
+_FIRST_FLAG = tl.constexpr(1)
 
 
 @triton.jit
@@ -116,14 +115,17 @@ def _load(pointers, rows_valid, columns_valid):
 
 
 @triton.jit
-def _load_tile(matrix, row0, column0, pointers, rows_valid, columns_valid):
-    """The tile at (row0, column0): by TMA, zero past the matrix's edges, or what ``_load`` finds at ``pointers``."""
-    if matrix.tiles is not None:
-        tile = matrix.tiles.load([row0, column0])
-    elif matrix.transposed_tiles is not None:
-        tile = matrix.transposed_tiles.load([column0, row0]).T
-    else:
+def _load_tile(descriptor, TRANSPOSED: tl.constexpr, row0, column0, pointers, rows_valid, columns_valid):
+    """The tile at (row0, column0): by TMA, zero past the matrix's edges, or what ``_load`` finds at ``pointers``.
+
+    descriptor: of the matrix, or of its transpose if TRANSPOSED; None: not fetched that way.
+    """
+    if descriptor is None:
         tile = _load(pointers, rows_valid, columns_valid)
+    elif TRANSPOSED:
+        tile = descriptor.load([column0, row0]).T
+    else:
+        tile = descriptor.load([row0, column0])
     return tile
 
 
@@ -142,9 +144,10 @@ def _work(ticket, row_blocks, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _inner_tile(task, rows, row_block, rank_block,
-                BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
-                EVEN_DEPTH: tl.constexpr, DROPS_P: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _inner_tile(task, rows, p_tiles, row_block, rank_block,
+                P_TRANSPOSED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+                BLOCK_RANK: tl.constexpr, EVEN_DEPTH: tl.constexpr, DROPS_P: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
     """One tile of ``inner``."""
     m0 = row_block * BLOCK_ROWS
     m = m0 + tl.arange(0, BLOCK_ROWS)
@@ -155,7 +158,7 @@ def _inner_tile(task, rows, row_block, rank_block,
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
     for k0 in range(0, task.depth, BLOCK_DEPTH):
         k_valid = None if EVEN_DEPTH else k < task.depth - k0
-        p = _load_tile(task.p, m0, k0, _pointers(task.p, 0, k0, clamped, k), None, k_valid)
+        p = _load_tile(p_tiles, P_TRANSPOSED, m0, k0, _pointers(task.p, 0, k0, clamped, k), None, k_valid)
         if DROPS_P:
             p = tl.where(keep_tile(task.seed, clamped, k0, task.depth, task.threshold, BLOCK_DEPTH), p, 0.0)
         down = _load(_pointers(task.down, k0, 0, k, r), k_valid, r < task.rank)
@@ -184,7 +187,8 @@ def _store_out(task, accumulator, rows, m, n):
 
 
 @triton.jit
-def _out_tile(task, rows, row_block, column_block, flag,
+def _out_tile(task, rows, p_tiles, q_tiles, row_block, column_block, flag,
+              P_TRANSPOSED: tl.constexpr, Q_TRANSPOSED: tl.constexpr,
               BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
               BLOCK_RANK: tl.constexpr, BRANCH_DEPTH: tl.constexpr,
               EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, DROPS_BRANCH: tl.constexpr,
@@ -199,8 +203,8 @@ def _out_tile(task, rows, row_block, column_block, flag,
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for k0 in range(0, task.depth, BLOCK_DEPTH):
         k_valid = None if EVEN_DEPTH else k < task.depth - k0
-        p = _load_tile(task.p, m0, k0, _pointers(task.p, 0, k0, clamped, k), None, k_valid)
-        q = _load_tile(task.q, k0, n0, _pointers(task.q, k0, 0, k, n), k_valid, n_valid)
+        p = _load_tile(p_tiles, P_TRANSPOSED, m0, k0, _pointers(task.p, 0, k0, clamped, k), None, k_valid)
+        q = _load_tile(q_tiles, Q_TRANSPOSED, k0, n0, _pointers(task.q, k0, 0, k, n), k_valid, n_valid)
         accumulator = tl.dot(p, q, accumulator, input_precision=PRECISION)
 
     if flag is not None:
@@ -258,12 +262,15 @@ def _dual_tile(task, rows, row_block,
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _fused(task, rows, counters,
-           PART: tl.constexpr, DROPOUT: tl.constexpr,
+def _fused(task, rows, p_tiles, q_tiles,
+           PART: tl.constexpr, DROPOUT: tl.constexpr, P_TRANSPOSED: tl.constexpr, Q_TRANSPOSED: tl.constexpr,
            BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
            BRANCH_DEPTH: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-           IN_PLACE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """PART: "all" (ticketed), "inner" or "out" (the launches of "split"), "dual". DROPOUT: "none", "p", "branch"."""
+           IN_PLACE: tl.constexpr, PRECISION: tl.constexpr, counters=None):  # fmt: skip
+    """PART: "all" (ticketed), "inner" or "out" (the launches of "split"), "dual". DROPOUT: "none", "p", "branch".
+
+    p_tiles, q_tiles: descriptors of p and q or, if TRANSPOSED, of their transposes; None: not fetched that way.
+    """
     row_blocks = tl.cdiv(rows, BLOCK_ROWS)
     inner_columns = tl.cdiv(task.rank, BLOCK_RANK)
     out_columns = tl.cdiv(task.columns, BLOCK_COLUMNS)
@@ -272,39 +279,36 @@ def _fused(task, rows, counters,
                    EVEN_COLUMNS, DROPOUT == "p", DROPOUT == "branch", PRECISION)  # fmt: skip
     elif PART == "inner":
         row, column = _work(tl.program_id(0), row_blocks, inner_columns, GROUP)
-        _inner_tile(task, rows, row, column, BLOCK_ROWS, BLOCK_DEPTH, BLOCK_RANK, EVEN_DEPTH, DROPOUT == "p", PRECISION)
+        _inner_tile(task, rows, p_tiles, row, column, P_TRANSPOSED, BLOCK_ROWS, BLOCK_DEPTH, BLOCK_RANK, EVEN_DEPTH,
+                    DROPOUT == "p", PRECISION)  # fmt: skip
     elif PART == "out":
         row, column = _work(tl.program_id(0), row_blocks, out_columns, GROUP)
-        _out_tile(task, rows, row, column, None, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_RANK, BRANCH_DEPTH,
-                  EVEN_DEPTH, EVEN_COLUMNS, DROPOUT == "branch", IN_PLACE, PRECISION)  # fmt: skip
+        _out_tile(task, rows, p_tiles, q_tiles, row, column, None, P_TRANSPOSED, Q_TRANSPOSED, BLOCK_ROWS,
+                  BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_RANK, BRANCH_DEPTH, EVEN_DEPTH, EVEN_COLUMNS, DROPOUT == "branch",
+                  IN_PLACE, PRECISION)  # fmt: skip
     else:
         ticket = tl.atomic_add(counters + _TICKET, 1, sem="relaxed", scope="gpu")
         row, column = _work(ticket, row_blocks, inner_columns + out_columns, GROUP)
         flag = counters + _FIRST_FLAG + row
         if column < inner_columns:
-            _inner_tile(task, rows, row, column, BLOCK_ROWS, BLOCK_DEPTH, BLOCK_RANK, EVEN_DEPTH, DROPOUT == "p",
-                        PRECISION)  # fmt: skip
+            _inner_tile(task, rows, p_tiles, row, column, P_TRANSPOSED, BLOCK_ROWS, BLOCK_DEPTH, BLOCK_RANK, EVEN_DEPTH,
+                        DROPOUT == "p", PRECISION)  # fmt: skip
             # The atomic is one thread's: the barrier puts every thread's stores before it.
             tl.debug_barrier()
             tl.atomic_add(flag, 1, sem="release", scope="gpu")
         else:
-            _out_tile(task, rows, row, column - inner_columns, flag, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_RANK,
-                      BRANCH_DEPTH, EVEN_DEPTH, EVEN_COLUMNS, DROPOUT == "branch", IN_PLACE, PRECISION)  # fmt: skip
-        # The last program makes the counters fit for the next launch.
-        if tl.atomic_add(counters + _DONE, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
-            words = row_blocks + _FIRST_FLAG
-            for first in range(0, words, 128):
-                i = first + tl.arange(0, 128)
-                tl.store(counters + i, tl.zeros((128,), tl.int32), mask=i < words)
+            _out_tile(task, rows, p_tiles, q_tiles, row, column - inner_columns, flag, P_TRANSPOSED, Q_TRANSPOSED,
+                      BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_RANK, BRANCH_DEPTH, EVEN_DEPTH, EVEN_COLUMNS,
+                      DROPOUT == "branch", IN_PLACE, PRECISION)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _reduce(task, rows, parts, counters,
+def _reduce(task, rows, parts,
             BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_RANK: tl.constexpr, DROPS: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
+            PRECISION: tl.constexpr, counters=None):  # fmt: skip
     """A tile of ``out`` over one of ``num_programs(1)`` shares of the rows; ``parts`` is None where there is one share.
 
-    parts: float32 [tiles, shares, BLOCK_COLUMNS, BLOCK_RANK]. counters: one per tile, zero before and after.
+    parts: float32 [tiles, shares, BLOCK_COLUMNS, BLOCK_RANK]. counters: one per tile.
     """
     tile, share, shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     column_blocks = tl.cdiv(task.columns, BLOCK_COLUMNS)
@@ -335,7 +339,6 @@ def _reduce(task, rows, parts, counters,
             for other in range(0, shares):
                 accumulator += tl.load(first_part + other * (BLOCK_COLUMNS * BLOCK_RANK) + i, cache_modifier=".cg")
             _store_gradient(task, accumulator, n, r)
-            tl.store(counters + tile, 0)
     else:
         _store_gradient(task, accumulator, n, r)
 
@@ -362,7 +365,7 @@ def forward(
     task = forward_task(y, s, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
     device: Any = device_of(x.device)  # of a GPU that ``supports`` has seen
     with on_device(x):
-        run_all(fused_launches(device, schedule, task, drops="p"))
+        run_all(fused_launches(device, schedule, task, drops="p"), x.device)
     return y, s
 
 
@@ -385,7 +388,7 @@ def backward(
             launches.append(reduce_launch(device, grad_A.t(), x, grad_s, seed, scaling, dropout_p))
         if need_B:
             launches.append(reduce_launch(device, grad_B, grad_y, s, None, scaling, 0.0))
-        run_all(launches)
+        run_all(launches, x.device)
     return grad_x, grad_A, grad_B
 
 
@@ -443,7 +446,7 @@ def fused_launches(device: Device, schedule: str, task: FusedTask, drops: str) -
         f"{'forward' if drops == 'p' else 'backward'}, in place {in_place}"
     )
     tiles = [config.tile.shape for config in candidates]
-    return launches(autotune.fastest(problem, tiles, lambda i: functools.partial(run_all, launches(i)), gpu))
+    return launches(autotune.fastest(problem, tiles, lambda i: functools.partial(run_all, launches(i), gpu), gpu))
 
 
 def _fused_launches(
@@ -458,13 +461,14 @@ def _fused_launches(
     if schedule == "dual" and max(inner_columns, out_columns) > 1:
         raise ValueError(f"schedule 'dual' is for one tile column, not {inner_columns} and {out_columns}")
     columns_of = {"all": inner_columns + out_columns, "inner": inner_columns, "out": out_columns, "dual": 1}
+    p_tiles = q_tiles = None
     if config.descriptors:
-        task = task._replace(
-            p=_through_descriptor(task.p, (tile.rows, tile.depth)),
-            q=_through_descriptor(task.q, (tile.depth, tile.columns)),
-        )
+        p_tiles = _descriptor(task.p, (tile.rows, tile.depth))
+        q_tiles = _descriptor(task.q, (tile.depth, tile.columns))
     constants = {
         "DROPOUT": "none" if task.seed is None else drops,
+        "P_TRANSPOSED": task.p.column_stride != 1,
+        "Q_TRANSPOSED": task.q.column_stride != 1,
         "BLOCK_ROWS": tile.rows,
         "BLOCK_COLUMNS": tile.columns,
         "BLOCK_DEPTH": tile.depth,
@@ -480,10 +484,12 @@ def _fused_launches(
         Launch(
             kernel=_fused,
             grid=(row_blocks * columns_of[part],),
-            args=(task, rows, counters(task.p.data.device, 2 + row_blocks) if part == "all" else None),
+            # Descriptors on their own: Triton 3.6 launches none that is part of a tuple.
+            args=(task, rows, p_tiles, q_tiles),
             constants={"PART": part, **constants},
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            counters=1 + row_blocks if part == "all" else 0,
         )
         for part in _PARTS.get(schedule, (schedule,))
     ]
@@ -506,11 +512,10 @@ def reduce_launch(
     config = configs.reduce(device.target, device.sms, rows, columns, rank, float32, aligned)
     tile = config.tile
     tiles = configs.blocks(columns, tile.columns) * configs.blocks(rank, config.block_rank)
-    parts = tile_counters = None
+    parts = None
     if config.shares > 1:
         shape = (tiles, config.shares, tile.columns, config.block_rank)
         parts = torch.empty(shape, dtype=torch.float32, device=big.device)
-        tile_counters = counters(big.device, tiles)
     task = ReduceTask(
         big=_matrix(big.t()), inner=_matrix(inner), out=_matrix(out), seed=seed,
         threshold=philox.keep_threshold(dropout_p),
@@ -520,7 +525,7 @@ def reduce_launch(
     return Launch(
         kernel=_reduce,
         grid=(tiles, config.shares),
-        args=(task, rows, parts, tile_counters),
+        args=(task, rows, parts),
         constants={
             "BLOCK_ROWS": tile.rows,
             "BLOCK_COLUMNS": tile.columns,
@@ -530,6 +535,7 @@ def reduce_launch(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        counters=0 if parts is None else tiles,
     )
 
 
@@ -553,11 +559,13 @@ def _are_rows_aligned(matrix: Matrix) -> bool:
     return min(strides) == 1 and max(strides) % 16 == 0 and matrix.data.data_ptr() % 16 == 0
 
 
-def _through_descriptor(matrix: Matrix, block: tuple[int, int]) -> Matrix:
-    """The same matrix, to be fetched in such blocks; rows or columns are aligned (``_are_rows_aligned``)."""
+def _descriptor(matrix: Matrix, block: tuple[int, int]) -> TensorDescriptor:
+    """For such blocks of the matrix, or of its transpose where that has the contiguous rows; these are aligned
+    (``_are_rows_aligned``).
+    """
     if matrix.column_stride == 1:
-        return matrix._replace(tiles=TensorDescriptor.from_tensor(matrix.data, list(block)))
-    return matrix._replace(transposed_tiles=TensorDescriptor.from_tensor(matrix.data.t(), list(reversed(block))))
+        return TensorDescriptor.from_tensor(matrix.data, list(block))
+    return TensorDescriptor.from_tensor(matrix.data.t(), list(reversed(block)))
 
 
 def _matrix(t: Tensor) -> Matrix:

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launching import Launch, on_device
+from .launching import LAST_CONSTANT, Launch, on_device
 
 # ------------------------------------------------------------------------------------------------ device code
 
@@ -69,6 +69,7 @@ class ForwardTask(NamedTuple):
     out_labels: Any  # [batch, rows] or None
     layout: Any  # int64 [batch, 3]
     hidden: Any
+    end: None = LAST_CONSTANT
 
 
 class GradientTask(NamedTuple):
@@ -79,6 +80,7 @@ class GradientTask(NamedTuple):
     task_ids: Any  # Vector or None
     out: Any  # contiguous, its last dimension is hidden
     hidden: Any
+    end: None = LAST_CONSTANT
 
 
 _IGNORED_LABEL = tl.constexpr(-100)

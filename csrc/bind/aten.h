@@ -16,6 +16,11 @@ namespace lk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Whether t is on x's device: kernels take tensors by their addresses. An op that is called with some tensors on the
+// CPU and some elsewhere does not come to the CPU's kernels.
+inline bool is_beside(const Tensor& x, const Tensor& t) { return x.is_cpu() || t.device() == x.device(); }
+inline bool is_beside(const Tensor& x, const std::optional<Tensor>& t) { return !t || is_beside(x, *t); }
+
 inline bool is_fp32(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
 
 // A [rows, columns] view with these strides, starting `offset` elements after t's first.

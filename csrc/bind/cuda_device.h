@@ -1,5 +1,6 @@
-// Device and stream of a call, and the device's limits. Device and stream come through the C shims of the stable ABI,
-// which live in libtorch_cuda: declared weak, they are null in a CPU build of torch, where this module still loads.
+// Device and stream of a call, and the device's limits. Device, stream and the vendor's GEMM come through the C shims
+// of the stable ABI, which live in libtorch_cuda: declared weak, they are null in a CPU build of torch, where this
+// module still loads.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,6 +17,9 @@ extern "C" {
 __attribute__((weak)) AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardHandle*);
 __attribute__((weak)) AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle);
 __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+__attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                                               AtenTensorHandle mat1, AtenTensorHandle mat2,
+                                                               double beta, double alpha);
 }
 
 namespace lk {
@@ -56,8 +60,10 @@ class KnownLimits {
       check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
       return value;
     };
-    const DeviceLimits limits{.sms = attribute(cudaDevAttrMultiProcessorCount),
-                              .shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+    const DeviceLimits limits{
+        .sms = attribute(cudaDevAttrMultiProcessorCount),
+        .shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+        .capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor)};
     return known_.emplace(device, limits).first->second;
   }
 

@@ -10,9 +10,11 @@ inline void check_frozen_linear(const Tensor& x, const Tensor& weight, const std
   STD_TORCH_CHECK(x.dim() > 0 && weight.dim() == 2 && x.size(x.dim() - 1) == weight.size(1),
                   "x must be [..., k] and weight [n, k]");
   STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "weight must have x's dtype");
+  STD_TORCH_CHECK(is_beside(x, weight), "weight must be on x's device");
   if (!bias) return;
   STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias must be [n]");
   STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type(), "bias must have x's dtype");
+  STD_TORCH_CHECK(is_beside(x, bias), "bias must be on x's device");
 }
 
 inline void check_seed(const Tensor& seed) {
@@ -27,7 +29,10 @@ inline void check_lora_linear(const Tensor& x, const Tensor& weight, const Tenso
   STD_TORCH_CHECK(lora_B.dim() == 2 && lora_B.size(0) == weight.size(0) && lora_B.size(1) == lora_A.size(0),
                   "lora_B must be [n, rank]");
   STD_TORCH_CHECK(lora_A.scalar_type() == lora_B.scalar_type(), "lora_B must have lora_A's dtype");
+  STD_TORCH_CHECK(is_beside(x, lora_A), "lora_A must be on x's device");
+  STD_TORCH_CHECK(is_beside(x, lora_B), "lora_B must be on x's device");
   if (seed) check_seed(*seed);
+  STD_TORCH_CHECK(is_beside(x, seed), "seed must be on x's device");
 }
 
 // Whether `rows` is [..., columns] with x's leading sizes.
@@ -47,12 +52,15 @@ inline void check_lora_linear_backward(const Tensor& grad_y, const Tensor& x, co
   STD_TORCH_CHECK(has_rows_of(x, s, lora_A.size(0)), "s must be [..., rank], with x's leading sizes");
   STD_TORCH_CHECK(grad_y.scalar_type() == x.scalar_type() && s.scalar_type() == x.scalar_type(),
                   "grad_y and s must have x's dtype");
+  STD_TORCH_CHECK(is_beside(x, grad_y), "grad_y must be on x's device");
+  STD_TORCH_CHECK(is_beside(x, s), "s must be on x's device");
 }
 
 inline void check_frozen_linear_backward(const Tensor& grad_y, const Tensor& weight) {
   STD_TORCH_CHECK(grad_y.dim() > 0 && weight.dim() == 2 && grad_y.size(grad_y.dim() - 1) == weight.size(0),
                   "grad_y must be [..., n] and weight [n, k]");
   STD_TORCH_CHECK(grad_y.scalar_type() == weight.scalar_type(), "weight must have grad_y's dtype");
+  STD_TORCH_CHECK(is_beside(grad_y, weight), "weight must be on grad_y's device");
 }
 
 }  // namespace lk

@@ -30,6 +30,9 @@ MatrixRef ref_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.s
 
 OutputRef output_of(const Tensor& t, int64_t stride) { return {t.mutable_data_ptr(), stride}; }
 
+// Whether w is the transpose of a matrix in rows, as transformers' Conv1D holds it.
+bool in_columns(const Tensor& w) { return w.stride(1) != 1 && w.stride(0) == 1 && w.stride(1) >= w.size(0); }
+
 // The operands of a call as the kernels read them. What had to be copied lives as long as this.
 struct Operands {
   const Tensor x, w, a, b;
@@ -39,7 +42,7 @@ struct Operands {
   Operands(const Tensor& x_, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
            const std::optional<Tensor>& bias_, const std::optional<Tensor>& seed, double scaling, double dropout_p)
       : x(matrix_of(x_)),
-        w(matrix_of(weight)),
+        w(in_columns(weight) ? weight : matrix_of(weight)),
         a(adapter_rows(lora_A, x_)),
         b(adapter_rows(lora_B, x_)),
         bias(bias_ ? std::optional(torch::stable::contiguous(*bias_)) : std::nullopt),
@@ -50,7 +53,8 @@ struct Operands {
                 .bias = bias ? bias->const_data_ptr() : nullptr,
                 .scaling = static_cast<float>(scaling),
                 .seed = seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr,
-                .dropout_p = dropout_p} {}
+                .dropout_p = dropout_p,
+                .w_in_columns = in_columns(weight)} {}
 };
 
 void check_type(const Tensor& x) {
@@ -59,9 +63,14 @@ void check_type(const Tensor& x) {
   }
 }
 
+// out += a b, by the vendor's GEMM.
+void accumulate_product(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
                                        std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
-                                       double dropout_p, std::string) {
+                                       double dropout_p, std::string schedule) {
   check_lora_linear(x, weight, lora_A, lora_B, bias, seed);
   check_type(x);
   const CudaCall call(x);
@@ -69,16 +78,21 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
   const LoraProblem& problem = operands.problem;
   const int64_t m = problem.m(), n = problem.n();
   const Tensor y = new_empty_as(x, {m, n}), s = new_empty_as(x, {m, problem.rank()});
-  const LoraLinearConfig config = lora_linear_config(problem, device_limits(call.device));
-  if (config.blocks > 0) {
-    const Counters counters(x, call, config.counters);
-    const Tensor partials = new_empty_as(x, {config.partials}, ScalarType::Float);
-    const LoraLinearParams p = forward_params(problem, output_of(y, n), s.mutable_data_ptr(), config,
-                                              {.counters = counters.data(), .partials = floats_of(partials)});
-    const cudaError_t error = with_element(problem.x.type, [&]<class Element>(std::type_identity<Element>) {
-      return launch_lora_linear<Element>(p, config, call.stream);
-    });
+  const LoraForwardConfig config = lora_forward_config(problem, device_limits(call.device), wanted_by(schedule));
+  if (config.launch.blocks > 0) {
+    const Counters counters(x, call, config.launch.counters);
+    const Tensor partials = new_empty_as(x, {config.launch.partials}, ScalarType::Float);
+    const LoraWorkspace workspace{.counters = counters.data(), .partials = floats_of(partials)};
+    const auto launch = [&](const LoraLinearConfig& which) {
+      const LoraLinearParams p = forward_params(problem, output_of(y, n), s.mutable_data_ptr(), which, workspace);
+      return with_element(problem.x.type, [&]<class Element>(std::type_identity<Element>) {
+        return launch_lora_linear<Element>(p, which, call.stream);
+      });
+    };
+    cudaError_t error = launch(config.launch);
+    if (error == cudaSuccess && config.cublas.yes) error = launch(config.expand);
     counters.check(error, "lora_linear");
+    if (config.cublas.yes) accumulate_product(y, operands.x, transposed(operands.w));
   }
   return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
 }
@@ -86,7 +100,7 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
 std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x, Tensor s, Tensor weight, Tensor lora_A,
                                                         Tensor lora_B, std::optional<Tensor> seed, double scaling,
                                                         double dropout_p, bool need_x, bool need_A, bool need_B,
-                                                        std::string) {
+                                                        std::string schedule) {
   check_lora_linear_backward(grad_y, x, s, weight, lora_A, lora_B, seed);
   check_type(x);
   const CudaCall call(x);
@@ -118,23 +132,29 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
     return result();
   }
 
-  const LoraBackwardConfig config = lora_backward_config(problem, device_limits(call.device));
+  const LoraBackwardConfig config = lora_backward_config(problem, device_limits(call.device), wanted_by(schedule));
   const Counters counters(x, call, config.grad_x.counters + config.grads.counters);
   const Tensor grad_s = new_empty_as(x, {m, rank});
+  const Tensor partials_of_s = new_empty_as(x, {config.grad_x.partials}, ScalarType::Float);
   const Tensor parts_of_grad_b = new_empty_as(x, {config.partial_grad_b}, ScalarType::Float);
   const Tensor partials = new_empty_as(x, {config.grads.partials}, ScalarType::Float);
   const LoraBackwardWorkspace workspace{.counters = counters.data(),
                                         .grad_s = grad_s.mutable_data_ptr(),
+                                        .partials_of_s = floats_of(partials_of_s),
                                         .partial_grad_b = floats_of(parts_of_grad_b),
                                         .partials = floats_of(partials)};
-  const LoraLinearParams p = grad_x_params(problem, output_of(grad_x, k), config, workspace);
   const LoraGradsParams g = grads_params(problem, need_A ? grad_a.mutable_data_ptr() : nullptr,
                                          need_B ? grad_b.mutable_data_ptr() : nullptr, config, workspace);
   const cudaError_t error = with_element(problem.forward.x.type, [&]<class Element>(std::type_identity<Element>) {
-    const cudaError_t first = launch_lora_grad_x<Element>(p, config.grad_x, call.stream);
-    return first != cudaSuccess ? first : launch_lora_grads<Element>(g, config.grads, call.stream);
+    for (const LoraLinearConfig* which : {&config.grad_x, &config.expand}) {
+      const LoraLinearParams p = grad_x_params(problem, output_of(grad_x, k), *which, config, workspace);
+      const cudaError_t error = launch_lora_grad_x<Element>(p, *which, call.stream);
+      if (error != cudaSuccess) return error;
+    }
+    return launch_lora_grads<Element>(g, config.grads, call.stream);
   });
   counters.check(error, "lora_linear_backward");
+  if (need_x && config.cublas.yes) accumulate_product(grad_x, gy, operands.w);
   return result();
 }
 

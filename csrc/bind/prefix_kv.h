@@ -59,8 +59,8 @@ inline PrefixKvBackwardCall prefix_kv_backward_call(const std::vector<Tensor>& g
   for (const Tensor& grad : grads) {
     STD_TORCH_CHECK(
         std::equal(grad.sizes().begin(), grad.sizes().end(), grads[0].sizes().begin(), grads[0].sizes().end()) &&
-            grad.scalar_type() == grads[0].scalar_type(),
-        "prefix_kv_backward: the gradients differ in shape or dtype");
+            grad.scalar_type() == grads[0].scalar_type() && is_beside(grads[0], grad),
+        "prefix_kv_backward: the gradients differ in shape, dtype or device");
     call.grads.push_back(with_contiguous_rows(grad));
   }
   for (int64_t first = 0; first < parts; first += kPrefixGrads) {

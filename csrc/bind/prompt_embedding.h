@@ -76,6 +76,9 @@ inline PromptEmbeddingCall prompt_embedding_call(const Tensor& prompt, const std
                       has_sizes(labels, {batch, tokens.size(1)}) && has_sizes(task_ids, {batch}) &&
                       has_sizes(prompt_lengths, {batch}),
                   "prompt_embedding: shapes do not fit");
+  for (const auto* t : {&input_ids, &weight, &inputs_embeds, &attention_mask, &labels, &task_ids, &prompt_lengths}) {
+    STD_TORCH_CHECK(is_beside(prompt, *t), "prompt_embedding: tensors are on several devices");
+  }
 
   PromptEmbeddingCall call{
       .source = source,
@@ -139,6 +142,8 @@ inline PromptEmbeddingBackwardCall prompt_embedding_backward_call(const Tensor& 
   STD_TORCH_CHECK(tokens >= 0 && has_sizes(layout, {batch, 3}) && (input_ids || !need_weight) &&
                       has_sizes(input_ids, {batch, tokens}) && has_sizes(task_ids, {batch}),
                   "prompt_embedding_backward: shapes do not fit");
+  STD_TORCH_CHECK(is_beside(grad, layout) && is_beside(grad, input_ids) && is_beside(grad, task_ids),
+                  "prompt_embedding_backward: tensors are on several devices");
 
   const auto grad_prompt = [&] {
     if (!need_prompt) return new_empty_as(rows, {0}, prompt_dtype);

@@ -4,19 +4,37 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string_view>
 
 #include "tiles.h"
 
 namespace lk {
 
-enum class Schedule : int32_t { kTicketed, kColumn0, kDual, kDecode };
+// How a launch shares out its work. The last two are launches of "cublas", the schedule that has no kernel of its own.
+enum class Schedule : int32_t { kTicketed, kColumn0, kDual, kDecode, kShrink, kExpand };
 
 constexpr const char* name_of(Schedule schedule) {
-  constexpr const char* kNames[] = {"ticketed", "column-0", "dual", "decode"};
+  constexpr const char* kNames[] = {"ticketed", "column-0", "dual", "decode", "shrink", "expand"};
   return kNames[static_cast<int>(schedule)];
 }
 
 enum class LoraRole : int32_t { kForward, kGradX };
+
+// Which rows a kernel reads and writes in chunks of 16 bytes; others go element by element.
+enum class Access : int32_t {
+  kWhole,        // all
+  kGatherRanks,  // x, w, and of the adapter the factor whose rows are long: not s, nor what has `rank` elements a row
+  kGatherAll,    // none
+};
+
+constexpr const char* name_of(Access access) {
+  constexpr const char* kNames[] = {"whole", "gather ranks", "gather all"};
+  return kNames[static_cast<int>(access)];
+}
+
+constexpr Access access_of(bool long_rows_are_whole, bool all_are_whole) {
+  return all_are_whole ? Access::kWhole : long_rows_are_whole ? Access::kGatherRanks : Access::kGatherAll;
+}
 
 // What tells the kernels of lora_linear and of the gradient of x apart.
 struct LoraKey {
@@ -24,7 +42,7 @@ struct LoraKey {
   Schedule schedule;
   LoraTile tile;
   int rank_tile;  // columns of s that a block computes at a time
-  bool aligned;   // rows begin at 16 bytes, and n, k and rank are multiples of a chunk's elements
+  Access access;
 
   friend constexpr bool operator==(const LoraKey&, const LoraKey&) = default;
 };
@@ -49,12 +67,6 @@ constexpr int rank_tile_of(int64_t rank) { return rank <= 16 ? 16 : 64; }
 // Where one block has all ranks of s, as in column-0, dual and decode.
 constexpr int kMaxRankOfBlock = 64;
 
-// Whether rows of these lengths are whole chunks, which `aligned` needs besides pointers and strides.
-constexpr bool whole_chunks(int64_t n, int64_t k, int64_t rank, int element_bytes) {
-  const int chunk = chunk_elements(element_bytes);
-  return n % chunk == 0 && k % chunk == 0 && rank % chunk == 0;
-}
-
 // What ticketed and column-0 share: one ticket per tile.
 inline void plan_tickets(int64_t m, int64_t n, int64_t rank, LoraLinearConfig& config) {
   const TileShape tile = tile_shape(config.key.tile);
@@ -65,56 +77,85 @@ inline void plan_tickets(int64_t m, int64_t n, int64_t rank, LoraLinearConfig& c
   config.counters = 2 + rows;
 }
 
-// What dual and decode share: blocks that need no other's s. The depth is split while SMs are idle.
-inline void plan_splits(int64_t m, int64_t n, int64_t k, int element_bytes, const DeviceLimits& device,
+// What dual, decode and shrink share: blocks that need no other's s. The depth k is split while SMs are idle.
+inline void plan_splits(int64_t m, int64_t columns, int64_t k, int element_bytes, const DeviceLimits& device,
                         LoraLinearConfig& config) {
-  constexpr int kBlocksPerSm = 4, kMinSteps = 4;  // a split has at least so many stages to stream
+  // A split has at least so many stages to stream. Of s alone they are short, and summing the parts is not.
+  const int min_steps = config.key.schedule == Schedule::kShrink ? 8 : 4;
+  const int blocks_per_sm = config.key.schedule == Schedule::kDual ? 2 : 4;
   const TileShape tile = tile_shape(config.key.tile);
   const int depth = tile.depth(element_bytes);
-  const int64_t rows = blocks_of(m, tile.rows), tiles = rows * blocks_of(n, tile.columns);
+  const int64_t rows = blocks_of(m, tile.rows), tiles = rows * blocks_of(columns, tile.columns);
   int64_t splits = 1;
-  if (config.key.schedule == Schedule::kDecode && tiles > 0) {
-    const int64_t most = std::max<int64_t>(1, blocks_of(k, depth) / kMinSteps);
-    splits = std::clamp<int64_t>(kBlocksPerSm * device.sms / tiles, 1, most);
+  if (tiles > 0) {
+    const int64_t most = std::max<int64_t>(1, blocks_of(k, depth) / min_steps);
+    splits = std::clamp<int64_t>(blocks_per_sm * device.sms / tiles, 1, most);
   }
   config.split_depth = static_cast<int>(blocks_of(blocks_of(k, depth), static_cast<int>(splits)) * depth);
   config.splits = config.split_depth == 0 ? 1 : static_cast<int>(blocks_of(k, config.split_depth));
   config.blocks = tiles * config.splits;
   if (config.splits == 1) return;
   config.counters = tiles;
-  config.partials = config.splits * (tiles * tile.rows * tile.columns + rows * tile.rows * config.key.rank_tile);
+  const int64_t floats_of_s = config.key.schedule == Schedule::kShrink ? 0 : rows * tile.rows * config.key.rank_tile;
+  config.partials = config.splits * (tiles * tile.rows * tile.columns + floats_of_s);
 }
 
-// How a forward of y [m, n] from x [m, k] with this rank is launched. element_bytes: of x.
+// Whether a block can have all of s that it needs.
+constexpr bool has_own_s(int64_t rank, bool has_dropout) { return rank <= kMaxRankOfBlock && !has_dropout; }
+
+inline bool decodes(int64_t m, int64_t rank, Access access, bool has_dropout) {
+  return m <= tile_shape(LoraTile::kFlat).rows && access != Access::kGatherAll && has_own_s(rank, has_dropout);
+}
+
+// Rows up to which small tiles that split the depth read w at the rate of memory.
+constexpr int kFewRows = 128;
+
+inline bool is_dual(int64_t m, int64_t n, int64_t rank, Access access, bool has_dropout) {
+  return (n <= tile_shape(LoraTile::kSmall).columns || m <= kFewRows) && access == Access::kWhole &&
+         has_own_s(rank, has_dropout);
+}
+
+inline bool serves_few_rows(int64_t m, int64_t n, int64_t rank, Access access, bool has_dropout) {
+  return decodes(m, rank, access, has_dropout) || (m <= kFewRows && is_dual(m, n, rank, access, has_dropout));
+}
+
+// How a forward of y [m, n] from x [m, k] with this rank is launched, in one launch; access: not kGatherAll.
+// element_bytes: of x.
 inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t k, int64_t rank, int element_bytes,
-                                           bool aligned, bool has_dropout, const DeviceLimits& device) {
+                                           Access access, bool has_dropout, const DeviceLimits& device) {
   LoraLinearConfig config{};
   config.key.role = LoraRole::kForward;
-  config.key.aligned = aligned;
+  config.key.access = access;
   config.key.rank_tile = rank_tile_of(rank);
   config.splits = 1;
-  const bool fits_one_block = aligned && !has_dropout && rank <= kMaxRankOfBlock;
-  if (fits_one_block && m <= tile_shape(LoraTile::kFlat).rows) {
+  if (decodes(m, rank, access, has_dropout)) {
     config.key.schedule = Schedule::kDecode;
     config.reason = "few rows: reading w is all that counts, and blocks share out its columns and the depth";
     config.key.tile = LoraTile::kFlat;
     config.tile_reason = "few rows";
-  } else if (fits_one_block && n <= tile_shape(LoraTile::kSmall).columns) {
+  } else if (is_dual(m, n, rank, access, has_dropout)) {
     config.key.schedule = Schedule::kDual;
-    config.reason = "y is one tile wide: no other block needs these rows of s";
     config.key.tile = LoraTile::kSmall;
-    config.tile_reason = "y is no wider";
+    if (m <= kFewRows) {
+      config.reason = "few rows: every block computes s for its part of the depth, and nobody waits";
+      config.tile_reason = "blocks share out the depth, too";
+    } else {
+      config.reason = "y is one tile wide: no other block needs these rows of s";
+      config.tile_reason = "y is no wider";
+    }
   } else {
-    config.key.tile = choose_tile(m, n, aligned, device, config.tile_reason);
-    if (fits_one_block && config.key.tile == LoraTile::kLarge && config.key.rank_tile == 64) {
+    config.key.tile = choose_tile(m, n, device, config.tile_reason);
+    if (config.key.tile == LoraTile::kLarge && config.key.rank_tile == 64 && access == Access::kWhole &&
+        has_own_s(rank, has_dropout)) {
       config.key.schedule = Schedule::kColumn0;
       config.reason = "one block per SM: nobody would fill the gap while it waits for a tile of s";
     } else {
       config.key.schedule = Schedule::kTicketed;
       config.reason = has_dropout              ? "dropout is applied once, in tiles of s alone"
                       : rank > kMaxRankOfBlock ? "the rank is too large for one block"
-                      : !aligned               ? "rows are not aligned to 16 bytes"
-                                               : "several blocks per SM: tiles of s run beside tiles of y";
+                      : access == Access::kGatherRanks
+                          ? "rows of the rank's length, or of y, are not whole chunks: tiles of s run beside tiles of y"
+                          : "several blocks per SM: tiles of s run beside tiles of y";
     }
   }
   if (config.key.schedule == Schedule::kDual || config.key.schedule == Schedule::kDecode) {
@@ -125,9 +166,88 @@ inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t k, int6
   return config;
 }
 
+// The launches of "cublas" for y [m, n], or dX: s from x [m, k], and the branch, onto which the vendor's product is
+// accumulated.
+inline LoraLinearConfig shrink_config(LoraRole role, int64_t m, int64_t k, int64_t rank, int element_bytes,
+                                      Access access, const DeviceLimits& device) {
+  LoraLinearConfig config{};
+  config.key = {role, Schedule::kShrink, LoraTile::kSmall, rank_tile_of(rank), access};
+  if (config.key.rank_tile == 16) config.key.tile = LoraTile::kNarrow;
+  config.reason = "s alone: x is read once";
+  config.tile_reason = "as wide as the ranks that a block computes";
+  plan_splits(m, rank, k, element_bytes, device, config);
+  return config;
+}
+
+inline LoraLinearConfig expand_config(LoraRole role, int64_t m, int64_t n, Access access) {
+  LoraLinearConfig config{};
+  config.key = {role, Schedule::kExpand, LoraTile::kBranch, 0, access};
+  config.splits = 1;
+  config.reason = "the branch is written before the vendor's product is accumulated onto it";
+  config.tile_reason = "two stages are as deep as most ranks";
+  const TileShape tile = tile_shape(config.key.tile);
+  config.blocks = blocks_of(m, tile.rows) * blocks_of(n, tile.columns);
+  return config;
+}
+
+// ------------------------------------------------------------------------------- one launch, or the vendor's GEMM
+
+// Who decides: the model below, or who asks for one or the other (tests, benchmarks, measured winners).
+enum class Wanted : int32_t { kBest, kOneLaunch, kCublas };
+
+// By the name of a schedule, as a caller of the op gives it.
+inline Wanted wanted_by(std::string_view schedule) {
+  return schedule == "cublas" ? Wanted::kCublas : schedule == "one launch" ? Wanted::kOneLaunch : Wanted::kBest;
+}
+
+struct UsesCublas {
+  bool yes;
+  const char* reason;
+};
+
+// Whether large problems of a GPU go to the vendor's GEMM. The branch in launches of its own takes a pass over x and
+// one over y more than the product alone, 5 to 10 % of its time at 4096 x 4096; one launch must come as close to the
+// vendor's rate with the main loop of mma.sync. Where that was not measured, its share is reckoned from machine code.
+inline UsesCublas prefers_cublas(int capability, bool large) {
+  switch (capability / 10) {
+    case 8:
+      if (capability != 80 && capability != 87) break;
+      return {large, large ? "sm_80: mma.sync is reckoned at four fifths of the vendor's rate, the branch costs less"
+                           : "sm_80: few tiles: one launch costs less than three"};
+    case 9:
+      return {true, "sm_90: mma.sync reaches three fifths of the rate of the vendor's wgmma (measured on an H200)"};
+    case 10:
+    case 11:
+      return {true, "sm_100: mma.sync cannot keep up with tcgen05, which the vendor's GEMM uses"};
+    default:
+      break;
+  }
+  return {false, "mma.sync is what the vendor's GEMM uses here, too: one launch saves the passes over x and y"};
+}
+
+// For y [m, n], or dX. few_rows: a kernel for few rows would take it (the forward's alone).
+inline UsesCublas uses_cublas(int64_t m, int64_t n, int element_bytes, Access access, bool few_rows,
+                              const DeviceLimits& device, Wanted wanted) {
+  if (access == Access::kGatherAll) return {true, "rows of x or w are not whole chunks of 16 bytes"};
+  if (wanted != Wanted::kBest) return {wanted == Wanted::kCublas, "as asked"};
+  if (few_rows) return {false, "few rows"};
+  if (n % chunk_elements(element_bytes) != 0) {
+    return {false, "rows of y are not whole chunks of 16 bytes, which costs the vendor's GEMM most of its rate"};
+  }
+  const char* tile_reason;
+  const LoraTile tile = choose_tile(m, n, device, tile_reason);
+  const TileShape shape = tile_shape(tile);
+  if (blocks_of(m, shape.rows) * blocks_of(n, shape.columns) < device.sms) {
+    return {true, "fewer tiles than SMs: the vendor's GEMM splits the depth"};
+  }
+  return prefers_cublas(device.capability, tile == LoraTile::kLarge);
+}
+
+// ---------------------------------------------------------------------------------------------------- gradients
+
 struct LoraGradsKey {
   int rank_tile;
-  bool aligned;
+  Access access;
 
   friend constexpr bool operator==(const LoraGradsKey&, const LoraGradsKey&) = default;
 };
@@ -140,10 +260,13 @@ struct LoraGradsConfig {
   int64_t partials;  // floats of workspace
 };
 
-// Two launches: dX = dY W + ... with s' = dY B (s' alone where dX is not wanted), then dA and dB.
+// The launches of dX = dY W + ... with s' = dY B, then dA and dB.
 struct LoraBackwardConfig {
-  LoraLinearConfig grad_x;  // no blocks: neither dX nor dA is wanted
-  // Blocks of rows of which the first launch leaves parts of dB for the second to sum, or 0: the second reads dY again.
+  UsesCublas cublas;
+  // dX and s', s' alone (cublas, or dX is not wanted), or no blocks: neither dX nor dA is wanted.
+  LoraLinearConfig grad_x;
+  LoraLinearConfig expand;  // cublas, where dX is wanted: the branch of dX; else no blocks
+  // Blocks of rows of which the first launch leaves parts of dB for the last to sum, or 0: the last reads dY again.
   int64_t parts_of_grad_b;
   int64_t partial_grad_b;  // floats of workspace
   LoraGradsConfig grads;
@@ -151,10 +274,10 @@ struct LoraBackwardConfig {
 
 // dA [rank, k] and dB [n, rank] over m rows. k or n is 0 where the gradient is not wanted.
 inline LoraGradsConfig lora_grads_config(int64_t m, int64_t n, int64_t k, int64_t rank, int64_t parts_of_grad_b,
-                                         bool aligned, const DeviceLimits& device) {
+                                         Access access, const DeviceLimits& device) {
   constexpr int kColumns = 128, kDepth = 32, kBlocksPerSm = 2, kMinRows = 256;
   LoraGradsConfig config{};
-  config.key = {.rank_tile = rank_tile_of(rank), .aligned = aligned};
+  config.key = {.rank_tile = rank_tile_of(rank), .access = access};
   const int64_t columns = blocks_of(k, kColumns) + (parts_of_grad_b > 0 ? 0 : blocks_of(n, kColumns));
   const int64_t tiles = columns * blocks_of(rank, config.key.rank_tile);
   const int64_t most = std::max<int64_t>(1, m / kMinRows);
@@ -169,24 +292,29 @@ inline LoraGradsConfig lora_grads_config(int64_t m, int64_t n, int64_t k, int64_
 }
 
 // How the gradients for dY [m, n] and x [m, k] are launched.
-inline LoraBackwardConfig lora_backward_config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, bool need_x,
-                                               bool need_a, bool need_b, const DeviceLimits& device) {
+inline LoraBackwardConfig lora_backward_config(int64_t m, int64_t n, int64_t k, int64_t rank, int element_bytes,
+                                               Access access, bool need_x, bool need_a, bool need_b,
+                                               const DeviceLimits& device, UsesCublas cublas) {
   LoraBackwardConfig config{};
+  config.cublas = cublas;
   LoraLinearConfig& grad_x = config.grad_x;
-  grad_x.key.role = LoraRole::kGradX;
-  grad_x.key.schedule = Schedule::kTicketed;
-  grad_x.key.aligned = aligned;
-  grad_x.key.rank_tile = rank_tile_of(rank);
-  grad_x.splits = 1;
-  grad_x.reason = "tiles of s' also compute parts of dB while they have dY";
-  grad_x.key.tile = choose_tile(m, k, aligned, device, grad_x.tile_reason);
-  if (need_x || need_a) plan_tickets(m, need_x ? k : 0, rank, grad_x);
-  // Parts of dB take as much traffic per rank as 1/32 of dY: beyond a narrow rank tile it is cheaper to read dY twice.
-  if (need_b && grad_x.blocks > 0 && grad_x.key.rank_tile == 16) {
-    config.parts_of_grad_b = blocks_of(m, tile_shape(grad_x.key.tile).rows);
-    config.partial_grad_b = config.parts_of_grad_b * n * grad_x.key.rank_tile;
+  if (need_x && !config.cublas.yes) {
+    grad_x.key = {LoraRole::kGradX, Schedule::kTicketed, LoraTile::kSmall, rank_tile_of(rank), access};
+    grad_x.splits = 1;
+    grad_x.reason = "tiles of s' also compute parts of dB while they have dY";
+    grad_x.key.tile = choose_tile(m, k, device, grad_x.tile_reason);
+    plan_tickets(m, k, rank, grad_x);
+    // Parts of dB take as much traffic per rank as 1/32 of dY: beyond a narrow rank tile it is cheaper to read dY
+    // twice.
+    if (need_b && grad_x.key.rank_tile == 16) {
+      config.parts_of_grad_b = blocks_of(m, tile_shape(grad_x.key.tile).rows);
+      config.partial_grad_b = config.parts_of_grad_b * n * grad_x.key.rank_tile;
+    }
+  } else if (need_x || need_a) {
+    grad_x = shrink_config(LoraRole::kGradX, m, n, rank, element_bytes, access, device);
+    if (need_x) config.expand = expand_config(LoraRole::kGradX, m, k, access);
   }
-  config.grads = lora_grads_config(m, need_b ? n : 0, need_a ? k : 0, rank, config.parts_of_grad_b, aligned, device);
+  config.grads = lora_grads_config(m, need_b ? n : 0, need_a ? k : 0, rank, config.parts_of_grad_b, access, device);
   return config;
 }
 

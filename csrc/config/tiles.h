@@ -9,6 +9,7 @@ namespace lk {
 struct DeviceLimits {
   int sms;
   int shared_per_block;  // what a block may opt in to, bytes
+  int capability;        // 10 * major + minor
 };
 
 constexpr int kChunkBytes = 16;  // what one cp.async, one ldmatrix row and one wide store move
@@ -22,9 +23,11 @@ constexpr int64_t kMaxRowStride = 1 << 25;
 constexpr int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 enum class LoraTile : int32_t {
-  kLarge,  // 128 x 128
-  kSmall,  // 64 x 64, for problems that leave SMs idle with the large one, and for rows that are not aligned
-  kFlat,   // 16 x 64, for a few rows
+  kLarge,   // 128 x 128
+  kSmall,   // 64 x 64, for problems that leave SMs idle with the large one
+  kFlat,    // 16 x 64, for a few rows
+  kNarrow,  // 64 x 16, of s alone
+  kBranch,  // 128 x 128, for products as shallow as a rank
 };
 
 struct TileShape {
@@ -34,7 +37,8 @@ struct TileShape {
 };
 
 constexpr TileShape tile_shape(LoraTile tile) {
-  constexpr TileShape kShapes[] = {{128, 128, 64, 4}, {64, 64, 128, 3}, {16, 64, 128, 4}};
+  constexpr TileShape kShapes[] = {
+      {128, 128, 64, 4}, {64, 64, 128, 3}, {16, 64, 128, 4}, {64, 16, 128, 4}, {128, 128, 64, 2}};
   return kShapes[static_cast<int>(tile)];
 }
 
@@ -46,10 +50,8 @@ inline double modelled_time(int64_t m, int64_t n, LoraTile tile, const DeviceLim
   return static_cast<double>(blocks_of(tiles, device.sms)) * (tile == LoraTile::kLarge ? 1.0 : 0.35);
 }
 
-inline LoraTile choose_tile(int64_t m, int64_t n, bool aligned, const DeviceLimits& device, const char*& reason) {
-  if (!aligned) {
-    reason = "rows are not aligned to 16 bytes";
-  } else if (tile_shape(LoraTile::kLarge).shared_bytes() > device.shared_per_block) {
+inline LoraTile choose_tile(int64_t m, int64_t n, const DeviceLimits& device, const char*& reason) {
+  if (tile_shape(LoraTile::kLarge).shared_bytes() > device.shared_per_block) {
     reason = "the large tile does not fit into shared memory";
   } else if (m <= 64) {
     reason = "few rows: half of a large tile would be idle";

@@ -18,8 +18,7 @@ Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   const MatrixRef rows = ref_of(x), w = ref_of(weight);
   const int64_t m = rows.rows, k = rows.columns, n = w.rows;
   const Tensor y = new_empty_as(x, {m, n});
-  const bool aligned = whole_chunks(n, k, 0, element_bytes(rows.type)) && rows.aligned() && w.aligned();
-  const LoraLinearConfig config = frozen_linear_config(m, n, aligned, device_limits(0));
+  const LoraLinearConfig config = frozen_linear_config(m, n, device_limits(0));
   LoraLinearParams p{};
   p.x = rows.data;
   p.w = w.data;
@@ -34,20 +33,33 @@ Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   p.group_rows = config.group_rows;
   with_element(rows.type, [&]<class Element>(std::type_identity<Element>) {
     return with_variant(FrozenVariants<Element>{}, config.key,
-                        [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config); });
+                        [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config, emu::runtime.stream); });
   });
   return y;
 }
 
-py::dict config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, bool has_dropout, int sms,
-                int shared_per_block, int element_bytes) {
-  const LoraLinearConfig c = lora_linear_config(m, n, k, rank, element_bytes, aligned, has_dropout,
-                                                {.sms = sms, .shared_per_block = shared_per_block});
+FloatType type_of(int element_bytes) { return element_bytes == 4 ? FloatType::kFloat32 : FloatType::kBFloat16; }
+
+// A problem by its sizes; unaligned: its rows begin between chunks.
+LoraProblem problem_of(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, bool has_dropout, FloatType type) {
+  static constexpr int64_t kSeed = 0;
+  const void* const somewhere = reinterpret_cast<const void*>(static_cast<uintptr_t>(aligned ? 0 : 2));
+  const auto matrix = [&](int64_t rows, int64_t columns) { return MatrixRef{somewhere, columns, rows, columns, type}; };
+  return {.x = matrix(m, k),
+          .w = matrix(n, k),
+          .a = matrix(rank, k),
+          .b = matrix(n, rank),
+          .seed = has_dropout ? &kSeed : nullptr};
+}
+
+py::dict to_python(const LoraLinearConfig& c) {
   const TileShape tile = tile_shape(c.key.tile);
   py::dict d;
   d["schedule"] = name_of(c.key.schedule);
+  d["access"] = name_of(c.key.access);
   d["rows"] = tile.rows;
   d["columns"] = tile.columns;
+  d["stages"] = tile.stages;
   d["rank_tile"] = c.key.rank_tile;
   d["blocks"] = c.blocks;
   d["group_rows"] = c.group_rows;
@@ -60,17 +72,36 @@ py::dict config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, boo
   return d;
 }
 
+// The first launch of a forward, and whether the vendor's product follows.
+py::dict config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, bool has_dropout, int sms,
+                int shared_per_block, int element_bytes, int capability, const std::string& wanted) {
+  const DeviceLimits device{.sms = sms, .shared_per_block = shared_per_block, .capability = capability};
+  const LoraForwardConfig c = lora_forward_config(
+      problem_of(m, n, k, rank, aligned, has_dropout, type_of(element_bytes)), device, wanted_by(wanted));
+  py::dict d = to_python(c.launch);
+  d["cublas"] = c.cublas.yes;
+  d["why"] = c.cublas.reason;
+  return d;
+}
+
 py::dict backward_config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, bool need_x, bool need_a,
-                         bool need_b, int sms, int shared_per_block) {
-  const LoraBackwardConfig c = lora_backward_config(m, n, k, rank, aligned, need_x, need_a, need_b,
-                                                    {.sms = sms, .shared_per_block = shared_per_block});
-  py::dict d;
-  d["rows"] = tile_shape(c.grad_x.key.tile).rows;
-  d["rank_tile"] = c.grad_x.key.rank_tile;
-  d["blocks"] = c.grad_x.blocks;
+                         bool need_b, int sms, int shared_per_block, int element_bytes, int capability,
+                         const std::string& wanted) {
+  const LoraProblem forward = problem_of(m, n, k, rank, aligned, false, type_of(element_bytes));
+  const LoraBackwardProblem problem{.forward = forward,
+                                    .grad_y = {forward.x.data, n, m, n, forward.x.type},
+                                    .s = {forward.x.data, rank, m, rank, forward.x.type},
+                                    .need_x = need_x,
+                                    .need_a = need_a,
+                                    .need_b = need_b};
+  const DeviceLimits device{.sms = sms, .shared_per_block = shared_per_block, .capability = capability};
+  const LoraBackwardConfig c = lora_backward_config(problem, device, wanted_by(wanted));
+  py::dict d = to_python(c.grad_x);
+  d["cublas"] = c.cublas.yes;
+  d["why"] = c.cublas.reason;
   d["parts_of_grad_b"] = c.parts_of_grad_b;
   d["grads_blocks"] = c.grads.blocks;
-  d["splits"] = c.grads.splits;
+  d["grads_splits"] = c.grads.splits;
   d["split_rows"] = c.grads.split_rows;
   return d;
 }
@@ -85,13 +116,14 @@ py::dict to_python(const LoraLaunch& launch) {
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   py::dict d;
   d["schedule"] = launch.schedule;
-  d["aligned"] = launch.aligned;
+  d["access"] = name_of(launch.access);
   d["x"] = address(launch.x);
   d["weight"] = address(launch.w);
   d["lora_A"] = address(launch.a);
   d["lora_B"] = address(launch.b);
   d["counters"] = address(launch.counters);
   d["counters_were_zero"] = launch.counters_were_zero;
+  d["stream"] = address(launch.stream);
   d["report"] = launch.report;
   return d;
 }
@@ -99,6 +131,12 @@ py::dict to_python(const LoraLaunch& launch) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_emulated, CPU, m) { m.impl("frozen_linear", TORCH_BOX(&frozen_linear)); }
+
+// Where some of the tensors are on another device than the others.
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_emulated, Meta, m) {
+  m.impl("lora_linear", TORCH_BOX(&lora_linear));
+  m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
+}
 
 }  // namespace lk
 
@@ -111,20 +149,29 @@ PYBIND11_MODULE(_emu_lora_linear, m) {
     runtime.sms = sms;
     lk::known_limits.forget();
   });
-  m.def("set_stream", [](uintptr_t stream) { runtime.stream = reinterpret_cast<cudaStream_t>(stream); });
-  m.def("capture", [](bool on) { runtime.capturing = on; });
+  m.def("set_capability", [](int capability) {
+    runtime.capability = capability;
+    lk::known_limits.forget();
+  });
+  m.def("set_row_gap", [](int64_t elements) { lk::row_gap = elements; });
   m.def("fail_launches", [](bool on) { runtime.fail_launches = on; });
   m.def("memsets", [] { return runtime.memsets; });
-  // Of the last forward or backward.
+  m.def("memset_stream", [] { return reinterpret_cast<uintptr_t>(runtime.memset_stream); });
+  // Since this was last called.
   m.def("launches", [] {
     pybind11::list all;
     for (const lk::LoraLaunch& launch : lk::lora_launches) all.append(lk::to_python(launch));
+    lk::lora_launches.clear();
     return all;
   });
   m.def("grad_s",
         [] { return pybind11::bytes(reinterpret_cast<const char*>(lk::last_grad_s.data()), lk::last_grad_s.size()); });
-  m.def("lora_linear_config", &lk::config, pybind11::arg(), pybind11::arg(), pybind11::arg(), pybind11::arg(),
-        pybind11::arg(), pybind11::arg(), pybind11::arg(), pybind11::arg(), pybind11::arg("element_bytes") = 2);
-  m.def("lora_backward_config", &lk::backward_config);
+  using pybind11::arg;
+  m.def("lora_linear_config", &lk::config, arg("m"), arg("n"), arg("k"), arg("rank"), arg("aligned"),
+        arg("has_dropout"), arg("sms"), arg("shared_per_block"), arg("element_bytes") = 2, arg("capability") = 86,
+        arg("schedule") = "");
+  m.def("lora_backward_config", &lk::backward_config, arg("m"), arg("n"), arg("k"), arg("rank"), arg("aligned"),
+        arg("need_x"), arg("need_a"), arg("need_b"), arg("sms"), arg("shared_per_block"), arg("element_bytes") = 2,
+        arg("capability") = 86, arg("schedule") = "");
   m.def("work_of_ticket", &lk::work);
 }

@@ -19,7 +19,8 @@ void add_column(Memory& memory, const TokenColumn& c, int64_t tokens, int64_t ro
 
 }  // namespace
 
-cudaError_t launch_prompt_embedding(const PromptEmbeddingParams& p, const PromptEmbeddingConfig& config, cudaStream_t) {
+cudaError_t launch_prompt_embedding(const PromptEmbeddingParams& p, const PromptEmbeddingConfig& config,
+                                    cudaStream_t stream) {
   const PromptSizes& s = p.sizes;
   const int64_t tokens = s.batch * s.tokens, rows = s.batch * (s.prompt_rows + s.tokens);
   const size_t element = size_of(p.type);
@@ -46,12 +47,12 @@ cudaError_t launch_prompt_embedding(const PromptEmbeddingParams& p, const Prompt
   memory.output(p.layout, s.batch * sizeof *p.layout);
   memory.output(p.out, rows * s.hidden * element);
   return with_variant(RowVariants<PromptEmbedding>{}, RowsKey{p.type, config.aligned}, [&]<class Kernel>(Kernel) {
-    return run<Kernel>(&prompt_embedding_kernel<Kernel>, config.aligned, config.blocks, p, memory);
+    return run<Kernel>(&prompt_embedding_kernel<Kernel>, config.aligned, config.blocks, p, memory, stream);
   });
 }
 
 cudaError_t launch_prompt_embedding_backward(const PromptEmbeddingBackwardParams& p, const PromptBackwardConfig& config,
-                                             cudaStream_t) {
+                                             cudaStream_t stream) {
   const PromptSizes& s = p.sizes;
   const size_t element = size_of(p.type);
   Memory memory;
@@ -65,10 +66,11 @@ cudaError_t launch_prompt_embedding_backward(const PromptEmbeddingBackwardParams
   memory.output(p.grad_prompt, s.tasks * s.prompt_rows * s.hidden * size_of(p.prompt_type));
   memory.output(p.grad_embeds, s.batch * s.tokens * s.hidden * element);
   memory.output(p.grad_weight, s.vocabulary * s.hidden * element);
-  return with_variant(
-      RowVariants<PromptEmbeddingBackward>{}, RowsKey{p.type, config.aligned}, [&]<class Kernel>(Kernel) {
-        return run<Kernel>(&prompt_embedding_backward_kernel<Kernel>, config.aligned, config.blocks(), p, memory);
-      });
+  return with_variant(RowVariants<PromptEmbeddingBackward>{}, RowsKey{p.type, config.aligned},
+                      [&]<class Kernel>(Kernel) {
+                        return run<Kernel>(&prompt_embedding_backward_kernel<Kernel>, config.aligned, config.blocks(),
+                                           p, memory, stream);
+                      });
 }
 
 }  // namespace lk
@@ -77,5 +79,11 @@ cudaError_t launch_prompt_embedding_backward(const PromptEmbeddingBackwardParams
 #define lora_kernels_native lora_kernels_emulated_prompt
 #include "../bind/prompt_embedding_cuda.cpp"
 #undef CUDA
+
+// Where some of the tensors are on another device than the others.
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_emulated_prompt, Meta, m) {
+  m.impl("prompt_embedding", TORCH_BOX(&lk::prompt_embedding));
+  m.impl("prompt_embedding_backward", TORCH_BOX(&lk::prompt_embedding_backward));
+}
 
 PYBIND11_MODULE(_emu_prompt_embedding, m) { lk::define_launch(m); }

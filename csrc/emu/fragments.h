@@ -6,6 +6,22 @@
 
 namespace lk::emu {
 
+// How often shared memory is accessed for one 8x8 matrix of a load, at most. Its banks are 128 bytes wide together: the
+// eight rows of 16 bytes come at once where no two lie in the same part of these.
+inline int turns(const Operands (&operands)[kLanes]) {
+  constexpr int kRows = 8, kRowBytes = 16;
+  int most = 0;
+  for (int matrix = 0; matrix < kLanes; matrix += kRows) {
+    int accesses[kRows] = {};
+    for (int lane = matrix; lane < matrix + kRows; ++lane) {
+      const auto is_same = [&](const Operands& o) { return o.address == operands[lane].address; };
+      if (std::any_of(operands + matrix, operands + lane, is_same)) continue;  // a row is read once for all
+      most = std::max(most, ++accesses[operands[lane].address / kRowBytes % kRows]);
+    }
+  }
+  return most;
+}
+
 inline void transfer_matrices(const uint16_t (&rows)[kLanes][8], bool transposed, const Operands (&operands)[kLanes]) {
   for (int lane = 0; lane < kLanes; ++lane) {
     const int row = lane / 4, column = lane % 4 * 2;

@@ -2,7 +2,10 @@
 // that are apart, and a launch that leaves a counter other than zero is an error.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
+#include <new>
 #include <stdexcept>
 #include <vector>
 
@@ -15,14 +18,15 @@ namespace lk {
 
 struct LoraLaunch {
   const char* schedule;
-  bool aligned;
+  Access access;
   const void *x = nullptr, *w = nullptr, *a = nullptr, *b = nullptr;
   const uint32_t* counters = nullptr;
   bool counters_were_zero = true;
+  cudaStream_t stream = nullptr;
   emu::Report report = {};
 };
 
-inline std::vector<LoraLaunch> lora_launches;   // of the last forward or backward
+inline std::vector<LoraLaunch> lora_launches;   // since the test last asked
 inline std::vector<unsigned char> last_grad_s;  // dY B, as the second launch of a backward finds it
 
 inline bool all_zero(const uint32_t* words, int64_t count) {
@@ -30,45 +34,52 @@ inline bool all_zero(const uint32_t* words, int64_t count) {
 }
 
 inline void add(Memory& memory, const MemoryRef& ref) {
-  for (int64_t row = 0; ref.is_written && row < ref.rows; ++row) {
-    auto* const bytes = static_cast<unsigned char*>(const_cast<void*>(ref.data));
-    std::memset(bytes + row * ref.stride * ref.element_bytes, 0xFF, ref.columns * ref.element_bytes);  // NaN
-  }
-  memory.input(ref.data, ref.element_bytes, ref.rows, ref.columns, ref.stride);
+  if (!ref.is_written) return memory.input(ref.data, ref.element_bytes, ref.rows, ref.columns, ref.stride);
+  auto* const first = static_cast<unsigned char*>(const_cast<void*>(ref.data));
+  const int64_t row_bytes = ref.columns * ref.element_bytes;
+  if (ref.stride == ref.columns) return memory.output(first, ref.rows * row_bytes);
+  // The gaps between rows that lie apart are nobody's.
+  for (int64_t row = 0; row < ref.rows; ++row) memory.output(first + row * ref.stride * ref.element_bytes, row_bytes);
 }
 
-// Rows that lie apart, as a caller's may, in the place of contiguous ones.
+inline int64_t row_gap = 8;  // elements: whole chunks of any element
+
+// Rows that lie apart, as a caller's may, in the place of contiguous ones. What no row lies in takes no memory.
 class RowsApart {
  public:
   RowsApart(void* rows, int64_t count, int64_t columns, int element_bytes)
       : rows_(static_cast<unsigned char*>(rows)),
         count_(columns == 0 ? 0 : count),
-        stride_(columns + kGap),
+        stride_(columns + row_gap),
         row_bytes_(columns * element_bytes),
-        stride_bytes_(stride_ * element_bytes),
-        apart_((count_ * stride_bytes_ + sizeof(Vec16) - 1) / sizeof(Vec16)) {
-    std::memset(static_cast<void*>(apart_.data()), 0xFF, apart_.size() * sizeof(Vec16));
+        stride_bytes_(stride_ * element_bytes) {
+    if (count_ == 0) return;
+    void* const memory =
+        mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    apart_ = static_cast<unsigned char*>(memory);
+  }
+  RowsApart(const RowsApart&) = delete;
+  RowsApart& operator=(const RowsApart&) = delete;
+  ~RowsApart() {
+    if (apart_ != nullptr) munmap(apart_, bytes());
   }
 
-  void* data() { return apart_.data(); }
+  void* data() { return apart_; }
   int64_t stride() const { return stride_; }
 
   void copy_back() const {
     for (int64_t row = 0; row < count_; ++row) {
-      const auto* const source = reinterpret_cast<const unsigned char*>(apart_.data()) + row * stride_bytes_;
-      std::memcpy(rows_ + row * row_bytes_, source, row_bytes_);
-      if (!std::all_of(source + row_bytes_, source + stride_bytes_, [](unsigned char byte) { return byte == 0xFF; })) {
-        throw std::runtime_error("the launch wrote past the end of a row");
-      }
+      std::memcpy(rows_ + row * row_bytes_, apart_ + row * stride_bytes_, row_bytes_);
     }
   }
 
  private:
-  static constexpr int kGap = 8;  // whole chunks of any element
+  size_t bytes() const { return static_cast<size_t>(count_ * stride_bytes_); }
 
   unsigned char* const rows_;
   const int64_t count_, stride_, row_bytes_, stride_bytes_;
-  std::vector<Vec16> apart_;
+  unsigned char* apart_ = nullptr;
 };
 
 template <class Variant, class Params, class Config>
@@ -80,16 +91,17 @@ void run_lora(void (*kernel)(Params), const Params& p, const Config& config, con
 }
 
 template <class Kernel>
-cudaError_t run_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config) {
+cudaError_t run_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
   constexpr int kBytes = sizeof(typename Kernel::Element::Storage);
-  lora_launches = {{.schedule = name_of(config.key.schedule),
-                    .aligned = config.key.aligned,
-                    .x = p.x,
-                    .w = p.w,
-                    .a = p.a,
-                    .b = p.b,
-                    .counters = p.counters,
-                    .counters_were_zero = all_zero(p.counters, config.counters)}};
+  lora_launches.push_back({.schedule = name_of(config.key.schedule),
+                           .access = config.key.access,
+                           .x = p.x,
+                           .w = p.w,
+                           .a = p.a,
+                           .b = p.b,
+                           .counters = p.counters,
+                           .counters_were_zero = all_zero(p.counters, config.counters),
+                           .stream = stream});
   if (emu::runtime.fail_launches) {
     *p.counters = 1;
     return cudaErrorLaunchFailure;
@@ -106,23 +118,28 @@ cudaError_t run_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& c
 }
 
 template <class Element>
-cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t) {
+cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
   return with_variant(LoraForwardVariants<Element>{}, config.key,
-                      [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config); });
+                      [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config, stream); });
 }
 
 template <class Element>
-cudaError_t launch_lora_grad_x(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t) {
+cudaError_t launch_lora_grad_x(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
+  if (config.blocks == 0) return cudaSuccess;
   return with_variant(LoraGradXVariants<Element>{}, config.key,
-                      [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config); });
+                      [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config, stream); });
 }
 
 template <class Element>
-cudaError_t launch_lora_grads(const LoraGradsParams& p, const LoraGradsConfig& config, cudaStream_t) {
+cudaError_t launch_lora_grads(const LoraGradsParams& p, const LoraGradsConfig& config, cudaStream_t stream) {
   constexpr int kBytes = sizeof(typename Element::Storage);
   const auto* const grad_s = static_cast<const unsigned char*>(p.grad_s);
   last_grad_s.assign(grad_s, grad_s + static_cast<int64_t>(p.m) * p.rank * kBytes);
-  lora_launches.push_back({.schedule = "split rows", .aligned = config.key.aligned, .counters = p.counters});
+  lora_launches.push_back({.schedule = "split rows",
+                           .access = config.key.access,
+                           .counters = p.counters,
+                           .counters_were_zero = all_zero(p.counters, config.counters),
+                           .stream = stream});
   Memory memory;
   for_each_range(p, config, kBytes, [&](const MemoryRef& ref) { add(memory, ref); });
   return with_variant(LoraGradsVariants<Element>{}, config.key, [&]<class Kernel>(Kernel) {

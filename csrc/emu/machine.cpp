@@ -329,6 +329,7 @@ void Machine::perform(Warp& w) {
         note_read(t, address, sizeof rows[lane], w.site);
         std::memcpy(rows[lane], w.block->shared.data() + (address - kSharedBase), sizeof rows[lane]);
       }
+      report_.load_matrix_turns = std::max(report_.load_matrix_turns, turns(w.operands));
       transfer_matrices(rows, w.collective == Collective::kLoadMatrixTransposed, w.operands);
       break;
     }

@@ -50,9 +50,11 @@ struct Options {
 };
 
 struct Report {
-  uint64_t barriers = 0;                                                         // block barriers completed
-  uint64_t mma = 0;                                                              // multiply_add, once per warp
-  uint64_t async_copies = 0;                                                     // copy_async_16, once per thread
+  uint64_t barriers = 0;        // block barriers completed
+  uint64_t mma = 0;             // multiply_add, once per warp
+  uint64_t async_copies = 0;    // copy_async_16, once per thread
+  size_t groups_under_way = 0;  // of a thread's copies, at most, when it has waited: how far loads are ahead of use
+  int load_matrix_turns = 0;    // that a load_matrix took for 8x8 elements, at most: 1 where no bank is asked twice
   std::vector<std::string> barrier_sites, async_wait_sites, global_store_sites;  // in Faults' order
 };
 

@@ -121,6 +121,7 @@ void Machine::copy_async_commit() {
 void Machine::copy_async_wait(size_t pending, Site site) {
   if (is_dropped(report_.async_wait_sites, async_wait_sites_, options_.faults.drop_async_wait, site)) return;
   Thread& t = *current_;
+  report_.groups_under_way = std::max(report_.groups_under_way, std::min(t.groups.size(), pending));
   if (t.groups.size() <= pending) return;
   const auto last_group = t.groups.end() - static_cast<ptrdiff_t>(pending);
   const auto last_copy =
@@ -146,10 +147,12 @@ GlobalRange& Machine::range_of(const Thread& t, const void* p, size_t bytes, siz
   if (begin % alignment != 0) fail(t, site, concatenate(access, " ", bytes, " bytes at the misaligned address ", p));
   const auto holds = [&](const GlobalRange& r) { return begin >= r.begin && begin < r.end && bytes <= r.end - begin; };
   if (last_range_ < ranges_.size() && holds(ranges_[last_range_])) return ranges_[last_range_];
-  const auto found = std::find_if(ranges_.begin(), ranges_.end(), holds);
-  if (found != ranges_.end()) {
-    last_range_ = static_cast<size_t>(found - ranges_.begin());
-    return *found;
+  // The last of those that begin before: they are in order, and none overlaps another.
+  const auto next = std::upper_bound(ranges_.begin(), ranges_.end(), begin,
+                                     [](uintptr_t address, const GlobalRange& r) { return address < r.begin; });
+  if (next != ranges_.begin() && holds(*std::prev(next))) {
+    last_range_ = static_cast<size_t>(next - ranges_.begin()) - 1;
+    return *std::prev(next);
   }
   std::string nearest = "no array is registered";
   uintptr_t least = ~uintptr_t{0};

@@ -46,6 +46,8 @@ inline Options options_of(const pybind11::dict& d) {
 inline void define_report(pybind11::module_& m) {
   pybind11::class_<Report>(m, "Report", pybind11::module_local())
       .def_readonly("multiply_adds", &Report::mma)
+      .def_readonly("groups_under_way", &Report::groups_under_way)
+      .def_readonly("load_matrix_turns", &Report::load_matrix_turns)
       .def_readonly("barrier_sites", &Report::barrier_sites)
       .def_readonly("async_wait_sites", &Report::async_wait_sites)
       .def_readonly("global_store_sites", &Report::global_store_sites);

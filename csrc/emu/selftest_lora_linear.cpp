@@ -51,9 +51,9 @@ double sum(int64_t count, const F& f) {
   return total;
 }
 
-void run(int64_t m, int64_t n, int64_t k, int64_t rank, int sms, double dropout_p) {
+void run(int64_t m, int64_t n, int64_t k, int64_t rank, int sms, double dropout_p, Wanted wanted) {
   constexpr float kScaling = 0.5f;
-  const DeviceLimits device{.sms = sms, .shared_per_block = 99 << 10};
+  const DeviceLimits device{.sms = sms, .shared_per_block = 99 << 10, .capability = 86};
   const int64_t seed = 7;
   const Matrix x = Matrix::random(m, k), w = Matrix::random(n, k), a = Matrix::random(rank, k),
                b = Matrix::random(n, rank), grad_y = Matrix::random(m, n);
@@ -65,31 +65,41 @@ void run(int64_t m, int64_t n, int64_t k, int64_t rank, int sms, double dropout_
                             .seed = dropout_p > 0 ? &seed : nullptr,
                             .dropout_p = dropout_p};
   Matrix y(m, n), s(m, rank);
+  bool is_branch = false;  // cublas: the vendor's product is not here to be added
   {
-    const LoraLinearConfig config = lora_linear_config(problem, device);
-    std::vector<uint32_t> counters(config.counters);
-    std::vector<float> partials(config.partials);
+    const LoraForwardConfig config = lora_forward_config(problem, device, wanted);
+    std::vector<uint32_t> counters(config.launch.counters);
+    std::vector<float> partials(config.launch.partials);
     const LoraWorkspace workspace{.counters = counters.data(), .partials = partials.data()};
-    const LoraLinearParams p = forward_params(problem, {y.bits.data(), n}, s.bits.data(), config, workspace);
-    launch_lora_linear<BFloat16>(p, config, nullptr);
-    std::printf("%s\n", name_of(config.key.schedule));
+    for (const LoraLinearConfig* launch : {&config.launch, &config.expand}) {
+      if (launch->blocks == 0) continue;
+      const LoraLinearParams p = forward_params(problem, {y.bits.data(), n}, s.bits.data(), *launch, workspace);
+      launch_lora_linear<BFloat16>(p, *launch, nullptr);
+      std::printf("%s\n", name_of(launch->key.schedule));
+    }
+    is_branch = config.cublas.yes;
   }
   check(y, "y", [&](int64_t i, int64_t j) {
-    return sum(k, [&](int64_t c) { return x.at(i, c) * w.at(j, c); }) +
+    return (is_branch ? 0.0 : sum(k, [&](int64_t c) { return x.at(i, c) * w.at(j, c); })) +
            kScaling * sum(rank, [&](int64_t r) { return s.at(i, r) * b.at(j, r); });
   });
 
   const LoraBackwardProblem backward{.forward = problem, .grad_y = grad_y.ref(), .s = s.ref()};
-  const LoraBackwardConfig config = lora_backward_config(backward, device);
+  const LoraBackwardConfig config = lora_backward_config(backward, device, wanted);
   Matrix grad_x(m, k), grad_a(rank, k), grad_b(n, rank), grad_s(m, rank);
   std::vector<uint32_t> counters(config.grad_x.counters + config.grads.counters);
-  std::vector<float> partial_grad_b(config.partial_grad_b), partials(config.grads.partials);
+  std::vector<float> partials_of_s(config.grad_x.partials), partial_grad_b(config.partial_grad_b),
+      partials(config.grads.partials);
   const LoraBackwardWorkspace workspace{.counters = counters.data(),
                                         .grad_s = grad_s.bits.data(),
+                                        .partials_of_s = partials_of_s.data(),
                                         .partial_grad_b = partial_grad_b.data(),
                                         .partials = partials.data()};
-  launch_lora_grad_x<BFloat16>(grad_x_params(backward, {grad_x.bits.data(), k}, config, workspace), config.grad_x,
-                               nullptr);
+  for (const LoraLinearConfig* launch : {&config.grad_x, &config.expand}) {
+    if (launch->blocks == 0) continue;
+    launch_lora_grad_x<BFloat16>(grad_x_params(backward, {grad_x.bits.data(), k}, *launch, config, workspace), *launch,
+                                 nullptr);
+  }
   launch_lora_grads<BFloat16>(grads_params(backward, grad_a.bits.data(), grad_b.bits.data(), config, workspace),
                               config.grads, nullptr);
   check(grad_b, "dB", [&](int64_t j, int64_t r) {
@@ -97,7 +107,7 @@ void run(int64_t m, int64_t n, int64_t k, int64_t rank, int sms, double dropout_
   });
   if (dropout_p > 0) return;
   check(grad_x, "dX", [&](int64_t i, int64_t c) {
-    return sum(n, [&](int64_t j) { return grad_y.at(i, j) * w.at(j, c); }) +
+    return (is_branch ? 0.0 : sum(n, [&](int64_t j) { return grad_y.at(i, j) * w.at(j, c); })) +
            kScaling * sum(rank, [&](int64_t r) { return grad_s.at(i, r) * a.at(r, c); });
   });
   check(grad_a, "dA", [&](int64_t r, int64_t c) {
@@ -110,10 +120,15 @@ void run(int64_t m, int64_t n, int64_t k, int64_t rank, int sms, double dropout_
 
 int main() {
   constexpr int kProblems[][5] = {{70, 72, 136, 16, 9}, {200, 72, 136, 16, 1}, {200, 72, 136, 24, 1},
-                                  {70, 64, 136, 24, 1}, {5, 72, 520, 16, 40},  {33, 37, 41, 17, 1}};
+                                  {70, 64, 136, 24, 1}, {5, 72, 520, 16, 40},  {33, 37, 40, 4, 1},
+                                  {33, 37, 41, 17, 1}};
   try {
     for (const auto& [m, n, k, rank, sms] : kProblems) {
-      for (const double dropout_p : {0.0, 0.3}) lk::run(m, n, k, rank, sms, dropout_p);
+      for (const double dropout_p : {0.0, 0.3}) {
+        for (const lk::Wanted wanted : {lk::Wanted::kOneLaunch, lk::Wanted::kCublas}) {
+          lk::run(m, n, k, rank, sms, dropout_p, wanted);
+        }
+      }
     }
   } catch (const std::exception& e) {
     std::printf("FAILED  %s\n", e.what());

@@ -1,7 +1,24 @@
 // What the CUDA bindings call in libtorch_cuda, for a module that runs them over CPU tensors. One include per module.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "../bind/cuda_device.h"
+
+namespace lk {
+
+// As the vendor's GEMM takes its operands where torch allows tf32: to nearest, ties away from zero.
+inline torch::stable::Tensor rounded_to_tf32(AtenTensorHandle t) {
+  AtenTensorHandle copy;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t, &copy));
+  torch::stable::Tensor rounded = torch::stable::clone(torch::stable::Tensor(copy));
+  if (rounded.scalar_type() != torch::headeronly::ScalarType::Float) return rounded;
+  auto* const bits = static_cast<uint32_t*>(rounded.mutable_data_ptr());
+  for (int64_t i = 0; i < rounded.numel(); ++i) bits[i] = (bits[i] + 0x1000u) & ~0x1FFFu;
+  return rounded;
+}
+
+}  // namespace lk
 
 extern "C" {
 AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardHandle* guard) {
@@ -12,5 +29,10 @@ AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle) { return AOTI_TORCH
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = lk::emu::runtime.stream;
   return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat1,
+                                         AtenTensorHandle mat2, double beta, double alpha) {
+  const torch::stable::Tensor a = lk::rounded_to_tf32(mat1), b = lk::rounded_to_tf32(mat2);
+  return aoti_torch_cpu_addmm_out(out, self, a.get(), b.get(), beta, alpha);
 }
 }

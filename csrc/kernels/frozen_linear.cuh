@@ -6,11 +6,11 @@
 
 namespace lk {
 
-template <class Base_, bool kAligned_>
+template <class Base_>
 struct FrozenLinear {
   using Base = Base_;
   using Element = typename Base::Element;
-  static constexpr bool kAligned = kAligned_;
+  static constexpr Access kAccess = Access::kWhole;
   static constexpr int kThreads = Base::kThreads, kMinBlocks = kThreads <= 128 ? 2 : 1;
   static constexpr int kSharedBytes = larger(Base::kSharedBytes, Base::kBytesResult);
 
@@ -20,18 +20,17 @@ struct FrozenLinear {
         work_of_ticket(block_index(), ceil_div(p.m, Base::kM), 0, ceil_div(p.n, Base::kN), p.group_rows);
     const int row0 = work.row * Base::kM, column0 = work.column * Base::kN;
     typename Base::Accumulator acc = {};
-    using Chunk = PlainChunk<Element, kAligned>;
+    using Chunk = PlainChunk<Element, is_base_whole(kAccess)>;
     Base::template run<Chunk, Chunk>(smem, {p.x, p.x_stride, p.m, p.k}, row0, {p.w, p.w_stride, p.n, p.k}, column0, 0,
                                      p.k, acc, NoSideTask{});
-    epilogue<Base, kAligned>(p, smem, row0, column0, acc);
+    epilogue<Base, kAccess>(p, smem, row0, column0, acc);
   }
 };
 
-inline LoraLinearConfig frozen_linear_config(int64_t m, int64_t n, bool aligned, const DeviceLimits& device) {
+inline LoraLinearConfig frozen_linear_config(int64_t m, int64_t n, const DeviceLimits& device) {
   LoraLinearConfig config{};
-  config.key.aligned = aligned;
   config.splits = 1;
-  config.key.tile = choose_tile(m, n, aligned, device, config.tile_reason);
+  config.key.tile = choose_tile(m, n, device, config.tile_reason);
   config.key.schedule = Schedule::kColumn0;  // no tiles of s
   plan_tickets(m, n, 0, config);
   config.counters = 0;
@@ -39,10 +38,9 @@ inline LoraLinearConfig frozen_linear_config(int64_t m, int64_t n, bool aligned,
 }
 
 template <class Element>
-using FrozenVariants = VariantList<
-    Variant<forward_key(Schedule::kColumn0, LoraTile::kLarge, 0),
-            FrozenLinear<LargeTile<Element, kFewestWarpsN<Element>>, true>>,
-    Variant<forward_key(Schedule::kColumn0, LoraTile::kSmall, 0), FrozenLinear<SmallTile<Element>, true>>,
-    Variant<forward_key(Schedule::kColumn0, LoraTile::kSmall, 0, false), FrozenLinear<SmallTile<Element>, false>>>;
+using FrozenVariants =
+    VariantList<Variant<forward_key(Schedule::kColumn0, LoraTile::kLarge, 0),
+                        FrozenLinear<LargeTile<Element, kFewestWarpsN<Element>>>>,
+                Variant<forward_key(Schedule::kColumn0, LoraTile::kSmall, 0), FrozenLinear<SmallTile<Element>>>>;
 
 }  // namespace lk

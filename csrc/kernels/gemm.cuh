@@ -18,6 +18,7 @@ template <class Element_, int kM_, int kN_, int kDepth_, int kWarpsM_, int kWarp
           Layout kLayoutP = Layout::kRows, Layout kLayoutQ = Layout::kRows, int kSideBytes = 0>
 struct Gemm {
   using Element = Element_;
+  static constexpr Layout kFactors = kLayoutQ;
   static constexpr int kM = kM_, kN = kN_, kDepth = kDepth_, kStages = kStages_;
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kThreads = kWarpsM * kWarpsN * kWarp;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;

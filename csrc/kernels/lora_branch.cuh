@@ -66,10 +66,10 @@ struct MaskedSum {
   }
 };
 
-template <class Base, bool kAligned>
+template <class Base, Access kAccess>
 struct LoraBranch {
   using Element = typename Base::Element;
-  using Chunk = PlainChunk<Element, kAligned>;
+  using Chunk = PlainChunk<Element, is_s_whole(kAccess)>;
   // As many ranks at a time as the stages hold; s lies where a stage has P, b where it has Q.
   static constexpr int kThreads = Base::kThreads, kM = Base::kM, kDepth = Base::kDepth;
   static constexpr int kBatch = Base::kStages * kDepth;
@@ -120,14 +120,15 @@ struct LoraBranch {
   LK_DEVICE static void store_s(const LoraLinearParams& p, uint32_t smem, int row0) {
     LK_NO_UNROLL
     for (int r = 0; r < p.rank; r += kDepth) {
-      store_tile<Element, kM, kDepth, kThreads, kAligned>(stage_of(smem, r), p.s, p.rank, p.m, p.rank, row0, r);
+      store_tile<Element, kM, kDepth, kThreads>(stage_of(smem, r), p.s, p.rank, p.m, p.rank, row0, r,
+                                                is_s_whole(kAccess));
     }
   }
 
  private:
   LK_DEVICE static void load_b(const LoraLinearParams& p, uint32_t smem, int column0, int begin, int end) {
     // The choice lies outside of the loop: within, it costs the large tile a register too many on sm_90.
-    with_adapter_chunk<Element, kAligned>(p.adapters_are_float, [&](auto chunk) {
+    with_adapter_chunk<Element, is_b_whole(kAccess, Base::kFactors)>(p.adapters_are_float, [&](auto chunk) {
       typename Base::template LoaderQ<decltype(chunk)> load({p.b, p.b_stride, p.n, p.rank}, column0, begin);
       LK_NO_UNROLL
       for (int r = begin; r < end; r += kDepth) load.load(stage_of(smem, r - begin) + Base::kOffsetQ);
@@ -151,7 +152,7 @@ struct LoraBranch {
 
 // Beside the product with w: s = x aᵀ for the tile's rows, without dropout, all ranks (at most kRankTile). The warps
 // that share rows of x divide the work: by rows if there are enough, else by depth, and add up at the end.
-template <class Base, int kRankTile, bool kAligned>
+template <class Base, int kRankTile, Access kAccess>
 class ShrinkTask {
   using Element = typename Base::Element;
   static constexpr int kDepth = Base::kDepth, kSteps = Base::kSteps;
@@ -160,7 +161,8 @@ class ShrinkTask {
   static constexpr int kRowFragments = kSplitsDepth ? Base::kFragmentsM : Base::kFragmentsM / Base::kWarpsN;
   static_assert(kSplitsDepth ? kSteps % Base::kWarpsN == 0 : Base::kFragmentsM % Base::kWarpsN == 0);
   using TileA = OperandTile<Element, kRankTile, kDepth, Layout::kRows, ChunksFirst>;
-  using Chunk = decltype(adapter_chunk<Element, kAligned>(true));
+  static constexpr bool kWhole = is_a_whole(kAccess, Layout::kRows);
+  using Chunk = decltype(adapter_chunk<Element, kWhole>(true));
   using Loader = TileLoader<Element, kRankTile, kDepth, Layout::kRows, Base::kThreads, Chunk>;
 
  public:
@@ -169,7 +171,7 @@ class ShrinkTask {
   static_assert(Base::kBytesStage - Base::kOffsetSide == kBytes, "a stage has a place for a");
 
   LK_DEVICE ShrinkTask(const LoraLinearParams& p, int k0, int k1)
-      : loader_({p.a, p.a_stride, p.rank, k1}, 0, k0, adapter_chunk<Element, kAligned>(p.adapters_are_float)) {}
+      : loader_({p.a, p.a_stride, p.rank, k1}, 0, k0, adapter_chunk<Element, kWhole>(p.adapters_are_float)) {}
 
   LK_DEVICE void fill(uint32_t place) { loader_.load(place); }
 
@@ -209,7 +211,7 @@ class ShrinkTask {
           const int column = ni * 8 + FragmentC::column(lane);
           const float low = column < rank ? acc_[mi][ni][half * 2] : 0.0f;
           const float high = column + 1 < rank ? acc_[mi][ni][half * 2 + 1] : 0.0f;
-          const uint32_t stage = LoraBranch<Base, kAligned>::stage_of(smem, column);
+          const uint32_t stage = LoraBranch<Base, kAccess>::stage_of(smem, column);
           store_shared_pair<Element>(stage + Base::TileP::Tile::element_offset(row, column % kDepth), low, high);
           if (partial != nullptr) {
             store_global(reinterpret_cast<Float2*>(partial + row * kRankTile + column), Float2{low, high});
@@ -257,20 +259,37 @@ class ShrinkTask {
   float acc_[kRowFragments][kFragmentsN][4] = {};
 };
 
-// y = acc + bias, by way of shared memory, where all threads have finished.
-template <class Base, bool kAligned>
+// acc + bias in shared memory, where all threads have finished; and they have again.
+template <class Base>
+LK_DEVICE void stage_with_bias(const LoraLinearParams& p, uint32_t smem, int column0,
+                               const typename Base::Accumulator& acc) {
+  using Element = typename Base::Element;
+  const auto* const bias_gmem = static_cast<const typename Element::Storage*>(p.bias);
+  const auto bias_at = [&](int column) {
+    const bool has_bias = bias_gmem != nullptr && column0 + column < p.n;
+    return has_bias ? Element::low(load_global(bias_gmem + column0 + column)) : 0.0f;
+  };
+  sync_block();
+  stage_accumulators<Base>(smem, [&](int mi, int ni, int i, int column) { return acc[mi][ni][i] + bias_at(column); });
+  sync_block();
+}
+
+// Whether rows of y consist of chunks: asked at run time where a kernel does not know.
+template <class Element, Access kAccess>
+LK_DEVICE bool is_y_whole(const LoraLinearParams& p) {
+  constexpr int kElements = chunk_elements(sizeof(typename Element::Storage));
+  return kAccess == Access::kWhole ||
+         (p.n % kElements == 0 && p.y_stride % kElements == 0 && reinterpret_cast<uintptr_t>(p.y) % kChunkBytes == 0);
+}
+
+// y = acc + bias, by way of shared memory.
+template <class Base, Access kAccess>
 LK_DEVICE void epilogue(const LoraLinearParams& p, uint32_t smem, int row0, int column0,
                         const typename Base::Accumulator& acc) {
   using Element = typename Base::Element;
-  const auto* const bias_gmem = static_cast<const typename Element::Storage*>(p.bias);
-  sync_block();
-  stage_accumulators<Base>(smem, [&](int mi, int ni, int i, int column) {
-    const bool has_bias = bias_gmem != nullptr && column0 + column < p.n;
-    const float bias = has_bias ? Element::low(load_global(bias_gmem + column0 + column)) : 0.0f;
-    return acc[mi][ni][i] + bias;
-  });
-  sync_block();
-  store_tile<Element, Base::kM, Base::kN, Base::kThreads, kAligned>(smem, p.y, p.y_stride, p.m, p.n, row0, column0);
+  stage_with_bias<Base>(p, smem, column0, acc);
+  store_tile<Element, Base::kM, Base::kN, Base::kThreads>(smem, p.y, p.y_stride, p.m, p.n, row0, column0,
+                                                          is_y_whole<Element, kAccess>(p));
 }
 
 }  // namespace lk

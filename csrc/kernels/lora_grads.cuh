@@ -16,11 +16,13 @@ namespace lk {
 constexpr int kGradColumns = 128;  // of A, or rows of B, in one tile
 constexpr int kPartOfGradBRank = 16;
 
-template <class Element_, int kRankTile, bool kAligned_>
+template <class Element_, int kRankTile, Access kAccess>
 struct LoraGrads {
   using Element = Element_;
-  static constexpr bool kAligned = kAligned_;
-  using Chunk = PlainChunk<Element, kAligned>;
+  // Rows of x and dY, of dA; and rows of s and s', of dB.
+  static constexpr bool kLongRowsAreWhole = is_base_whole(kAccess), kRanksAreWhole = is_s_whole(kAccess);
+  using LongChunk = PlainChunk<Element, kLongRowsAreWhole>;
+  using RankChunk = PlainChunk<Element, kRanksAreWhole>;
   static constexpr int kElementBytes = sizeof(typename Element::Storage);
   static constexpr int kThreads = 128, kMinBlocks = 2, kDepth = 64 / kElementBytes, kStages = 4;
   using TileA = Gemm<Element, kRankTile, kGradColumns, kDepth, 1, 4, kStages, Layout::kColumns, Layout::kColumns>;
@@ -63,8 +65,8 @@ struct LoraGrads {
     const Operand grad_s{p.grad_s, p.rank, p.rank, p.m}, x{p.x, p.x_stride, p.k, p.m};
     typename TileA::Accumulator acc = {};
     const auto run = [&](auto&& task) {
-      TileA::template run<Chunk, Chunk>(smem, grad_s, rank0, x, column0, first_row(p, split), first_row(p, split + 1),
-                                        acc, task);
+      TileA::template run<RankChunk, LongChunk>(smem, grad_s, rank0, x, column0, first_row(p, split),
+                                                first_row(p, split + 1), acc, task);
     };
     float scale = p.scaling;
     if (p.seed != nullptr) {
@@ -73,15 +75,15 @@ struct LoraGrads {
     } else {
       run(NoSideTask{});
     }
-    finish<TileA>(p, smem, tile, split, acc, scale, p.grad_a, p.k, p.rank, p.k, rank0, column0);
+    finish<TileA, kLongRowsAreWhole>(p, smem, tile, split, acc, scale, p.grad_a, p.k, p.rank, p.k, rank0, column0);
   }
 
   LK_DEVICE static void product_B(const LoraGradsParams& p, uint32_t smem, int tile, int split, int row0, int rank0) {
     const Operand grad_y{p.grad_y, p.grad_y_stride, p.n, p.m}, s{p.s, p.rank, p.rank, p.m};
     typename TileB::Accumulator acc = {};
-    TileB::template run<Chunk, Chunk>(smem, grad_y, row0, s, rank0, first_row(p, split), first_row(p, split + 1), acc,
-                                      NoSideTask{});
-    finish<TileB>(p, smem, tile, split, acc, p.scaling, p.grad_b, p.rank, p.n, p.rank, row0, rank0);
+    TileB::template run<LongChunk, RankChunk>(smem, grad_y, row0, s, rank0, first_row(p, split),
+                                              first_row(p, split + 1), acc, NoSideTask{});
+    finish<TileB, kRanksAreWhole>(p, smem, tile, split, acc, p.scaling, p.grad_b, p.rank, p.n, p.rank, row0, rank0);
   }
 
   LK_DEVICE static int first_row(const LoraGradsParams& p, int split) {
@@ -90,7 +92,7 @@ struct LoraGrads {
   }
 
   // out[row0 ..., column0 ...] = scale · the sum of all splits.
-  template <class Tile>
+  template <class Tile, bool kWhole>
   LK_DEVICE static void finish(const LoraGradsParams& p, uint32_t smem, int tile, int split,
                                typename Tile::Accumulator& acc, float scale, void* out, int64_t stride, int rows,
                                int columns, int row0, int column0) {
@@ -101,16 +103,16 @@ struct LoraGrads {
       sum_partials<Tile>(partials, p.splits, acc);
     }
     if (kElementBytes == 2 && p.grads_are_float) {
-      store_floats<Tile>(static_cast<float*>(out), stride, rows, columns, row0, column0, acc, scale);
+      store_floats<Tile, kWhole>(static_cast<float*>(out), stride, rows, columns, row0, column0, acc, scale);
       return;
     }
     sync_block();  // the stages are free
     stage_accumulators<Tile>(smem, [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
     sync_block();
-    store_tile<Element, Tile::kM, Tile::kN, kThreads, kAligned>(smem, out, stride, rows, columns, row0, column0);
+    store_tile<Element, Tile::kM, Tile::kN, kThreads>(smem, out, stride, rows, columns, row0, column0, kWhole);
   }
 
-  template <class Tile>
+  template <class Tile, bool kWhole>
   LK_DEVICE static void store_floats(float* out, int64_t stride, int rows, int columns, int row0, int column0,
                                      const typename Tile::Accumulator& acc, float scale) {
     const int lane = thread_index() % kWarp;
@@ -125,7 +127,7 @@ struct LoraGrads {
           if (row >= rows || column >= columns) continue;
           const Float2 pair = {scale * acc[mi][ni][half * 2], scale * acc[mi][ni][half * 2 + 1]};
           float* const target = out + row * stride + column;
-          if constexpr (kAligned) {
+          if constexpr (kWhole) {
             store_global(reinterpret_cast<Float2*>(target), pair);
           } else {
             store_global(target, pair.x);
@@ -156,11 +158,11 @@ struct LoraGrads {
     }
   }
 
-  // Elements [first, first + 4) of dB, of which `valid` exist; with kAligned, all.
+  // Elements [first, first + 4) of dB, of which `valid` exist; of whole rows, all.
   LK_DEVICE static void store_four(const LoraGradsParams& p, int64_t first, const float (&f)[4], int valid) {
     float* const floats = static_cast<float*>(p.grad_b) + first;
     if (kElementBytes == 4 || p.grads_are_float) {
-      if constexpr (kAligned) {
+      if constexpr (kRanksAreWhole) {
         store_global(reinterpret_cast<Vec16*>(floats), vec16_of(f));
       } else {
         LK_UNROLL
@@ -170,7 +172,7 @@ struct LoraGrads {
       }
     } else if constexpr (kElementBytes == 2) {
       uint16_t* const halves = static_cast<uint16_t*>(p.grad_b) + first;
-      if constexpr (kAligned) {
+      if constexpr (kRanksAreWhole) {
         const Float2 both = {float_of(Element::pack(f[0], f[1])), float_of(Element::pack(f[2], f[3]))};
         store_global(reinterpret_cast<Float2*>(halves), both);
       } else {

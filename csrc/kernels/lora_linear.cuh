@@ -15,8 +15,9 @@
 // - dropout.cuh: the mask, on a stage of x or as bits for the branch;
 // - lora_branch.cuh: acc += scaling · s bᵀ, with s of other blocks or of this one (ShrinkTask), and the epilogue;
 // - store.cuh: accumulators to rows of memory, and sums of parts of the depth.
-// lora_linear_dual.cuh has the schedules of few rows or columns, lora_grads.cuh dA and dB; lora_linear_variants.cuh
-// lists all kernels with their keys, and config/lora_linear.h chooses one.
+// lora_linear_dual.cuh has the schedules of few rows or columns, lora_shrink_expand.cuh the branch by itself for where
+// the vendor multiplies x by w, lora_grads.cuh dA and dB; lora_linear_variants.cuh lists all kernels with their keys,
+// and config/lora_linear.h chooses one.
 //
 // The gradient of x is the same computation: dX = dY W + scaling · mask ∘ (s' A), s' = dY B, where w, a and b lie the
 // other way round in memory, and dropout acts on the branch's result.
@@ -42,7 +43,7 @@ struct DropX {
 };
 
 // The shrink tile's task beside s' = dY B: while dY is here, these rows' part of dB = dYᵀ s.
-template <class Shrink, bool kAligned>
+template <class Shrink, Access kAccess>
 class PartOfGradB {
   using Element = typename Shrink::Element;
   static constexpr int kM = Shrink::kM, kRank = Shrink::kN, kSteps = kM / Shrink::kFragmentDepth;
@@ -56,7 +57,7 @@ class PartOfGradB {
 
   LK_DEVICE PartOfGradB(const LoraLinearParams& p, uint32_t smem, int row_block) : n_(p.k) {
     const Operand s{p.saved_s, p.rank, p.rank, p.m};
-    using Chunk = PlainChunk<Element, kAligned>;
+    using Chunk = PlainChunk<Element, is_s_whole(kAccess)>;
     TileLoader<Element, kRank, kM, Layout::kColumns, Shrink::kThreads, Chunk>(s, 0, row_block * kM).load(smem);
     copy_async_commit();
     copy_async_wait<0>();
@@ -111,8 +112,9 @@ class PartOfGradB {
 // each with the bytes of shared memory that it takes behind the stages.
 struct ForwardRoles {
   static constexpr Layout kFactors = Layout::kRows;
+  static constexpr bool kDropsX = true;  // on the way to s; else the branch
 
-  template <class Shrink, bool kAligned>
+  template <class Shrink, Access>
   struct ShrinkSide {
     static constexpr int kBytes = 0;
 
@@ -142,8 +144,9 @@ struct ForwardRoles {
 
 struct GradXRoles {
   static constexpr Layout kFactors = Layout::kColumns;
+  static constexpr bool kDropsX = false;
 
-  template <class Shrink, bool kAligned>
+  template <class Shrink, Access kAccess>
   struct ShrinkSide {
     static constexpr bool kComputesGradB = Shrink::kN == 16;
     static constexpr int kBytes = kComputesGradB ? Shrink::kBytesResult : 0;  // for the saved s
@@ -152,7 +155,7 @@ struct GradXRoles {
     LK_DEVICE static float with_task(const LoraLinearParams& p, uint32_t smem, int row_block, const Run& run) {
       if constexpr (kComputesGradB) {
         if (p.partial_grad_b != nullptr) {
-          run(PartOfGradB<Shrink, kAligned>(p, smem, row_block));
+          run(PartOfGradB<Shrink, kAccess>(p, smem, row_block));
           return 1.0f;
         }
       }
@@ -178,18 +181,18 @@ struct GradXRoles {
   };
 };
 
-template <class Base_, int kRankTile_, bool kAligned_, class Roles, bool kColumn0 = false>
+template <class Base_, int kRankTile_, Access kAccess_, class Roles, bool kColumn0 = false>
 struct LoraLinear {
   using Base = Base_;
   using Element = typename Base::Element;
-  using Branch = LoraBranch<Base, kAligned_>;
-  using Chunk = PlainChunk<Element, kAligned_>;
-  static constexpr bool kAligned = kAligned_;
+  using Branch = LoraBranch<Base, kAccess_>;
+  using Chunk = PlainChunk<Element, is_base_whole(kAccess_)>;
+  static constexpr Access kAccess = kAccess_;
   static constexpr int kRankTile = kRankTile_, kThreads = Base::kThreads, kM = Base::kM;
   static constexpr int kMinBlocks = kThreads <= 128 ? 2 : 1;  // per SM: bounds the registers
   using Shrink =
       Gemm<Element, kM, kRankTile, Base::kDepth, kThreads / kWarp, 1, Base::kStages, Layout::kRows, Roles::kFactors>;
-  using ShrinkSide = typename Roles::template ShrinkSide<Shrink, kAligned>;
+  using ShrinkSide = typename Roles::template ShrinkSide<Shrink, kAccess>;
   using BranchSide = typename Roles::template BranchSide<Base>;
   static constexpr int kOffsetAfterStages = larger(Base::kSharedBytes, Base::kBytesResult);
   static constexpr int kOffsetWork = kOffsetAfterStages + larger(ShrinkSide::kBytes, BranchSide::kBytes);
@@ -224,7 +227,7 @@ struct LoraLinear {
     const Operand x{p.x, p.x_stride, p.m, p.k}, a{p.a, p.a_stride, p.rank, p.k};
     typename Shrink::Accumulator acc = {};
     const auto run = [&](auto&& task) {
-      with_adapter_chunk<Element, kAligned>(p.adapters_are_float, [&](auto chunk) {
+      with_adapter_chunk<Element, is_a_whole(kAccess, Roles::kFactors)>(p.adapters_are_float, [&](auto chunk) {
         Shrink::template run<Chunk, decltype(chunk)>(smem, x, row0, a, column0, 0, p.k, acc, task);
       });
     };
@@ -232,7 +235,7 @@ struct LoraLinear {
     sync_block();  // the stages are free
     stage_accumulators<Shrink>(smem, [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
     sync_block();
-    store_tile<Element, kM, kRankTile, kThreads, kAligned>(smem, p.s, p.rank, p.m, p.rank, row0, column0);
+    store_tile<Element, kM, kRankTile, kThreads>(smem, p.s, p.rank, p.m, p.rank, row0, column0, is_s_whole(kAccess));
     sync_block();
     if (thread_index() == 0) atomic_add_acquire_release(flag_of(p, work.row), 1);
   }
@@ -247,7 +250,7 @@ struct LoraLinear {
     };
     if (kColumn0 && work_of(smem).column == 0) {
       if constexpr (kColumn0) {
-        ShrinkTask<Base, kRankTile, kAligned> shrink(p, 0, p.k);
+        ShrinkTask<Base, kRankTile, kAccess> shrink(p, 0, p.k);
         run(shrink);
         Branch::add_own(p, smem, 0, shrink, nullptr, acc, [&] {
           const int row_block = work_of(smem).row;
@@ -261,7 +264,7 @@ struct LoraLinear {
       add_branch(p, smem, acc);
     }
     const WorkItem work = work_of(smem);
-    epilogue<Base, kAligned>(p, smem, work.row * kM, work.column * Base::kN, acc);
+    epilogue<Base, kAccess>(p, smem, work.row * kM, work.column * Base::kN, acc);
   }
 
   // With s from the shrink tiles, or from column 0.

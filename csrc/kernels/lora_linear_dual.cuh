@@ -11,22 +11,23 @@
 
 namespace lk {
 
-template <class Base_, int kRankTile_, bool kAligned_>
+template <class Base_, int kRankTile_, Access kAccess_>
 struct LoraLinearDual {
   using Base = Base_;
   using Element = typename Base::Element;
-  static constexpr bool kAligned = kAligned_;
+  static constexpr Access kAccess = kAccess_;
   static constexpr int kRankTile = kRankTile_;
   static constexpr int kThreads = Base::kThreads, kM = Base::kM, kMinBlocks = 2;
-  using Chunk = PlainChunk<Element, kAligned>;
-  using Branch = LoraBranch<Base, kAligned>;
-  using Shrink = ShrinkTask<Base, kRankTile, kAligned>;
+  using Chunk = PlainChunk<Element, is_base_whole(kAccess)>;
+  using Branch = LoraBranch<Base, kAccess>;
+  using Shrink = ShrinkTask<Base, kRankTile, kAccess>;
   static constexpr int kSharedBytes = larger(Base::kSharedBytes, Base::kBytesResult);
 
   LK_DEVICE static void run(const LoraLinearParams& p) {
     const uint32_t smem = dynamic_shared();
-    const int columns = ceil_div(p.n, Base::kN), tile = block_index() / p.splits, split = block_index() % p.splits;
-    const int row_block = tile / columns, column_block = tile % columns;
+    // Blocks of rows follow each other: neighbours share columns of w.
+    const int rows = ceil_div(p.m, kM), tile = block_index() / p.splits, split = block_index() % p.splits;
+    const int row_block = tile % rows, column_block = tile / rows;
     const int row0 = row_block * kM, column0 = column_block * Base::kN;
     const int k0 = split * p.split_depth, k1 = smaller(k0 + p.split_depth, p.k);
     const Operand x{p.x, p.x_stride, p.m, p.k}, w{p.w, p.w_stride, p.n, p.k};
@@ -47,7 +48,7 @@ struct LoraLinearDual {
       sum_partials<Base>(partials, p.splits, acc);
       if (column_block == 0) store_sum_of_s(p, row_block);
     }
-    epilogue<Base, kAligned>(p, smem, row0, column0, acc);
+    epilogue<Base, kAccess>(p, smem, row0, column0, acc);
   }
 
  private:
@@ -70,9 +71,13 @@ struct LoraLinearDual {
         sum.x += part.x;
         sum.y += part.y;
       }
-      using Storage = typename Element::Storage;
-      // Aligned: the rank is even.
-      store_global_pair<Element>(static_cast<Storage*>(p.s) + static_cast<int64_t>(row) * p.rank + column, sum);
+      auto* const s = static_cast<typename Element::Storage*>(p.s) + static_cast<int64_t>(row) * p.rank + column;
+      if constexpr (is_s_whole(kAccess)) {
+        store_global_pair<Element>(s, sum);
+      } else {
+        store_global_rounded<Element>(s, sum.x);
+        if (column + 1 < p.rank) store_global_rounded<Element>(s + 1, sum.y);
+      }
     }
   }
 };

@@ -5,6 +5,7 @@
 #include "lora_grads.cuh"
 #include "lora_linear.cuh"
 #include "lora_linear_dual.cuh"
+#include "lora_shrink_expand.cuh"
 #include "variants.h"
 
 namespace lk {
@@ -36,6 +37,12 @@ using SmallTile = Gemm<Element, 64, 64, kDepthOf<Element, LoraTile::kSmall>, 2, 
 template <class Element, int kSide>
 using FlatTile =
     Gemm<Element, 16, 64, kDepthOf<Element, LoraTile::kFlat>, 1, 4, 4, Layout::kRows, Layout::kRows, kSide>;
+// Of s alone, and of the branch alone.
+template <class Element, LoraTile kTile, int kRankTile, Layout kFactors>
+using ShrinkTile =
+    Gemm<Element, 64, kRankTile, kDepthOf<Element, kTile>, 4, 1, tile_shape(kTile).stages, Layout::kRows, kFactors>;
+template <class Element, Layout kFactors>
+using BranchTile = Gemm<Element, 128, 128, kDepthOf<Element, LoraTile::kBranch>, 2, 4, 2, Layout::kRows, kFactors>;
 static_assert(has_shape<LargeTile<BFloat16, 2>>(tile_shape(LoraTile::kLarge)));
 static_assert(has_shape<SmallTile<BFloat16>>(tile_shape(LoraTile::kSmall)));
 static_assert(has_shape<FlatTile<BFloat16, 0>>(tile_shape(LoraTile::kFlat)));
@@ -55,65 +62,89 @@ lora_grads_kernel(const LoraGradsParams p) {
 // A kernel and the config that asks for it, which must agree.
 template <LoraKey kKey, class Kernel>
 struct LoraVariant : Variant<kKey, Kernel> {
-  static_assert(Kernel::kAligned == kKey.aligned && Kernel::kRankTile == kKey.rank_tile);
+  static_assert(Kernel::kAccess == kKey.access && Kernel::kRankTile == kKey.rank_tile);
   static_assert(has_shape<typename Kernel::Base>(tile_shape(kKey.tile)));
 };
 
-constexpr LoraKey forward_key(Schedule schedule, LoraTile tile, int rank_tile, bool aligned = true) {
-  return {LoraRole::kForward, schedule, tile, rank_tile, aligned};
+constexpr LoraKey forward_key(Schedule schedule, LoraTile tile, int rank_tile, Access access = Access::kWhole) {
+  return {LoraRole::kForward, schedule, tile, rank_tile, access};
 }
-constexpr LoraKey grad_x_key(LoraTile tile, int rank_tile, bool aligned = true) {
-  return {LoraRole::kGradX, Schedule::kTicketed, tile, rank_tile, aligned};
+constexpr LoraKey grad_x_key(LoraTile tile, int rank_tile, Access access) {
+  return {LoraRole::kGradX, Schedule::kTicketed, tile, rank_tile, access};
 }
 
-// Every kernel of lora_linear...
+// Every kernel of lora_linear in one launch...
+template <class Element, Access kAccess>
+using LoraTicketedVariants =
+    VariantList<LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kLarge, 16, kAccess),
+                            LoraLinear<LargeTile<Element, kFewestWarpsN<Element>>, 16, kAccess, ForwardRoles>>,
+                LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kLarge, 64, kAccess),
+                            LoraLinear<LargeTile<Element, 4>, 64, kAccess, ForwardRoles>>,
+                LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 16, kAccess),
+                            LoraLinear<SmallTile<Element>, 16, kAccess, ForwardRoles>>,
+                LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 64, kAccess),
+                            LoraLinear<SmallTile<Element>, 64, kAccess, ForwardRoles>>,
+                LoraVariant<forward_key(Schedule::kDecode, LoraTile::kFlat, 16, kAccess),
+                            LoraLinearDual<FlatTile<Element, side_bytes(16, LoraTile::kFlat)>, 16, kAccess>>,
+                LoraVariant<forward_key(Schedule::kDecode, LoraTile::kFlat, 64, kAccess),
+                            LoraLinearDual<FlatTile<Element, side_bytes(64, LoraTile::kFlat)>, 64, kAccess>>>;
+
+// ... where all rows are whole...
 template <class Element>
-using LoraForwardVariants = VariantList<
-    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kLarge, 16),
-                LoraLinear<LargeTile<Element, kFewestWarpsN<Element>>, 16, true, ForwardRoles>>,
-    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kLarge, 64),
-                LoraLinear<LargeTile<Element, 4>, 64, true, ForwardRoles>>,
-    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 16),
-                LoraLinear<SmallTile<Element>, 16, true, ForwardRoles>>,
-    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 64),
-                LoraLinear<SmallTile<Element>, 64, true, ForwardRoles>>,
-    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 16, false),
-                LoraLinear<SmallTile<Element>, 16, false, ForwardRoles>>,
-    LoraVariant<forward_key(Schedule::kTicketed, LoraTile::kSmall, 64, false),
-                LoraLinear<SmallTile<Element>, 64, false, ForwardRoles>>,
-    LoraVariant<forward_key(Schedule::kColumn0, LoraTile::kLarge, 64),
-                LoraLinear<LargeTile<Element, 4, Layout::kRows, side_bytes(64, LoraTile::kLarge)>, 64, true,
-                           ForwardRoles, true>>,
-    LoraVariant<forward_key(Schedule::kDual, LoraTile::kSmall, 16),
-                LoraLinearDual<SmallTile<Element, Layout::kRows, side_bytes(16, LoraTile::kSmall)>, 16, true>>,
-    LoraVariant<forward_key(Schedule::kDual, LoraTile::kSmall, 64),
-                LoraLinearDual<SmallTile<Element, Layout::kRows, side_bytes(64, LoraTile::kSmall)>, 64, true>>,
-    LoraVariant<forward_key(Schedule::kDecode, LoraTile::kFlat, 16),
-                LoraLinearDual<FlatTile<Element, side_bytes(16, LoraTile::kFlat)>, 16, true>>,
-    LoraVariant<forward_key(Schedule::kDecode, LoraTile::kFlat, 64),
-                LoraLinearDual<FlatTile<Element, side_bytes(64, LoraTile::kFlat)>, 64, true>>>;
+using LoraWholeVariants =
+    VariantList<LoraVariant<forward_key(Schedule::kColumn0, LoraTile::kLarge, 64),
+                            LoraLinear<LargeTile<Element, 4, Layout::kRows, side_bytes(64, LoraTile::kLarge)>, 64,
+                                       Access::kWhole, ForwardRoles, true>>,
+                LoraVariant<forward_key(Schedule::kDual, LoraTile::kSmall, 16),
+                            LoraLinearDual<SmallTile<Element, Layout::kRows, side_bytes(16, LoraTile::kSmall)>, 16,
+                                           Access::kWhole>>,
+                LoraVariant<forward_key(Schedule::kDual, LoraTile::kSmall, 64),
+                            LoraLinearDual<SmallTile<Element, Layout::kRows, side_bytes(64, LoraTile::kSmall)>, 64,
+                                           Access::kWhole>>>;
 
-// ... of the gradient of x...
+// ... of the gradient of x in one...
+template <class Element, Access kAccess>
+using LoraGradXTicketedVariants =
+    VariantList<LoraVariant<grad_x_key(LoraTile::kLarge, 16, kAccess),
+                            LoraLinear<LargeTile<Element, 4, Layout::kColumns>, 16, kAccess, GradXRoles>>,
+                LoraVariant<grad_x_key(LoraTile::kLarge, 64, kAccess),
+                            LoraLinear<LargeTile<Element, 4, Layout::kColumns>, 64, kAccess, GradXRoles>>,
+                LoraVariant<grad_x_key(LoraTile::kSmall, 16, kAccess),
+                            LoraLinear<SmallTile<Element, Layout::kColumns>, 16, kAccess, GradXRoles>>,
+                LoraVariant<grad_x_key(LoraTile::kSmall, 64, kAccess),
+                            LoraLinear<SmallTile<Element, Layout::kColumns>, 64, kAccess, GradXRoles>>>;
+
+// ... of either beside the vendor's product...
+template <class Element, LoraRole kRole, class Roles, Access kAccess>
+using ShrinkExpandVariants =
+    VariantList<LoraVariant<LoraKey{kRole, Schedule::kShrink, LoraTile::kNarrow, 16, kAccess},
+                            LoraShrink<ShrinkTile<Element, LoraTile::kNarrow, 16, Roles::kFactors>, kAccess, Roles>>,
+                LoraVariant<LoraKey{kRole, Schedule::kShrink, LoraTile::kSmall, 64, kAccess},
+                            LoraShrink<ShrinkTile<Element, LoraTile::kSmall, 64, Roles::kFactors>, kAccess, Roles>>,
+                LoraVariant<LoraKey{kRole, Schedule::kExpand, LoraTile::kBranch, 0, kAccess},
+                            LoraExpand<BranchTile<Element, Roles::kFactors>, kAccess, Roles>>>;
+
+template <class Element>
+using LoraForwardVariants =
+    Concat<LoraTicketedVariants<Element, Access::kWhole>, LoraTicketedVariants<Element, Access::kGatherRanks>,
+           LoraWholeVariants<Element>, ShrinkExpandVariants<Element, LoraRole::kForward, ForwardRoles, Access::kWhole>,
+           ShrinkExpandVariants<Element, LoraRole::kForward, ForwardRoles, Access::kGatherRanks>,
+           ShrinkExpandVariants<Element, LoraRole::kForward, ForwardRoles, Access::kGatherAll>>;
+
 template <class Element>
 using LoraGradXVariants =
-    VariantList<LoraVariant<grad_x_key(LoraTile::kLarge, 16),
-                            LoraLinear<LargeTile<Element, 4, Layout::kColumns>, 16, true, GradXRoles>>,
-                LoraVariant<grad_x_key(LoraTile::kLarge, 64),
-                            LoraLinear<LargeTile<Element, 4, Layout::kColumns>, 64, true, GradXRoles>>,
-                LoraVariant<grad_x_key(LoraTile::kSmall, 16),
-                            LoraLinear<SmallTile<Element, Layout::kColumns>, 16, true, GradXRoles>>,
-                LoraVariant<grad_x_key(LoraTile::kSmall, 64),
-                            LoraLinear<SmallTile<Element, Layout::kColumns>, 64, true, GradXRoles>>,
-                LoraVariant<grad_x_key(LoraTile::kSmall, 16, false),
-                            LoraLinear<SmallTile<Element, Layout::kColumns>, 16, false, GradXRoles>>,
-                LoraVariant<grad_x_key(LoraTile::kSmall, 64, false),
-                            LoraLinear<SmallTile<Element, Layout::kColumns>, 64, false, GradXRoles>>>;
+    Concat<LoraGradXTicketedVariants<Element, Access::kWhole>, LoraGradXTicketedVariants<Element, Access::kGatherRanks>,
+           ShrinkExpandVariants<Element, LoraRole::kGradX, GradXRoles, Access::kWhole>,
+           ShrinkExpandVariants<Element, LoraRole::kGradX, GradXRoles, Access::kGatherRanks>,
+           ShrinkExpandVariants<Element, LoraRole::kGradX, GradXRoles, Access::kGatherAll>>;
 
 // ... and of the adapter's gradients.
+template <class Element, Access kAccess>
+using LoraGradsVariantsOf = VariantList<Variant<LoraGradsKey{16, kAccess}, LoraGrads<Element, 16, kAccess>>,
+                                        Variant<LoraGradsKey{64, kAccess}, LoraGrads<Element, 64, kAccess>>>;
 template <class Element>
-using LoraGradsVariants = VariantList<Variant<LoraGradsKey{16, true}, LoraGrads<Element, 16, true>>,
-                                      Variant<LoraGradsKey{64, true}, LoraGrads<Element, 64, true>>,
-                                      Variant<LoraGradsKey{16, false}, LoraGrads<Element, 16, false>>,
-                                      Variant<LoraGradsKey{64, false}, LoraGrads<Element, 64, false>>>;
+using LoraGradsVariants =
+    Concat<LoraGradsVariantsOf<Element, Access::kWhole>, LoraGradsVariantsOf<Element, Access::kGatherRanks>,
+           LoraGradsVariantsOf<Element, Access::kGatherAll>>;
 
 }  // namespace lk

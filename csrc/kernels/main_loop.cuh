@@ -18,6 +18,7 @@ namespace lk {
 template <class T>
 concept MainLoop = requires {
   typename T::Element;
+  { T::kFactors } -> std::convertible_to<Layout>;
   typename T::Accumulator;
   typename T::TileP;
   typename T::TileQ;

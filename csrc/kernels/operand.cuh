@@ -127,6 +127,17 @@ struct EitherChunk {
 template <class Element, bool kAligned>
 using PlainChunk = std::conditional_t<kAligned, AsyncChunk<Element>, GatheredChunk<Element>>;
 
+// Whether a kernel of this access reads an operand in chunks: x and w; s; and of the adapter a, whose rows are long
+// where factors lie in rows, and b, whose rows then have `rank` elements. In columns it is the other way round.
+constexpr bool is_base_whole(Access access) { return access != Access::kGatherAll; }
+constexpr bool is_s_whole(Access access) { return access == Access::kWhole; }
+constexpr bool is_a_whole(Access access, Layout factors) {
+  return factors == Layout::kRows ? is_base_whole(access) : is_s_whole(access);
+}
+constexpr bool is_b_whole(Access access, Layout factors) {
+  return factors == Layout::kRows ? is_s_whole(access) : is_base_whole(access);
+}
+
 // -------------------------------------------------------------------------------------------------------- walks
 
 // How the threads of a block share out the chunks of a tile. A thread's chunks lie in one column of chunks, kRowStep
@@ -163,15 +174,19 @@ class RowWalk {
  public:
   LK_DEVICE RowWalk(const Grid& grid, const Operand& m, int row0, int k0, int element_bytes) {
     left_ = m.depth - k0 - grid.column;
-    // Rows past the end are the last one once more: nobody stores their products.
-    const int last = m.rows - 1, first = smaller(row0 + grid.row, last);
-    source_ = place_in(m, first, k0 + grid.column, element_bytes);
+    // Rows past the end are others of the tile once more, whose products nobody stores: not all the last one, which a
+    // tile with few rows would fetch from one place of the cache as often as it has rows.
+    const int rows = m.rows - row0;
+    const int first = grid.row < rows ? grid.row : grid.row % rows;
+    source_ = place_in(m, row0 + first, k0 + grid.column, element_bytes);
     LK_UNROLL
     for (int i = 1; i < Grid::kSteps; ++i) {
-      // Known to fit in 32 bits as a count of units, an offset takes one register of the main loop, not two.
+      // Known to fit in 32 bits as a count of units, an offset takes one register of the main loop, not two. It is
+      // never negative: rows past the end begin again at this thread's first.
       constexpr uint64_t kUnit = kAligned ? kChunkBytes : kChunkBytes / Grid::Tile::kChunkElements;
-      const int64_t rows = smaller(row0 + grid.row + i * Grid::kRowStep, last) - first;
-      offset_[i - 1] = static_cast<uint32_t>(static_cast<uint64_t>(rows * m.stride * element_bytes) / kUnit) * kUnit;
+      const int row = grid.row + i * Grid::kRowStep;
+      const int64_t beyond = row < rows ? row - first : 0;
+      offset_[i - 1] = static_cast<uint32_t>(static_cast<uint64_t>(beyond * m.stride * element_bytes) / kUnit) * kUnit;
     }
   }
 

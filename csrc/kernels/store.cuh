@@ -27,9 +27,21 @@ LK_DEVICE void store_global_pair(typename Element::Storage* target, Float2 v) {
   }
 }
 
+// One element.
+template <class Element>
+LK_DEVICE void store_global_rounded(typename Element::Storage* target, float value) {
+  if constexpr (sizeof(typename Element::Storage) == 2) {
+    store_global(target, static_cast<typename Element::Storage>(Element::pack(value, 0.0f)));
+  } else {
+    store_global(reinterpret_cast<float*>(target), value);
+  }
+}
+
 // Writes a [kRows, kColumns] tile, staged in shared memory by all threads, to rows and columns of `out` that exist.
-template <class Element, int kRows, int kColumns, int kThreads, bool kAligned>
-LK_DEVICE void store_tile(uint32_t smem, void* out, int64_t stride, int rows, int columns, int row0, int column0) {
+// whole: these rows consist of chunks.
+template <class Element, int kRows, int kColumns, int kThreads>
+LK_DEVICE void store_tile(uint32_t smem, void* out, int64_t stride, int rows, int columns, int row0, int column0,
+                          bool whole) {
   using Storage = typename Element::Storage;
   using Tile = SharedTile<kColumns, sizeof(Storage)>;
   constexpr int kTotal = kRows * Tile::kChunks, kPerWord = 4 / sizeof(Storage);
@@ -38,7 +50,7 @@ LK_DEVICE void store_tile(uint32_t smem, void* out, int64_t stride, int rows, in
     if (row0 + row >= rows || column >= columns) continue;
     const Vec16 v = load_shared_16(smem + Tile::offset(row, chunk));
     Storage* target = static_cast<Storage*>(out) + (row0 + row) * stride + column;
-    if constexpr (kAligned) {
+    if (whole) {
       store_global(reinterpret_cast<Vec16*>(target), v);
     } else {
       for (int j = 0; j < Tile::kChunkElements; ++j) {

@@ -15,6 +15,19 @@ struct Variant {
 template <class... Variants>
 struct VariantList {};
 
+// The variants of several lists.
+template <class... Lists>
+struct Concatenated;
+template <class List>
+struct Concatenated<List> {
+  using Type = List;
+};
+template <class... First, class... Second, class... Rest>
+struct Concatenated<VariantList<First...>, VariantList<Second...>, Rest...>
+    : Concatenated<VariantList<First..., Second...>, Rest...> {};
+template <class... Lists>
+using Concat = typename Concatenated<Lists...>::Type;
+
 // f(Kernel{}) for the kernel with this key.
 template <class First, class... Rest, class Key, class F>
 auto with_variant(VariantList<First, Rest...>, const Key& key, const F& f) {

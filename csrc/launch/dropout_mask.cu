@@ -11,6 +11,11 @@ cudaError_t launch_dropout_mask(const DropoutMaskParams& p, cudaStream_t stream)
   return cudaGetLastError();
 }
 
+cudaError_t find_dropout_mask_kernel() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, dropout_mask_kernel);
+}
+
 KernelInfo describe_dropout_mask() {
   return {.name = "_ZN2lk" + mangled_identifier("dropout_mask_kernel") + "ENS_" + mangled_in_lk<DropoutMaskParams>(),
           .threads = kDropoutMaskThreads,

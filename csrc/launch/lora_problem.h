@@ -40,6 +40,7 @@ struct LoraProblem {
   float scaling = 1.0f;
   const int64_t* seed = nullptr;  // where the kernel finds it; null: no dropout
   double dropout_p = 0.0;
+  bool w_in_columns = false;  // w is the transpose of a matrix in rows, which only the vendor's GEMM reads
 
   int64_t m() const { return x.rows; }
   int64_t k() const { return x.columns; }
@@ -47,9 +48,11 @@ struct LoraProblem {
   int64_t rank() const { return a.rows; }
   int element_bytes() const { return lk::element_bytes(x.type); }
   bool adapters_are_wider() const { return lk::element_bytes(a.type) > element_bytes(); }
+  bool is_whole(int64_t length) const { return length % chunk_elements(element_bytes()) == 0; }
   // Of the operands. Results and workspace are allocated for the call, and aligned where their rows are whole chunks.
-  bool aligned() const {
-    return whole_chunks(n(), k(), rank(), element_bytes()) && x.aligned() && w.aligned() && a.aligned() && b.aligned();
+  Access access() const {
+    const bool long_rows = is_whole(k()) && x.aligned() && (w_in_columns || w.aligned()) && a.aligned();
+    return access_of(long_rows, long_rows && is_whole(n()) && is_whole(rank()) && b.aligned());
   }
 };
 
@@ -60,13 +63,42 @@ struct LoraBackwardProblem {
   MatrixRef s;       // the forward's, [m, rank], contiguous
   bool need_x = true, need_a = true, need_b = true;
 
-  bool aligned() const { return forward.aligned() && grad_y.aligned() && s.aligned(); }
+  // Here dY is read in rows, too, and n is a depth.
+  Access access() const {
+    const bool long_rows = forward.access() != Access::kGatherAll && forward.is_whole(forward.n()) && grad_y.aligned();
+    return access_of(long_rows, long_rows && forward.access() == Access::kWhole && s.aligned());
+  }
 };
 
 // ---------------------------------------------------------------------------------------------------- forward
 
-inline LoraLinearConfig lora_linear_config(const LoraProblem& p, const DeviceLimits& device) {
-  return lora_linear_config(p.m(), p.n(), p.k(), p.rank(), p.element_bytes(), p.aligned(), p.seed != nullptr, device);
+// For the forward, or for dX, of `columns` columns.
+inline UsesCublas uses_cublas(const LoraProblem& p, int64_t columns, Access access, bool few_rows,
+                              const DeviceLimits& device, Wanted wanted) {
+  if (p.w_in_columns) return {true, "w lies in columns, as the vendor's GEMM can read it"};
+  return uses_cublas(p.m(), columns, p.element_bytes(), access, few_rows, device, wanted);
+}
+
+// One launch, or "cublas": two, between which nothing is waited for, and the vendor's product.
+struct LoraForwardConfig {
+  UsesCublas cublas;
+  LoraLinearConfig launch;  // of y and s, or in cublas of s alone
+  LoraLinearConfig expand;  // of the branch; no blocks: not cublas
+};
+
+inline LoraForwardConfig lora_forward_config(const LoraProblem& p, const DeviceLimits& device, Wanted wanted) {
+  const Access access = p.access();
+  const bool has_dropout = p.seed != nullptr;
+  LoraForwardConfig config{};
+  config.cublas =
+      uses_cublas(p, p.n(), access, serves_few_rows(p.m(), p.n(), p.rank(), access, has_dropout), device, wanted);
+  if (config.cublas.yes) {
+    config.launch = shrink_config(LoraRole::kForward, p.m(), p.k(), p.rank(), p.element_bytes(), access, device);
+    config.expand = expand_config(LoraRole::kForward, p.m(), p.n(), access);
+  } else {
+    config.launch = lora_linear_config(p.m(), p.n(), p.k(), p.rank(), p.element_bytes(), access, has_dropout, device);
+  }
+  return config;
 }
 
 // config.counters words that are zero, and config.partials floats.
@@ -76,7 +108,7 @@ struct LoraWorkspace {
 };
 
 // s: [m, rank], contiguous.
-inline LoraLinearParams forward_params(const LoraProblem& p, OutputRef y, void* s, const LoraLinearConfig& config,
+inline LoraLinearParams forward_params(const LoraProblem& p, OutputRef y, void* s, const LoraLinearConfig& launch,
                                        const LoraWorkspace& workspace) {
   const Dropout dropout = make_dropout(0, p.dropout_p);
   return {.x = p.x.data,
@@ -101,9 +133,9 @@ inline LoraLinearParams forward_params(const LoraProblem& p, OutputRef y, void* 
           .dropout_scale = dropout.scale,
           .seed = p.seed,
           .counters = workspace.counters,
-          .group_rows = config.group_rows,
-          .splits = config.splits,
-          .split_depth = config.split_depth,
+          .group_rows = launch.group_rows,
+          .splits = launch.splits,
+          .split_depth = launch.split_depth,
           .partials = workspace.partials,
           .saved_s = nullptr,
           .partial_grad_b = nullptr};
@@ -111,23 +143,25 @@ inline LoraLinearParams forward_params(const LoraProblem& p, OutputRef y, void* 
 
 // ---------------------------------------------------------------------------------------------------- gradients
 
-inline LoraBackwardConfig lora_backward_config(const LoraBackwardProblem& p, const DeviceLimits& device) {
+inline LoraBackwardConfig lora_backward_config(const LoraBackwardProblem& p, const DeviceLimits& device,
+                                               Wanted wanted) {
   const LoraProblem& f = p.forward;
-  return lora_backward_config(f.m(), f.n(), f.k(), f.rank(), p.aligned(), p.need_x, p.need_a, p.need_b, device);
+  return lora_backward_config(f.m(), f.n(), f.k(), f.rank(), f.element_bytes(), p.access(), p.need_x, p.need_a,
+                              p.need_b, device, uses_cublas(f, f.k(), p.access(), false, device, wanted));
 }
 
-// counters: those of the first launch, then the second's. grad_s: s' = dY B, [m, rank] of x's type, which the first
+// counters: those of the first launch, then of dA's and dB's. grad_s: s' = dY B, [m, rank] of x's type, which the first
 // launch leaves for the second, as it does config.partial_grad_b floats.
 struct LoraBackwardWorkspace {
   uint32_t* counters;
   void* grad_s;
-  float *partial_grad_b, *partials;
+  float *partials_of_s, *partial_grad_b, *partials;
 };
 
-// The first launch: the forward's computation with dY for x, and with W, B and A, which lie in memory as they do there,
-// for the transposes of w, a and b. grad_x: [m, k].
-inline LoraLinearParams grad_x_params(const LoraBackwardProblem& p, OutputRef grad_x, const LoraBackwardConfig& config,
-                                      const LoraBackwardWorkspace& workspace) {
+// The first launch, and cublas' second: the forward's computation with dY for x, and with W, B and A, which lie in
+// memory as they do there, for the transposes of w, a and b. grad_x: [m, k].
+inline LoraLinearParams grad_x_params(const LoraBackwardProblem& p, OutputRef grad_x, const LoraLinearConfig& launch,
+                                      const LoraBackwardConfig& config, const LoraBackwardWorkspace& workspace) {
   const LoraProblem& f = p.forward;
   const Dropout dropout = make_dropout(0, f.dropout_p);
   return {.x = p.grad_y.data,
@@ -152,15 +186,15 @@ inline LoraLinearParams grad_x_params(const LoraBackwardProblem& p, OutputRef gr
           .dropout_scale = dropout.scale,
           .seed = f.seed,
           .counters = workspace.counters,
-          .group_rows = config.grad_x.group_rows,
-          .splits = config.grad_x.splits,
-          .split_depth = config.grad_x.split_depth,
-          .partials = nullptr,
-          .saved_s = p.s.data,
+          .group_rows = launch.group_rows,
+          .splits = launch.splits,
+          .split_depth = launch.split_depth,
+          .partials = workspace.partials_of_s,
+          .saved_s = config.parts_of_grad_b > 0 ? p.s.data : nullptr,
           .partial_grad_b = config.parts_of_grad_b > 0 ? workspace.partial_grad_b : nullptr};
 }
 
-// The second. grad_a: [rank, k], grad_b: [n, rank], both contiguous, of a's type, and null where they are not wanted.
+// The last. grad_a: [rank, k], grad_b: [n, rank], both contiguous, of a's type, and null where they are not wanted.
 inline LoraGradsParams grads_params(const LoraBackwardProblem& p, void* grad_a, void* grad_b,
                                     const LoraBackwardConfig& config, const LoraBackwardWorkspace& workspace) {
   const LoraProblem& f = p.forward;
@@ -203,6 +237,7 @@ struct MemoryRef {
 // f(MemoryRef) for everything that lora_linear_kernel reads or writes, other than the counters.
 template <class F>
 void for_each_range(const LoraLinearParams& p, const LoraLinearConfig& config, int element_bytes, const F& f) {
+  const bool shrinks = config.key.schedule == Schedule::kShrink, expands = config.key.schedule == Schedule::kExpand;
   const int adapter_bytes = p.adapters_are_float ? 4 : element_bytes;
   const auto add = [&](const void* data, int64_t rows, int64_t columns, int64_t stride, int bytes, bool is_written) {
     if (data != nullptr) f(MemoryRef{data, rows, columns, stride, bytes, is_written});
@@ -212,15 +247,19 @@ void for_each_range(const LoraLinearParams& p, const LoraLinearConfig& config, i
   const auto factor = [&](const void* data, int64_t r, int64_t c, int64_t stride, int bytes) {
     add(data, is_backward ? c : r, is_backward ? r : c, stride, bytes, false);
   };
-  add(p.x, p.m, p.k, p.x_stride, element_bytes, false);
-  factor(p.w, p.n, p.k, p.w_stride, element_bytes);
-  factor(p.a, p.rank, p.k, p.a_stride, adapter_bytes);
-  factor(p.b, p.n, p.rank, p.b_stride, adapter_bytes);
-  add(p.bias, 1, p.n, p.n, element_bytes, false);
   add(p.seed, 1, 1, 1, sizeof *p.seed, false);
+  add(p.s, p.m, p.rank, p.rank, element_bytes, !expands);
+  if (!expands) {
+    add(p.x, p.m, p.k, p.x_stride, element_bytes, false);
+    factor(p.a, p.rank, p.k, p.a_stride, adapter_bytes);
+  }
+  if (!shrinks) {
+    factor(p.b, p.n, p.rank, p.b_stride, adapter_bytes);
+    add(p.bias, 1, p.n, p.n, element_bytes, false);
+    add(p.y, p.m, p.n, p.y_stride, element_bytes, true);
+  }
+  if (!shrinks && !expands) factor(p.w, p.n, p.k, p.w_stride, element_bytes);
   add(p.saved_s, p.m, p.rank, p.rank, element_bytes, false);
-  add(p.y, p.m, p.n, p.y_stride, element_bytes, true);
-  add(p.s, p.m, p.rank, p.rank, element_bytes, true);
   add(p.partials, 1, config.partials, config.partials, sizeof(float), true);
   const int64_t parts = blocks_of(p.m, tile_shape(config.key.tile).rows) * p.k * config.key.rank_tile;
   add(p.partial_grad_b, 1, parts, parts, sizeof(float), true);

@@ -72,10 +72,11 @@ struct LoraGradsFields {
   static_assert(lists_all<Params>(kFields));
 };
 
-// What the problem of an op and the device come as.
+// What the problem of an op, the device and who chooses come as.
 struct Problem {
   LoraProblem lora;
   DeviceLimits device;
+  Wanted wanted;
 };
 
 // Where tensors begin that are never read.
@@ -86,13 +87,15 @@ const void* somewhere(bool aligned, FloatType type) {
 
 // False with a Python error.
 bool parse(PyObject* args, PyObject* keywords, Problem& p) {
-  const char* const names[] = {"dtype", "m", "n", "k", "rank", "rows_aligned", "has_dropout", "sms", "shared_per_block",
-                               nullptr};
-  const char* dtype;
+  const char* const names[] = {
+      "dtype",      "m",        "n",    "k", "rank", "rows_aligned", "has_dropout", "sms", "shared_per_block",
+      "capability", "schedule", nullptr};
+  const char *dtype, *schedule = "";
   long long m, n, k, rank;
   int rows_aligned, has_dropout;
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLppii", const_cast<char**>(names), &dtype, &m, &n, &k, &rank,
-                                   &rows_aligned, &has_dropout, &p.device.sms, &p.device.shared_per_block)) {
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLppiii|s", const_cast<char**>(names), &dtype, &m, &n, &k, &rank,
+                                   &rows_aligned, &has_dropout, &p.device.sms, &p.device.shared_per_block,
+                                   &p.device.capability, &schedule)) {
     return false;
   }
   FloatType type;
@@ -102,12 +105,13 @@ bool parse(PyObject* args, PyObject* keywords, Problem& p) {
   };
   p.lora = {.x = matrix(m, k), .w = matrix(n, k), .a = matrix(rank, k), .b = matrix(n, rank)};
   if (has_dropout != 0) p.lora.seed = &kSeed;
+  p.wanted = wanted_by(schedule);
   return true;
 }
 
-Plan plan_of(const LoraLinearConfig& config, const KernelInfo& kernel, int64_t more_words = 0) {
+Plan plan_of(const LoraLinearConfig& config, const KernelInfo& kernel, const char* why, int64_t more_words = 0) {
   return {.schedule = name_of(config.key.schedule),
-          .reason = std::string(config.reason) + "; " + config.tile_reason,
+          .reason = std::string(config.reason) + "; " + config.tile_reason + "; " + why,
           .kernel = kernel,
           .blocks = config.blocks,
           .workspace_bytes = (config.counters + config.partials + more_words) * kBytesWord,
@@ -115,17 +119,27 @@ Plan plan_of(const LoraLinearConfig& config, const KernelInfo& kernel, int64_t m
           .fields = LoraLinearFields::kFields};
 }
 
+// The vendor's GEMM, of which nothing more is known.
+PyObject* product(const char* text, const char* why) {
+  return Py_BuildValue("{s:s,s:s,s:s}", "schedule", "cublas", "reason", why, "product", text);
+}
+
+// One launch, or a list of them.
 PyObject* plan_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
   Problem p;
   if (!parse(args, keywords, p)) return nullptr;
-  const LoraLinearConfig config = lora_linear_config(p.lora, p.device);
-  if (config.blocks > INT32_MAX) return too_many_tiles();
-  return with_element(p.lora.x.type, [&]<class Element>(std::type_identity<Element>) {
-    return to_python(plan_of(config, describe_lora_linear<Element>(config.key)));
+  const LoraForwardConfig config = lora_forward_config(p.lora, p.device, p.wanted);
+  if (config.launch.blocks > INT32_MAX || config.expand.blocks > INT32_MAX) return too_many_tiles();
+  return with_element(p.lora.x.type, [&]<class Element>(std::type_identity<Element>) -> PyObject* {
+    const auto planned = [&](const LoraLinearConfig& launch) {
+      return to_python(plan_of(launch, describe_lora_linear<Element>(launch.key), config.cublas.reason));
+    };
+    if (!config.cublas.yes) return planned(config.launch);
+    return list_of({planned(config.launch), planned(config.expand), product("y += x wT", config.cublas.reason)});
   });
 }
 
-// A list of the two launches.
+// A list of the launches.
 PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keywords) {
   Problem p;
   if (!parse(args, keywords, p)) return nullptr;
@@ -133,25 +147,26 @@ PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keyword
   const LoraBackwardProblem problem{.forward = forward,
                                     .grad_y = {forward.w.data, forward.n(), forward.m(), forward.n(), forward.x.type},
                                     .s = {forward.w.data, forward.rank(), forward.m(), forward.rank(), forward.x.type}};
-  const LoraBackwardConfig config = lora_backward_config(problem, p.device);
-  if (config.grad_x.blocks > INT32_MAX || config.grads.blocks > INT32_MAX) return too_many_tiles();
+  const LoraBackwardConfig config = lora_backward_config(problem, p.device, p.wanted);
+  if (config.grad_x.blocks > INT32_MAX || config.expand.blocks > INT32_MAX || config.grads.blocks > INT32_MAX) {
+    return too_many_tiles();
+  }
   return with_element(forward.x.type, [&]<class Element>(std::type_identity<Element>) -> PyObject* {
-    const Plan second = {.schedule = "split rows",
-                         .reason = config.parts_of_grad_b > 0 ? "parts of dB are there and only summed"
-                                                              : "dY is read again: parts of dB would be larger",
-                         .kernel = describe_lora_grads<Element>(config.grads.key),
-                         .blocks = config.grads.blocks,
-                         .workspace_bytes = (config.grads.counters + config.grads.partials) * kBytesWord,
-                         .params_size = sizeof(LoraGradsParams),
-                         .fields = LoraGradsFields::kFields};
-    PyObject* launches = PyList_New(0);
-    if (append(launches, to_python(plan_of(config.grad_x, describe_lora_grad_x<Element>(config.grad_x.key),
-                                           config.partial_grad_b))) &&
-        append(launches, to_python(second))) {
-      return launches;
-    }
-    Py_XDECREF(launches);
-    return nullptr;
+    const Plan last = {.schedule = "split rows",
+                       .reason = config.parts_of_grad_b > 0 ? "parts of dB are there and only summed"
+                                                            : "dY is read again: it was not in shared memory, or parts "
+                                                              "of dB would be larger",
+                       .kernel = describe_lora_grads<Element>(config.grads.key),
+                       .blocks = config.grads.blocks,
+                       .workspace_bytes = (config.grads.counters + config.grads.partials) * kBytesWord,
+                       .params_size = sizeof(LoraGradsParams),
+                       .fields = LoraGradsFields::kFields};
+    const auto planned = [&](const LoraLinearConfig& launch, int64_t more_words) {
+      return to_python(plan_of(launch, describe_lora_grad_x<Element>(launch.key), config.cublas.reason, more_words));
+    };
+    if (!config.cublas.yes) return list_of({planned(config.grad_x, config.partial_grad_b), to_python(last)});
+    return list_of({planned(config.grad_x, 0), planned(config.expand, 0), product("dX += dY W", config.cublas.reason),
+                    to_python(last)});
   });
 }
 

@@ -66,6 +66,14 @@ bool append(PyObject* list, PyObject* item) {
   return done;
 }
 
+PyObject* list_of(std::initializer_list<PyObject*> items) {
+  PyObject* list = PyList_New(0);
+  bool done = true;
+  for (PyObject* item : items) done = append(list, item) && done;
+  if (!done) Py_CLEAR(list);
+  return list;
+}
+
 PyObject* too_many_tiles() { return PyErr_Format(PyExc_ValueError, "tickets are 32 bits wide: too many tiles"); }
 
 bool parse_type(const char* argument, const char* text, FloatType& type, const char* fp32) {

@@ -79,6 +79,9 @@ PyObject* to_python(const Plan& plan);
 // Steals `item`; false if it or the list is missing.
 bool append(PyObject* list, PyObject* item);
 
+// A list that steals the items; null, with a Python error, if one is missing.
+PyObject* list_of(std::initializer_list<PyObject*> items);
+
 constexpr int64_t kBytesWord = 4;  // a counter, a float
 
 // Null, with a Python error.

@@ -14,6 +14,7 @@ import torch
 
 import lora_kernels as lk
 
+from .. import _native
 from ..text import table
 from ._models import DTYPES
 
@@ -71,7 +72,9 @@ def _machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
-            machine["gpus"].append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+            problem = None if _native.cuda is None else _native.cuda_problem(torch.device("cuda", index))
+            reason = "" if problem is None else f", {problem[0]}"
+            machine["gpus"].append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor}{reason})")
     return machine
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..ops import eager
 from ..ops import lora_embedding as _op
 from ..ops.lora_embedding import LoRAEmbeddingFunction
-from ..plain import FLOATS
+from ..plain import FLOATS, INDICES
 from .checks import check_adapter, check_adapter_dtype, check_dense, check_scaling, scaling_tensor
 from .why import explains
 
@@ -60,7 +59,7 @@ def arguments(
     for name, t in (("ids", ids), ("weight", weight)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
-    if ids.dtype not in (torch.int64, torch.int32):
+    if ids.dtype not in INDICES:
         raise TypeError(f"{op}: ids must be int64 or int32, got {ids.dtype}")
     if weight.dtype not in FLOATS:
         raise TypeError(f"{op}: weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")

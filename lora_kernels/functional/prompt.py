@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops import eager
 from ..ops import prompt_embedding as _op
 from ..ops.prompt_embedding import PromptEmbeddingFunction
-from ..plain import FLOATS
+from ..plain import FLOATS, INDICES
 from .why import explains
 
 _OP = "prompt_embedding"
@@ -119,7 +119,7 @@ def arguments(
             raise ValueError(f"{_OP}: inputs_embeds must be {expected}, got shape {tuple(inputs_embeds.shape)}")
         shape = inputs_embeds.shape[:2]
     else:
-        _check_tensor("input_ids", input_ids, _op.INDICES, device)
+        _check_tensor("input_ids", input_ids, INDICES, device)
         if input_ids.dim() != 2:
             raise ValueError(f"{_OP}: input_ids must be [batch, tokens], got shape {tuple(input_ids.shape)}")
         _check_tensor("weight", weight, FLOATS, device)
@@ -130,9 +130,9 @@ def arguments(
 
     for name, t, dtypes, size in (
         ("attention_mask", attention_mask, _MASKS, shape),
-        ("labels", labels, _op.INDICES, shape),
-        ("task_ids", task_ids, _op.INDICES, shape[:1]),
-        ("prompt_lengths", prompt_lengths, _op.INDICES, shape[:1]),
+        ("labels", labels, INDICES, shape),
+        ("task_ids", task_ids, INDICES, shape[:1]),
+        ("prompt_lengths", prompt_lengths, INDICES, shape[:1]),
     ):
         if t is None:
             continue

@@ -8,7 +8,7 @@ import torch
 
 from .. import dispatch, philox
 from ..spec import Kernel, OpSpec, Verdict
-from ..support import triton
+from ..support import cuda, fits, triton
 
 _PHILOX = Verdict("philox", "one Philox call per 8 elements")
 
@@ -17,11 +17,16 @@ def _reference(seed: torch.Tensor, rows: int, columns: int, p: float) -> torch.T
     return philox.keep_mask(seed, rows, columns, p)
 
 
+def _cuda_supports(seed: torch.Tensor, rows: int, columns: int, p: float) -> Verdict:
+    return cuda.refusal(seed.device) or _PHILOX
+
+
 def _triton_supports(seed: torch.Tensor, rows: int, columns: int, p: float) -> Verdict:
     return triton.refusal(seed.device) or _PHILOX
 
 
 def _triton_run(schedule: str, *args: Any) -> torch.Tensor:
+    fits.check_seed(args[0])
     from ..triton_kernels import dropout_mask
 
     return dropout_mask.dropout_mask(*args)
@@ -38,7 +43,7 @@ SPEC = dispatch.register(
         reference=_reference,
         fake=_fake,
         kernels={
-            "cuda": Kernel(lambda *_: _PHILOX),
+            "cuda": Kernel(_cuda_supports),
             "triton": Kernel(_triton_supports, _triton_run),
             "cpu": Kernel(lambda *_: _PHILOX),
         },

@@ -74,8 +74,6 @@ def _cuda_supports(
     dropout_p: float,
 ) -> Verdict:  # fmt: skip
     n, k = weight.shape
-    if weight.stride(1) != 1:
-        return cuda_or_triton.COLUMN_MAJOR
     return cuda_or_triton.cuda_or_triton(x, n, k, lora_A.shape[0])
 
 
@@ -164,8 +162,6 @@ def _cuda_supports_backward(
     grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any
 ) -> Verdict:
     n, k = weight.shape
-    if weight.stride(1) != 1:
-        return cuda_or_triton.COLUMN_MAJOR
     return cuda_or_triton.cuda_or_triton(x, k, n, s.shape[-1])
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..plain import FLOATS
+from ..plain import FLOATS, sum_dtype
 from ..reasons import Reason
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from ..support import cuda, triton
+from ..support import cuda, fits, triton
 from . import eager
 from .eager import EagerFunction
 
@@ -60,6 +60,7 @@ def _triton_supports(prefix: Tensor, layers: int, heads: int, batch: int, copies
 
 
 def _triton_run(schedule: str, *args: Any) -> Tensor:
+    fits.check_prefix_kv(*args[:4])
     from ..triton_kernels import prefix_kv
 
     return prefix_kv.forward(*args)
@@ -74,7 +75,7 @@ def _bytes(prefix: Tensor, layers: int, heads: int, batch: int, copies: bool, dt
 
 def _reference_backward(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
     _, heads, tokens, head_dim = grads[0].shape
-    wide = torch.float64 if torch.float64 in (grads[0].dtype, dtype) else torch.float32
+    wide = sum_dtype(grads[0].dtype, dtype)
     total = torch.stack([grad.sum(0, dtype=wide) for grad in grads])
     return total.permute(2, 0, 1, 3).reshape(tokens, len(grads) * heads * head_dim).to(dtype)
 
@@ -101,6 +102,7 @@ def _triton_supports_backward(grads: list[Tensor], dtype: torch.dtype) -> Verdic
 
 
 def _triton_run_backward(schedule: str, *args: Any) -> Tensor:
+    fits.check_prefix_kv_backward(args[0])
     from ..triton_kernels import prefix_kv
 
     return prefix_kv.backward(*args)

@@ -1,4 +1,4 @@
-"""``prompt_embedding``: trainable rows put into token embeddings, with mask, positions and labels, and its gradients.
+"""``prompt_embedding``: trainable rows put into token embeddings, with mask, positions and labels.
 
 Prompt tuning is from Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", EMNLP 2021.
 """
@@ -13,18 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import dispatch
-from ..plain import FLOATS
+from ..plain import FLOATS, are_indices
 from ..reasons import Reason
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from ..support import cuda, triton
+from ..support import cuda, fits, triton
 from . import eager
 from .eager import EagerFunction
+from .prompt_embedding_backward import SPEC as BACKWARD
 
-INDICES = (torch.int64, torch.int32)
 IGNORED_LABEL = -100
 
 _GATHER = Verdict("gather", "tokens and prompt written in one pass")
-_SUM = Verdict("row_sum", "reads the rows of the gradient that are asked for")
 _REFUSED_DTYPE = Verdict(None, Reason.DTYPE)
 
 # ---------------------------------------------------------------------------------------------------- indices
@@ -139,7 +138,7 @@ def _cpu_supports(
 ) -> Verdict:  # fmt: skip
     embeds = weight if inputs_embeds is None else inputs_embeds
     served = prompt.dtype in FLOATS and embeds.dtype in FLOATS
-    return _GATHER if served and _served(input_ids, task_ids, prompt_lengths) else _REFUSED_DTYPE
+    return _GATHER if served and are_indices(input_ids, task_ids, prompt_lengths) else _REFUSED_DTYPE
 
 
 def _cuda_supports(
@@ -147,15 +146,11 @@ def _cuda_supports(
     labels: Tensor | None, task_ids: Tensor | None, prompt_lengths: Tensor | None, left: bool,
 ) -> Verdict:  # fmt: skip
     embeds = weight if inputs_embeds is None else inputs_embeds
-    if not _served(input_ids, task_ids, prompt_lengths):
+    if not are_indices(input_ids, task_ids, prompt_lengths):
         return _REFUSED_DTYPE
     batch, tokens = _token_shape(input_ids, inputs_embeds)
     rows, hidden = prompt.shape[-2:]
     return cuda.prompt_refusal(prompt.device, embeds.dtype, prompt.dtype, batch * (rows + tokens), hidden) or _GATHER
-
-
-def _served(*indices: Tensor | None) -> bool:
-    return all(index is None or index.dtype in INDICES for index in indices)
 
 
 def _run_cpu(schedule: str, *args: Any) -> tuple[Tensor, ...]:
@@ -177,6 +172,7 @@ def _triton_supports(
 
 
 def _triton_run(schedule: str, *args: Any) -> tuple[Tensor, ...]:
+    fits.check_prompt_embedding(*args[:8])
     from ..triton_kernels import prompt_embedding
 
     if args[0].device.type == "cpu":
@@ -197,132 +193,6 @@ def _bytes(
     total = (batch * tokens + batch * (rows + tokens)) * hidden * embeds.element_size()
     return total + prompt.numel() * prompt.element_size() + batch * (tokens * per_token + (rows + tokens) * per_row)
 
-
-# --------------------------------------------------------------------------------------------------- backward
-
-
-def _wide(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _reference_backward(
-    grad: Tensor, layout: Tensor, input_ids: Any, task_ids: Any, tasks: int, prompt_rows: int,
-    prompt_dtype: torch.dtype, vocabulary: int, need_prompt: bool, need_weight: bool, need_embeds: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    tokens, hidden = grad.shape[1] - prompt_rows, grad.shape[2]
-    first, split, length = layout.unsqueeze(2).unbind(1)
-
-    def rows_at(index: Tensor) -> Tensor:
-        return grad.gather(1, index.unsqueeze(2).expand(-1, -1, hidden))
-
-    grad_prompt = grad.new_empty(0, dtype=prompt_dtype)
-    grad_weight, grad_embeds = grad.new_empty(0), grad.new_empty(0)
-    if need_prompt:
-        slot = torch.arange(prompt_rows, device=grad.device)
-        used = slot < length
-        rows = rows_at((first + split + slot) * used).to(_wide(grad.dtype, prompt_dtype))
-        rows = torch.where(used.unsqueeze(2), rows, 0.0)
-        shape = (tasks, prompt_rows, hidden)
-        total = rows.new_zeros(shape).index_add_(0, task_ids, rows) if tasks else rows.sum(0)
-        grad_prompt = total.to(prompt_dtype)
-    if need_weight or need_embeds:
-        t = torch.arange(tokens, device=grad.device)
-        rows = rows_at(first + t + length * (t >= split))
-        if need_weight:
-            total = grad.new_zeros((vocabulary, hidden), dtype=_wide(grad.dtype))
-            total.index_add_(0, input_ids.reshape(-1), rows.reshape(-1, hidden).to(total.dtype))
-            grad_weight = total.to(grad.dtype)
-        if need_embeds:
-            grad_embeds = rows
-    return grad_prompt, grad_weight, grad_embeds
-
-
-def _fake_backward(
-    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
-    prompt_dtype: torch.dtype, vocabulary: int, need_prompt: bool, need_weight: bool, need_embeds: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    batch, rows, hidden = grad.shape
-    prompt_shape = (tasks, prompt_rows, hidden) if tasks else (prompt_rows, hidden)
-    return (
-        grad.new_empty(prompt_shape if need_prompt else 0, dtype=prompt_dtype),
-        grad.new_empty((vocabulary, hidden) if need_weight else 0),
-        grad.new_empty((batch, rows - prompt_rows, hidden) if need_embeds else 0),
-    )
-
-
-def _cpu_supports_backward(
-    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
-    prompt_dtype: torch.dtype, *rest: Any,
-) -> Verdict:  # fmt: skip
-    served = grad.dtype in FLOATS and prompt_dtype in FLOATS and _served(layout, input_ids, task_ids)
-    return _SUM if served else _REFUSED_DTYPE
-
-
-def _cuda_supports_backward(
-    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
-    prompt_dtype: torch.dtype, *rest: Any,
-) -> Verdict:  # fmt: skip
-    if not _served(layout, input_ids, task_ids):
-        return _REFUSED_DTYPE
-    batch, rows, hidden = grad.shape
-    return cuda.prompt_refusal(grad.device, grad.dtype, prompt_dtype, batch * rows, hidden) or _SUM
-
-
-def _triton_supports_backward(
-    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
-    prompt_dtype: torch.dtype, *rest: Any,
-) -> Verdict:  # fmt: skip
-    batch, rows, hidden = grad.shape
-    size = max(batch, tasks), rows, hidden
-    return triton.rows_refusal(grad.device, (grad.dtype, prompt_dtype), *size) or _SUM
-
-
-def _triton_run_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from ..triton_kernels import prompt_embedding
-
-    return prompt_embedding.backward(*args)
-
-
-def _flops_backward(
-    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
-    prompt_dtype: torch.dtype, vocabulary: int, need_prompt: bool, need_weight: bool, need_embeds: bool,
-) -> int:  # fmt: skip
-    batch, rows, hidden = grad.shape
-    return batch * hidden * ((prompt_rows if need_prompt else 0) + (rows - prompt_rows if need_weight else 0))
-
-
-def _bytes_backward(
-    grad: Tensor, layout: Tensor, input_ids: Tensor | None, task_ids: Tensor | None, tasks: int, prompt_rows: int,
-    prompt_dtype: torch.dtype, vocabulary: int, need_prompt: bool, need_weight: bool, need_embeds: bool,
-) -> int:  # fmt: skip
-    batch, rows, hidden = grad.shape
-    tokens = rows - prompt_rows
-    element = grad.element_size()
-    prompt = batch * prompt_rows * hidden * element + max(tasks, 1) * prompt_rows * hidden * prompt_dtype.itemsize
-    token_rows = batch * tokens * hidden * element
-    total = (prompt if need_prompt else 0) + (token_rows if need_weight or need_embeds else 0)
-    return total + (vocabulary * hidden * element if need_weight else 0) + (token_rows if need_embeds else 0)
-
-
-BACKWARD = dispatch.register(
-    OpSpec(
-        name="prompt_embedding_backward",
-        schema=(
-            "(Tensor grad, Tensor layout, Tensor? input_ids, Tensor? task_ids, SymInt tasks, SymInt prompt_rows, "
-            "ScalarType prompt_dtype, SymInt vocabulary, bool need_prompt, bool need_weight, bool need_embeds) "
-            "-> (Tensor, Tensor, Tensor)"
-        ),
-        reference=_reference_backward,
-        fake=_fake_backward,
-        kernels={
-            "cuda": Kernel(_cuda_supports_backward),
-            "triton": Kernel(_triton_supports_backward, _triton_run_backward),
-            "cpu": Kernel(_cpu_supports_backward),
-        },
-        flops=_flops_backward,
-        bytes=_bytes_backward,
-    )
-)
 
 # --------------------------------------------------------------------------------------------------- autograd
 
@@ -409,8 +279,4 @@ class PromptEmbeddingFunction(EagerFunction):
     @staticmethod
     @eager.backward
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple:  # type: ignore[override]
-        return _gradients(ctx, grad, _run_backward)
-
-
-def _run_backward(*args: Any) -> tuple[Tensor, ...]:
-    return dispatch.run(BACKWARD, *args)
+        return _gradients(ctx, grad, lambda *args: dispatch.run(BACKWARD, *args))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
+from .. import _native
 from ..precision import float32_products
 from ..reasons import Reason
 from ..spec import Verdict
@@ -27,7 +31,12 @@ _PLAN_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "t
 PROMPT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 TENSOR_CORES = Verdict("tensor cores", "bf16, fp16 and, where torch allows it, tf32 on sm_80 and newer")
-"""The schedule depends on sizes and alignment, and is chosen when the launch is planned: see ``planned``."""
+"""The schedule depends on sizes, alignment and the GPU, and is chosen when the launch is planned: see ``planned``."""
+_SCHEDULES = {
+    "auto": TENSOR_CORES,
+    "one launch": Verdict("one launch", "asked for: the product and the branch in one kernel"),
+    "cublas": Verdict("cublas", "asked for: the branch by our kernels, the vendor's GEMM accumulates onto it"),
+}
 
 _FP32_STRICT = Verdict(None, Reason.FP32_STRICT)
 _DTYPE = Verdict(None, Reason.DTYPE)
@@ -37,10 +46,45 @@ _SIZE = Verdict(None, Reason.SIZE)
 _ARCHITECTURE = Verdict(None, Reason.ARCHITECTURE)
 
 
+def _schedule_of_environment() -> Verdict:
+    wanted = os.environ.get("LORA_KERNELS_CUDA_SCHEDULE", "auto")
+    if wanted not in _SCHEDULES:
+        raise ValueError(f"LORA_KERNELS_CUDA_SCHEDULE must be one of {', '.join(_SCHEDULES)}, got {wanted!r}")
+    return _SCHEDULES[wanted]
+
+
+_OF_ENVIRONMENT = _schedule_of_environment()
+_schedule: ContextVar[Verdict] = ContextVar("cuda_schedule", default=_OF_ENVIRONMENT)
+
+
+@contextlib.contextmanager
+def use_schedule(name: str) -> Iterator[None]:
+    """The LoRA linears of the CUDA backend are computed so inside of the context, where that is possible.
+
+    Args:
+        name: "one launch", "cublas", or "auto", which is what is expected to be fastest.
+    """
+    if name not in _SCHEDULES:
+        raise ValueError(f"name must be one of {', '.join(_SCHEDULES)}, got {name!r}")
+    token = _schedule.set(_SCHEDULES[name])
+    try:
+        yield
+    finally:
+        _schedule.reset(token)
+
+
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a GPU; torch takes longer to tell than a call has time for."""
     return torch.cuda.get_device_capability(device)
+
+
+def refusal(device: torch.device) -> Verdict | None:
+    """Why no CUDA kernel runs for tensors on ``device``; None where one does."""
+    if capability(device) < OLDEST:
+        return _ARCHITECTURE
+    problem = _native.cuda_problem(device)
+    return None if problem is None else Verdict(None, problem[0])
 
 
 def tensor_core_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) -> Verdict:
@@ -57,9 +101,7 @@ def tensor_core_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) ->
     tiles = (rows // SMALLEST_TILE + 1) * (columns // SMALLEST_TILE + 1 + MAX_RANK // SMALLEST_RANK_TILE)
     if max(rows, tiles) > MAX_SIZE or max(columns, depth) > MAX_ROW:
         return _SIZE
-    if capability(x.device) < OLDEST:
-        return _ARCHITECTURE
-    return TENSOR_CORES
+    return refusal(x.device) or _schedule.get()
 
 
 def prompt_refusal(
@@ -75,24 +117,24 @@ def prompt_refusal(
         return _DTYPE
     if max(rows, columns * embeds.itemsize) > MAX_SIZE:
         return _SIZE
-    if capability(device) < OLDEST:
-        return _ARCHITECTURE
-    return None
+    return refusal(device)
 
 
 def planned(plan: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor, adapters: tuple[torch.Tensor, ...],
             has_dropout: bool) -> Verdict:  # fmt: skip
-    """What ``plan``, a function of ``lora_kernels._cuda``, would launch; of several launches, the first."""
+    """What ``plan``, a function of ``lora_kernels._cuda``, would launch; of several launches, what they are for."""
     device: Any = torch.cuda.get_device_properties(x.device)
     n, k = weight.shape
     aligned = all(
         t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
         for t in (x, weight, *adapters)
     )
-    launch = plan(
+    launches = plan(
         dtype=_PLAN_DTYPES[x.dtype], m=x.numel() // k, n=n, k=k, rank=adapters[0].shape[0],
         rows_aligned=aligned, has_dropout=has_dropout, sms=device.multi_processor_count,
-        shared_per_block=device.shared_memory_per_block_optin,
+        shared_per_block=device.shared_memory_per_block_optin, capability=10 * device.major + device.minor,
+        schedule="cublas" if weight.stride(1) != 1 else _schedule.get().schedule,
     )  # fmt: skip
-    launch = launch[0] if isinstance(launch, list) else launch
-    return Verdict(launch["schedule"], launch["reason"])
+    launches = launches if isinstance(launches, list) else [launches]
+    told = next((launch for launch in launches if launch["schedule"] == "cublas"), launches[0])
+    return Verdict(told["schedule"], told["reason"])

@@ -16,8 +16,8 @@ from ..spec import Verdict
 from ..triton_kernels import configs
 from ..triton_kernels.launching import device_of
 
-OLDEST = (3, 7)
-"""Version of Triton: 3.6 does not compile the kernels under dropout."""
+OLDEST = (3, 6)
+"""Version of Triton that compiles and launches the kernels; no older one was tried."""
 MAX_SIZE = 2**31 - 1024
 """Rows, columns and tiles are counted in int32; the margin is what the last, partly filled tiles reach beyond."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import emulator
 import torch
 from numerics import assert_as_accurate
@@ -41,18 +39,12 @@ def _dropped(x, keep, scale):
     return x if keep is None else torch.where(keep, x * scale, torch.zeros((), dtype=x.dtype))
 
 
-_streams = itertools.count(1)
-
-
 def steered(sms=1, **options):
-    """The emulator's module, with that many SMs and options for what is launched next.
-
-    Each time on a stream of its own: a faulty launch may leave its counters as no other may find them.
-    """
+    """The emulator's module, with that many SMs and options for what is launched next."""
     native = emulator.load_lora_linear()
     native.set_sms(sms)
     native.set_options({"resident_blocks": 3, **options})
-    native.set_stream(next(_streams))
+    native.launches()  # what is asked next are those to come
     return native
 
 
@@ -63,12 +55,13 @@ def _seed(p):
 # ---------------------------------------------------------------------------------------------------- forward
 
 
-def run_forward(x, weight, lora_A, lora_B, bias, *, p=0.0, **options):
-    """(y, s, schedule, the emulator's report)."""
+def run_forward(x, weight, lora_A, lora_B, bias, *, p=0.0, schedule="one launch", **options):
+    """(y, s, schedule, the emulator's reports); ``schedule`` is asked for, the one that was taken is told."""
     native = steered(**options)
-    y, s = torch.ops.lora_kernels_emulated.lora_linear(x, weight, lora_A, lora_B, bias, _seed(p), SCALING, p, "")
-    (launch,) = native.launches()
-    return y, s, launch["schedule"], launch["report"]
+    y, s = torch.ops.lora_kernels_emulated.lora_linear(x, weight, lora_A, lora_B, bias, _seed(p), SCALING, p, schedule)
+    launches = native.launches()
+    taken = "cublas" if len(launches) > 1 else launches[0]["schedule"]
+    return y, s, taken, [launch["report"] for launch in launches]
 
 
 def unfused_forward(x, weight, lora_A, lora_B, bias, keep, scale):
@@ -95,18 +88,18 @@ def check_forward(args, *, p=0.0, **options):
     keep, scale = _mask(args[0], p)
     exact_y, exact_s = unfused_forward(*(None if t is None else t.double() for t in args), keep, scale)
     torch_y, torch_s = unfused_forward(*args, keep, scale)
-    y, s, schedule, report = run_forward(*args, p=p, **options)
+    y, s, schedule, reports = run_forward(*args, p=p, **options)
     y_terms = s_terms = None
     if s.dtype == torch.float32:
         rounded_y, torch_s = rounded_forward(*args, keep, scale, s, torch.float32)
         rounded_exact_y, exact_s = rounded_forward(*args, keep, scale, s, torch.float64)
         magnitudes = (None if t is None else t.abs() for t in args)
         y_terms, s_terms = rounded_forward(*magnitudes, keep, scale, s.abs(), torch.float64)
-        if schedule != "decode":  # which rounds the s of each part of the depth
+        if schedule not in ("decode", "dual"):  # which round the s of each part of the depth
             torch_y, exact_y = rounded_y, rounded_exact_y
     assert_as_accurate(s, torch_s, exact_s, "s", s_terms)
     assert_as_accurate(y, torch_y, exact_y, "y", y_terms)
-    return y, s, schedule, report
+    return y, s, schedule, reports
 
 
 # --------------------------------------------------------------------------------------------------- backward
@@ -124,16 +117,16 @@ def saved_s(x, lora_A, p=0.0):
 
 
 def run_backward(grad_y, x, s, weight, lora_A, lora_B, **options):
-    """([dX, dA, dB], reports of the two launches); a gradient that is not needed is empty."""
+    """([dX, dA, dB], reports of the launches); a gradient that is not needed is empty."""
     grads, _, reports = _run_backward(grad_y, x, s, weight, lora_A, lora_B, **options)
     return grads, reports
 
 
-def _run_backward(grad_y, x, s, weight, lora_A, lora_B, *, p=0.0, needs=ALL, **options):
+def _run_backward(grad_y, x, s, weight, lora_A, lora_B, *, p=0.0, needs=ALL, schedule="one launch", **options):
     """The same with the first launch's dY B in between."""
     native = steered(**options)
     operands = (grad_y, x, s, weight, lora_A, lora_B)
-    grads = torch.ops.lora_kernels_emulated.lora_linear_backward(*operands, _seed(p), SCALING, p, *needs, "")
+    grads = torch.ops.lora_kernels_emulated.lora_linear_backward(*operands, _seed(p), SCALING, p, *needs, schedule)
     grad_s = torch.frombuffer(bytearray(native.grad_s()), dtype=x.dtype).view(s.shape)
     return list(grads), grad_s, [launch["report"] for launch in native.launches()]
 

@@ -22,9 +22,10 @@ from lora_kernels import philox
 from lora_kernels.support import triton as _triton
 from lora_kernels.triton_kernels import configs, lora_linear
 from lora_kernels.triton_kernels.dropout_mask import keep_tile
-from lora_kernels.triton_kernels.launching import Device
+from lora_kernels.triton_kernels.launching import Device, run_all
 
 FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
+CPU = torch.device("cpu")
 SCALING, SEED = 1.7, -987654321012345
 ONE_SM, MANY_SMS = 1, 10**6  # the large tile wherever there are rows for it; the small one
 
@@ -169,10 +170,7 @@ def test_schedules_agree_bit_for_bit(p):
     for schedule in ("ticketed", "split", "ticketed"):
         torch.manual_seed(1)
         operands = task(300, 272, 80, 72, p)
-        for launch in lora_linear.fused_launches(device, schedule, operands, drops="p"):
-            launch.run()
-            if schedule == "ticketed":
-                assert not launch.args[2].any(), "counters must be zero for the next launch"
+        run_all(lora_linear.fused_launches(device, schedule, operands, drops="p"), CPU)
         outputs.append((operands.out.data, operands.inner.data))
     for other in outputs[1:]:
         for a, b in zip(other, outputs[0]):
@@ -204,14 +202,13 @@ def test_sums_over_rows_in_shares(p, pretend):
     seed = torch.tensor([SEED]) if p > 0 else None
     launch = lora_linear.reduce_launch(Device("sm_80", 40), out, big, inner, seed, SCALING, p)
     assert launch.grid[1] > 1
-    launch.run()
-    assert not launch.args[3].any(), "counters must be zero for the next launch"
+    run_all([launch], CPU)
     keep = philox.keep_mask(torch.tensor([SEED]), *big.shape, p)
     dropped = torch.where(keep, big.double() * philox.keep_scale(p), 0.0)
     exact = SCALING * dropped.t() @ inner.double()
     assert_as_accurate(out, (SCALING * dropped.float().t() @ inner.float()), exact)
     again = torch.empty_like(out)
-    lora_linear.reduce_launch(Device("sm_80", 40), again, big, inner, seed, SCALING, p).run()
+    run_all([lora_linear.reduce_launch(Device("sm_80", 40), again, big, inner, seed, SCALING, p)], CPU)
     assert torch.equal(again, out)
 
 
@@ -272,14 +269,16 @@ def test_descriptors_fetch_what_pointers_do(layout, pretend, monkeypatch):
         return fused("triton", 0.3)(LAYOUTS[layout](x), LAYOUTS[layout](weight), lora_A, lora_B, bias)
 
     launched = []
-    monkeypatch.setattr(lora_linear, "run_all", lambda launches: [(launched.append(i), i.run()) for i in launches])
+    monkeypatch.setattr(
+        lora_linear, "run_all", lambda launches, gpu: (launched.extend(launches), run_all(launches, gpu))
+    )
     problem = make_problem(160, 80, 272, 16, FP16, FP16)
     problem["x"][159, 3] = problem["grad_y"][159, 3] = float("nan")  # the last row that there is
     pretend("sm_90", ONE_SM)
     through_descriptors = results(problem, FP16, FP16, laid_out)
-    tasks = [launch.args[0] for launch in launched if launch.kernel is lora_linear._fused]
-    assert len(tasks) == 2
-    assert all((m.tiles is None) != (m.transposed_tiles is None) for task in tasks for m in (task.p, task.q))
+    descriptors = [launch.args[2:] for launch in launched if launch.kernel is lora_linear._fused]
+    assert len(descriptors) == 2
+    assert None not in itertools.chain(*descriptors)
     monkeypatch.setitem(configs.TARGETS, "sm_90", configs.TARGETS["sm_90"]._replace(descriptors=False))
     for a, b in zip(through_descriptors, results(problem, FP16, FP16, laid_out)):
         assert torch.equal(a.view(torch.int16), b.view(torch.int16))

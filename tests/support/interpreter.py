@@ -9,9 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
+import pytest
+
+from lora_kernels.support import triton as _triton
+
 
 def run_interpreted(file: str, *options: str) -> None:
     """Fails unless pytest passes on this file of the folder."""
+    if _triton.version() == (3, 6) and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        pytest.skip("Triton 3.6's interpreter makes numbers of arrays of one element, which numpy 2.4 forbids")
     path = Path(__file__).with_name(file)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(path), *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

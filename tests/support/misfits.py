@@ -25,6 +25,11 @@ BACKWARD = FORWARD | {"grad_y": torch.randn(M, N - 8), "s": torch.randn(M, RANK 
 del BACKWARD["bias"]
 
 
+def elsewhere(arguments, tensor):
+    """``arguments`` on the meta device, but for this one of their tensors."""
+    return [t.to("meta") if isinstance(t, torch.Tensor) and t is not tensor else t for t in arguments]
+
+
 def message(name):
     """What the op says, as a pattern: a weight is compared with x."""
     return rf"\b{'x' if name == 'weight' else name} must be"

@@ -33,8 +33,7 @@ from ...functional.prefix import KeysAndValues, prefix_kv
 from ...functional.prompt import PromptEmbeddingOutput, prompt_embedding
 from ...modules import caches as _cache
 from ...modules.prompt import all_rows, encoded_rows, plain_weight
-from ...ops.prompt_embedding import INDICES
-from ...plain import FLOATS, PLAIN_TENSORS, has_hooks
+from ...plain import FLOATS, INDICES, PLAIN_TENSORS, has_hooks
 from ...reasons import Reason
 
 _ENCODERS = {

@@ -1,0 +1,42 @@
+"""The problem of ``lora_linear`` and its gradients."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ...support.cuda import MAX_RANK, MAX_ROW, MAX_SIZE
+from .. import _arguments as arguments
+from ._planned_ops import register
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    size = arguments.integer(1, MAX_ROW)
+    parser.add_argument("--m", type=arguments.integer(0, MAX_SIZE), required=True, help="tokens: rows of x")
+    parser.add_argument("--n", type=size, required=True, help="output features: rows of the weight")
+    parser.add_argument("--k", type=size, required=True, help="input features: columns of the weight")
+    parser.add_argument("--r", type=arguments.integer(1, MAX_RANK), required=True, help="rank of the adapter")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "tf32"), required=True, help="tf32: fp32 tensors")
+    parser.add_argument("--dropout", action="store_true", help="the branch drops out elements of x")
+    parser.add_argument("--unaligned", action="store_true", help="rows of the tensors do not begin at 16 bytes")
+    parser.add_argument(
+        "--schedule", choices=("auto", "one launch", "cublas"), default="auto", help="(default: what is fastest there)"
+    )
+
+
+def _problem(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "dtype": options.dtype,
+        "m": options.m,
+        "n": options.n,
+        "k": options.k,
+        "rank": options.r,
+        "rows_aligned": not options.unaligned,
+        "has_dropout": options.dropout,
+        "capability": int(options.arch.removeprefix("sm_")),
+        "schedule": options.schedule,
+    }
+
+
+register("lora_linear", _add_arguments, _problem)
+register("lora_linear_backward", _add_arguments, _problem)

@@ -1,0 +1,153 @@
+"""What must stand in the kernels' machine code, on every architecture that the extension was built for.
+
+The emulator runs the kernels without csrc/ptx/, and checks the order that the source asks for. Here is what the
+compiler made of it: the order of instructions between blocks, and how far loads are ahead of their use.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import sass
+import setup_script
+
+from lora_kernels import _native
+
+pytestmark = [
+    pytest.mark.skipif(setup_script.load().CUDA_HOME is None, reason=setup_script.load().CUDA_REASON),
+    pytest.mark.skipif(sass.disassembler() is None, reason="cuobjdump is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """(architecture, mangled name, code) of every kernel of lora_linear and its gradients in bf16."""
+    assert _native.cuda is not None, f"nvcc is installed, but lora_kernels._cuda: {_native.cuda_error}"
+    module = Path(_native.cuda.__file__)
+    names = [name for name in sorted(_native.cuda.kernels()) if re.match(r"_ZN2lk\d+lora_.*BFloat16", name)]
+    archs = sass.architectures(module)
+    assert archs
+    return [(arch, *kernel) for arch in archs for kernel in sass.code(module, arch, *names).items()]
+
+
+# ------------------------------------------------------------------------------------------ order between blocks
+
+EVENTS = {
+    "B": r"BAR\.SYNC",  # sync_block
+    "M": r"MEMBAR\.\w+\.GPU",  # a release's fence: what is before it is seen by other SMs before what is after it
+    "I": r"CCTL\.IVALL",  # an acquire's: this SM's L1 forgets what it has read
+    "A": r"(ATOMG|RED)\..*STRONG\.GPU",
+    "L": r"LDG\..*STRONG\.GPU",
+    "S": r"STG\..*STRONG\.GPU",
+    "a": r"ATOMG|RED",  # weaker, or for this SM alone
+    "l": r"LDG",  # to registers or, asynchronously, to shared memory
+    "s": r"STG",
+}
+"""Opcodes of what orders memory, and of global memory's accesses, by a letter; the first that matches."""
+
+
+def events(code: list[str]) -> str:
+    """A kernel's in the order of its code; plain loads, or stores, that follow each other count once."""
+    letters = []
+    for instruction in code:
+        opcode = re.sub(r"^@!?U?P\w+\s+", "", instruction)
+        letter = next((letter for letter, pattern in EVENTS.items() if re.match(pattern, opcode)), "")
+        letters.append(letter)
+    return re.sub(r"l+", "l", re.sub(r"s+", "s", "".join(letters)))
+
+
+PUBLISH = "BM[AS]"
+"""All threads have stored; one of them releases."""
+ACQUIRE = "(LI)+B"
+"""One thread has polled a flag; then all load."""
+ARRIVE = "BMAIs?B"
+"""Both at once: the last block to arrive sees what all have stored, and sets the counter back."""
+
+
+def faults(name: str, order: str) -> list[str]:
+    """What is wrong with how the blocks of a kernel learn of each other's results, from its events."""
+    found = ["a" in order and "an atomic operation that other SMs need not see"]
+    if "10LoraLinearI" in name:  # tickets, and flags of s
+        found += [
+            len(re.findall("(?<!M)A", order)) != 1 and "one addition orders nothing: drawing a ticket",
+            not re.search(PUBLISH, order) and "s is not published",
+            "L" not in order and "no flag is polled",
+            "L" in re.sub(ACQUIRE, "", order) and "s may be loaded before its flag",
+        ]
+        if "ForwardRolesELb1E" in name:  # column-0: the block that has s stores its flag
+            found.append("BMS" not in order and "s of column 0 is not published")
+    elif "A" in order or "L" in order:
+        found.append(bool(re.search("[ALS]", re.sub(ARRIVE, "", order))) and "the last block may miss partial sums")
+    return [fault for fault in found if fault]
+
+
+def test_blocks_see_what_others_have_written(kernels):
+    checked = 0
+    for arch, name, code in kernels:
+        order = events([instruction for _, instruction in code])
+        assert faults(name, order) == [], (arch, name, order)
+        checked += bool(re.search("[AL]", order))
+    assert checked >= 15
+
+
+ORDERS = {
+    "10LoraLinearI": "AlBlBsBMAIlBlLILIBlBlBsMAIs",
+    "10LoraLinearIForwardRolesELb1E": "ABlBlBsBMAILILIBlBsBMSBsMAIs",
+    "9LoraGradsI": "lBlsBMAIsBlsBs",
+}
+"""As they are, shortened, by a part of the kernel's name."""
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_the_check_knows_what_is_right(name):
+    assert faults(name, ORDERS[name]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("10LoraLinearI", "sBMAI", "sBa"),  # atom.relaxed.cta
+        ("10LoraLinearI", "sBMAI", "sBA"),  # atom.relaxed.gpu
+        ("10LoraLinearI", "sBMAI", "BsMAI"),  # released before all have stored
+        ("10LoraLinearI", "LILIB", "llB"),  # ld.relaxed.cta
+        ("10LoraLinearI", "LILIB", "LLB"),  # ld.relaxed.gpu
+        ("10LoraLinearI", "LILIBl", "LILIlB"),  # loaded before all know
+        ("10LoraLinearIForwardRolesELb1E", "BMSB", "BSB"),  # st.relaxed.gpu
+        ("10LoraLinearIForwardRolesELb1E", "BMSB", "BsB"),  # a plain store
+        ("9LoraGradsI", "BMAIsB", "BAsB"),
+        ("9LoraGradsI", "BMAIsBl", "BMAIslB"),
+        ("9LoraGradsI", "sBMAI", "BsMAI"),
+    ],
+)
+def test_the_check_sees_what_is_wrong(name, right, wrong):
+    assert right in ORDERS[name]
+    assert faults(name, ORDERS[name].replace(right, wrong))
+
+
+# ------------------------------------------------------------------------------------------ depth of the pipeline
+
+
+def stages(name: str) -> int:
+    """Of the kernel's main loop: the Gemm in its name has element, M, N, depth, warps, warps, stages; others have 4."""
+    gemm = re.search(r"4GemmINS_\d+[A-Za-z]+\d*E(?:Li\d+E){5}Li(\d+)E", name)
+    return int(gemm[1]) if gemm else 4
+
+
+def test_main_loops_wait_for_the_oldest_stage_alone(kernels):
+    # As many stages as there are but two, the one in use and the one to be filled, are under way behind the wait.
+    checked = 0
+    for arch, name, code in kernels:
+        bodies = [
+            body
+            for body in map(" ".join, sass.loops(code))
+            if all(opcode in body for opcode in ("HMMA", "LDGSTS", "BAR.SYNC"))
+        ]
+        if not bodies:
+            continue  # operands that are not copied asynchronously
+        loop = max(bodies, key=lambda body: body.count("HMMA") / body.count("BAR.SYNC"))
+        pending = set(re.findall(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)", loop))
+        assert pending == {hex(stages(name) - 2)}, (arch, name)
+        checked += 1
+    assert checked >= 10

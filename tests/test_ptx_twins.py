@@ -1,0 +1,168 @@
+"""csrc/ptx/core.h beside its twin in the emulator: the same functions, and asm statements that mean what the twin does.
+
+Nothing but a GPU runs core.h. What the emulated tests prove of a kernel holds on one if every function of the machine
+does what its twin does.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+CSRC = Path(__file__).parents[1] / "csrc"
+SITE = re.compile(r",?\s*emu::Site site = emu::Site::current\(\)")
+QUALIFIERS = re.compile(r"\b(LK_DEVICE|inline|static)\b|\[\[noreturn\]\]")
+
+pytestmark = pytest.mark.skipif(not CSRC.is_dir(), reason="the sources are not here: an installed package")
+
+
+class Function(NamedTuple):
+    """A function of a header, by its scope and name."""
+
+    signature: str
+    is_template: bool
+    body: str
+
+
+def block(text: str, begin: int) -> tuple[str, int]:
+    """What is in the braces that open at ``begin``, and where it ends."""
+    depth = 0
+    for end in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[begin + 1 : end], end + 1
+    raise AssertionError("braces do not match")
+
+
+def parse(text: str, scope: str = "") -> dict[str, list[Function]]:
+    """The public functions of a header by name, methods as ``Class::name``."""
+    found: dict[str, list[Function]] = {}
+    declaration = re.compile(
+        r"struct\s+(?:alignas\(\d+\)\s+)?(?P<struct>\w+)\s*(?=\{)|private:|"
+        r"(?P<template>template\s*<[^>]*>\s*)?(?P<before>(?:[\w\[\]&*:]+\s+)+\*?)(?P<name>\w+)(?P<parameters>\([^{};]*\))\s*(?=\{)"
+    )
+    at = 0
+    while match := declaration.search(text, at):
+        if match[0] == "private:":
+            break
+        body, at = block(text, match.end())
+        if match["struct"]:
+            for name, functions in parse(body, f"{match['struct']}::").items():
+                found.setdefault(name, []).extend(functions)
+        else:
+            template = match["template"] or ""
+            signature = f"{template} {QUALIFIERS.sub('', match['before'])} {SITE.sub('', match['parameters'])}"
+            found.setdefault(scope + match["name"], []).append(
+                Function(" ".join(signature.split()), bool(template), " ".join(body.split()))
+            )
+    return found
+
+
+def header(folder: str) -> dict[str, list[Function]]:
+    text = re.sub(r"//.*", "", (CSRC / folder / "ptx/core.h").read_text())
+    return parse(text[text.index("namespace lk {") + len("namespace lk {") :])
+
+
+PTX, TWIN = (header(folder) if CSRC.is_dir() else {} for folder in (".", "emu"))
+
+
+def test_both_have_the_same_functions():
+    assert len(PTX) >= 30
+    assert PTX.keys() == TWIN.keys()
+
+
+@pytest.mark.parametrize("name", sorted(PTX))
+def test_both_have_the_same_signatures(name):
+    signatures = [{f.signature for f in side[name]} for side in (PTX, TWIN)]
+    # The twin's template may stand for what is written in PTX for one type.
+    if any(f.is_template for f in TWIN[name]):
+        signatures = [{f.signature for f in side[name] if f.is_template} for side in (PTX, TWIN)]
+    assert signatures[0] == signatures[1]
+
+
+def test_both_have_the_same_structs_and_constants():
+    def stated(folder: str) -> list[str]:
+        text = (CSRC / folder / "ptx/core.h").read_text()
+        return re.findall(r"struct alignas.*?};|constexpr .*?;|using \w+ = .*?;", text, re.DOTALL)
+
+    assert len(stated(".")) >= 6
+    assert stated(".") == stated("emu")
+
+
+def statement(function: Function) -> tuple[str, str]:
+    """The PTX of a function with its operands' names in place, and the clobbers."""
+    match = re.search(r"asm (?:volatile )?\(|asm(?: volatile)?\(", function.body)
+    assert match, "no asm"
+    depth, end = 1, match.end()
+    while depth:
+        depth += {"(": 1, ")": -1}.get(function.body[end], 0)
+        end += 1
+    inner = function.body[match.end() : end - 1]
+    template, *rest = re.split(r"\s*:\s*(?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", inner)
+    text = "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', template)).replace("\\n", "")
+    lists = [re.findall(r'"([^"]+)"(?:\(((?:[^()]|\([^()]*\))*)\))?', part) for part in rest]
+    operands = [name for part in lists[:2] for _, name in part]
+    clobbers = lists[2][0][0] if len(lists) > 2 and lists[2] else ""
+    return re.sub(r"%(\d)", lambda m: operands[int(m[1])], text), clobbers
+
+
+def ptx(name: str) -> str:
+    (text,) = {statement(f)[0] for f in PTX[name] if "asm" in f.body}
+    return text
+
+
+MMA = "{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}, {d[0], d[1], d[2], d[3]};"
+LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4{}.shared.b16 {{r[0], r[1], r[2], r[3]}}, [row_address];"
+HALVES = "{{.reg .b16 l, h; mov.b32 {{l, h}}, packed; cvt.f32.f16 f, {};}}"
+MEANINGS = {
+    # The result first; of two that are packed, the upper half before the lower; `low` is the twin's lower half.
+    "BFloat16::pack": "cvt.rn.bf16x2.f32 packed, high, low;",
+    "Float16::pack": "cvt.rn.f16x2.f32 packed, high, low;",
+    "Float16::low": HALVES.format("l"),  # a vector's first element is the lower half
+    "Float16::high": HALVES.format("h"),
+    "TensorFloat32::round": "cvt.rna.tf32.f32 rounded, __uint_as_float(bits);",
+    # d, a, b, c; fragments in the order of their registers.
+    "BFloat16::multiply_add": f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {MMA}",
+    "Float16::multiply_add": f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {MMA}",
+    "TensorFloat32::multiply_add": f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {MMA}",
+    "load_matrix_x4": LDMATRIX.format(""),
+    "load_matrix_x4_transposed": LDMATRIX.format(".trans"),
+    "copy_async_16": "cp.async.cg.shared.global [address], [source], 16, bytes;",
+    "copy_async_commit": "cp.async.commit_group;",
+    "copy_async_wait": "cp.async.wait_group kPending;",
+    "load_shared_16": "ld.shared.v4.b32 {v.word[0], v.word[1], v.word[2], v.word[3]}, [address];",
+    "load_shared_4": "ld.shared.b32 v, [address];",
+    "store_shared_16": "st.shared.v4.b32 [address], {v.word[0], v.word[1], v.word[2], v.word[3]};",
+    "store_shared_8": "st.shared.v2.f32 [address], {v.x, v.y};",
+    "store_shared_4": "st.shared.b32 [address], v;",
+    "store_global": "st.global.v2.f32 [p], {value.x, value.y};",
+    # At the device's scope: the blocks of a launch run on all its SMs.
+    "atomic_add": "atom.relaxed.gpu.global.add.u32 old, [p], value;",
+    "atomic_add_acquire_release": "atom.acq_rel.gpu.global.add.u32 old, [p], value;",
+    "store_release": "st.release.gpu.global.u32 [p], value;",
+    "load_acquire": "ld.acquire.gpu.global.u32 v, [p];",
+    "in_register": "add.f32 same, f, 0f80000000;",
+}
+"""By the PTX manual."""
+
+
+@pytest.mark.parametrize("name", MEANINGS)
+def test_an_asm_statement_means_what_its_twin_does(name):
+    assert ptx(name) == MEANINGS[name]
+
+
+def test_every_asm_statement_has_its_meaning_here():
+    assert {name for name, functions in PTX.items() if any("asm" in f.body for f in functions)} == MEANINGS.keys()
+
+
+def test_the_compiler_moves_no_access_across_another():
+    # What writes memory, waits, or reads what others write, is volatile and a barrier for the compiler.
+    for name, functions in PTX.items():
+        changes = re.match(r"store_|copy_async|atomic_add|load_acquire|load_matrix", name)
+        for f in functions:
+            if changes and "asm" in f.body:
+                assert "asm volatile" in f.body, name
+                assert statement(f)[1] == "memory", name
