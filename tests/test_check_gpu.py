@@ -139,7 +139,7 @@ def test_a_dry_run_of_everything(options, tiny, capsys):
     assert layer["schedules"].keys() == {"forward", "backward"}
     assert layer["of product"] > 0
     assert layer["of copy"] > 0
-    assert "addmm" in layer["seconds"]
+    assert {"addmm", "fused, reference"} <= layer["seconds"].keys()
     assert "0 failed" in capsys.readouterr().out
 
 
@@ -151,8 +151,7 @@ def test_what_processes_are_asked(options):
     tools = {c[c.index("--tool") + 1]: (c, e) for c, e in processes.commands if "--tool" in c}
     assert tools.keys() == {"memcheck", "racecheck"}
     assert tools["memcheck"][1]["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-    assert "--large" in tools["memcheck"][0]
-    assert "--large" not in tools["racecheck"][0]
+    assert "PYTORCH_NO_CUDA_MEMORY_CACHING" not in tools["racecheck"][1]
     assert not [c for c, _ in processes.commands if any(p in ("-r", "-pl", "-lgc", "-pm", "-ac") for p in c)]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..text import one_line
+from ..verification.launches import BACKENDS
 from . import layers, models
 from .cases import BASELINE, EVENT_SAMPLE_S, NULL, OURS, Case, Result, WrongResult, measure
 from .measure import EventTimer, GraphTimer, Timer
@@ -176,7 +177,8 @@ def _layer_case(device: torch.device, layer: Layer, what: str) -> Case:
     return layers.make_case(
         device, layer.m, layer.n, layer.k, rank=layer.rank, dropout=layer.dropout, what=what, dtype=layer.dtype,
         adapter_dtype=FP32 if layer.fp32_adapters else layer.dtype, compiled=layer.compiled and what != "decode",
-        autocast=layer.autocast, level="decode" if what == "decode" else "layer",
+        autocast=layer.autocast, alternatives=BACKENDS if device.type == "cuda" else ("reference",),
+        level="decode" if what == "decode" else "layer",
     )  # fmt: skip
 
 

@@ -42,8 +42,7 @@ from ._models import require
 TESTS, SANITIZER, BENCH = "tests", "sanitizer", "bench"
 PARTS = (TESTS, SANITIZER, BENCH)
 QUICK_TESTS = "leading_sizes or the_same_bits or captured_step or prefix_kv or verify"
-SANITIZERS = {"memcheck": ["--large"], "racecheck": []}
-"""Tools, and what each gives to the launches: a large problem may be the vendor library's, whose races are its own."""
+SANITIZERS = ("memcheck", "racecheck")
 
 
 class Limits(NamedTuple):
@@ -145,7 +144,7 @@ def check(machine: Machine, options: argparse.Namespace) -> int:
     if TESTS in parts:
         jobs[TESTS] = lambda: run_tests(machine, tests_folder(options.tests), options.quick, limits.checks)
     if SANITIZER in parts:
-        for tool in list(SANITIZERS)[: 1 if options.quick else None]:
+        for tool in SANITIZERS[:1] if options.quick else SANITIZERS:
             jobs[tool] = lambda tool=tool: sanitize(machine, tool, limits.checks)  # type: ignore[misc]
     with ThreadPoolExecutor(max_workers=max(1, len(jobs))) as pool:
         for name, future in [(name, pool.submit(job)) for name, job in jobs.items()]:
@@ -294,7 +293,7 @@ def sanitize(machine: Machine, tool: str, limit: float) -> tuple[dict[str, Any],
     sanitizer = machine.find("compute-sanitizer") or machine.find("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         return _left_out("compute-sanitizer is not installed; it comes with the CUDA toolkit")
-    launches = [sys.executable, "-m", "lora_kernels.verification.launches", *SANITIZERS[tool]]
+    launches = [sys.executable, "-m", "lora_kernels.verification.launches"]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "99", *launches]
     # torch's allocator would hide a row beyond the end of a tensor inside its own larger block.
     caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
