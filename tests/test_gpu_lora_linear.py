@@ -110,7 +110,11 @@ def test_gradients_that_are_not_wanted_are_none(backend, wanted):
     y = lk.lora_linear(*q[:5], scaling=SCALING, dropout_p=q.p, training=True, seed=SEED)
     y.backward(q.grad_y)
     for i, leaf in enumerate(leaves):
-        assert torch.equal(leaf.grad, everything[i]) if i in wanted else leaf.grad is None
+        if i not in wanted:
+            assert leaf.grad is None
+        else:  # dB may be summed in another order where there is no dX to compute beside it
+            largest = everything[i].abs().max()
+            assert (leaf.grad - everything[i]).abs().max() <= 2 * torch.finfo(BF16).eps * largest
 
 
 # ---------------------------------------------------------------------------------------------------- layouts

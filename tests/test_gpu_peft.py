@@ -45,6 +45,7 @@ def base(dtype=BF16, layers=2):
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=520, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0,
+        attn_implementation="eager",  # another's backward adds in any order
     )  # fmt: skip
     return LlamaForCausalLM(config).to(DEVICE, dtype)
 

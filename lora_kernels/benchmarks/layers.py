@@ -150,15 +150,13 @@ def make_case(
 
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
     args: tuple[Any, ...] = (x, base.weight, *weights(fused), None, seed, SCALING, dropout)
-    spec: Any
-    spec, flops, traffic = dispatch.specs(), 0, 0
-    if dtype == adapter_dtype:
-        flops, traffic = spec["lora_linear"].flops(*args), spec["lora_linear"].bytes(*args)
-        if what == "forward+backward":
-            s = x.new_empty(m, rank)
-            args = (grad, x, s, base.weight, *weights(fused), seed, SCALING, dropout, True, True, True)
-            flops += spec["lora_linear_backward"].flops(*args)
-            traffic += spec["lora_linear_backward"].bytes(*args)
+    spec: Any = dispatch.specs()
+    flops, traffic = spec["lora_linear"].flops(*args), spec["lora_linear"].bytes(*args)
+    if what == "forward+backward":
+        s = x.new_empty(m, rank)
+        args = (grad, x, s, base.weight, *weights(fused), seed, SCALING, dropout, True, True, True)
+        flops += spec["lora_linear_backward"].flops(*args)
+        traffic += spec["lora_linear_backward"].bytes(*args)
     kind = str(dtype).removeprefix("torch.") + ("" if adapter_dtype == dtype else ", fp32 adapters")
     kind += ", autocast" if autocast else ""
 

@@ -21,7 +21,6 @@ from ._models import DTYPES, pick_device, require
 
 LEVELS = ("layer", "decode", "sweep", "prompt", "block", "model")
 ALL, MODELLED = "all", "modelled"
-CPU = torch.device("cpu")
 
 
 def add_parser(commands: Any) -> None:
@@ -113,7 +112,7 @@ def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
         "layer": lambda: layers.layer_cases(device, compiles),
         "decode": lambda: layers.decode_cases(device),
         "sweep": lambda: layers.sweep_cases(device),
-        "prompt": prompts.prompt_cases,
+        "prompt": lambda: prompts.prompt_cases(device=device),
         "block": lambda: models.block_cases(device, compiles),
         "model": lambda: models.model_cases(device),
     }
@@ -137,7 +136,7 @@ def _measure_all(
         graphed = device.type == "cuda" and case.level in ("layer", "decode", "ranks", "tokens")
         timer = GraphTimer(device) if graphed else host
         result = measure(
-            case, options.pairs, timer, device if case.level != "prompt" else CPU, light.seconds, options.attempts,
+            case, options.pairs, timer, device, light.seconds, options.attempts,
             EVENT_SAMPLE_S if graphed else SAMPLE_S,
         )  # fmt: skip
         results.append(result)

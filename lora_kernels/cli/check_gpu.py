@@ -146,6 +146,8 @@ def check(machine: Machine, options: argparse.Namespace) -> int:
     if SANITIZER in parts:
         for tool in SANITIZERS[:1] if options.quick else SANITIZERS:
             jobs[tool] = lambda tool=tool: sanitize(machine, tool, limits.checks)  # type: ignore[misc]
+    if jobs:
+        print(f"running {', '.join(jobs)}, for {limits.checks:.0f} s at most", flush=True)
     with ThreadPoolExecutor(max_workers=max(1, len(jobs))) as pool:
         for name, future in [(name, pool.submit(job)) for name, job in jobs.items()]:
             report[name], found = future.result()
