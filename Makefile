@@ -6,16 +6,19 @@
 #   make build      build the extensions and say what was built
 #   make lint       ruff, mypy, clang-format
 #   make bench      every benchmark, with plots in build/bench                    (about an hour)
+#   make gpu        build for this machine's GPU, test, sanitize and time it: build/gpu.json  (ten minutes; needs a GPU)
 #   make ptx        PTX of every CUDA kernel, in build/ptx/<arch>/                (needs nvcc, no GPU)
 #   make clean      remove build products; `make distclean` also removes $(VENV)
 #
 # Variables: PYTHON=python3, VENV=.venv, TORCH='torch' (what pip installs, e.g. TORCH=torch==2.13.0),
+# GPU_ARGS (for `make gpu`, e.g. GPU_ARGS=--quick),
 # PIP_ARGS (e.g. PIP_ARGS='--index-url https://download.pytorch.org/whl/cpu' for the CPU build of torch).
 
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch
 PYTEST_ARGS ?= -n 2
+GPU_ARGS ?=
 PTX_ARCHS ?= sm_80 sm_90 sm_120
 
 # One stamp per requirement, so that another TORCH= in the same VENV installs that torch.
@@ -25,7 +28,7 @@ PIP    := $(BIN)/pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 SAY    := @printf '== %s\n'
 
-.PHONY: demo test test-full build lint format bench ptx clean distclean
+.PHONY: demo test test-full build lint format bench gpu ptx clean distclean
 
 $(TORCH_STAMP):
 	$(SAY) "creating $(VENV) and installing $(TORCH)"
@@ -62,6 +65,15 @@ demo: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(BIN)/lora-kernels bench all modelled --out build/bench
+
+# A build that serves this GPU is taken as it is; without one, only this GPU's machine code is compiled.
+gpu:
+	@arch=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -m 1 -E '^[0-9]+\.[0-9]+$$'); \
+	if [ -z "$$arch" ]; then echo "make gpu: no GPU here, nvidia-smi lists none" >&2; exit 2; fi; \
+	fits='import lora_kernels as lk; raise SystemExit(not lk.backends()["cuda"].available)'; \
+	$(BIN)/python -c "$$fits" 2>/dev/null || rm -f $(VENV)/.built; \
+	TORCH_CUDA_ARCH_LIST=$$arch $(MAKE) $(VENV)/.built && \
+	$(BIN)/lora-kernels check-gpu --out build/gpu.json $(GPU_ARGS)
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

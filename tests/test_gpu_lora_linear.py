@@ -38,7 +38,7 @@ FEWER = AXES | {
 
 def by_backend(ours, of_triton):
     """(backend, value) pairs of each."""
-    return [(name, value) for name, values in zip(BACKENDS, (ours, of_triton)) for value in values]
+    return [(name, value) for name in BACKENDS for value in (of_triton if name == "triton" else ours)]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,11 @@ def test_gradients_that_are_not_wanted_are_none(backend, wanted):
     y = lk.lora_linear(*q[:5], scaling=SCALING, dropout_p=q.p, training=True, seed=SEED)
     y.backward(q.grad_y)
     for i, leaf in enumerate(leaves):
-        assert torch.equal(leaf.grad, everything[i]) if i in wanted else leaf.grad is None
+        if i not in wanted:
+            assert leaf.grad is None
+        else:  # dB may be summed in another order where there is no dX to compute beside it
+            largest = everything[i].abs().max()
+            assert (leaf.grad - everything[i]).abs().max() <= 2 * torch.finfo(BF16).eps * largest
 
 
 # ---------------------------------------------------------------------------------------------------- layouts
@@ -128,8 +132,6 @@ LAYOUTS = {
     "columns outermost": lambda t: t.t().contiguous().t(),
     "every second column": lambda t: t.repeat_interleave(2, 1)[:, ::2],
 }
-SPARE_THE_WEIGHT = ("columns outermost", "every second column")
-"""Of which the CUDA kernels take no weight."""
 OPERANDS = ("grad_y", "x", "s", "weight", "lora_A", "lora_B")
 
 
@@ -142,11 +144,10 @@ def test_layouts(backend, layout, p):
     """
     q = problem(300, 264, 136, 24, p=p)
     s = SPEC.reference(*q[:5], q.seed, SCALING, p)[1]
-    fixed = {"weight"} if layout in SPARE_THE_WEIGHT and backend == "cuda" else set()
     alone = ("grad_y",) if backend == "triton" else OPERANDS
     for names in (*({name} for name in alone), set(OPERANDS)):
         given = {"s": s, **q._asdict()}
-        given |= {name: LAYOUTS[layout](given[name]) for name in names - fixed}
+        given |= {name: LAYOUTS[layout](given[name]) for name in names}
         check_inference(gpu.Problem(*(given[name] for name in q._fields)), backend)
         gpu.check_backward(*(given[name] for name in OPERANDS), p)
 
@@ -162,18 +163,17 @@ def test_gradients_as_autograd_hands_them_on(backend, grad_y):
     check(q._replace(grad_y=layouts[grad_y]), backend)
 
 
-def test_a_transposed_weight_is_read_as_it_is_by_the_vendors_gemm():
-    """transformers' Conv1D keeps [in, out]; kills a copy of it on every call."""
-    if not lk.backends()["cuda"].available:
-        pytest.skip(lk.backends()["cuda"].detail)
-    q = problem(300, 264, 136, 24)
+@gpu.only
+def test_a_transposed_weight_is_read_as_it_lies(backend):
+    """transformers' Conv1D keeps [in, out]: no call may copy it."""
+    q = problem(40, 4096, 4096, 16)
     q = q._replace(weight=q.weight.t().contiguous().t())
-    chosen = lk.why("lora_linear", *q[:5])
-    assert (chosen.backend, chosen.schedule) == ("cuda", "cublas")
-    unfused, exact = gpu.by_torch(q), gpu.by_torch(q.double())
-    for value, bound, true in zip(gpu.fused(q), unfused, exact):
-        assert_as_accurate(value, bound, true)
-    assert {served_by for _, served_by in lk.stats()["served"]} == {"cuda"}
+    check(q, backend)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gpu.fused(q)
+    assert torch.cuda.max_memory_allocated() - before < q.weight.nbytes / 2
 
 
 # ------------------------------------------------------------------------------------------------------- sizes
@@ -190,11 +190,12 @@ def in_blocks(function, *tensors: Tensor) -> Tensor:
 @pytest.mark.parametrize(("n", "k", "p"), [(151_936, 64, 0.3), (64, 151_936, 0.0)])
 def test_more_elements_than_32_bits_count(backend, n, k, p):
     """y or dX has more than 2**31 elements: a language model's head over many tokens. Rows of them are compared."""
-    free = torch.cuda.mem_get_info()[0] / gpu.GIB
-    if free < NEEDED_GIB:
-        pytest.skip(f"needs {NEEDED_GIB} GiB of free GPU memory, {free:.0f} are free")
-    m, rank = 16_400, 8
-    assert m * max(n, k) > 2**31
+    with gpu.much_memory(NEEDED_GIB):
+        check_rows(backend, 16_400, n, k, p)
+
+
+def check_rows(backend, m, n, k, p, rank=8):
+    """Some rows of y and dX, and all of dA and dB, without a float64 copy of anything large."""
     x, grad_y = (torch.randn(m, columns, device=DEVICE, dtype=BF16) for columns in (k, n))
     weight, lora_A = (torch.randn(rows, k, device=DEVICE, dtype=BF16) / k**0.5 for rows in (n, rank))
     lora_B = torch.randn(n, rank, device=DEVICE, dtype=BF16) / rank**0.5

@@ -16,7 +16,7 @@ from numerics import assert_as_accurate
 @pytest.mark.parametrize(
     ("file", "selected"),
     [
-        ("lora_linear", "layouts or leading or wanted or transposed or mask or (values and 16 and 75)"),
+        ("lora_linear", "layouts or leading or wanted or mask or (values and 16 and 75)"),
         ("prompts", "prefix or embeds"),
         ("peft", "bfloat16 or autocast or dropout or mlp"),
     ],

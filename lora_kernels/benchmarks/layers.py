@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import lora_kernels as lk
 
 from .. import dispatch
 from ..support import cpu
+from ..verification.launches import is_refusal, served_by
 from . import peers
 from .cases import BASELINE, OURS, Case, WrongResult
 from .measure import Step
@@ -101,11 +102,12 @@ def check_peer(name: str, peer: peers.Linear, layer: Any, x: Tensor, grad: Tenso
 def make_case(
     device: torch.device, m: int, n: int, k: int, *, rank: int = RANK, dropout: float = 0.0, what: str,
     dtype: torch.dtype = torch.float32, adapter_dtype: torch.dtype | None = None, compiled: bool = False,
-    autocast: bool = False, level: str = "layer",
+    autocast: bool = False, alternatives: Sequence[str] = (), level: str = "layer",
 ) -> Case:  # fmt: skip
     """One layer. ``what`` is "forward" (with gradients), "forward+backward", or "decode" (without).
 
     ``autocast``: to bfloat16. Its cache of casts is off, because a graph would keep what was cast for another.
+    ``alternatives``: backends and schedules that the fused layer is timed with, too, where they serve it.
     """
     torch.manual_seed(0)
     adapter_dtype = adapter_dtype or dtype
@@ -116,8 +118,9 @@ def make_case(
     report = lk.patch(fused)
     if not report.fused:
         raise WrongResult(f"this layer is not fused: {report.kept}")
-    few = x.detach()[:CHECKED_ROWS].clone().requires_grad_()
-    check(fused, few, grad[:CHECKED_ROWS])
+    rows = m if device.type == "cuda" else min(m, CHECKED_ROWS)  # a GPU's schedule depends on their number
+    few = x.detach()[:rows].clone().requires_grad_()
+    check(fused, few, grad[:rows])
 
     calls: dict[str, Callable[[], Tensor]] = {
         "frozen": lambda: base(x), BASELINE: lambda: stock(x), OURS: lambda: fused(x),
@@ -125,7 +128,7 @@ def make_case(
     }  # fmt: skip
     if what == "decode":  # PEFT's class, patched, looks up on every call what may have changed; this layer is its own
         own = lk.LoRALinear.from_peft(stock)
-        check_peer(OWN, lambda x, *_: own(x), stock, few, grad[:CHECKED_ROWS])
+        check_peer(OWN, lambda x, *_: own(x), stock, few, grad[:rows])
         calls[OWN] = lambda: own(x)
     if compiled:
         compiled_layer = torch.compile(stock, dynamic=False)
@@ -133,7 +136,7 @@ def make_case(
     if dropout == 0.0 and adapter_dtype == dtype:
         others = {"addmm": peers.AddmmLoRA.apply, **peers.installed(device)}
         for name, peer in others.items():
-            check_peer(name, peer, stock, few, grad[:CHECKED_ROWS])
+            check_peer(name, peer, stock, few, grad[:rows])
 
             def call(peer: peers.Linear = peer) -> Tensor:
                 return peer(x[None], base.weight, *weights(stock), SCALING)[0]
@@ -141,18 +144,19 @@ def make_case(
             calls[name] = call
     leaves = [x, *weights(stock), *weights(fused)]
     steps = {name: _step(call, what, grad, leaves) for name, call in calls.items()}
+    for backend in alternatives:
+        if _is_served(backend, fused, few, grad[:rows]):
+            steps[f"{OURS}, {backend}"] = _by(backend, steps[OURS])
 
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
     args: tuple[Any, ...] = (x, base.weight, *weights(fused), None, seed, SCALING, dropout)
-    spec: Any
-    spec, flops, traffic = dispatch.specs(), 0, 0
-    if dtype == adapter_dtype:
-        flops, traffic = spec["lora_linear"].flops(*args), spec["lora_linear"].bytes(*args)
-        if what == "forward+backward":
-            s = x.new_empty(m, rank)
-            args = (grad, x, s, base.weight, *weights(fused), seed, SCALING, dropout, True, True, True)
-            flops += spec["lora_linear_backward"].flops(*args)
-            traffic += spec["lora_linear_backward"].bytes(*args)
+    spec: Any = dispatch.specs()
+    flops, traffic = spec["lora_linear"].flops(*args), spec["lora_linear"].bytes(*args)
+    if what == "forward+backward":
+        s = x.new_empty(m, rank)
+        args = (grad, x, s, base.weight, *weights(fused), seed, SCALING, dropout, True, True, True)
+        flops += spec["lora_linear_backward"].flops(*args)
+        traffic += spec["lora_linear_backward"].bytes(*args)
     kind = str(dtype).removeprefix("torch.") + ("" if adapter_dtype == dtype else ", fp32 adapters")
     kind += ", autocast" if autocast else ""
 
@@ -168,6 +172,26 @@ def make_case(
         shape={"m": m, "n": n, "k": k, "rank": rank, "dropout": dropout},
         within=within, schedules=_schedules(what, grad, x, base.weight, *weights(fused), dropout),
     )  # fmt: skip
+
+
+def _is_served(backend: str, layer: nn.Module, x: Tensor, grad: Tensor) -> bool:
+    """Whether this backend and schedule serve the layer; what they compute is checked."""
+    try:
+        with served_by(backend):
+            check(layer, x, grad)
+    except RuntimeError as error:
+        if not is_refusal(error):
+            raise
+        return False
+    return True
+
+
+def _by(backend: str, step: Step) -> Step:
+    def on_backend() -> None:
+        with served_by(backend):
+            step()
+
+    return on_backend
 
 
 def _schedules(

@@ -33,8 +33,8 @@ def smollm2_config(layers: int = 30, vocabulary: int = 49152) -> Any:
     )  # fmt: skip
 
 
-def variants(base: nn.Module, dropout: float) -> dict[str, nn.Module]:
-    """Frozen, PEFT, addmm (without dropout) and fused models, which share the frozen weights.
+def variants(base: nn.Module, dropout: float, *, fp32_adapters: bool = True) -> dict[str, nn.Module]:
+    """Frozen, PEFT, addmm (without dropout, adapters of the base's dtype) and fused models, sharing frozen weights.
 
     One more is fused with ``frozen_linears=True``, where that swaps a layer beside the LoRA layers (the head).
     """
@@ -45,7 +45,7 @@ def variants(base: nn.Module, dropout: float) -> dict[str, nn.Module]:
         model = copy.deepcopy(base, shared)
         torch.manual_seed(0)
         config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=TARGETS)
-        model = peft.get_peft_model(model, config).train()
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters).train()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -61,7 +61,7 @@ def variants(base: nn.Module, dropout: float) -> dict[str, nn.Module]:
     with_frozen = with_adapter()
     if len(lk.patch(with_frozen, frozen_linears=True).fused) > len(report.fused):
         models[OURS_AND_FROZEN] = with_frozen
-    if dropout == 0.0:
+    if dropout == 0.0 and (not fp32_adapters or next(base.parameters()).dtype == torch.float32):
         models["addmm"] = with_adapter()
         use_addmm(models["addmm"])
     return models
@@ -153,7 +153,7 @@ def model_cases(device: torch.device) -> Iterator[Case]:
                 torch.ones((), device=device),
             )
             constants = [t for model in models.values() for t in [*model.parameters(), *model.buffers()]]
-            steps = {name: _training_step(models[name], forward) for name, forward in forwards.items()}
+            steps = {name: training_step(models[name], forward) for name, forward in forwards.items()}
             title = f"Llama of 135M, {BATCH}x{SEQ} tokens, r={RANK}, float32, dropout {dropout:g}"
             yield Case("model", title, "step with AdamW", steps, forwards, constants)
         finally:
@@ -161,7 +161,8 @@ def model_cases(device: torch.device) -> Iterator[Case]:
     yield _decode_case(base, tokens[:1, :8])
 
 
-def _training_step(model: nn.Module, forward: Callable[[], Tensor]) -> Step:
+def training_step(model: nn.Module, forward: Callable[[], Tensor]) -> Step:
+    """Forward, backward and AdamW."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     # A rate of zero: however many steps are timed, all models keep computing the same.
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0) if parameters else None

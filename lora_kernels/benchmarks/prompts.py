@@ -46,7 +46,7 @@ class Embeddings(PreTrainedModel, GenerationMixin):
         raise NotImplementedError
 
 
-def make_model(method: str, hidden: int, rows: int) -> peft.PeftModel:
+def make_model(method: str, hidden: int, rows: int, device: torch.device) -> peft.PeftModel:
     """A stock PEFT model."""
     layers, heads, kv_heads = SHAPES[hidden]
     config = LlamaConfig(
@@ -64,27 +64,28 @@ def make_model(method: str, hidden: int, rows: int) -> peft.PeftModel:
         prompt = peft.PromptEncoderConfig(**common, **encoder, encoder_reparameterization_type=method.upper())
     else:
         prompt = peft.PrefixTuningConfig(**common, **encoder, prefix_projection=method != "prefix")
-    return peft.get_peft_model(Embeddings(config), prompt)
+    return peft.get_peft_model(Embeddings(config), prompt).to(device)
 
 
 def make_step(model: peft.PeftModel, method: str, hidden: int, rows: int) -> Callable[[], list[Tensor]]:
     """Forward and backward; returns the outputs, leaves the gradients in the parameters."""
-    generator = torch.Generator().manual_seed(0)
+    generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
     if "prefix" in method:
         layers, _, heads = SHAPES[hidden]
-        grads = torch.randn(2 * layers, BATCH, heads, rows + 8, 64, generator=generator)[:, :, :, :rows].unbind(0)
+        longer = torch.randn(2 * layers, BATCH, heads, rows + 8, 64, generator=generator).to(device)
+        grads = longer[:, :, :, :rows].unbind(0)
 
         def outputs() -> list[Tensor]:
             cache = model.get_prompt(BATCH)
             return [t for layer in cache.layers for t in (layer.keys, layer.values)]
 
     else:
-        ids = torch.randint(VOCABULARY, (BATCH, TOKENS), generator=generator)
+        ids = torch.randint(VOCABULARY, (BATCH, TOKENS), generator=generator).to(device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         if method == "multitask":
-            inputs["task_ids"] = torch.arange(BATCH) % 4
-        grads = (torch.randn(BATCH, rows + TOKENS, hidden, generator=generator),)
+            inputs["task_ids"] = torch.arange(BATCH, device=device) % 4
+        grads = (torch.randn(BATCH, rows + TOKENS, hidden, generator=generator).to(device),)
 
         def outputs() -> list[Tensor]:
             return [model(**inputs)]
@@ -102,8 +103,9 @@ def make_step(model: peft.PeftModel, method: str, hidden: int, rows: int) -> Cal
 def make_encoder_step(model: peft.PeftModel, hidden: int, rows: int) -> Callable[[], None]:
     """Forward and backward of the network that makes the prompt."""
     encoder = model.prompt_encoder["default"]
-    parameters, tokens = list(encoder.parameters()), torch.arange(rows).unsqueeze(0)
-    grad = torch.randn(1, rows, hidden, generator=torch.Generator().manual_seed(0))
+    parameters = list(encoder.parameters())
+    tokens = torch.arange(rows, device=parameters[0].device).unsqueeze(0)
+    grad = torch.randn(1, rows, hidden, generator=torch.Generator().manual_seed(0)).to(tokens.device)
 
     def step() -> None:
         for parameter in parameters:
@@ -143,15 +145,16 @@ def check(stock: peft.PeftModel, patched: peft.PeftModel, steps: dict[str, Calla
 
 
 def prompt_cases(
-    methods: Sequence[str] = METHODS, hidden_sizes: Sequence[int] = tuple(SHAPES), rows: Sequence[int] = (20, 100)
-) -> Iterator[Case]:
-    """Every method at every size, on the CPU."""
+    methods: Sequence[str] = METHODS, hidden_sizes: Sequence[int] = tuple(SHAPES), rows: Sequence[int] = (20, 100),
+    device: torch.device | None = None,
+) -> Iterator[Case]:  # fmt: skip
+    """Every method at every size, on the CPU unless another ``device`` is named."""
+    device = device or torch.device("cpu")
     for hidden in hidden_sizes:
         for count in rows:
             for method in methods:
                 torch.manual_seed(0)
-                stock = make_model(method, hidden, count)
-                patched = make_model(method, hidden, count)
+                stock, patched = (make_model(method, hidden, count, device) for _ in range(2))
                 for ours, theirs in zip(patched.parameters(), stock.parameters(), strict=True):
                     ours.data = theirs.data  # the same memory: neither is in the cache when the other is not
                 lk.patch(patched)

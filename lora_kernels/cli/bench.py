@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..benchmarks.cases import NULL, OURS, Case, Result, WrongResult, measure
+from ..benchmarks.cases import EVENT_SAMPLE_S, NULL, OURS, SAMPLE_S, Case, Result, WrongResult, measure
 from ..benchmarks.measure import NOISE, GraphTimer, Timer, host_timer, synchronizer
 from ..text import table
 from . import _arguments as arguments
@@ -21,7 +21,6 @@ from ._models import DTYPES, pick_device, require
 
 LEVELS = ("layer", "decode", "sweep", "prompt", "block", "model")
 ALL, MODELLED = "all", "modelled"
-CPU = torch.device("cpu")
 
 
 def add_parser(commands: Any) -> None:
@@ -113,7 +112,7 @@ def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
         "layer": lambda: layers.layer_cases(device, compiles),
         "decode": lambda: layers.decode_cases(device),
         "sweep": lambda: layers.sweep_cases(device),
-        "prompt": prompts.prompt_cases,
+        "prompt": lambda: prompts.prompt_cases(device=device),
         "block": lambda: models.block_cases(device, compiles),
         "model": lambda: models.model_cases(device),
     }
@@ -137,8 +136,9 @@ def _measure_all(
         graphed = device.type == "cuda" and case.level in ("layer", "decode", "ranks", "tokens")
         timer = GraphTimer(device) if graphed else host
         result = measure(
-            case, options.pairs, timer, device if case.level != "prompt" else CPU, light.seconds, options.attempts
-        )
+            case, options.pairs, timer, device, light.seconds, options.attempts,
+            EVENT_SAMPLE_S if graphed else SAMPLE_S,
+        )  # fmt: skip
         results.append(result)
         if options.levels:
             ratio, null = result.speedup[OURS], result.speedup[NULL]
@@ -159,7 +159,7 @@ def _modelled() -> str:
     for m, n, k, r in PROBLEMS:
         launch = _native.cuda.plan_lora_linear(
             dtype="bf16", m=m, n=n, k=k, rank=r, rows_aligned=True, has_dropout=False,
-            sms=arch.sms, shared_per_block=arch.shared_per_block,
+            sms=arch.sms, shared_per_block=arch.shared_per_block, capability=80, schedule="one launch",
         )  # fmt: skip
         row = model((m, n, k, r), launch)
         sizes = (row.compulsory, row.fused, row.split, row.peft)

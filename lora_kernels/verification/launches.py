@@ -1,14 +1,15 @@
 """Every kernel, forward and backward, at sizes that lead to each kind of launch: what a sanitizer is run over.
 
-``python -m lora_kernels.verification.launches [--device cuda] [--large]`` prints a line per call: what served it, and
-that its results are finite. A call that a backend refuses is printed with the reason.
+``python -m lora_kernels.verification.launches`` prints a line per call: what served it, and that its results are
+finite. A call that a backend refuses is printed with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from ..functional.lora import lora_linear
 from ..functional.why import why
 from ..modules.prefix import PrefixEncoder
 from ..modules.prompt import PromptEmbedding
+from ..support import cuda
 from .results import SEED
 
 
@@ -43,13 +45,14 @@ SMALL = {
     "ragged": (70, 75, 67, 5),
 }
 """rows, columns, depth and rank."""
-LARGE = {"all of a large GPU": (4100, 4096, 264, 16)}
+BACKENDS = ("cuda, one launch", "cuda, cublas", "triton")
+"""On a GPU; and, behind the comma, the schedule of LoRA layers."""
 DTYPES = ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16))
 
 
-def lora_launches(device: torch.device, sizes: Mapping[str, tuple[int, ...]]) -> Iterator[Launch]:
+def lora_launches(device: torch.device) -> Iterator[Launch]:
     """A layer of each size in each dtype, every other one under dropout."""
-    for i, (name, (m, n, k, rank)) in enumerate(sizes.items()):
+    for i, (name, (m, n, k, rank)) in enumerate(SMALL.items()):
         for j, (dtype, adapter_dtype) in enumerate((*DTYPES, (torch.float32, torch.float32))):
             p = 0.3 * ((i + j) % 2)
 
@@ -116,7 +119,21 @@ def prompt_launches(device: torch.device) -> Iterator[Launch]:
         yield Launch(f"prefix, {str(dtype).removeprefix('torch.')}", run_prefix, choose_prefix)
 
 
-def run(device: torch.device, backends: Sequence[str], *, large: bool = False) -> int:
+@contextlib.contextmanager
+def served_by(backend: str) -> Iterator[None]:
+    """Calls take a backend, as ``BACKENDS`` names it. Backward runs in the calling thread, whose schedule that is."""
+    name, _, schedule = backend.partition(", ")
+    threads = torch.autograd.set_multithreading_enabled(False)
+    with dispatch.use_backend(name), cuda.use_schedule(schedule or "auto"), threads:
+        yield
+
+
+def is_refusal(error: RuntimeError) -> bool:
+    """Whether a backend that was asked for does not serve a call."""
+    return "cannot serve this call" in str(error)
+
+
+def run(device: torch.device, backends: Sequence[str]) -> int:
     """Runs them all on each backend, prints a line for each, and returns how many gave a result that is not finite."""
     bad = 0
     before = torch.backends.cuda.matmul.fp32_precision
@@ -124,13 +141,13 @@ def run(device: torch.device, backends: Sequence[str], *, large: bool = False) -
     try:
         for backend in backends:
             torch.manual_seed(SEED)
-            for launch in (*lora_launches(device, SMALL | (LARGE if large else {})), *prompt_launches(device)):
-                with dispatch.use_backend(backend):
+            for launch in (*lora_launches(device), *prompt_launches(device)):
+                with served_by(backend):
                     try:
                         choice = launch.choose()
                         results = launch.run()
                     except RuntimeError as error:
-                        if "cannot serve this call" not in str(error):
+                        if not is_refusal(error):
                             raise
                         print(f"-  {launch.name}: {str(error).partition('cannot serve this call: ')[2]}", flush=True)
                         continue
@@ -146,12 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 1 if a result is not finite."""
     parser = argparse.ArgumentParser(prog="python -m lora_kernels.verification.launches", description=__doc__)
     parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
-    parser.add_argument("--large", action="store_true", help="also a problem that fills a large GPU")
     options = parser.parse_args(argv)
-    device = torch.device(options.device)
-    names = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
-    status = dispatch.backends()
-    return 1 if run(device, [n for n in names if status[n].available], large=options.large) else 0
+    device, status = torch.device(options.device), dispatch.backends()
+    names = BACKENDS if device.type == "cuda" else ("cpu",)
+    return 1 if run(device, [name for name in names if status[name.partition(", ")[0]].available]) else 0
 
 
 if __name__ == "__main__":

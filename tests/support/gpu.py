@@ -6,9 +6,13 @@ not wait for the first machine with a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import fcntl
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,12 +23,14 @@ from torch import Tensor
 import lora_kernels as lk
 from lora_kernels import dispatch
 from lora_kernels.ops.lora_linear import BACKWARD, SPEC
+from lora_kernels.support import cuda as cuda_support
 from lora_kernels.support import triton as triton_support
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 REHEARSED = os.environ.get("LORA_KERNELS_REHEARSAL") == "1"
 DEVICE = torch.device("cpu" if REHEARSED else "cuda")
-BACKENDS = ("cpu", "reference") if REHEARSED else ("cuda", "triton")
+BACKENDS = ("cpu", "reference") if REHEARSED else ("cuda, one launch", "cuda, cublas", "triton")
+"""And, behind the comma, the schedule."""
 SCALING, SEED = 1.7, -987654321012345
 RESULTS = ("y", "dX", "dA", "dB")
 GIB = 2**30
@@ -42,14 +48,20 @@ _schedules: list[tuple[str, object]] = []
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    """In turn, the name of a backend that every call of every thread takes, as LORA_KERNELS_BACKEND does it."""
-    status = lk.backends()[request.param]
+    """In turn, the name of a backend that every call of every thread takes, in a schedule that they take, too.
+
+    As LORA_KERNELS_BACKEND and LORA_KERNELS_CUDA_SCHEDULE do it: autograd has threads of its own.
+    """
+    name, _, schedule = request.param.partition(", ")
+    status = lk.backends()[name]
     if not status.available:
-        pytest.skip(f"{request.param}: {status.detail}")
-    forced = contextvars.ContextVar("forced", default=request.param)
-    monkeypatch.setattr(dispatch, "_forced", forced)
+        pytest.skip(f"{name}: {status.detail}")
+    monkeypatch.setattr(dispatch, "_forced", contextvars.ContextVar("forced", default=name))
+    if schedule:
+        verdict = cuda_support._SCHEDULES[schedule]
+        monkeypatch.setattr(cuda_support, "_schedule", contextvars.ContextVar("schedule", default=verdict))
     monkeypatch.setitem(globals(), "_schedules", request.node.user_properties)
-    return request.param
+    return name
 
 
 def unless_triton_is_old(call: Callable[[], Any]) -> Any:
@@ -58,7 +70,7 @@ def unless_triton_is_old(call: Callable[[], Any]) -> Any:
         return call()
     except RuntimeError as error:
         reason = str(error).partition("cannot serve this call: ")[2]
-        if "Triton" in reason and triton_support.version() < (3, 7):
+        if "Triton" in reason and triton_support.version() < triton_support.OLDEST:
             pytest.skip(reason)
         raise
 
@@ -189,6 +201,21 @@ def check_backward(grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A:
     ours = unless_triton_is_old(lambda: torch.ops.lora_kernels.lora_linear_backward(*tensors, *rest))
     for name, value, bound, true in zip(RESULTS[1:], ours, unfused, exact):
         assert_as_accurate(value, bound, true, name)
+
+
+@contextlib.contextmanager
+def much_memory(gib: int) -> Iterator[None]:
+    """For one test at a time on this machine; skips where the GPU has less than that free."""
+    with open(Path(tempfile.gettempdir()) / "lora_kernels_gpu_tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0] / GIB
+        if free < gib:
+            pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} are free")
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()
 
 
 def same(ours: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
