@@ -82,7 +82,7 @@ _NARROW = Tile(64, 64, 32, 8, 4, "unaligned rows need a pointer per element, dua
 _UNALIGNED_REDUCE = Tile(32, 64, 0, 8, 3, _NARROW.why)
 _TF32 = Tile(64, 64, 32, 8, 3, "elements are twice as wide")
 _IEEE = Tile(32, 32, 32, 4, 3, "float32 without tf32 has no tensor cores: operands of every product are in registers")
-_FLOAT32_REDUCE = Tile(32, 64, 0, 8, 3, _IEEE.why)
+_FLOAT32_REDUCE = Tile(32, 64, 0, 8, 2, "as above, and a third stage's addresses are spilled on sm_80")
 
 # Descriptors are made on the host (TensorDescriptor): those that a kernel makes (tl.make_tensor_descriptor) need
 # memory from triton.set_allocator, which is the caller's to set. A loop of wgmma or tcgen05 then has no address to
