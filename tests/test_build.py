@@ -185,17 +185,6 @@ else:
     return folder
 
 
-def ask_setup(checkout, code, **environment):
-    run = subprocess.run(
-        [sys.executable, "-c", f"import setup; {code}"],
-        cwd=checkout,
-        env={**os.environ, "LORA_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "", **environment},
-        capture_output=True,
-        text=True,
-    )
-    return run.returncode, run.stdout.strip(), run.stderr.strip()
-
-
 CUDA_12_0 = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90)
 CUDA_12_9 = (*CUDA_12_0, 100, 101, 103, 120, 121)
 
@@ -203,32 +192,22 @@ CUDA_12_9 = (*CUDA_12_0, 100, 101, 103, 120, 121)
 @pytest.mark.parametrize(
     ("known", "wanted", "built", "left_out"),
     [
-        (CUDA_12_9, "", "8.0 9.0 10.0+PTX 12.0+PTX", None),
-        (CUDA_12_0, "", "8.0 9.0+PTX", "10.0+PTX 12.0+PTX"),
-        (CUDA_12_0, "8.6;9.0a", "8.6 9.0a", None),
+        (CUDA_12_9, None, "8.0 9.0 10.0+PTX 12.0+PTX", ""),
+        (CUDA_12_0, None, "8.0 9.0+PTX", "10.0+PTX 12.0+PTX"),
+        (CUDA_12_0, "8.6;9.0a", "8.6 9.0a", ""),
+        (CUDA_12_9, "12.0f", "12.0f", ""),
         (CUDA_12_0, "8.0+PTX 12.0+PTX", "8.0+PTX", "12.0+PTX"),
-        (CUDA_12_0, "9.0 8.0 12.0f", "9.0 8.0", "12.0f"),
-        (CUDA_12_9, "7.5 8.0 9.0 12.0+PTX", "8.0 9.0 12.0+PTX", "7.5"),  # of an image that is also for a T4
+        (CUDA_12_0, "9.0 8.0 12.0", "9.0 8.0", "12.0"),
+        (CUDA_12_0, "9.0 8.0 12.0+PTX", "9.0+PTX 8.0", "12.0+PTX"),
+        (CUDA_12_9, "7.5 8.0 12.0+PTX", "8.0 12.0+PTX", "7.5"),  # an image's, which is also for a T4
     ],
 )
-def test_what_nvcc_does_not_know_is_left_out_and_said(checkout, tmp_path, known, wanted, built, left_out):
+def test_what_nvcc_cannot_build_is_left_out(tmp_path, known, wanted, built, left_out):
     """Its newest then gets the PTX that was asked for: later GPUs must find something to run."""
-    home = toolkit(tmp_path / "cuda", known)
-    code = """
-import json, subprocess
-subprocess.run([f"{setup.CUDA_HOME}/bin/nvcc", *setup.gencode(setup.ARCHS), "-c", "kernel.cu"], check=True)
-setup.warn_of_what_is_left_out()
-print(json.dumps(setup.build_record()))"""
-    status, out, err = ask_setup(checkout, code, CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=wanted)
-    assert status == 0, err
-    record = json.loads(out)
-    assert record["CUDA"] == f"built for {built} with Build of_this_test"
-    if left_out is None:
-        assert "CUDA, left out" not in record
-        assert err == ""
-    else:
-        assert record["CUDA, left out"].startswith(f"{left_out}: ")
-        assert err == f"warning: CUDA, left out: {record['CUDA, left out']}"
+    setup, home = setup_script.load(), toolkit(tmp_path, known)
+    kept, rest = setup.buildable(setup.read_archs(wanted or setup.DEFAULT_ARCHS), setup.offered_archs(home))
+    assert (" ".join(map(str, kept)), " ".join(map(str, rest))) == (built, left_out)
+    subprocess.run([home / "bin" / "nvcc", *setup.gencode(kept), "-c", "kernel.cu"], check=True)
 
 
 @pytest.mark.parametrize(
@@ -238,11 +217,29 @@ print(json.dumps(setup.build_record()))"""
         ("Ampere", "cannot read 'Ampere'"),
     ],
 )
-def test_an_arch_list_of_which_nothing_can_be_built_is_an_error(checkout, tmp_path, wanted, message):
-    home = toolkit(tmp_path / "cuda", CUDA_12_0)
-    status, _, err = ask_setup(checkout, "", CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=wanted)
-    assert status != 0
-    assert f"TORCH_CUDA_ARCH_LIST: {message}" in err
+def test_an_arch_list_of_which_nothing_can_be_built_is_an_error(wanted, message):
+    setup = setup_script.load()
+    with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST: {message}"):
+        setup.buildable(setup.read_archs(wanted), set(CUDA_12_0))
+
+
+def test_what_is_left_out_is_said_and_recorded(checkout, tmp_path):
+    code = """
+import json, sys, setup
+sys.argv = ["setup.py", "--version"]
+setup.main()
+print(json.dumps(setup.build_record()))"""
+    home = toolkit(tmp_path, CUDA_12_0)
+    environment = {"CUDA_HOME": str(home), "LORA_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "7.5 9.0 12.0+PTX"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    record = json.loads(run.stdout.splitlines()[-1])
+    assert record["CUDA"] == "built for 9.0+PTX with Build of_this_test"
+    said = record["CUDA, left out"]
+    assert said.startswith("7.5: the kernels need 8.0; 12.0+PTX: not known to ")
+    assert f"warning: CUDA, left out: {said}" in run.stderr
 
 
 @pytest.mark.skipif(shutil.which(AARCH64) is None, reason=f"{AARCH64} is not installed")

@@ -158,6 +158,14 @@ def test_no_cuda_kernel_runs_where_the_extension_does_not(extension, problem):
     assert "what CUDA says" in status.detail
 
 
+@pytest.mark.skipif(_native.cuda is None, reason=f"lora_kernels._cuda: {_native.cuda_error}")
+def test_the_extension_itself_says_what_is_wrong():
+    problem, detail = _native.cuda.usable()
+    assert problem in {"", *KINDS}
+    assert bool(problem) == bool(detail)
+    assert problem or torch.cuda.is_available(), "there is no GPU here"
+
+
 def test_no_cuda_kernel_runs_on_an_old_gpu(extension, monkeypatch):
     extension("")
     monkeypatch.setattr(_cuda, "capability", lambda device: (7, 5))

@@ -28,11 +28,14 @@ KERNELS = {
     ("ticketed", 64, RANKS, 16): dict(m=(1, 64, 520), n=(24, 264), k=(8, 136), rank=(1, 7, 15), sms=(MANY,)),
     ("ticketed", 64, RANKS, 64): dict(m=(1, 64, 520), n=(24, 264), k=(8, 136), rank=(17, 255), sms=(MANY,)),
     ("cublas", 64, WHOLE, 16): dict(m=(1, 64, 520), n=(24, 776), k=(72, 136), rank=(8, 16), sms=(1, MANY)),
-    ("cublas", 64, WHOLE, 64): dict(m=(1, 64, 520), n=(24, 776), k=(72, 136), rank=(24, 200), sms=(1, MANY)),
+    ("cublas", 64, WHOLE, 64): dict(m=(1, 64, 520), n=(24, 776), k=(72, 136), rank=(24, 64), sms=(1, MANY)),
+    ("cublas", 64, WHOLE, 128): dict(m=(1, 64, 520), n=(24, 776), k=(72, 136), rank=(72, 200), sms=(1, MANY)),
     ("cublas", 64, RANKS, 16): dict(m=(1, 64, 520), n=(24, 776), k=(72, 136), rank=(1, 7, 15), sms=(1, MANY)),
-    ("cublas", 64, RANKS, 64): dict(m=(1, 64, 520), n=(24, 776), k=(72, 136), rank=(17, 255), sms=(1, MANY)),
+    ("cublas", 64, RANKS, 64): dict(m=(1, 64, 520), n=(24, 776), k=(72, 136), rank=(17, 63), sms=(1, MANY)),
+    ("cublas", 64, RANKS, 128): dict(m=(1, 64, 520), n=(24, 776), k=(72, 136), rank=(65, 255), sms=(1, MANY)),
     ("cublas", 64, ALL, 16): dict(m=(1, 64, 530), n=(9, 75), k=(9, 133), rank=(1, 7, 16), sms=(1, MANY)),
-    ("cublas", 64, ALL, 64): dict(m=(1, 64, 530), n=(9, 75), k=(9, 133), rank=(17, 64, 255), sms=(1, MANY)),
+    ("cublas", 64, ALL, 64): dict(m=(1, 64, 530), n=(9, 75), k=(9, 133), rank=(17, 64), sms=(1, MANY)),
+    ("cublas", 64, ALL, 128): dict(m=(1, 64, 530), n=(9, 75), k=(9, 133), rank=(65, 255), sms=(1, MANY)),
 }
 CASES = [
     (kernel, case)

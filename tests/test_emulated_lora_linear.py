@@ -53,13 +53,14 @@ KERNELS = {
     ("decode", 16, RANKS, 16): dict(m=(1, 16), k=(24, 776), **ODD, sms=(1, 40), p=NO_DROPOUT),
     ("decode", 16, RANKS, 64): dict(m=(1, 16), k=(24, 776), n=(72, 75), rank=(17, 63), sms=(1, 40), p=NO_DROPOUT),
     ("cublas", 64, WHOLE, 16): dict(m=(1, 64, 150), n=(72, 136), k=(24, 776), rank=(8, 16), sms=(1, 40), p=DROPOUT),
-    ("cublas", 64, WHOLE, 64): dict(m=(1, 64, 150), n=(72, 136), k=(24, 776), rank=(24, 200), sms=(1, 40), p=DROPOUT),
+    ("cublas", 64, WHOLE, 64): dict(m=(1, 64, 150), n=(72, 136), k=(24, 776), rank=(24, 64), sms=(1, 40), p=DROPOUT),
+    ("cublas", 64, WHOLE, 128): dict(m=(1, 64, 150), n=(72, 136), k=(24, 776), rank=(72, 200), sms=(1, 40), p=DROPOUT),
     ("cublas", 64, RANKS, 16): dict(m=(1, 64, 150), k=(24, 776), **ODD, sms=(1, 40), p=DROPOUT),
-    ("cublas", 64, RANKS, 64): dict(m=(1, 64, 150), k=(24, 776), n=(72, 75), rank=(17, 255), sms=(1, 40), p=DROPOUT),
+    ("cublas", 64, RANKS, 64): dict(m=(1, 64, 150), k=(24, 776), n=(72, 75), rank=(17, 63), sms=(1, 40), p=DROPOUT),
+    ("cublas", 64, RANKS, 128): dict(m=(1, 64, 150), k=(24, 776), n=(72, 75), rank=(65, 255), sms=(1, 40), p=DROPOUT),
     ("cublas", 64, ALL, 16): dict(m=(1, 64, 150), n=(9, 75), k=(1, 70, 263), rank=(1, 7, 16), sms=(1, 40), p=DROPOUT),
-    ("cublas", 64, ALL, 64): dict(
-        m=(1, 64, 150), n=(9, 75), k=(1, 70, 263), rank=(17, 64, 255), sms=(1, 40), p=DROPOUT
-    ),
+    ("cublas", 64, ALL, 64): dict(m=(1, 64, 150), n=(9, 75), k=(1, 70, 263), rank=(17, 64), sms=(1, 40), p=DROPOUT),
+    ("cublas", 64, ALL, 128): dict(m=(1, 64, 150), n=(9, 75), k=(1, 70, 263), rank=(65, 255), sms=(1, 40), p=DROPOUT),
 }
 
 

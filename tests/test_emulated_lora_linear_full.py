@@ -15,7 +15,7 @@ RANKS = (1, 8, 16, 17, 64, 256)
 def ranks_of(axes, rank_tile, access):
     """The ranks that lead to a kernel, and those of its own that are not among RANKS."""
     fits = {forward.WHOLE: lambda r: r % 8 == 0, forward.RANKS: lambda r: r % 2 == 1, forward.ALL: lambda _: True}
-    fitting = [r for r in RANKS if (r <= 16) == (rank_tile == 16) and fits[access](r)]
+    fitting = [r for r in RANKS if rank_tile == (16 if r <= 16 else rank_tile) and fits[access](r)]
     return sorted({r for r in fitting if min(axes["rank"]) <= r <= max(axes["rank"])} | set(axes["rank"]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -11,9 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lora_kernels.precision import float32_products
 from lora_kernels.triton_kernels import configs
-from lora_kernels.triton_kernels.launching import Device
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -21,12 +19,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled", allow_module_level=True)
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+from triton_launches import BF16, FP32, compile_for, launches, prompt_launches
 
-from lora_kernels.triton_kernels import dropout_mask, lora_linear, prefix_kv, prompt_embedding
+from lora_kernels.triton_kernels import dropout_mask, prefix_kv
 
-BF16, FP32 = torch.bfloat16, torch.float32
 # Matrix instructions of 16-bit tiles, by their number of rows: the wide ones need 64.
 INSTRUCTIONS = {
     "sm_80": "mma.sync",
@@ -39,46 +36,6 @@ INSTRUCTIONS = {
 }
 
 
-class AbsentGpu:
-    """A driver that names a GPU to compile for. Nothing can be launched."""
-
-    def __init__(self, arch: str) -> None:
-        self.target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return hash(self.target)  # kernels are cached by device
-
-    def get_current_stream(self, device):
-        return 0
-
-
-@contextlib.contextmanager
-def compiling_for(arch):
-    previous = driver._active
-    driver.set_active(AbsentGpu(arch))
-    try:
-        yield
-    finally:
-        driver._active = previous
-
-
-def compile_for(arch, launch):
-    """The compiled kernel, specialised for its arguments as a real launch would be."""
-    counters = {"counters": torch.empty(launch.counters, dtype=torch.int32)} if launch.counters else {}
-    with compiling_for(arch):
-        return launch.kernel.warmup(
-            *launch.args,
-            grid=launch.grid,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            **launch.constants,
-            **counters,
-        )
-
-
 def stack_bytes(compiled, tmp_path):
     """Stack frame and spilled registers of the machine code."""
     cubin = tmp_path / "kernel.cubin"
@@ -87,25 +44,6 @@ def stack_bytes(compiled, tmp_path):
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (stack,), (local,) = re.findall(r"STACK:(\d+)", usage), re.findall(r"LOCAL:(\d+)", usage)
     return int(stack) + int(local)
-
-
-def launches(target, m, n, k, rank, dtype=BF16, adapter_dtype=BF16, p=0.0, bias=False):
-    """(name, launch) of a forward and a backward on a GPU of 108 SMs."""
-    x, weight, y = torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
-    lora_A, lora_B = torch.empty(rank, k, dtype=adapter_dtype), torch.empty(n, rank, dtype=adapter_dtype)
-    s = torch.empty(m, rank, dtype=dtype)
-    seed = torch.zeros(1, dtype=torch.int64) if p > 0 else None
-    device, float32 = Device(target, 108), float32_products(dtype)
-    forward = lora_linear.forward_task(
-        y, s, x, weight, lora_A, lora_B, torch.empty(n, dtype=dtype) if bias else None, seed, 1.7, p
-    )
-    backward = lora_linear.backward_task(x, s, y, weight, lora_A, lora_B, seed, 1.7, p)
-    for name, task, drops in (("forward", forward, "p"), ("backward", backward, "branch")):
-        schedule = configs.schedule(target, task.columns, rank, float32)
-        for launch in lora_linear.fused_launches(device, schedule, task, drops):
-            yield f"{name} {launch.constants['PART']}", launch
-    yield "dA", lora_linear.reduce_launch(device, lora_A.t(), x, s, seed, 1.7, p)
-    yield "dB", lora_linear.reduce_launch(device, lora_B, y, s, None, 1.7, 0.0)
 
 
 PROBLEMS = {
@@ -195,27 +133,6 @@ def test_dropout_mask_compiles(arch, tmp_path):
     assert stack_bytes(compile_for(arch, launch), tmp_path) == 0
 
 
-def prompt_launches(hidden, dtype=BF16, prompt_dtype=FP32, embeds=False, full=True, batch=4, tokens=100, rows=20):
-    """(name, launch) of a forward and a backward of prompt embedding, with every optional argument or with none."""
-    ids = torch.zeros(batch, tokens, dtype=torch.int64)
-    weight, inputs = torch.empty(50, hidden, dtype=dtype), torch.empty(batch, tokens, hidden, dtype=dtype)
-    out, prompt = (
-        torch.empty(batch, rows + tokens, hidden, dtype=dtype),
-        torch.empty(3, rows, hidden, dtype=prompt_dtype),
-    )
-    column = torch.empty(batch, rows + tokens, dtype=torch.int64)
-    layout, index = torch.empty(batch, 3, dtype=torch.int64), torch.zeros(batch, dtype=torch.int32)
-    source = (None, None, inputs) if embeds else (ids, weight, None)
-    options = (ids.bool(), ids, index, index) if full else (None,) * 4
-    prompt, tasks = (prompt, index) if full else (prompt[0], None)
-    outputs = out, column.bool() if full else column, column, column if full else None, layout
-    yield "forward", prompt_embedding.forward_launch(outputs, prompt, *source, *options, full)
-    yield "prompt", prompt_embedding.prompt_gradient_launch(prompt, out, layout, tasks, rows)
-    yield "embeds", prompt_embedding.embeds_gradient_launch(inputs, out, layout, rows)
-    order = ids.view(-1)
-    yield "weight", prompt_embedding.weight_gradient_launch(weight, out, layout, order, order, rows)
-
-
 PROMPTS = {
     "aligned": dict(hidden=576),
     "aligned, one dtype": dict(hidden=4096, prompt_dtype=BF16, embeds=True),
@@ -275,3 +192,18 @@ def test_debugging_stops_at_an_index_out_of_range(debug):
     # The message is in the code as a list of bytes.
     message = ", ".join(str(byte) for byte in b"input_ids out of range")
     assert ("__assertfail" in code) == (message in code) == debug
+
+
+def test_arguments_are_what_triton_3_6_takes():
+    """Later versions compile and launch with a descriptor in a tuple, and without a constant behind inner tuples."""
+    made = [launch for problem in PROBLEMS.values() for _, launch in launches("sm_90", **problem)]
+    made += [launch for _, launch in prompt_launches(hidden=64)]
+    descriptors = 0
+    for launch in made:
+        descriptors += sum(isinstance(argument, TensorDescriptor) for argument in launch.args)
+        for argument in filter(lambda argument: isinstance(argument, tuple), launch.args):
+            inner = [field for field in argument if isinstance(field, tuple)]
+            assert not inner or argument[-1] is None, f"{type(argument).__name__} ends without a constant"
+            fields = itertools.chain(argument, *inner)
+            assert not any(isinstance(field, TensorDescriptor) for field in fields)
+    assert descriptors == 8, "of p and q, in two problems, forward and backward"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from importlib.util import find_spec
 
@@ -13,6 +14,7 @@ from pretended_gpu import pretend_gpu
 import lora_kernels as lk
 from lora_kernels import dispatch
 from lora_kernels.spec import Verdict
+from lora_kernels.support import cuda
 from lora_kernels.support import triton as _triton
 from lora_kernels.triton_kernels import configs
 from lora_kernels.triton_kernels.launching import Device, Launch, run_all
@@ -145,23 +147,44 @@ def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
     assert lk.why("lora_linear", x, weight, A, B).backend == "cpu"
 
 
-def test_wgmma_is_preferred_to_mma_sync_for_many_rows(gpu):
-    meta = torch.device("meta")
-    for target, rows, preferred in (("sm_90", 4096, True), ("sm_90", 256, False), ("sm_80", 4096, False)):
-        gpu(target)
-        assert _triton.is_preferred(verdict(), meta, rows, 4096) == preferred
-    gpu("sm_90")
-    assert not _triton.is_preferred(verdict(rank=300), meta, 4096, 4096), "Triton must be able to serve it"
-    with lk.use_backend("cuda"):
-        assert not _triton.is_preferred(verdict(), meta, 4096, 4096)
-
-
-def test_dispatch_leaves_such_calls_to_triton(gpu, monkeypatch):
-    sizes = ((4096, 512), (4096, 512), (16, 512), (4096, 16))
-    x, weight, A, B = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in sizes)
-    supports = dispatch.specs()["lora_linear"].kernels["cuda"].supports
-    for target, capability, reason in (("sm_90", (9, 0), lk.Reason.PREFERS_TRITON), ("sm_80", (8, 0), None)):
-        gpu(target)
-        pretend_gpu(monkeypatch, capability)
-        verdict = supports(x, weight, A, B, None, None, 1.0, 0.0)
-        assert verdict.reason == reason if reason else verdict.schedule
+@pytest.mark.parametrize(
+    ("change", "preferred"),
+    [
+        ({}, True),
+        (dict(capability=(8, 0), target="sm_80"), False),
+        (dict(capability=(10, 0), target="sm_100"), False),
+        (dict(rows=2048), False),
+        (dict(dropout=True), False),
+        (dict(rank=136), False),
+        (dict(columns=4104), False),
+        (dict(backend="cuda"), False),
+        (dict(schedule="cublas"), False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", ["lora_linear", "lora_linear_backward"])
+def test_large_products_without_dropout_are_left_to_triton_on_sm_90(gpu, monkeypatch, op, change, preferred):
+    """As measured; kills: any of the conditions left out, or asked of the wrong side of the product."""
+    case = dict(capability=(9, 0), target="sm_90", rows=8192, columns=4096, rank=16, dropout=False, backend=None)
+    case |= change
+    gpu(case["target"])
+    pretend_gpu(monkeypatch, case["capability"])
+    n, k = (case["columns"], 4096) if op == "lora_linear" else (4096, case["columns"])
+    rank, rows = case["rank"], case["rows"]
+    x, weight, A, B, grad_y, s = (
+        torch.empty(sizes, dtype=torch.bfloat16, device="meta")
+        for sizes in ((rows, k), (n, k), (rank, k), (n, rank), (rows, n), (rows, rank))
+    )
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if case["dropout"] else None
+    supports = dispatch.specs()[op].kernels["cuda"].supports
+    with contextlib.ExitStack() as stack:
+        if case["backend"]:
+            stack.enter_context(lk.use_backend(case["backend"]))
+        if "schedule" in case:
+            stack.enter_context(cuda.use_schedule(case["schedule"]))
+        if op == "lora_linear":
+            verdict = supports(x, weight, A, B, None, seed, 1.0, 0.1)
+        else:
+            verdict = supports(grad_y, x, s, weight, A, B, seed, 1.0, 0.1, True, True, True)
+    assert (verdict.reason == lk.Reason.PREFERS_TRITON) == preferred
+    assert preferred or verdict.schedule

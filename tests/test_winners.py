@@ -21,8 +21,8 @@ from lora_kernels.triton_kernels.launching import Device
 META = torch.device("meta")
 BF16, FP32 = torch.bfloat16, torch.float32
 M, N, K, RANK = 4096, 1024, 512, 16
-FORWARD = winners.problem(BF16, M, N, K, RANK, backward=False)
-BACKWARD = winners.problem(BF16, M, K, N, RANK, backward=True)
+FORWARD = winners.problem(BF16, M, N, K, RANK, False, backward=False)
+BACKWARD = winners.problem(BF16, M, K, N, RANK, False, backward=True)
 
 
 @pytest.fixture
@@ -99,8 +99,8 @@ def test_a_file_of_something_else_is_ignored_with_a_warning(gpu):
 
 def test_problems(fp32_precision):
     fp32_precision("tf32")
-    assert winners.problem(FP32, 3000, 8, 16, 12, backward=False) == "forward tf32 8x16 rows<=4096 rank<=16"
-    assert winners.problem(BF16, 1, 8, 16, 1, backward=True) == "backward bfloat16 8x16 rows<=1 rank<=1"
+    assert winners.problem(FP32, 3000, 8, 16, 12, False, backward=False) == "forward tf32 8x16 rows<=4096 rank<=16"
+    assert winners.problem(BF16, 1, 8, 16, 1, True, backward=True) == "backward bfloat16 8x16 rows<=1 rank<=1 dropout"
 
 
 # ------------------------------------------------------------------------------------------------------- from times
@@ -122,21 +122,25 @@ def test_forward_and_backward_have_winners_of_their_own():
     assert found == {FORWARD: "cuda, one launch", BACKWARD: "cuda, cublas"}
 
 
+def test_dropout_is_another_problem():
+    found = winners_of([timed("forward", (1.0, 2.0)), timed("forward", (2.0, 1.0), dropout=0.1)])
+    assert found == {FORWARD: "cuda, one launch", f"{FORWARD} dropout": "cuda, cublas"}
+
+
 def test_decoding_is_a_forward():
     (problem,) = winners_of([timed("decode", (2.0, 3.0, 1.0), m=1)]).items()
-    assert problem == (winners.problem(BF16, 1, N, K, RANK, backward=False), "triton")
+    assert problem == (winners.problem(BF16, 1, N, K, RANK, False, backward=False), "triton")
 
 
 @pytest.mark.parametrize(
     "result",
     [
         timed("forward", (1.0, 2.0), null=1.5),
-        timed("forward", (1.0, 2.0), dropout=0.1),
         timed("forward", (1.0,)),
         timed("forward", (1.0, 2.0), dtype="float64"),
         timed("forward+backward", (1.0, 2.0)),
     ],
-    ids=["noisy", "dropout", "one candidate", "dtype", "backward without its forward"],
+    ids=["noisy", "one candidate", "dtype", "backward without its forward"],
 )
 def test_results_that_say_nothing(result):
     assert winners_of([result]) == {}

@@ -64,6 +64,9 @@ constexpr int kGroupRows = 1024;
 
 constexpr int rank_tile_of(int64_t rank) { return rank <= 16 ? 16 : 64; }
 
+// Where nothing but the adapter's product is computed, which reads x or dY once per tile of ranks, and drops it once.
+constexpr int wide_rank_tile_of(int64_t rank) { return rank <= 64 ? rank_tile_of(rank) : 128; }
+
 // Where one block has all ranks of s, as in column-0, dual and decode.
 constexpr int kMaxRankOfBlock = 64;
 
@@ -171,8 +174,9 @@ inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t k, int6
 inline LoraLinearConfig shrink_config(LoraRole role, int64_t m, int64_t k, int64_t rank, int element_bytes,
                                       Access access, const DeviceLimits& device) {
   LoraLinearConfig config{};
-  config.key = {role, Schedule::kShrink, LoraTile::kSmall, rank_tile_of(rank), access};
-  if (config.key.rank_tile == 16) config.key.tile = LoraTile::kNarrow;
+  const int rank_tile = wide_rank_tile_of(rank);
+  const LoraTile tile = rank_tile == 16 ? LoraTile::kNarrow : rank_tile == 64 ? LoraTile::kSmall : LoraTile::kWide;
+  config.key = {role, Schedule::kShrink, tile, rank_tile, access};
   config.reason = "s alone: x is read once";
   config.tile_reason = "as wide as the ranks that a block computes";
   plan_splits(m, rank, k, element_bytes, device, config);
@@ -277,7 +281,7 @@ inline LoraGradsConfig lora_grads_config(int64_t m, int64_t n, int64_t k, int64_
                                          Access access, const DeviceLimits& device) {
   constexpr int kColumns = 128, kDepth = 32, kBlocksPerSm = 2, kMinRows = 256;
   LoraGradsConfig config{};
-  config.key = {.rank_tile = rank_tile_of(rank), .access = access};
+  config.key = {.rank_tile = wide_rank_tile_of(rank), .access = access};
   const int64_t columns = blocks_of(k, kColumns) + (parts_of_grad_b > 0 ? 0 : blocks_of(n, kColumns));
   const int64_t tiles = columns * blocks_of(rank, config.key.rank_tile);
   const int64_t most = std::max<int64_t>(1, m / kMinRows);

@@ -27,6 +27,7 @@ enum class LoraTile : int32_t {
   kSmall,   // 64 x 64, for problems that leave SMs idle with the large one
   kFlat,    // 16 x 64, for a few rows
   kNarrow,  // 64 x 16, of s alone
+  kWide,    // 64 x 128, likewise
   kBranch,  // 128 x 128, for products as shallow as a rank
 };
 
@@ -37,8 +38,8 @@ struct TileShape {
 };
 
 constexpr TileShape tile_shape(LoraTile tile) {
-  constexpr TileShape kShapes[] = {
-      {128, 128, 64, 4}, {64, 64, 128, 3}, {16, 64, 128, 4}, {64, 16, 128, 4}, {128, 128, 64, 2}};
+  constexpr TileShape kShapes[] = {{128, 128, 64, 4}, {64, 64, 128, 3},  {16, 64, 128, 4},
+                                   {64, 16, 128, 4},  {64, 128, 128, 3}, {128, 128, 64, 2}};
   return kShapes[static_cast<int>(tile)];
 }
 

@@ -121,6 +121,8 @@ using ShrinkExpandVariants =
                             LoraShrink<ShrinkTile<Element, LoraTile::kNarrow, 16, Roles::kFactors>, kAccess, Roles>>,
                 LoraVariant<LoraKey{kRole, Schedule::kShrink, LoraTile::kSmall, 64, kAccess},
                             LoraShrink<ShrinkTile<Element, LoraTile::kSmall, 64, Roles::kFactors>, kAccess, Roles>>,
+                LoraVariant<LoraKey{kRole, Schedule::kShrink, LoraTile::kWide, 128, kAccess},
+                            LoraShrink<ShrinkTile<Element, LoraTile::kWide, 128, Roles::kFactors>, kAccess, Roles>>,
                 LoraVariant<LoraKey{kRole, Schedule::kExpand, LoraTile::kBranch, 0, kAccess},
                             LoraExpand<BranchTile<Element, Roles::kFactors>, kAccess, Roles>>>;
 
@@ -141,7 +143,8 @@ using LoraGradXVariants =
 // ... and of the adapter's gradients.
 template <class Element, Access kAccess>
 using LoraGradsVariantsOf = VariantList<Variant<LoraGradsKey{16, kAccess}, LoraGrads<Element, 16, kAccess>>,
-                                        Variant<LoraGradsKey{64, kAccess}, LoraGrads<Element, 64, kAccess>>>;
+                                        Variant<LoraGradsKey{64, kAccess}, LoraGrads<Element, 64, kAccess>>,
+                                        Variant<LoraGradsKey{128, kAccess}, LoraGrads<Element, 128, kAccess>>>;
 template <class Element>
 using LoraGradsVariants =
     Concat<LoraGradsVariantsOf<Element, Access::kWhole>, LoraGradsVariantsOf<Element, Access::kGatherRanks>,

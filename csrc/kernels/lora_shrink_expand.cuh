@@ -16,7 +16,8 @@ struct LoraShrink {
   using Base = Base_;
   using Element = typename Base::Element;
   static constexpr Access kAccess = kAccess_;
-  static constexpr int kRankTile = Base::kN, kThreads = Base::kThreads, kM = Base::kM, kMinBlocks = 3;
+  static constexpr int kRankTile = Base::kN, kThreads = Base::kThreads, kM = Base::kM;
+  static constexpr int kMinBlocks = kRankTile <= 64 ? 3 : 2;
   static constexpr int kSharedBytes = larger(Base::kSharedBytes, Base::kBytesResult);
 
   LK_DEVICE static void run(const LoraLinearParams& p) {

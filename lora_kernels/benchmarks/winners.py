@@ -17,7 +17,7 @@ def winners_of(results: Sequence[Result]) -> dict[str, str]:
     """The fastest candidate of each problem, forward and backward; of two results for one problem, by the first.
 
     A backward's time is that of both less the forward's, by the same candidate. Left out is what says nothing: results
-    beside which PEFT differed from itself, or with one candidate; and dropout, which a problem does not name.
+    beside which PEFT differed from itself, or with one candidate.
     """
     timed = [(result, times) for result in results if len(times := _candidates(result)) > 1]
     forward: dict[str, dict[str, float]] = {}
@@ -35,7 +35,7 @@ def winners_of(results: Sequence[Result]) -> dict[str, str]:
 
 def _candidates(result: Result) -> dict[str, float]:
     """Seconds by candidate; empty where the result says nothing."""
-    if not result.quotable or result.shape.get("dropout") != 0 or _dtype(result) is None:
+    if not result.quotable or _dtype(result) is None:
         return {}
     times = {name: result.seconds.get(f"{OURS}, {name}") for name in winners.CANDIDATES}
     return {name: seconds for name, seconds in times.items() if seconds is not None}
@@ -49,4 +49,4 @@ def _problem(result: Result, *, backward: bool) -> str:
     m, n, k, rank = (int(result.shape[name]) for name in ("m", "n", "k", "rank"))
     columns, depth = (k, n) if backward else (n, k)
     dtype = _dtype(result) or torch.bfloat16
-    return winners.problem(dtype, m, columns, depth, rank, backward=backward)
+    return winners.problem(dtype, m, columns, depth, rank, result.shape["dropout"] > 0, backward=backward)

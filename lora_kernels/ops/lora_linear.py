@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _native, dispatch, philox
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from ..support import cpu, cuda, cuda_or_triton, triton
+from ..support import cpu, cuda, cuda_or_triton, fits, triton
 from . import eager
 from .eager import EagerFunction, as_rows, not_a_view
 
@@ -64,6 +64,7 @@ def _triton_supports(
 
 
 def _triton_run(schedule: str, *args: Any) -> tuple[Tensor, Tensor]:
+    fits.check_lora_linear(*args[:6])
     from ..triton_kernels import lora_linear
 
     return lora_linear.forward(schedule, *args)
@@ -74,7 +75,7 @@ def _cuda_supports(
     dropout_p: float,
 ) -> Verdict:  # fmt: skip
     n, k = weight.shape
-    return cuda_or_triton.cuda_or_triton(x, n, k, lora_A.shape[0], backward=False)
+    return cuda_or_triton.cuda_or_triton(x, n, k, lora_A.shape[0], seed is not None, backward=False)
 
 
 def _cuda_explain(
@@ -154,16 +155,18 @@ def _triton_supports_backward(grad_y: Tensor, x: Tensor, s: Tensor, weight: Tens
 
 
 def _triton_run_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    fits.check_lora_linear_backward(*args[:7])
     from ..triton_kernels import lora_linear
 
     return lora_linear.backward(schedule, *args)
 
 
 def _cuda_supports_backward(
-    grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Any
-) -> Verdict:
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None,
+    *rest: Any,
+) -> Verdict:  # fmt: skip
     n, k = weight.shape
-    return cuda_or_triton.cuda_or_triton(x, k, n, s.shape[-1], backward=True)
+    return cuda_or_triton.cuda_or_triton(x, k, n, s.shape[-1], seed is not None, backward=True)
 
 
 def _flops_backward(

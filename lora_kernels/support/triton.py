@@ -101,16 +101,3 @@ def rows_refusal(
     if any(dtype not in _FLOATS for dtype in dtypes):
         return _DTYPE
     return _SIZE if configs.most_copying_programs(batch, rows, hidden) > MAX_SIZE else None
-
-
-def is_preferred(verdict: Verdict, device: torch.device, rows: int, columns: int) -> bool:
-    """Whether a CUDA kernel of mma.sync should leave a call to Triton, whose ``verdict`` on it is given.
-
-    On sm_90 and sm_100 ``tl.dot`` becomes wgmma and tcgen05, which mma.sync cannot keep up with once every SM has a
-    wide tile to compute.
-    """
-    if verdict.schedule is None or dispatch.forced_backend() == "cuda":
-        return False
-    gpu: Any = device_of(device)
-    tile = configs.TARGETS[gpu.target].medium
-    return gpu.target in ("sm_90", "sm_100") and configs.fills(tile, gpu.sms, rows, columns)

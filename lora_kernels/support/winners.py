@@ -23,26 +23,31 @@ ENABLED = os.environ.get("LORA_KERNELS_WINNERS") == "1"
 _WHAT = "winners"
 
 
-def problem(dtype: torch.dtype, rows: int, columns: int, depth: int, rank: int, *, backward: bool) -> str:
+def problem(
+    dtype: torch.dtype, rows: int, columns: int, depth: int, rank: int, has_dropout: bool, *, backward: bool
+) -> str:  # fmt: skip
     """What an answer is remembered by: numbers of rows and ranks up to the next power of two count as the same.
 
     Args:
         columns, depth: N and K in the forward, K and N in the backward.
     """
     kind = f"{'backward' if backward else 'forward'} {float32_products(dtype) or str(dtype).removeprefix('torch.')}"
-    return f"{kind} {columns}x{depth} rows<={_power_of_two(rows)} rank<={_power_of_two(rank)}"
+    sizes = f"{columns}x{depth} rows<={_power_of_two(rows)} rank<={_power_of_two(rank)}"
+    return f"{kind} {sizes}" + " dropout" * has_dropout
 
 
 def _power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
-def winner(x: torch.Tensor, columns: int, depth: int, rank: int, *, backward: bool) -> str | None:
+def winner(
+    x: torch.Tensor, columns: int, depth: int, rank: int, has_dropout: bool, *, backward: bool
+) -> str | None:  # fmt: skip
     """One of ``CANDIDATES`` for the rows of ``x``; None where nothing was measured, or that is not wanted."""
     if not ENABLED:
         return None
     rows = x.numel() // x.shape[-1]
-    return known(x.device).get(problem(x.dtype, rows, columns, depth, rank, backward=backward))
+    return known(x.device).get(problem(x.dtype, rows, columns, depth, rank, has_dropout, backward=backward))
 
 
 @functools.cache

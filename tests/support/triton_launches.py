@@ -1,0 +1,95 @@
+"""Launches of the Triton kernels as values, and drivers of GPUs that are not there."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from lora_kernels.precision import float32_products
+from lora_kernels.triton_kernels import configs, lora_linear, prompt_embedding
+from lora_kernels.triton_kernels.launching import Device
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+class AbsentGpu:
+    """A driver that names a GPU to compile for. Nothing can be launched."""
+
+    def __init__(self, arch: str) -> None:
+        self.target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return hash(self.target) % 2**31  # kernels are cached by device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(arch):
+    previous = driver._active
+    driver.set_active(AbsentGpu(arch))
+    try:
+        yield
+    finally:
+        driver._active = previous
+
+
+def compile_for(arch, launch):
+    """The compiled kernel, specialised for its arguments as a real launch would be."""
+    counters = {"counters": torch.empty(launch.counters, dtype=torch.int32)} if launch.counters else {}
+    with compiling_for(arch):
+        return launch.kernel.warmup(
+            *launch.args,
+            grid=launch.grid,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            **launch.constants,
+            **counters,
+        )
+
+
+def launches(target, m, n, k, rank, dtype=BF16, adapter_dtype=BF16, p=0.0, bias=False):
+    """(name, launch) of a forward and a backward on a GPU of 108 SMs."""
+    x, weight, y = torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
+    lora_A, lora_B = torch.empty(rank, k, dtype=adapter_dtype), torch.empty(n, rank, dtype=adapter_dtype)
+    s = torch.empty(m, rank, dtype=dtype)
+    seed = torch.zeros(1, dtype=torch.int64) if p > 0 else None
+    device, float32 = Device(target, 108), float32_products(dtype)
+    forward = lora_linear.forward_task(
+        y, s, x, weight, lora_A, lora_B, torch.empty(n, dtype=dtype) if bias else None, seed, 1.7, p
+    )
+    backward = lora_linear.backward_task(x, s, y, weight, lora_A, lora_B, seed, 1.7, p)
+    for name, task, drops in (("forward", forward, "p"), ("backward", backward, "branch")):
+        schedule = configs.schedule(target, task.columns, rank, float32)
+        for launch in lora_linear.fused_launches(device, schedule, task, drops):
+            yield f"{name} {launch.constants['PART']}", launch
+    yield "dA", lora_linear.reduce_launch(device, lora_A.t(), x, s, seed, 1.7, p)
+    yield "dB", lora_linear.reduce_launch(device, lora_B, y, s, None, 1.7, 0.0)
+
+
+def prompt_launches(hidden, dtype=BF16, prompt_dtype=FP32, embeds=False, full=True, batch=4, tokens=100, rows=20):
+    """(name, launch) of a forward and a backward of prompt embedding, with every optional argument or with none."""
+    ids = torch.zeros(batch, tokens, dtype=torch.int64)
+    weight, inputs = torch.empty(50, hidden, dtype=dtype), torch.empty(batch, tokens, hidden, dtype=dtype)
+    out, prompt = (
+        torch.empty(batch, rows + tokens, hidden, dtype=dtype),
+        torch.empty(3, rows, hidden, dtype=prompt_dtype),
+    )
+    column = torch.empty(batch, rows + tokens, dtype=torch.int64)
+    layout, index = torch.empty(batch, 3, dtype=torch.int64), torch.zeros(batch, dtype=torch.int32)
+    source = (None, None, inputs) if embeds else (ids, weight, None)
+    options = (ids.bool(), ids, index, index) if full else (None,) * 4
+    prompt, tasks = (prompt, index) if full else (prompt[0], None)
+    outputs = out, column.bool() if full else column, column, column if full else None, layout
+    yield "forward", prompt_embedding.forward_launch(outputs, prompt, *source, *options, full)
+    yield "prompt", prompt_embedding.prompt_gradient_launch(prompt, out, layout, tasks, rows)
+    yield "embeds", prompt_embedding.embeds_gradient_launch(inputs, out, layout, rows)
+    order = ids.view(-1)
+    yield "weight", prompt_embedding.weight_gradient_launch(weight, out, layout, order, order, rows)
