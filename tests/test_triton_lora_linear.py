@@ -159,16 +159,18 @@ def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
         (dict(columns=4104), False),
         (dict(backend="cuda"), False),
         (dict(schedule="cublas"), False),
+        (dict(captured=False), False),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("op", ["lora_linear", "lora_linear_backward"])
-def test_large_products_without_dropout_are_left_to_triton_on_sm_90(gpu, monkeypatch, op, change, preferred):
+def test_large_products_without_dropout_are_left_to_triton_in_graphs_on_sm_90(gpu, monkeypatch, op, change, preferred):
     """As measured; kills: any of the conditions left out, or asked of the wrong side of the product."""
     case = dict(capability=(9, 0), target="sm_90", rows=8192, columns=4096, rank=16, dropout=False, backend=None)
     case |= change
     gpu(case["target"])
     pretend_gpu(monkeypatch, case["capability"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: case.get("captured", True))
     n, k = (case["columns"], 4096) if op == "lora_linear" else (4096, case["columns"])
     rank, rows = case["rank"], case["rows"]
     x, weight, A, B, grad_y, s = (

@@ -46,8 +46,9 @@ def cuda_or_triton(
 
 
 def is_faster_in_triton(x: torch.Tensor, columns: int, depth: int, rank: int, has_dropout: bool) -> bool:
-    """Whether one launch of Triton's wgmma takes less time than three of the schedule "cublas".
+    """Whether one launch of Triton's wgmma takes less time than three of the schedule "cublas": in a CUDA graph.
 
+    Outside of one Triton's launcher holds the host for a third of a millisecond, as long as such a kernel runs.
     On an H200, in units of the frozen product, at 4096 to 16384 rows and widths of 2048 to 14336, without dropout:
     forward 1.05 to 1.26, "cublas" 1.10 to 1.44, stock PEFT 1.14 to 1.77; backward 1.10 to 1.49, 1.21 to 1.64, 1.26 to
     1.98. Under dropout, or with fewer tiles per SM, "cublas" is the faster of the two.
@@ -59,4 +60,4 @@ def is_faster_in_triton(x: torch.Tensor, columns: int, depth: int, rank: int, ha
     gpu: Any = triton.device_of(x.device)
     tile = configs.TARGETS[gpu.target].large
     tiles = configs.blocks(x.numel() // x.shape[-1], tile.rows) * configs.blocks(columns, tile.columns)
-    return tiles >= MIN_TILES_PER_SM * gpu.sms
+    return tiles >= MIN_TILES_PER_SM * gpu.sms and torch.cuda.is_current_stream_capturing()
