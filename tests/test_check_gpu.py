@@ -74,8 +74,9 @@ def options(tmp_path):
     for name in ("test_gpu_sums", "test_gpu_rehearsal", "test_other"):
         (tests / f"{name}.py").touch()
     return argparse.Namespace(
-        quick=False, parts=list(check_gpu.PARTS), only=None, tests=str(tests), out=str(tmp_path / "found.json")
-    )
+        quick=False, parts=list(check_gpu.PARTS), only=None, write_winners=False, tests=str(tests),
+        out=str(tmp_path / "found.json"),
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -216,6 +217,17 @@ def test_only_times_what_was_named(options, tiny, capsys):
     options.only = "no such case"
     with pytest.raises(check_gpu.CliError, match="no such case"):
         check_gpu.check(machine(), options)
+
+
+def test_winners_are_remembered_where_somebody_wants_it(options, tiny):
+    written = []
+    options.parts, options.quick = ["bench"], True
+    remembering = machine(remember=lambda device, found: written.append(found))
+    check_gpu.check(remembering, options)
+    assert written == []
+    options.write_winners = True
+    check_gpu.check(remembering, options)
+    assert written == [{}], "a CPU has no candidates"
 
 
 def test_unknown_parts_are_refused(capsys):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     # From the bottom. What stands on a floor imports from lower floors, and within its package without circles.
     ("_version", "reasons", "precision", "philox", "architectures", "text", "class_swaps"),
-    ("_native", "spec", "plain", "report"),
+    ("_native", "spec", "plain", "report", "measured"),
     ("dispatch",),
     ("triton_kernels",),
     ("support",),

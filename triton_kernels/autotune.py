@@ -8,18 +8,14 @@ rounding of a result, and two machines may then differ.
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from lora_kernels._version import __version__
+from lora_kernels import measured
 
 TileShape = tuple[int, ...]
 
@@ -46,12 +42,12 @@ def fastest(
     path = cache_path(device)
     with _lock:
         if path not in _known:
-            _known[path] = _read(path)
+            _known[path] = measured.read(path, "tiles", _tile)
         known = _known[path]
         if known.get(problem) not in tiles:
             times = [milliseconds(prepare(i)) for i in range(len(tiles))]
             known[problem] = tiles[times.index(min(times))]
-            _write(path, known)
+            measured.write(path, "tiles", known, _tile)
         return tiles.index(known[problem])
 
 
@@ -66,9 +62,7 @@ def cache_path(device: torch.device) -> Path:
     """The file for a device."""
     import triton
 
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_kernels"
-    name = f"{device_name(device)}-triton-{triton.__version__}-{__version__}"
-    return folder / f"tiles-{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
+    return measured.file_of("tiles", device_name(device), f"triton-{triton.__version__}")
 
 
 def device_name(device: torch.device) -> str:
@@ -76,24 +70,5 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def _read(path: Path) -> dict[str, TileShape]:
-    try:
-        entries = json.loads(path.read_text())
-        return {problem: tuple(map(int, tile)) for problem, tile in entries.items()}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        warnings.warn(f"lora_kernels: {path} is not a cache of tiles and is ignored: {error}", stacklevel=2)
-        return {}
-
-
-def _write(path: Path, known: dict[str, TileShape]) -> None:
-    """Replaces the file in one step, keeping what other processes have put there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**_read(path), **known}, indent=1)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
-    except OSError as error:
-        warnings.warn(f"lora_kernels: tiles are not remembered: {error}", stacklevel=2)
+def _tile(sizes: Sequence[int]) -> TileShape:
+    return tuple(map(int, sizes))

@@ -14,6 +14,8 @@ import torch
 
 from ..benchmarks.cases import EVENT_SAMPLE_S, NULL, OURS, SAMPLE_S, Case, Result, WrongResult, measure
 from ..benchmarks.measure import NOISE, GraphTimer, Timer, host_timer, synchronizer
+from ..benchmarks.winners import winners_of
+from ..support import winners
 from ..text import table
 from . import _arguments as arguments
 from ._console import CliError, error
@@ -56,6 +58,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--threads", type=arguments.threads, metavar="N", help="CPU threads (default: torch's own choice)"
     )
+    parser.add_argument("--write-winners", action="store_true", help="time the one layer's forward, too, and each "
+                        "schedule on a GPU; remember the fastest, for LORA_KERNELS_WINNERS=1")  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="leave out the rows of torch.compile")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=arguments.path, metavar="DIR", help="write results.json and plots there")
@@ -81,6 +85,8 @@ def run(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)
+    if options.write_winners and (device.type != "cuda" or options.levels):
+        raise CliError("--write-winners needs --device cuda and one layer, given by the options")
     try:
         results, env, light = _measure_all(_cases(options, device), options, device)
     except WrongResult as problem:
@@ -92,6 +98,8 @@ def run(options: argparse.Namespace) -> int:
           "\n".join([*(f"{key}: {value}" for key, value in env.items()), "", report.render(results)]))  # fmt: skip
     if not options.levels and not options.json and not results[0].quotable:
         print(NOISE)
+    if options.write_winners:
+        print(f"wrote {winners.remember(device, winners_of(results))}")
     if out is not None:
         report.write_json(out / "results.json", results, env)
         for path in report.plot(out, results, env, light):
@@ -105,8 +113,10 @@ def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     compiles = not options.no_compile
     if not options.levels:
         dtype = DTYPES[options.dtype]
-        sizes = {"rank": options.rank, "dropout": options.dropout, "dtype": dtype, "adapter_dtype": torch.float32}
-        yield layers.make_case(device, options.m, options.n, options.k, what="forward+backward", **sizes)
+        given = {"rank": options.rank, "dropout": options.dropout, "dtype": dtype, "adapter_dtype": torch.float32}
+        given["alternatives"] = winners.CANDIDATES if options.write_winners else ()
+        for what in ("forward", "forward+backward") if options.write_winners else ("forward+backward",):
+            yield layers.make_case(device, options.m, options.n, options.k, what=what, **given)
         return
     makers: dict[str, Callable[[], Iterator[Case]]] = {
         "layer": lambda: layers.layer_cases(device, compiles),

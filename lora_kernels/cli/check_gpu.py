@@ -34,6 +34,8 @@ import lora_kernels as lk
 from ..benchmarks import gpu
 from ..benchmarks.gpu import Failure
 from ..benchmarks.measure import Timer
+from ..benchmarks.winners import winners_of
+from ..support import winners
 from ..text import one_line
 from . import _arguments as arguments
 from ._console import CliError
@@ -89,6 +91,7 @@ class Machine:
     find: Callable[[str], str | None] = shutil.which
     timers: Mapping[str, Callable[[torch.device], Timer]] = field(default_factory=lambda: gpu.TIMERS)
     speeds: Callable[[torch.device, Timer], gpu.Speeds] = gpu.measure_speeds
+    remember: Callable[[torch.device, Mapping[str, str]], Path] = winners.remember
 
 
 def this_machine() -> Machine:
@@ -115,6 +118,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--parts", type=arguments.names, default=list(PARTS), metavar="PART,...",
                         help=f"only these of {', '.join(PARTS)}")  # fmt: skip
     parser.add_argument("--only", metavar="TEXT", help="time only the cases whose name contains TEXT, and nothing else")
+    parser.add_argument("--write-winners", action="store_true", help="remember which schedule was fastest for which "
+                        "layer on this kind of GPU; LORA_KERNELS_WINNERS=1 makes dispatch follow it")  # fmt: skip
     parser.add_argument("--tests", type=arguments.path, metavar="DIR", help="where test_gpu_*.py are")
     parser.add_argument("--out", type=arguments.path, default="check_gpu.json", metavar="FILE",
                         help="the file to write (default: %(default)s)")  # fmt: skip
@@ -165,6 +170,9 @@ def check(machine: Machine, options: argparse.Namespace) -> int:
         report[BENCH] = timed.as_json()
         failures += timed.failures
         report["environment"]["clocks after"] = clocks(machine)
+        report["winners"] = winners_of([result for timer, result in timed.results if timer == gpu.GRAPH])
+        if options.write_winners:
+            print(f"wrote {machine.remember(machine.device, report['winners'])}")
     report["failures"] = [failure._asdict() for failure in failures]
     report["seconds"] = round(time.monotonic() - start, 1)
     out = Path(options.out)

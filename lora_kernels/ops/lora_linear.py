@@ -75,14 +75,15 @@ def _cuda_supports(
     dropout_p: float,
 ) -> Verdict:  # fmt: skip
     n, k = weight.shape
-    return cuda_or_triton.cuda_or_triton(x, n, k, lora_A.shape[0], seed is not None)
+    return cuda_or_triton.cuda_or_triton(x, n, k, lora_A.shape[0], seed is not None, backward=False)
 
 
 def _cuda_explain(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, seed: Tensor | None, scaling: float,
     dropout_p: float,
 ) -> Verdict:  # fmt: skip
-    return cuda.planned(_native.cuda.plan_lora_linear, x, weight, (lora_A, lora_B), seed is not None)
+    schedule: Any = _cuda_supports(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p).schedule  # it is a yes
+    return cuda.planned(_native.cuda.plan_lora_linear, x, weight, (lora_A, lora_B), seed is not None, schedule)
 
 
 def _sizes(x: Tensor, weight: Tensor, lora_A: Tensor) -> tuple[int, int, int, int]:
@@ -165,7 +166,7 @@ def _cuda_supports_backward(
     *rest: Any,
 ) -> Verdict:  # fmt: skip
     n, k = weight.shape
-    return cuda_or_triton.cuda_or_triton(x, k, n, s.shape[-1], seed is not None)
+    return cuda_or_triton.cuda_or_triton(x, k, n, s.shape[-1], seed is not None, backward=True)
 
 
 def _flops_backward(

@@ -121,7 +121,7 @@ def prompt_refusal(
 
 
 def planned(plan: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor, adapters: tuple[torch.Tensor, ...],
-            has_dropout: bool) -> Verdict:  # fmt: skip
+            has_dropout: bool, schedule: str) -> Verdict:  # fmt: skip
     """What ``plan``, a function of ``lora_kernels._cuda``, would launch; of several launches, what they are for."""
     device: Any = torch.cuda.get_device_properties(x.device)
     n, k = weight.shape
@@ -133,7 +133,7 @@ def planned(plan: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor, ada
         dtype=_PLAN_DTYPES[x.dtype], m=x.numel() // k, n=n, k=k, rank=adapters[0].shape[0],
         rows_aligned=aligned, has_dropout=has_dropout, sms=device.multi_processor_count,
         shared_per_block=device.shared_memory_per_block_optin, capability=10 * device.major + device.minor,
-        schedule="cublas" if weight.stride(1) != 1 else _schedule.get().schedule,
+        schedule="cublas" if weight.stride(1) != 1 else schedule,
     )  # fmt: skip
     launches = launches if isinstance(launches, list) else [launches]
     told = next((launch for launch in launches if launch["schedule"] == "cublas"), launches[0])

@@ -10,17 +10,23 @@ from .. import dispatch
 from ..reasons import Reason
 from ..spec import Verdict
 from ..triton_kernels import configs
-from . import cuda, triton
+from . import cuda, triton, winners
 
 MIN_TILES_PER_SM = 3
 MAX_RANK = 128
 """Where Triton's kernel was faster on an H200, see ``is_faster_in_triton``."""
 
 _PREFERS_TRITON = Verdict(None, Reason.PREFERS_TRITON)
+_MEASURED_TRITON = Verdict(None, Reason.MEASURED_TRITON)
+_MEASURED = {f"cuda, {schedule}": Verdict(schedule, "measured to be fastest") for schedule in ("one launch", "cublas")}
 
 
-def cuda_or_triton(x: torch.Tensor, columns: int, depth: int, rank: int, has_dropout: bool) -> Verdict:
+def cuda_or_triton(
+    x: torch.Tensor, columns: int, depth: int, rank: int, has_dropout: bool, *, backward: bool
+) -> Verdict:  # fmt: skip
     """The CUDA kernels' verdict on a LoRA linear: no, too, where Triton serves the call and is expected to be faster.
+
+    What was measured (``winners.py``) decides where somebody wants it to, unless a schedule or CUDA was asked for.
 
     Args:
         x: an activation of M rows.
@@ -29,6 +35,11 @@ def cuda_or_triton(x: torch.Tensor, columns: int, depth: int, rank: int, has_dro
     verdict = cuda.tensor_core_verdict(x, columns, depth, rank)
     if verdict is not cuda.TENSOR_CORES or dispatch.forced_backend() == "cuda":
         return verdict
+    winner = winners.winner(x, columns, depth, rank, has_dropout, backward=backward)
+    if winner in _MEASURED:
+        return _MEASURED[winner]
+    if winner == "triton":
+        return verdict if triton.lora_verdict(x, columns, depth, rank).schedule is None else _MEASURED_TRITON
     if not is_faster_in_triton(x, columns, depth, rank, has_dropout):
         return verdict
     return verdict if triton.lora_verdict(x, columns, depth, rank).schedule is None else _PREFERS_TRITON

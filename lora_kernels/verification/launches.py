@@ -20,7 +20,7 @@ from ..functional.lora import lora_linear
 from ..functional.why import why
 from ..modules.prefix import PrefixEncoder
 from ..modules.prompt import PromptEmbedding
-from ..support import cuda
+from ..support import cuda, winners
 from .results import SEED
 
 
@@ -45,8 +45,6 @@ SMALL = {
     "ragged": (70, 75, 67, 5),
 }
 """rows, columns, depth and rank."""
-BACKENDS = ("cuda, one launch", "cuda, cublas", "triton")
-"""On a GPU; and, behind the comma, the schedule of LoRA layers."""
 DTYPES = ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16))
 
 
@@ -121,7 +119,7 @@ def prompt_launches(device: torch.device) -> Iterator[Launch]:
 
 @contextlib.contextmanager
 def served_by(backend: str) -> Iterator[None]:
-    """Calls take a backend, as ``BACKENDS`` names it. Backward runs in the calling thread, whose schedule that is."""
+    """Calls take one of ``winners.CANDIDATES``. Backward runs in the calling thread, whose schedule that is."""
     name, _, schedule = backend.partition(", ")
     threads = torch.autograd.set_multithreading_enabled(False)
     with dispatch.use_backend(name), cuda.use_schedule(schedule or "auto"), threads:
@@ -165,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
     options = parser.parse_args(argv)
     device, status = torch.device(options.device), dispatch.backends()
-    names = BACKENDS if device.type == "cuda" else ("cpu",)
+    names = winners.CANDIDATES if device.type == "cuda" else ("cpu",)
     return 1 if run(device, [name for name in names if status[name.partition(", ")[0]].available]) else 0
 
 

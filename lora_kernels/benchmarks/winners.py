@@ -1,0 +1,52 @@
+"""From timed layers to the backends and schedules that ``support/winners.py`` remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..support import winners
+from .cases import OURS, Result
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_FORWARDS = ("forward", "decode")
+
+
+def winners_of(results: Sequence[Result]) -> dict[str, str]:
+    """The fastest candidate of each problem, forward and backward; of two results for one problem, by the first.
+
+    A backward's time is that of both less the forward's, by the same candidate. Left out is what says nothing: results
+    beside which PEFT differed from itself, or with one candidate.
+    """
+    timed = [(result, times) for result in results if len(times := _candidates(result)) > 1]
+    forward: dict[str, dict[str, float]] = {}
+    for result, times in timed:
+        if result.what in _FORWARDS:
+            forward.setdefault(_problem(result, backward=False), times)
+    found = {problem: min(times, key=times.__getitem__) for problem, times in forward.items()}
+    for result, times in timed:
+        alone = forward.get(_problem(result, backward=False), {})
+        rest = {name: seconds - alone[name] for name, seconds in times.items() if name in alone}
+        if result.what == "forward+backward" and rest:
+            found.setdefault(_problem(result, backward=True), min(rest, key=rest.__getitem__))
+    return found
+
+
+def _candidates(result: Result) -> dict[str, float]:
+    """Seconds by candidate; empty where the result says nothing."""
+    if not result.quotable or _dtype(result) is None:
+        return {}
+    times = {name: result.seconds.get(f"{OURS}, {name}") for name in winners.CANDIDATES}
+    return {name: seconds for name, seconds in times.items() if seconds is not None}
+
+
+def _dtype(result: Result) -> torch.dtype | None:
+    return next((dtype for dtype in _DTYPES if str(dtype).removeprefix("torch.") in result.name), None)
+
+
+def _problem(result: Result, *, backward: bool) -> str:
+    m, n, k, rank = (int(result.shape[name]) for name in ("m", "n", "k", "rank"))
+    columns, depth = (k, n) if backward else (n, k)
+    dtype = _dtype(result) or torch.bfloat16
+    return winners.problem(dtype, m, columns, depth, rank, result.shape["dropout"] > 0, backward=backward)

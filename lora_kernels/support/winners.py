@@ -1,0 +1,79 @@
+"""Who computes a LoRA linear on a GPU, by measurement instead of by model: off, unless LORA_KERNELS_WINNERS is 1.
+
+``lora-kernels check-gpu --write-winners`` and ``lora-kernels bench --device cuda --write-winners`` time layers with
+each backend and schedule, and remember the fastest by device name, in ``$XDG_CACHE_HOME/lora_kernels`` (``~/.cache``).
+Problems that were not timed are left to the model. Which one wins can change the rounding of a result.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from .. import measured
+from ..precision import float32_products
+
+CANDIDATES = ("cuda, one launch", "cuda, cublas", "triton")
+"""Backend and, behind the comma, its schedule."""
+ENABLED = os.environ.get("LORA_KERNELS_WINNERS") == "1"
+_WHAT = "winners"
+
+
+def problem(
+    dtype: torch.dtype, rows: int, columns: int, depth: int, rank: int, has_dropout: bool, *, backward: bool
+) -> str:  # fmt: skip
+    """What an answer is remembered by: numbers of rows and ranks up to the next power of two count as the same.
+
+    Args:
+        columns, depth: N and K in the forward, K and N in the backward.
+    """
+    kind = f"{'backward' if backward else 'forward'} {float32_products(dtype) or str(dtype).removeprefix('torch.')}"
+    sizes = f"{columns}x{depth} rows<={_power_of_two(rows)} rank<={_power_of_two(rank)}"
+    return f"{kind} {sizes}" + " dropout" * has_dropout
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()
+
+
+def winner(
+    x: torch.Tensor, columns: int, depth: int, rank: int, has_dropout: bool, *, backward: bool
+) -> str | None:  # fmt: skip
+    """One of ``CANDIDATES`` for the rows of ``x``; None where nothing was measured, or that is not wanted."""
+    if not ENABLED:
+        return None
+    rows = x.numel() // x.shape[-1]
+    return known(x.device).get(problem(x.dtype, rows, columns, depth, rank, has_dropout, backward=backward))
+
+
+@functools.cache
+def known(device: torch.device) -> Mapping[str, str]:
+    """The winners of a device, as its file has them when it is first asked for."""
+    return measured.read(path(device), _WHAT, _candidate)
+
+
+def remember(device: torch.device, winners: Mapping[str, str]) -> Path:
+    """Adds to the device's file, and returns where that is."""
+    measured.write(path(device), _WHAT, winners, _candidate)
+    known.cache_clear()
+    return path(device)
+
+
+def path(device: torch.device) -> Path:
+    """The file of a device."""
+    return measured.file_of(_WHAT, device_name(device))
+
+
+def device_name(device: torch.device) -> str:
+    """As the driver calls it."""
+    return torch.cuda.get_device_name(device)
+
+
+def _candidate(value: str) -> str:
+    if value not in CANDIDATES:
+        raise ValueError(f"{value!r} is none of {', '.join(CANDIDATES)}")
+    return value
