@@ -434,6 +434,31 @@ def test_a_graph_is_captured_once_and_replayed(cuda):
     timer(step, 5)
     assert len(calls) == 4
     assert cuda.replays == 7
+    timer.once(step)
+    assert (len(calls), cuda.replays) == (5, 7)
+
+
+def test_what_serves_a_step_is_asked_where_it_is_timed(monkeypatch):
+    """Dispatch may choose otherwise into a graph."""
+    where = []
+
+    class Timer:
+        def once(self, step):
+            where.append("captured")
+            step()
+            where.pop()
+
+        def __call__(self, step, repeats):
+            return 1.0
+
+    case = quiet_case()
+    case = Case(case.level, case.name, case.what, case.steps, schedules=lambda: {"forward": "".join(where)})
+    timers = dict.fromkeys((gpu.GRAPH, gpu.EAGER), lambda device: Timer())
+    assert [result.schedules for _, result in run([planned("a", lambda: case)], timers=timers).results] == [
+        {"forward": "captured"}
+    ] * 2
+    plain = dict.fromkeys((gpu.GRAPH, gpu.EAGER), lambda device: host_timer())
+    assert run([planned("a", lambda: case)], timers=plain).results[0][1].schedules == {"forward": ""}
 
 
 def test_commands_end_in_time_and_return_what_they_printed():

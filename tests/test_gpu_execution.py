@@ -9,6 +9,7 @@ import gpu
 import pytest
 import torch
 from gpu import BF16, DEVICE, FP16, FP32, SCALING, SEED, problem
+from numerics import assert_as_accurate
 
 import lora_kernels as lk
 
@@ -80,6 +81,20 @@ def test_a_captured_step_is_replayed_with_other_values(backend, name, p):
             t.fill_(float("nan"))
         graph.replay()
         assert gpu.same(results, expected + expected)
+
+
+@pytest.mark.parametrize("rank", [24, 40])
+def test_what_dispatch_chooses_in_a_capture_can_begin_there(rank):
+    """It may choose otherwise than in the eager warm-up, and launch a kernel for the first time in its process."""
+    q = problem(8208, 4112, 4112, rank)
+    warmed_up(lambda: step_into(q, None))
+    graph, results = captured(lambda: step_into(q, None))
+    unfused, exact = gpu.by_torch(q), gpu.by_torch(q.double())
+    for t in results:
+        t.fill_(float("nan"))
+    graph.replay()
+    for name, value, bound, true in zip(gpu.RESULTS, results, unfused, exact):
+        assert_as_accurate(value, bound, true, name)
 
 
 def test_graphs_are_replayed_on_two_streams_beside_eager_calls(backend):

@@ -21,8 +21,9 @@ from lora_kernels.triton_kernels.launching import Device
 META = torch.device("meta")
 BF16, FP32 = torch.bfloat16, torch.float32
 M, N, K, RANK = 4096, 1024, 512, 16
-FORWARD = winners.problem(BF16, M, N, K, RANK, False, backward=False)
-BACKWARD = winners.problem(BF16, M, K, N, RANK, False, backward=True)
+EAGER = {"dropout": False, "captured": False}
+FORWARD = winners.problem(BF16, M, N, K, RANK, backward=False, **EAGER)
+BACKWARD = winners.problem(BF16, M, K, N, RANK, backward=True, **EAGER)
 
 
 @pytest.fixture
@@ -34,6 +35,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(triton, "device_of", lambda _: Device("sm_90", 10**6))
     monkeypatch.setattr(winners, "device_name", lambda device: "GPU of (this) test")
     monkeypatch.setattr(winners, "ENABLED", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     winners.known.cache_clear()
     yield
@@ -70,6 +72,14 @@ def test_who_asks_for_a_backend_or_a_schedule_gets_it(gpu):
         assert verdicts()[0].schedule == "cublas"
 
 
+def test_a_graph_has_winners_of_its_own(gpu, monkeypatch):
+    """What holds the host counts outside of a graph alone."""
+    winners.remember(META, {f"{FORWARD} captured": "triton", FORWARD: "cuda, cublas"})
+    assert verdicts()[0].schedule == "cublas"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert verdicts()[0] == (None, lk.Reason.MEASURED_TRITON)
+
+
 def test_triton_wins_only_where_it_serves(gpu, monkeypatch):
     winners.remember(META, {FORWARD: "triton"})
     monkeypatch.setattr(triton, "is_installed", lambda: False)
@@ -99,8 +109,10 @@ def test_a_file_of_something_else_is_ignored_with_a_warning(gpu):
 
 def test_problems(fp32_precision):
     fp32_precision("tf32")
-    assert winners.problem(FP32, 3000, 8, 16, 12, False, backward=False) == "forward tf32 8x16 rows<=4096 rank<=16"
-    assert winners.problem(BF16, 1, 8, 16, 1, True, backward=True) == "backward bfloat16 8x16 rows<=1 rank<=1 dropout"
+    tf32 = winners.problem(FP32, 3000, 8, 16, 12, backward=False, **EAGER)
+    assert tf32 == "forward tf32 8x16 rows<=4096 rank<=16"
+    dropped = winners.problem(BF16, 1, 8, 16, 1, dropout=True, backward=True, captured=True)
+    assert dropped == "backward bfloat16 8x16 rows<=1 rank<=1 dropout captured"
 
 
 # ------------------------------------------------------------------------------------------------------- from times
@@ -118,18 +130,18 @@ def timed(what, seconds, *, null=1.0, dropout=0.0, m=M, dtype="bfloat16"):
 
 def test_forward_and_backward_have_winners_of_their_own():
     # Backwards alone: 7, 3, 4.
-    found = winners_of([timed("forward+backward", (8.0, 5.0, 7.0)), timed("forward", (1.0, 2.0, 3.0))])
+    found = winners_of([timed("forward+backward", (8.0, 5.0, 7.0)), timed("forward", (1.0, 2.0, 3.0))], captured=False)
     assert found == {FORWARD: "cuda, one launch", BACKWARD: "cuda, cublas"}
 
 
 def test_dropout_is_another_problem():
-    found = winners_of([timed("forward", (1.0, 2.0)), timed("forward", (2.0, 1.0), dropout=0.1)])
+    found = winners_of([timed("forward", (1.0, 2.0)), timed("forward", (2.0, 1.0), dropout=0.1)], captured=False)
     assert found == {FORWARD: "cuda, one launch", f"{FORWARD} dropout": "cuda, cublas"}
 
 
 def test_decoding_is_a_forward():
-    (problem,) = winners_of([timed("decode", (2.0, 3.0, 1.0), m=1)]).items()
-    assert problem == (winners.problem(BF16, 1, N, K, RANK, False, backward=False), "triton")
+    (problem,) = winners_of([timed("decode", (2.0, 3.0, 1.0), m=1)], captured=False).items()
+    assert problem == (winners.problem(BF16, 1, N, K, RANK, backward=False, **EAGER), "triton")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +155,7 @@ def test_decoding_is_a_forward():
     ids=["noisy", "one candidate", "dtype", "backward without its forward"],
 )
 def test_results_that_say_nothing(result):
-    assert winners_of([result]) == {}
+    assert winners_of([result], captured=False) == {}
 
 
 def test_bench_writes_winners_of_one_layer_on_a_gpu_alone(capsys, monkeypatch):
@@ -154,8 +166,8 @@ def test_bench_writes_winners_of_one_layer_on_a_gpu_alone(capsys, monkeypatch):
     written = []
     results = [timed("forward", (1.0, 2.0, 3.0))]
     monkeypatch.setattr(bench, "pick_device", lambda name: SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(bench, "_measure_all", lambda *_: (results, {"device": "a GPU"}, None))
+    monkeypatch.setattr(bench, "_measure_all", lambda *_, eager=False: (results, {"device": "a GPU"}, None))
     monkeypatch.setattr(winners, "remember", lambda device, found: written.append(found) or "there")
     assert main(["bench", "--write-winners", "--json"]) == 0
-    assert written == [{FORWARD: "cuda, one launch"}]
+    assert written == [dict.fromkeys((FORWARD, f"{FORWARD} captured"), "cuda, one launch")]
     assert "wrote there" in capsys.readouterr().out

@@ -44,8 +44,8 @@ class Case:
     """Numbers of the problem for plots: m, n, k, rank, dropout."""
     within: Callable[[], AbstractContextManager] = nullcontext
     """Entered once around all samples: a context of each call's own would be timed with it."""
-    schedules: Mapping[str, str] = field(default_factory=dict)
-    """By op, what dispatch chooses for the fused calls, and why, where the case can tell."""
+    schedules: Callable[[], Mapping[str, str]] = dict
+    """By op, what dispatch chooses now for the fused calls, and why, where the case can tell."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,7 @@ def measure(
     steps = {**case.steps, NULL: case.steps[BASELINE]}
     with case.within():
         peak = {name: peak_bytes(step, device) for name, step in case.steps.items()}
-        with dispatch.own_stats():
-            case.steps[OURS]()
-            counts = dispatch.stats()
+        counts, schedules = _observe(case, timer)
         repeats = repeats_for(case.steps[OURS], sample_s, synchronizer(device))
         for _ in range(attempts):
             times = interleave(steps, rounds, repeats=repeats, warmup=2, timer=timer)
@@ -122,5 +120,19 @@ def measure(
         shape=dict(case.shape),
         served={f"{op} on {backend}": n for (op, backend), n in counts["served"].items()},
         declined={f"{op}: {reason}": n for (op, reason), n in counts["fallback"].items()},
-        schedules=dict(case.schedules),
+        schedules=schedules,
     )  # fmt: skip
+
+
+def _observe(case: Case, timer: Timer) -> tuple[dict[str, dict[tuple[str, str], int]], dict[str, str]]:
+    """What serves one fused step where ``timer`` has it run, which may be in a graph: counters, and schedules."""
+    schedules: dict[str, str] = {}
+
+    def step() -> None:
+        case.steps[OURS]()
+        schedules.update(case.schedules())
+
+    with dispatch.own_stats():
+        once = getattr(timer, "once", None)
+        step() if once is None else once(step)
+        return dispatch.stats(), schedules

@@ -196,16 +196,21 @@ def _by(backend: str, step: Step) -> Step:
 
 def _schedules(
     what: str, grad: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, dropout: float
-) -> dict[str, str]:
-    """What dispatch says of the fused layer's op, and of its backward where that is timed."""
+) -> Callable[[], dict[str, str]]:
+    """What dispatch says of the fused layer's op, and of its backward where that is timed, when it is asked."""
     drops = dropout > 0.0
-    choices = {"forward": lk.why("lora_linear", x, weight, lora_A, lora_B, dropout_p=dropout, training=drops)}
-    if what == "forward+backward":
-        s = x.detach().new_empty(x.shape[0], lora_A.shape[0])
-        seed = torch.zeros(1, dtype=torch.int64, device=x.device) if drops else None
-        args = (grad, x, s, weight, lora_A, lora_B, seed, SCALING, dropout, True, True, True)
-        choices["backward"] = dispatch.choose(dispatch.specs()["lora_linear_backward"], args)
-    return {name: f"{c.backend}, {c.schedule}: {c.reason}" for name, c in choices.items()}
+    seed = torch.zeros(1, dtype=torch.int64, device=x.device)
+    s = x.detach().new_empty(x.shape[0], lora_A.shape[0])
+    args = (grad, x, s, weight, lora_A, lora_B, seed if drops else None, SCALING, dropout, True, True, True)
+    options: dict[str, Any] = {"dropout_p": dropout, "training": drops, "seed": seed}
+
+    def ask() -> dict[str, str]:
+        choices = {"forward": lk.why("lora_linear", x, weight, lora_A, lora_B, **options)}
+        if what == "forward+backward":
+            choices["backward"] = dispatch.choose(dispatch.specs()["lora_linear_backward"], args)
+        return {name: f"{c.backend}, {c.schedule}: {c.reason}" for name, c in choices.items()}
+
+    return ask
 
 
 def _step(call: Callable[[], Tensor], what: str, grad: Tensor, leaves: list[Tensor]) -> Step:

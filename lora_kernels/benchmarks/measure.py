@@ -118,6 +118,11 @@ class GraphTimer(EventTimer):
             graph = self._graphs[step] = self._capture(step)
         return sum(self._seconds(graph.replay, 1) for _ in range(repeats)) / repeats
 
+    def once(self, step: Step) -> None:
+        """Has a step that ran before captured, as those that are timed are."""
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            step()
+
     @staticmethod
     def _capture(step: Step) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream()

@@ -13,8 +13,10 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _FORWARDS = ("forward", "decode")
 
 
-def winners_of(results: Sequence[Result]) -> dict[str, str]:
+def winners_of(results: Sequence[Result], *, captured: bool) -> dict[str, str]:
     """The fastest candidate of each problem, forward and backward; of two results for one problem, by the first.
+
+    ``captured``: whether CUDA graphs were timed.
 
     A backward's time is that of both less the forward's, by the same candidate. Left out is what says nothing: results
     beside which PEFT differed from itself, or with one candidate.
@@ -23,13 +25,13 @@ def winners_of(results: Sequence[Result]) -> dict[str, str]:
     forward: dict[str, dict[str, float]] = {}
     for result, times in timed:
         if result.what in _FORWARDS:
-            forward.setdefault(_problem(result, backward=False), times)
+            forward.setdefault(_problem(result, False, captured), times)
     found = {problem: min(times, key=times.__getitem__) for problem, times in forward.items()}
     for result, times in timed:
-        alone = forward.get(_problem(result, backward=False), {})
+        alone = forward.get(_problem(result, False, captured), {})
         rest = {name: seconds - alone[name] for name, seconds in times.items() if name in alone}
         if result.what == "forward+backward" and rest:
-            found.setdefault(_problem(result, backward=True), min(rest, key=rest.__getitem__))
+            found.setdefault(_problem(result, True, captured), min(rest, key=rest.__getitem__))
     return found
 
 
@@ -45,8 +47,11 @@ def _dtype(result: Result) -> torch.dtype | None:
     return next((dtype for dtype in _DTYPES if str(dtype).removeprefix("torch.") in result.name), None)
 
 
-def _problem(result: Result, *, backward: bool) -> str:
+def _problem(result: Result, backward: bool, captured: bool) -> str:
     m, n, k, rank = (int(result.shape[name]) for name in ("m", "n", "k", "rank"))
     columns, depth = (k, n) if backward else (n, k)
     dtype = _dtype(result) or torch.bfloat16
-    return winners.problem(dtype, m, columns, depth, rank, result.shape["dropout"] > 0, backward=backward)
+    dropout = result.shape["dropout"] > 0
+    return winners.problem(
+        dtype, m, columns, depth, rank, dropout=dropout, backward=backward, captured=captured
+    )  # fmt: skip

@@ -170,7 +170,13 @@ def check(machine: Machine, options: argparse.Namespace) -> int:
         report[BENCH] = timed.as_json()
         failures += timed.failures
         report["environment"]["clocks after"] = clocks(machine)
-        report["winners"] = winners_of([result for timer, result in timed.results if timer == gpu.GRAPH])
+        report["winners"] = {
+            problem: winner
+            for captured, kind in ((True, gpu.GRAPH), (False, gpu.EAGER))
+            for problem, winner in winners_of(
+                [result for timer, result in timed.results if timer == kind], captured=captured
+            ).items()
+        }
         if options.write_winners:
             print(f"wrote {machine.remember(machine.device, report['winners'])}")
     report["failures"] = [failure._asdict() for failure in failures]

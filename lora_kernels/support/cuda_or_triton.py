@@ -35,7 +35,7 @@ def cuda_or_triton(
     verdict = cuda.tensor_core_verdict(x, columns, depth, rank)
     if verdict is not cuda.TENSOR_CORES or dispatch.forced_backend() == "cuda":
         return verdict
-    winner = winners.winner(x, columns, depth, rank, has_dropout, backward=backward)
+    winner = winners.winner(x, columns, depth, rank, dropout=has_dropout, backward=backward)
     if winner in _MEASURED:
         return _MEASURED[winner]
     if winner == "triton":

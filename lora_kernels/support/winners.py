@@ -24,30 +24,30 @@ _WHAT = "winners"
 
 
 def problem(
-    dtype: torch.dtype, rows: int, columns: int, depth: int, rank: int, has_dropout: bool, *, backward: bool
+    dtype: torch.dtype, rows: int, columns: int, depth: int, rank: int, *, dropout: bool, backward: bool, captured: bool
 ) -> str:  # fmt: skip
     """What an answer is remembered by: numbers of rows and ranks up to the next power of two count as the same.
 
     Args:
         columns, depth: N and K in the forward, K and N in the backward.
+        captured: into a CUDA graph, where what a launch costs the host does not count.
     """
     kind = f"{'backward' if backward else 'forward'} {float32_products(dtype) or str(dtype).removeprefix('torch.')}"
     sizes = f"{columns}x{depth} rows<={_power_of_two(rows)} rank<={_power_of_two(rank)}"
-    return f"{kind} {sizes}" + " dropout" * has_dropout
+    return f"{kind} {sizes}" + " dropout" * dropout + " captured" * captured
 
 
 def _power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
-def winner(
-    x: torch.Tensor, columns: int, depth: int, rank: int, has_dropout: bool, *, backward: bool
-) -> str | None:  # fmt: skip
+def winner(x: torch.Tensor, columns: int, depth: int, rank: int, *, dropout: bool, backward: bool) -> str | None:
     """One of ``CANDIDATES`` for the rows of ``x``; None where nothing was measured, or that is not wanted."""
     if not ENABLED:
         return None
-    rows = x.numel() // x.shape[-1]
-    return known(x.device).get(problem(x.dtype, rows, columns, depth, rank, has_dropout, backward=backward))
+    rows, captured = x.numel() // x.shape[-1], torch.cuda.is_current_stream_capturing()
+    name = problem(x.dtype, rows, columns, depth, rank, dropout=dropout, backward=backward, captured=captured)
+    return known(x.device).get(name)
 
 
 @functools.cache
