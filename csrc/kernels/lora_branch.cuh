@@ -265,12 +265,17 @@ LK_DEVICE void stage_with_bias(const LoraLinearParams& p, uint32_t smem, int col
                                const typename Base::Accumulator& acc) {
   using Element = typename Base::Element;
   const auto* const bias_gmem = static_cast<const typename Element::Storage*>(p.bias);
-  const auto bias_at = [&](int column) {
-    const bool has_bias = bias_gmem != nullptr && column0 + column < p.n;
-    return has_bias ? Element::low(load_global(bias_gmem + column0 + column)) : 0.0f;
-  };
+  float bias[Base::kFragmentsN][2];  // loaded once for all rows
+  LK_UNROLL
+  for (int ni = 0; ni < Base::kFragmentsN; ++ni) {
+    LK_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const int column = column0 + Base::warp_column() + ni * 8 + FragmentC::column(thread_index() % kWarp) + j;
+      bias[ni][j] = bias_gmem != nullptr && column < p.n ? Element::low(load_global(bias_gmem + column)) : 0.0f;
+    }
+  }
   sync_block();
-  stage_accumulators<Base>(smem, [&](int mi, int ni, int i, int column) { return acc[mi][ni][i] + bias_at(column); });
+  stage_accumulators<Base>(smem, [&](int mi, int ni, int i, int) { return acc[mi][ni][i] + bias[ni][i % 2]; });
   sync_block();
 }
 
