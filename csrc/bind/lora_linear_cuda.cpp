@@ -63,7 +63,12 @@ void check_type(const Tensor& x) {
   }
 }
 
-// out += a b, by the vendor's GEMM.
+// out = a b, by the vendor's GEMM, of an adapter in the type of the activation.
+void product(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+}
+
+// out += a b, likewise.
 void accumulate_product(const Tensor& out, const Tensor& a, const Tensor& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
@@ -79,18 +84,19 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
   const int64_t m = problem.m(), n = problem.n();
   const Tensor y = new_empty_as(x, {m, n}), s = new_empty_as(x, {m, problem.rank()});
   const LoraForwardConfig config = lora_forward_config(problem, device_limits(call.device), wanted_by(schedule));
-  if (config.launch.blocks > 0) {
+  if (m > 0) {
+    if (config.launch.blocks == 0) product(s, operands.x, transposed(cast(operands.a, x.scalar_type())));
     const Counters counters(x, call, config.launch.counters);
     const Tensor partials = new_empty_as(x, {config.launch.partials}, ScalarType::Float);
     const LoraWorkspace workspace{.counters = counters.data(), .partials = floats_of(partials)};
-    const auto launch = [&](const LoraLinearConfig& which) {
-      const LoraLinearParams p = forward_params(problem, output_of(y, n), s.mutable_data_ptr(), which, workspace);
-      return with_element(problem.x.type, [&]<class Element>(std::type_identity<Element>) {
-        return launch_lora_linear<Element>(p, which, call.stream);
-      });
-    };
-    cudaError_t error = launch(config.launch);
-    if (error == cudaSuccess && config.cublas.yes) error = launch(config.expand);
+    const cudaError_t error = with_element(problem.x.type, [&]<class Element>(std::type_identity<Element>) {
+      for (const LoraLinearConfig* which : {&config.launch, &config.expand}) {
+        const LoraLinearParams p = forward_params(problem, output_of(y, n), s.mutable_data_ptr(), *which, workspace);
+        const cudaError_t error = launch_lora_linear<Element>(p, *which, call.stream);
+        if (error != cudaSuccess) return error;
+      }
+      return cudaSuccess;
+    });
     counters.check(error, "lora_linear");
     if (config.cublas.yes) accumulate_product(y, operands.x, transposed(operands.w));
   }
@@ -135,12 +141,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
   const LoraBackwardConfig config = lora_backward_config(problem, device_limits(call.device), wanted_by(schedule));
   const Counters counters(x, call, config.grad_x.counters + config.grads.counters);
   const Tensor grad_s = new_empty_as(x, {m, rank});
-  const Tensor partials_of_s = new_empty_as(x, {config.grad_x.partials}, ScalarType::Float);
+  if ((need_x || need_A) && config.grad_x.blocks == 0) product(grad_s, gy, cast(operands.b, x.scalar_type()));
   const Tensor parts_of_grad_b = new_empty_as(x, {config.partial_grad_b}, ScalarType::Float);
   const Tensor partials = new_empty_as(x, {config.grads.partials}, ScalarType::Float);
   const LoraBackwardWorkspace workspace{.counters = counters.data(),
                                         .grad_s = grad_s.mutable_data_ptr(),
-                                        .partials_of_s = floats_of(partials_of_s),
                                         .partial_grad_b = floats_of(parts_of_grad_b),
                                         .partials = floats_of(partials)};
   const LoraGradsParams g = grads_params(problem, need_A ? grad_a.mutable_data_ptr() : nullptr,

@@ -110,11 +110,13 @@ inline bool decodes(int64_t m, int64_t rank, Access access, bool has_dropout) {
   return m <= tile_shape(LoraTile::kFlat).rows && access != Access::kGatherAll && has_own_s(rank, has_dropout);
 }
 
-// Rows up to which small tiles that split the depth read w at the rate of memory.
-constexpr int kFewRows = 128;
+// Where small tiles that split the depth are faster than the vendor's GEMM and the branch beside it: one block of rows,
+// so that w is read once, and a narrow tile of ranks.
+constexpr int64_t kFewRows = tile_shape(LoraTile::kSmall).rows;
 
 inline bool is_dual(int64_t m, int64_t n, int64_t rank, Access access, bool has_dropout) {
-  return (n <= tile_shape(LoraTile::kSmall).columns || m <= kFewRows) && access == Access::kWhole &&
+  const bool few_rows = m <= kFewRows && rank_tile_of(rank) == 16;
+  return (few_rows || n <= tile_shape(LoraTile::kSmall).columns) && access == Access::kWhole &&
          has_own_s(rank, has_dropout);
 }
 
@@ -169,15 +171,15 @@ inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t k, int6
   return config;
 }
 
-// The launches of "cublas" for y [m, n], or dX: s from x [m, k], and the branch, onto which the vendor's product is
-// accumulated.
-inline LoraLinearConfig shrink_config(LoraRole role, int64_t m, int64_t k, int64_t rank, int element_bytes,
-                                      Access access, const DeviceLimits& device) {
+// The launches of "cublas" for y [m, n], or dX: under dropout s from x [m, k], which is the vendor's product, too,
+// where nothing is dropped; and the branch, onto which the vendor's product with w is accumulated.
+inline LoraLinearConfig shrink_config(int64_t m, int64_t k, int64_t rank, int element_bytes, Access access,
+                                      const DeviceLimits& device) {
   LoraLinearConfig config{};
   const int rank_tile = wide_rank_tile_of(rank);
   const LoraTile tile = rank_tile == 16 ? LoraTile::kNarrow : rank_tile == 64 ? LoraTile::kSmall : LoraTile::kWide;
-  config.key = {role, Schedule::kShrink, tile, rank_tile, access};
-  config.reason = "s alone: x is read once";
+  config.key = {LoraRole::kForward, Schedule::kShrink, tile, rank_tile, access};
+  config.reason = "s alone: x is read and dropped out once";
   config.tile_reason = "as wide as the ranks that a block computes";
   plan_splits(m, rank, k, element_bytes, device, config);
   return config;
@@ -267,8 +269,7 @@ struct LoraGradsConfig {
 // The launches of dX = dY W + ... with s' = dY B, then dA and dB.
 struct LoraBackwardConfig {
   UsesCublas cublas;
-  // dX and s', s' alone (cublas, or dX is not wanted), or no blocks: neither dX nor dA is wanted.
-  LoraLinearConfig grad_x;
+  LoraLinearConfig grad_x;  // dX and s'; no blocks: s' = dY B is the vendor's product, where it is wanted
   LoraLinearConfig expand;  // cublas, where dX is wanted: the branch of dX; else no blocks
   // Blocks of rows of which the first launch leaves parts of dB for the last to sum, or 0: the last reads dY again.
   int64_t parts_of_grad_b;
@@ -296,9 +297,9 @@ inline LoraGradsConfig lora_grads_config(int64_t m, int64_t n, int64_t k, int64_
 }
 
 // How the gradients for dY [m, n] and x [m, k] are launched.
-inline LoraBackwardConfig lora_backward_config(int64_t m, int64_t n, int64_t k, int64_t rank, int element_bytes,
-                                               Access access, bool need_x, bool need_a, bool need_b,
-                                               const DeviceLimits& device, UsesCublas cublas) {
+inline LoraBackwardConfig lora_backward_config(int64_t m, int64_t n, int64_t k, int64_t rank, Access access,
+                                               bool need_x, bool need_a, bool need_b, const DeviceLimits& device,
+                                               UsesCublas cublas) {
   LoraBackwardConfig config{};
   config.cublas = cublas;
   LoraLinearConfig& grad_x = config.grad_x;
@@ -314,9 +315,8 @@ inline LoraBackwardConfig lora_backward_config(int64_t m, int64_t n, int64_t k, 
       config.parts_of_grad_b = blocks_of(m, tile_shape(grad_x.key.tile).rows);
       config.partial_grad_b = config.parts_of_grad_b * n * grad_x.key.rank_tile;
     }
-  } else if (need_x || need_a) {
-    grad_x = shrink_config(LoraRole::kGradX, m, n, rank, element_bytes, access, device);
-    if (need_x) config.expand = expand_config(LoraRole::kGradX, m, k, access);
+  } else if (need_x) {
+    config.expand = expand_config(LoraRole::kGradX, m, k, access);
   }
   config.grads = lora_grads_config(m, need_b ? n : 0, need_a ? k : 0, rank, config.parts_of_grad_b, access, device);
   return config;

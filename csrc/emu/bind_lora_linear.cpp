@@ -72,13 +72,13 @@ py::dict to_python(const LoraLinearConfig& c) {
   return d;
 }
 
-// The first launch of a forward, and whether the vendor's product follows.
+// The first launch of a forward, and whether the vendor's GEMM is used.
 py::dict config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, bool has_dropout, int sms,
                 int shared_per_block, int element_bytes, int capability, const std::string& wanted) {
   const DeviceLimits device{.sms = sms, .shared_per_block = shared_per_block, .capability = capability};
   const LoraForwardConfig c = lora_forward_config(
       problem_of(m, n, k, rank, aligned, has_dropout, type_of(element_bytes)), device, wanted_by(wanted));
-  py::dict d = to_python(c.launch);
+  py::dict d = to_python(c.cublas.yes && c.launch.blocks == 0 ? c.expand : c.launch);
   d["cublas"] = c.cublas.yes;
   d["why"] = c.cublas.reason;
   return d;
@@ -96,7 +96,7 @@ py::dict backward_config(int64_t m, int64_t n, int64_t k, int64_t rank, bool ali
                                     .need_b = need_b};
   const DeviceLimits device{.sms = sms, .shared_per_block = shared_per_block, .capability = capability};
   const LoraBackwardConfig c = lora_backward_config(problem, device, wanted_by(wanted));
-  py::dict d = to_python(c.grad_x);
+  py::dict d = to_python(c.expand.blocks > 0 ? c.expand : c.grad_x);
   d["cublas"] = c.cublas.yes;
   d["why"] = c.cublas.reason;
   d["parts_of_grad_b"] = c.parts_of_grad_b;

@@ -119,6 +119,7 @@ cudaError_t run_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& c
 
 template <class Element>
 cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
+  if (config.blocks == 0) return cudaSuccess;
   return with_variant(LoraForwardVariants<Element>{}, config.key,
                       [&]<class Kernel>(Kernel) { return run_lora_linear<Kernel>(p, config, stream); });
 }

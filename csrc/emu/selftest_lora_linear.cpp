@@ -30,6 +30,14 @@ struct Matrix {
   MatrixRef ref() const { return {bits.data(), columns, rows, columns, FloatType::kBFloat16}; }
 };
 
+// What the vendor's product would be: value(row, column), rounded.
+template <class Value>
+void fill(Matrix& m, const Value& value) {
+  for (int64_t i = 0; i < m.rows * m.columns; ++i) {
+    m.bits[i] = static_cast<uint16_t>(BFloat16::pack(static_cast<float>(value(i / m.columns, i % m.columns)), 0.0f));
+  }
+}
+
 // `exact(row, column)` within 2 % of the largest.
 template <class Exact>
 void check(const Matrix& result, const char* name, const Exact& exact) {
@@ -68,6 +76,9 @@ void run(int64_t m, int64_t n, int64_t k, int64_t rank, int sms, double dropout_
   bool is_branch = false;  // cublas: the vendor's product is not here to be added
   {
     const LoraForwardConfig config = lora_forward_config(problem, device, wanted);
+    if (config.launch.blocks == 0) {
+      fill(s, [&](int64_t i, int64_t r) { return sum(k, [&](int64_t c) { return x.at(i, c) * a.at(r, c); }); });
+    }
     std::vector<uint32_t> counters(config.launch.counters);
     std::vector<float> partials(config.launch.partials);
     const LoraWorkspace workspace{.counters = counters.data(), .partials = partials.data()};
@@ -88,13 +99,14 @@ void run(int64_t m, int64_t n, int64_t k, int64_t rank, int sms, double dropout_
   const LoraBackwardConfig config = lora_backward_config(backward, device, wanted);
   Matrix grad_x(m, k), grad_a(rank, k), grad_b(n, rank), grad_s(m, rank);
   std::vector<uint32_t> counters(config.grad_x.counters + config.grads.counters);
-  std::vector<float> partials_of_s(config.grad_x.partials), partial_grad_b(config.partial_grad_b),
-      partials(config.grads.partials);
+  std::vector<float> partial_grad_b(config.partial_grad_b), partials(config.grads.partials);
   const LoraBackwardWorkspace workspace{.counters = counters.data(),
                                         .grad_s = grad_s.bits.data(),
-                                        .partials_of_s = partials_of_s.data(),
                                         .partial_grad_b = partial_grad_b.data(),
                                         .partials = partials.data()};
+  if (config.grad_x.blocks == 0) {
+    fill(grad_s, [&](int64_t i, int64_t r) { return sum(n, [&](int64_t j) { return grad_y.at(i, j) * b.at(j, r); }); });
+  }
   for (const LoraLinearConfig* launch : {&config.grad_x, &config.expand}) {
     if (launch->blocks == 0) continue;
     launch_lora_grad_x<BFloat16>(grad_x_params(backward, {grad_x.bits.data(), k}, *launch, config, workspace), *launch,

@@ -30,6 +30,10 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = lk::emu::runtime.stream;
   return AOTI_TORCH_SUCCESS;
 }
+AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat2) {
+  const torch::stable::Tensor a = lk::rounded_to_tf32(self), b = lk::rounded_to_tf32(mat2);
+  return aoti_torch_cpu_mm_out(out, a.get(), b.get());
+}
 AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat1,
                                          AtenTensorHandle mat2, double beta, double alpha) {
   const torch::stable::Tensor a = lk::rounded_to_tf32(mat1), b = lk::rounded_to_tf32(mat2);

@@ -38,9 +38,8 @@ template <class Element, int kSide>
 using FlatTile =
     Gemm<Element, 16, 64, kDepthOf<Element, LoraTile::kFlat>, 1, 4, 4, Layout::kRows, Layout::kRows, kSide>;
 // Of s alone, and of the branch alone.
-template <class Element, LoraTile kTile, int kRankTile, Layout kFactors>
-using ShrinkTile =
-    Gemm<Element, 64, kRankTile, kDepthOf<Element, kTile>, 4, 1, tile_shape(kTile).stages, Layout::kRows, kFactors>;
+template <class Element, LoraTile kTile, int kRankTile>
+using ShrinkTile = Gemm<Element, 64, kRankTile, kDepthOf<Element, kTile>, 4, 1, tile_shape(kTile).stages>;
 template <class Element, Layout kFactors>
 using BranchTile = Gemm<Element, 128, 128, kDepthOf<Element, LoraTile::kBranch>, 2, 4, 2, Layout::kRows, kFactors>;
 static_assert(has_shape<LargeTile<BFloat16, 2>>(tile_shape(LoraTile::kLarge)));
@@ -116,29 +115,29 @@ using LoraGradXTicketedVariants =
 
 // ... of either beside the vendor's product...
 template <class Element, LoraRole kRole, class Roles, Access kAccess>
-using ShrinkExpandVariants =
-    VariantList<LoraVariant<LoraKey{kRole, Schedule::kShrink, LoraTile::kNarrow, 16, kAccess},
-                            LoraShrink<ShrinkTile<Element, LoraTile::kNarrow, 16, Roles::kFactors>, kAccess, Roles>>,
-                LoraVariant<LoraKey{kRole, Schedule::kShrink, LoraTile::kSmall, 64, kAccess},
-                            LoraShrink<ShrinkTile<Element, LoraTile::kSmall, 64, Roles::kFactors>, kAccess, Roles>>,
-                LoraVariant<LoraKey{kRole, Schedule::kShrink, LoraTile::kWide, 128, kAccess},
-                            LoraShrink<ShrinkTile<Element, LoraTile::kWide, 128, Roles::kFactors>, kAccess, Roles>>,
-                LoraVariant<LoraKey{kRole, Schedule::kExpand, LoraTile::kBranch, 0, kAccess},
-                            LoraExpand<BranchTile<Element, Roles::kFactors>, kAccess, Roles>>>;
+using ExpandVariant = LoraVariant<LoraKey{kRole, Schedule::kExpand, LoraTile::kBranch, 0, kAccess},
+                                  LoraExpand<BranchTile<Element, Roles::kFactors>, kAccess, Roles>>;
+template <class Element, Access kAccess>
+using ShrinkExpandVariants = VariantList<LoraVariant<forward_key(Schedule::kShrink, LoraTile::kNarrow, 16, kAccess),
+                                                     LoraShrink<ShrinkTile<Element, LoraTile::kNarrow, 16>, kAccess>>,
+                                         LoraVariant<forward_key(Schedule::kShrink, LoraTile::kSmall, 64, kAccess),
+                                                     LoraShrink<ShrinkTile<Element, LoraTile::kSmall, 64>, kAccess>>,
+                                         LoraVariant<forward_key(Schedule::kShrink, LoraTile::kWide, 128, kAccess),
+                                                     LoraShrink<ShrinkTile<Element, LoraTile::kWide, 128>, kAccess>>,
+                                         ExpandVariant<Element, LoraRole::kForward, ForwardRoles, kAccess>>;
 
 template <class Element>
 using LoraForwardVariants =
     Concat<LoraTicketedVariants<Element, Access::kWhole>, LoraTicketedVariants<Element, Access::kGatherRanks>,
-           LoraWholeVariants<Element>, ShrinkExpandVariants<Element, LoraRole::kForward, ForwardRoles, Access::kWhole>,
-           ShrinkExpandVariants<Element, LoraRole::kForward, ForwardRoles, Access::kGatherRanks>,
-           ShrinkExpandVariants<Element, LoraRole::kForward, ForwardRoles, Access::kGatherAll>>;
+           LoraWholeVariants<Element>, ShrinkExpandVariants<Element, Access::kWhole>,
+           ShrinkExpandVariants<Element, Access::kGatherRanks>, ShrinkExpandVariants<Element, Access::kGatherAll>>;
 
 template <class Element>
 using LoraGradXVariants =
     Concat<LoraGradXTicketedVariants<Element, Access::kWhole>, LoraGradXTicketedVariants<Element, Access::kGatherRanks>,
-           ShrinkExpandVariants<Element, LoraRole::kGradX, GradXRoles, Access::kWhole>,
-           ShrinkExpandVariants<Element, LoraRole::kGradX, GradXRoles, Access::kGatherRanks>,
-           ShrinkExpandVariants<Element, LoraRole::kGradX, GradXRoles, Access::kGatherAll>>;
+           VariantList<ExpandVariant<Element, LoraRole::kGradX, GradXRoles, Access::kWhole>,
+                       ExpandVariant<Element, LoraRole::kGradX, GradXRoles, Access::kGatherRanks>,
+                       ExpandVariant<Element, LoraRole::kGradX, GradXRoles, Access::kGatherAll>>>;
 
 // ... and of the adapter's gradients.
 template <class Element, Access kAccess>

@@ -2,7 +2,8 @@
 // y = scaling · s bᵀ + bias (expand), onto which the vendor's GEMM accumulates x wᵀ.
 //
 // Both move memory: shrink reads x once, expand writes y once. The GEMM reads y in its epilogue, where tensor cores are
-// busy with the next tile; added afterwards, the branch would cost a pass over y of its own.
+// busy with the next tile; added afterwards, the branch would cost a pass over y of its own. Where nothing is dropped
+// on the way to s, it is a product of the vendor's, too.
 #pragma once
 
 #include "lora_linear.cuh"
@@ -11,7 +12,7 @@ namespace lk {
 
 // A block has kM rows of s, a tile of ranks and part of the depth; of a tile's blocks, the last one to arrive sums the
 // parts, in their order.
-template <class Base_, Access kAccess_, class Roles>
+template <class Base_, Access kAccess_>
 struct LoraShrink {
   using Base = Base_;
   using Element = typename Base::Element;
@@ -26,19 +27,11 @@ struct LoraShrink {
     const int row0 = tile / columns * kM, column0 = tile % columns * kRankTile;
     const int k0 = split * p.split_depth, k1 = smaller(k0 + p.split_depth, p.k);
     typename Base::Accumulator acc = {};
-    const auto multiply = [&](auto&& task) {
-      with_adapter_chunk<Element, is_a_whole(kAccess, Base::kFactors)>(p.adapters_are_float, [&](auto chunk) {
-        Base::template run<PlainChunk<Element, is_base_whole(kAccess)>, decltype(chunk)>(
-            smem, {p.x, p.x_stride, p.m, p.k}, row0, {p.a, p.a_stride, p.rank, p.k}, column0, k0, k1, acc, task);
-      });
-    };
-    float scale = 1.0f;
-    if (Roles::kDropsX && p.seed != nullptr) {
-      multiply(DropX<Base>{row0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
-      scale = p.dropout_scale;
-    } else {
-      multiply(NoSideTask{});
-    }
+    with_adapter_chunk<Element, is_a_whole(kAccess, Base::kFactors)>(p.adapters_are_float, [&](auto chunk) {
+      Base::template run<PlainChunk<Element, is_base_whole(kAccess)>, decltype(chunk)>(
+          smem, {p.x, p.x_stride, p.m, p.k}, row0, {p.a, p.a_stride, p.rank, p.k}, column0, k0, k1, acc,
+          DropX<Base>{row0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
+    });
     sync_block();  // the stages are free
     if (p.splits > 1) {
       float* const partials = p.partials + static_cast<int64_t>(tile) * p.splits * kPartial<Base>;
@@ -47,7 +40,7 @@ struct LoraShrink {
       sum_partials<Base>(partials, p.splits, acc);
       sync_block();  // arrive_last's word is free
     }
-    stage_accumulators<Base>(smem, [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
+    stage_accumulators<Base>(smem, [&](int mi, int ni, int i, int) { return p.dropout_scale * acc[mi][ni][i]; });
     sync_block();
     store_tile<Element, kM, kRankTile, kThreads>(smem, p.s, p.rank, p.m, p.rank, row0, column0, is_s_whole(kAccess));
   }

@@ -9,6 +9,7 @@ namespace lk {
 
 template <class Element>
 cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
+  if (config.blocks == 0) return cudaSuccess;  // not every call has every launch
   return with_variant(LoraForwardVariants<Element>{}, config.key, [&]<class Kernel>(Kernel) {
     return launch_variant<Kernel>(&lora_linear_kernel<Kernel>, config.blocks, p, stream);
   });
@@ -16,7 +17,7 @@ cudaError_t launch_lora_linear(const LoraLinearParams& p, const LoraLinearConfig
 
 template <class Element>
 cudaError_t launch_lora_grad_x(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
-  if (config.blocks == 0) return cudaSuccess;  // not every call has every launch
+  if (config.blocks == 0) return cudaSuccess;
   return with_variant(LoraGradXVariants<Element>{}, config.key, [&]<class Kernel>(Kernel) {
     return launch_variant<Kernel>(&lora_linear_kernel<Kernel>, config.blocks, p, stream);
   });

@@ -79,10 +79,10 @@ inline UsesCublas uses_cublas(const LoraProblem& p, int64_t columns, Access acce
   return uses_cublas(p.m(), columns, p.element_bytes(), access, few_rows, device, wanted);
 }
 
-// One launch, or "cublas": two, between which nothing is waited for, and the vendor's product.
+// One launch, or "cublas".
 struct LoraForwardConfig {
   UsesCublas cublas;
-  LoraLinearConfig launch;  // of y and s, or in cublas of s alone
+  LoraLinearConfig launch;  // of y and s, or of s alone; no blocks: s = x aT is the vendor's product
   LoraLinearConfig expand;  // of the branch; no blocks: not cublas
 };
 
@@ -93,7 +93,7 @@ inline LoraForwardConfig lora_forward_config(const LoraProblem& p, const DeviceL
   config.cublas =
       uses_cublas(p, p.n(), access, serves_few_rows(p.m(), p.n(), p.rank(), access, has_dropout), device, wanted);
   if (config.cublas.yes) {
-    config.launch = shrink_config(LoraRole::kForward, p.m(), p.k(), p.rank(), p.element_bytes(), access, device);
+    if (has_dropout) config.launch = shrink_config(p.m(), p.k(), p.rank(), p.element_bytes(), access, device);
     config.expand = expand_config(LoraRole::kForward, p.m(), p.n(), access);
   } else {
     config.launch = lora_linear_config(p.m(), p.n(), p.k(), p.rank(), p.element_bytes(), access, has_dropout, device);
@@ -146,8 +146,8 @@ inline LoraLinearParams forward_params(const LoraProblem& p, OutputRef y, void* 
 inline LoraBackwardConfig lora_backward_config(const LoraBackwardProblem& p, const DeviceLimits& device,
                                                Wanted wanted) {
   const LoraProblem& f = p.forward;
-  return lora_backward_config(f.m(), f.n(), f.k(), f.rank(), f.element_bytes(), p.access(), p.need_x, p.need_a,
-                              p.need_b, device, uses_cublas(f, f.k(), p.access(), false, device, wanted));
+  return lora_backward_config(f.m(), f.n(), f.k(), f.rank(), p.access(), p.need_x, p.need_a, p.need_b, device,
+                              uses_cublas(f, f.k(), p.access(), false, device, wanted));
 }
 
 // counters: those of the first launch, then of dA's and dB's. grad_s: s' = dY B, [m, rank] of x's type, which the first
@@ -155,7 +155,7 @@ inline LoraBackwardConfig lora_backward_config(const LoraBackwardProblem& p, con
 struct LoraBackwardWorkspace {
   uint32_t* counters;
   void* grad_s;
-  float *partials_of_s, *partial_grad_b, *partials;
+  float *partial_grad_b, *partials;
 };
 
 // The first launch, and cublas' second: the forward's computation with dY for x, and with W, B and A, which lie in
@@ -189,7 +189,7 @@ inline LoraLinearParams grad_x_params(const LoraBackwardProblem& p, OutputRef gr
           .group_rows = launch.group_rows,
           .splits = launch.splits,
           .split_depth = launch.split_depth,
-          .partials = workspace.partials_of_s,
+          .partials = nullptr,
           .saved_s = config.parts_of_grad_b > 0 ? p.s.data : nullptr,
           .partial_grad_b = config.parts_of_grad_b > 0 ? workspace.partial_grad_b : nullptr};
 }

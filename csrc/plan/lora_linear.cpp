@@ -135,7 +135,8 @@ PyObject* plan_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
       return to_python(plan_of(launch, describe_lora_linear<Element>(launch.key), config.cublas.reason));
     };
     if (!config.cublas.yes) return planned(config.launch);
-    return list_of({planned(config.launch), planned(config.expand), product("y += x wT", config.cublas.reason)});
+    return list_of({config.launch.blocks > 0 ? planned(config.launch) : product("s = x aT", config.cublas.reason),
+                    planned(config.expand), product("y += x wT", config.cublas.reason)});
   });
 }
 
@@ -165,8 +166,8 @@ PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keyword
       return to_python(plan_of(launch, describe_lora_grad_x<Element>(launch.key), config.cublas.reason, more_words));
     };
     if (!config.cublas.yes) return list_of({planned(config.grad_x, config.partial_grad_b), to_python(last)});
-    return list_of({planned(config.grad_x, 0), planned(config.expand, 0), product("dX += dY W", config.cublas.reason),
-                    to_python(last)});
+    return list_of({product("s' = dY B", config.cublas.reason), planned(config.expand, 0),
+                    product("dX += dY W", config.cublas.reason), to_python(last)});
   });
 }
 
