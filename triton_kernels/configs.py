@@ -2,7 +2,7 @@
 
 Tiles were chosen by what the compiler makes of them (no spilled registers, shared memory within the limit, two programs
 on a multiprocessor where both fit), not by measurement. The compiler holds ``num_stages`` tiles of both operands in
-shared memory for wgmma and tcgen05, and one less for mma.sync.
+shared memory for wgmma and tcgen05, and one less for mma.sync, and for tf32, which is rounded in registers.
 """
 
 from __future__ import annotations

@@ -130,6 +130,22 @@ def _load_tile(descriptor, TRANSPOSED: tl.constexpr, row0, column0, pointers, ro
 
 
 @triton.jit
+def _tf32(tile):
+    """float32 rounded to tf32, to nearest and ties away from zero, because tensor cores cut the low 13 bits off."""
+    rounded = (tile.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+    # NaN as it is: of the largest, the addition carries into the sign and leaves zero.
+    return tl.where(tile == tile, rounded.to(tl.float32, bitcast=True), tile)
+
+
+@triton.jit
+def _dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a @ b, in float32. PRECISION: of float32 factors, "tf32" or "ieee"; None for 16-bit ones."""
+    if PRECISION == "tf32":
+        a, b = _tf32(a), _tf32(b)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
 def _work(ticket, row_blocks, columns, GROUP: tl.constexpr):
     """(row block, column) of a ticket.
 
@@ -162,7 +178,7 @@ def _inner_tile(task, rows, p_tiles, row_block, rank_block,
         if DROPS_P:
             p = tl.where(keep_tile(task.seed, clamped, k0, task.depth, task.threshold, BLOCK_DEPTH), p, 0.0)
         down = _load(_pointers(task.down, k0, 0, k, r), k_valid, r < task.rank)
-        accumulator = tl.dot(p, down.to(p.dtype), accumulator, input_precision=PRECISION)
+        accumulator = _dot(p, down.to(p.dtype), accumulator, PRECISION)
     if DROPS_P:
         accumulator *= task.keep_scale
     inner = accumulator.to(task.inner.data.dtype.element_ty)
@@ -205,7 +221,7 @@ def _out_tile(task, rows, p_tiles, q_tiles, row_block, column_block, flag,
         k_valid = None if EVEN_DEPTH else k < task.depth - k0
         p = _load_tile(p_tiles, P_TRANSPOSED, m0, k0, _pointers(task.p, 0, k0, clamped, k), None, k_valid)
         q = _load_tile(q_tiles, Q_TRANSPOSED, k0, n0, _pointers(task.q, k0, 0, k, n), k_valid, n_valid)
-        accumulator = tl.dot(p, q, accumulator, input_precision=PRECISION)
+        accumulator = _dot(p, q, accumulator, PRECISION)
 
     if flag is not None:
         while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < tl.cdiv(task.rank, BLOCK_RANK):
@@ -220,7 +236,7 @@ def _out_tile(task, rows, p_tiles, q_tiles, row_block, column_block, flag,
         inner = tl.load(_pointers(task.inner, 0, 0, clamped, r), mask=(r < task.rank)[None, :], other=0.0,
                         cache_modifier=".cg")  # fmt: skip
         up = _load(_pointers(task.up, 0, 0, r, n), r < task.rank, n_valid)
-        branch = tl.dot(inner, up.to(inner.dtype), branch, input_precision=PRECISION)
+        branch = _dot(inner, up.to(inner.dtype), branch, PRECISION)
     if IN_PLACE:
         accumulator = branch * task.scaling
     else:
@@ -247,16 +263,16 @@ def _dual_tile(task, rows, row_block,
         p = _load(_pointers(task.p, 0, k0, clamped, k), None, k_valid)
         q = _load(_pointers(task.q, k0, 0, k, n), k_valid, n_valid)
         down = _load(_pointers(task.down, k0, 0, k, r), k_valid, r < task.rank)
-        accumulator = tl.dot(p, q, accumulator, input_precision=PRECISION)
+        accumulator = _dot(p, q, accumulator, PRECISION)
         if DROPS_P:
             p = tl.where(keep_tile(task.seed, clamped, k0, task.depth, task.threshold, BLOCK_DEPTH), p, 0.0)
-        inner = tl.dot(p, down.to(p.dtype), inner, input_precision=PRECISION)
+        inner = _dot(p, down.to(p.dtype), inner, PRECISION)
     if DROPS_P:
         inner *= task.keep_scale
     rounded = inner.to(task.inner.data.dtype.element_ty)
     tl.store(_pointers(task.inner, 0, 0, m, r), rounded, mask=(m < rows)[:, None] & (r < task.rank)[None, :])
     up = _load(_pointers(task.up, 0, 0, r, n), r < task.rank, n_valid)
-    branch = tl.dot(rounded, up.to(rounded.dtype), input_precision=PRECISION)
+    branch = _dot(rounded, up.to(rounded.dtype), None, PRECISION)
     accumulator = _add_branch(accumulator, branch, task, clamped, 0, DROPS_BRANCH, BLOCK_COLUMNS)
     _store_out(task, accumulator, rows, m, n)
 
@@ -327,7 +343,7 @@ def _reduce(task, rows, parts,
             keep = keep_tile(task.seed, m0 + m, column0, task.columns, task.threshold, BLOCK_COLUMNS)
             big = tl.where(tl.trans(keep), big, 0.0)
         inner = _load(_pointers(task.inner, m0, 0, m, r), m_valid, r_valid)
-        accumulator = tl.dot(big, inner, accumulator, input_precision=PRECISION)
+        accumulator = _dot(big, inner, accumulator, PRECISION)
 
     if parts is not None:
         i = tl.arange(0, BLOCK_COLUMNS)[:, None] * BLOCK_RANK + tl.arange(0, BLOCK_RANK)[None, :]

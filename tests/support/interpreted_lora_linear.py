@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from covering import case_id, covering_pairs
+from emulated import matrices, operand, rounded_backward, rounded_forward
 from numerics import assert_as_accurate
 
 import lora_kernels as lk
@@ -210,6 +211,54 @@ def test_sums_over_rows_in_shares(p, pretend):
     again = torch.empty_like(out)
     run_all([lora_linear.reduce_launch(Device("sm_80", 40), again, big, inner, seed, SCALING, p)], CPU)
     assert torch.equal(again, out)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("schedule", "n"), [("ticketed", 144), ("split", 144), ("dual", 52)])
+def test_factors_of_tf32_are_rounded_to_nearest(schedule, n, p, fp32_precision):
+    """Every factor of every product, s and dY B as stored; kills: one taken as it is, or with its low bits cut off."""
+    fp32_precision("tf32")
+    device, seed = Device("sm_90", ONE_SM), torch.tensor([SEED]) if p > 0 else None
+    x, weight, A, B, bias = matrices(70, n, 60, 24, FP32, bias=True)
+    grad_y, y, s = torch.randn(70, n), torch.empty(70, n), torch.empty(70, 24)
+    forward = lora_linear.forward_task(y, s, x, weight, A, B, bias, seed, SCALING, p)
+    run_all(lora_linear.fused_launches(device, schedule, forward, drops="p"), CPU)
+    dx, ds, dA, dB = (torch.empty_like(t) for t in (x, s, A, B))
+    backward = lora_linear.backward_task(dx, ds, grad_y, weight, A, B, seed, SCALING, p)
+    run_all(lora_linear.fused_launches(device, schedule, backward, drops="branch"), CPU)
+    sums = (dA.t(), x, ds, seed, SCALING, p), (dB, grad_y, s, None, SCALING, 0.0)
+    run_all([lora_linear.reduce_launch(device, *operands) for operands in sums], CPU)
+
+    mask = (None, 1.0) if seed is None else (philox.keep_mask(seed, *x.shape, p), philox.keep_scale(p))
+
+    def of_rounded_factors(dtype):
+        return [
+            *rounded_forward(x, weight, A, B, bias, *mask, s, dtype),
+            *rounded_backward(grad_y, x, s, weight, A, B, *mask, ds, dtype),
+        ]
+
+    results = of_rounded_factors(FP32), of_rounded_factors(FP64)
+    for name, ours, torch_code, exact in zip(("y", "s", "dx", "dA", "dB", "ds"), (y, s, dx, dA, dB, ds), *results):
+        assert_as_accurate(ours, torch_code, exact, name)
+
+
+@triton.jit
+def _rounded(numbers, rounded, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(rounded + i, lora_linear._tf32(tl.load(numbers + i)))
+
+
+def test_tf32_of_any_number():
+    """Kills: ties to even or towards zero, bits that stay, and NaN that becomes a number."""
+    low = torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF, 0x2FFF, 0x3000])
+    high = torch.tensor([0, 0x2000, 0x3F80_0000, 0x7F7F_C000, 0x7F7F_E000, 0x7F80_0000, 0x7FC0_0000, 0x7FFF_C000])
+    magnitudes = (high[:, None] + low).view(-1)
+    bits = torch.cat([magnitudes, magnitudes - 2**31]).to(torch.int32)
+    numbers, rounded = bits.view(FP32), torch.empty(len(bits))
+    _rounded[(1,)](numbers, rounded, len(bits))
+    assert rounded[numbers.isnan()].isnan().all()
+    others = ~numbers.isnan()
+    assert torch.equal(rounded[others].view(torch.int32), operand(numbers[others]).view(torch.int32))
 
 
 @pytest.mark.parametrize("scaling", [0.0, -0.5, 1e-5, 1e5])
