@@ -7,8 +7,10 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -468,6 +470,57 @@ def test_commands_end_in_time_and_return_what_they_printed():
     done = check_gpu.run_command([sys.executable, "-c", late], {}, 2.0)
     assert (done.status, done.output.strip()) == (None, "begun")
     assert done.seconds < 30
+
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def has_ended(pid):
+    """Or is a zombie, which some init has to collect."""
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_what_a_late_command_began_ends_with_it():
+    """Kills: the child alone is killed, and its own children go on using the GPU."""
+    done = check_gpu.run_command([sys.executable, "-c", PARENT], {}, 3.0)
+    assert done.status is None
+    assert wait_until(lambda: has_ended(int(done.output)))
+
+
+def test_an_interrupt_ends_commands_that_a_terminal_does_not_reach(options):
+    """Kills: Ctrl-C waits for commands, in sessions of their own, to run into their limit."""
+    options.parts, options.quick = ["tests"], True
+    begun = []
+
+    def interrupted(command, environment, limit):
+        if "pytest" not in command:
+            return check_gpu.Finished(0, SMI, 0.1)
+        begun.append(command)
+        return check_gpu.run_command([sys.executable, "-c", "import time; time.sleep(60)"], {}, 60.0)
+
+    def interrupt():
+        assert wait_until(lambda: check_gpu._running)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    start = time.monotonic()
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        check_gpu.check(machine(interrupted), options)
+    assert begun
+    assert time.monotonic() - start < 30
 
 
 # --------------------------------------------------------------------------------------------------------- launches

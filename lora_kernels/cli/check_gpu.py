@@ -15,6 +15,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -68,18 +69,39 @@ class Finished(NamedTuple):
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str], limit: float) -> Finished:
-    """Runs it with these variables added, for at most so many seconds."""
+    """Runs it with these variables added, for at most so many seconds, after which it and all that it began are killed:
+    a pytest worker that lives on, or the Python under ``compute-sanitizer``, would disturb what is timed next.
+    """
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, env={**os.environ, **environment}, timeout=limit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout or b""
-        text = output.decode(errors="replace") if isinstance(output, bytes) else output
-        return Finished(None, text, time.monotonic() - start)
-    return Finished(done.returncode, done.stdout, time.monotonic() - start)
+    with subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", stdin=subprocess.DEVNULL, start_new_session=True,
+    ) as process:  # fmt: skip
+        _running.add(process.pid)
+        try:
+            output, _ = process.communicate(timeout=limit)
+            status: int | None = process.returncode
+        except subprocess.TimeoutExpired:
+            _kill_group(process.pid)
+            output, status = process.communicate()[0], None
+        finally:
+            _running.discard(process.pid)
+    return Finished(status, output, time.monotonic() - start)
+
+
+_running: set[int] = set()
+"""Leaders of the process groups of commands; a terminal's Ctrl-C does not reach those."""
+
+
+def kill_commands() -> None:
+    """Ends every command of ``run_command`` that has not ended, with what it began."""
+    for leader in tuple(_running):
+        _kill_group(leader)
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -154,10 +176,14 @@ def check(machine: Machine, options: argparse.Namespace) -> int:
     if jobs:
         print(f"running {', '.join(jobs)}, for {limits.checks:.0f} s at most", flush=True)
     with ThreadPoolExecutor(max_workers=max(1, len(jobs))) as pool:
-        for name, future in [(name, pool.submit(job)) for name, job in jobs.items()]:
-            report[name], found = future.result()
-            failures += found
-            print(f"{name}: {report[name].get('summary', '')}", flush=True)
+        try:
+            for name, future in [(name, pool.submit(job)) for name, job in jobs.items()]:
+                report[name], found = future.result()
+                failures += found
+                print(f"{name}: {report[name].get('summary', '')}", flush=True)
+        except KeyboardInterrupt:
+            kill_commands()
+            raise
     if BENCH in parts:
         planned = list(gpu.selected(gpu.plan(machine.device, options.quick and not options.only), options.only))
         if not planned:
