@@ -196,6 +196,45 @@ def test_a_process_that_fails_is_a_failure(options, part, word, answer, message)
     assert word in failure["repro"]
 
 
+def test_a_part_that_raises_is_a_failure_beside_what_the_others_found(options, tiny, monkeypatch):
+    """Kills: an error that nobody foresaw ends the command, and what had been found is lost."""
+
+    def breaks(*args, **options):
+        raise OSError("no space\nleft")
+
+    options.parts, options.quick = ["tests", "bench"], True
+    monkeypatch.setattr(check_gpu, "_read_junit", breaks)
+    assert check_gpu.check(machine(), options) == 1
+    found = written(options)
+    assert found["tests"]["summary"] == "broken off: OSError: no space left"
+    assert found["failures"] == [
+        {"what": "tests", "message": "OSError: no space left", "repro": "lora-kernels check-gpu --parts tests"}
+    ]
+    assert found["bench"]["results"]
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "run", breaks)
+    options.parts = ["tests", "bench"]
+    assert check_gpu.check(machine(), options) == 1
+    found = written(options)
+    assert found["tests"]["passed"] == 1
+    assert [failure["what"] for failure in found["failures"]] == ["bench"]
+
+
+def test_the_file_is_written_after_each_part(options, tiny, monkeypatch):
+    """Kills: who interrupts the benchmark loses what the tests had found."""
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    options.parts, options.quick = ["tests", "bench"], True
+    monkeypatch.setattr(gpu, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check_gpu.check(machine(Processes(junit=FAILED)), options)
+    found = written(options)
+    assert found["tests"]["failed"] == 1
+    assert [failure["message"] for failure in found["failures"]] == ["1 is not 2"]
+
+
 def test_what_is_not_there_is_left_out_with_the_reason(options, tmp_path):
     options.parts, options.tests = ["tests", "sanitizer"], str(tmp_path / "nowhere")
     assert check_gpu.check(machine(found=lambda name: None), options) == 0

@@ -20,9 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -156,18 +157,41 @@ def run(options: argparse.Namespace) -> int:
     return check(this_machine(), options)
 
 
+Part = tuple[dict[str, Any], list[Failure]]
+"""What a part found, and what of it failed."""
+
+
 def check(machine: Machine, options: argparse.Namespace) -> int:
-    """Everything, on ``machine``; the exit status."""
+    """Everything, on ``machine``; the exit status. The file is written after each part, so that none is lost with a
+    later one.
+    """
     start = time.monotonic()
     limits = QUICK if options.quick else FULL
     parts = [BENCH] if options.only else options.parts
+    planned: list[gpu.Planned] = []
     if BENCH in parts:
         require("peft", "check-gpu, which compares with stock PEFT,")
+        planned = list(gpu.selected(gpu.plan(machine.device, options.quick and not options.only), options.only))
+        if not planned:
+            raise CliError(f"--only {options.only!r}: no case has that in its name")
     report: dict[str, Any] = {"environment": environment(machine), "quick": options.quick}
     failures: list[Failure] = []
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     _say_heading(report["environment"])
 
-    jobs: dict[str, Callable[[], tuple[dict[str, Any], list[Failure]]]] = {}
+    def add(name: str, part: Part) -> None:
+        report[name], found = part
+        failures.extend(found)
+        write()
+
+    def write() -> None:
+        report["failures"] = [failure._asdict() for failure in failures]
+        report["seconds"] = round(time.monotonic() - start, 1)
+        out.write_text(json.dumps(report, indent=1) + "\n")
+
+    write()
+    jobs: dict[str, Callable[[], Part]] = {}
     if TESTS in parts:
         jobs[TESTS] = lambda: run_tests(machine, tests_folder(options.tests), options.quick, limits.checks)
     if SANITIZER in parts:
@@ -176,42 +200,54 @@ def check(machine: Machine, options: argparse.Namespace) -> int:
     if jobs:
         print(f"running {', '.join(jobs)}, for {limits.checks:.0f} s at most", flush=True)
     with ThreadPoolExecutor(max_workers=max(1, len(jobs))) as pool:
+        running = {pool.submit(_or_failure, name, job): name for name, job in jobs.items()}
         try:
-            for name, future in [(name, pool.submit(job)) for name, job in jobs.items()]:
-                report[name], found = future.result()
-                failures += found
+            for future in as_completed(running):
+                name = running[future]
+                add(name, future.result())
                 print(f"{name}: {report[name].get('summary', '')}", flush=True)
         except KeyboardInterrupt:
             kill_commands()
             raise
     if BENCH in parts:
-        planned = list(gpu.selected(gpu.plan(machine.device, options.quick and not options.only), options.only))
-        if not planned:
-            raise CliError(f"--only {options.only!r}: no case has that in its name")
-        timed = gpu.run(
-            machine.device, machine.timers, planned, lambda: time.monotonic() - start < limits.all,
-            rounds=gpu.QUICK_ROUNDS if options.quick else gpu.ROUNDS, speeds=machine.speeds,
-            say=lambda line: print(line, flush=True),
-        )  # fmt: skip
-        report[BENCH] = timed.as_json()
-        failures += timed.failures
-        report["environment"]["clocks after"] = clocks(machine)
-        report["winners"] = {
-            problem: winner
-            for captured, kind in ((True, gpu.GRAPH), (False, gpu.EAGER))
-            for problem, winner in winners_of(
-                [result for timer, result in timed.results if timer == kind], captured=captured
-            ).items()
-        }
-        if options.write_winners:
+
+        def bench() -> Part:
+            timed = gpu.run(
+                machine.device, machine.timers, planned, lambda: time.monotonic() - start < limits.all,
+                rounds=gpu.QUICK_ROUNDS if options.quick else gpu.ROUNDS, speeds=machine.speeds,
+                say=lambda line: print(line, flush=True),
+            )  # fmt: skip
+            report["environment"]["clocks after"] = clocks(machine)
+            report["winners"] = _winners(timed)
+            return timed.as_json(), timed.failures
+
+        add(BENCH, _or_failure(BENCH, bench))
+        if options.write_winners and "winners" in report:
             print(f"wrote {machine.remember(machine.device, report['winners'])}")
-    report["failures"] = [failure._asdict() for failure in failures]
-    report["seconds"] = round(time.monotonic() - start, 1)
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
     _say_end(report, failures, out)
     return 1 if failures else 0
+
+
+def _or_failure(name: str, job: Callable[[], Part]) -> Part:
+    """What a part finds; an error that nobody foresaw is a failure of that part alone."""
+    try:
+        return job()
+    except Exception as error:
+        traceback.print_exc()
+        message = one_line(traceback.format_exception_only(error)[-1])
+        part = SANITIZER if name in SANITIZERS else name
+        return {"summary": f"broken off: {message}"}, [Failure(name, message, f"lora-kernels check-gpu --parts {part}")]
+
+
+def _winners(timed: gpu.Timed) -> dict[str, str]:
+    """The fastest candidates, into CUDA graphs and outside of them."""
+    return {
+        problem: winner
+        for captured, kind in ((True, gpu.GRAPH), (False, gpu.EAGER))
+        for problem, winner in winners_of(
+            [result for timer, result in timed.results if timer == kind], captured=captured
+        ).items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------- environment
@@ -272,7 +308,7 @@ def tests_folder(given: str | None) -> Path:
     return Path(given) if given else Path(lk.__file__).resolve().parents[1] / "tests"
 
 
-def run_tests(machine: Machine, folder: Path, quick: bool, limit: float) -> tuple[dict[str, Any], list[Failure]]:
+def run_tests(machine: Machine, folder: Path, quick: bool, limit: float) -> Part:
     """pytest over ``test_gpu_*.py`` of ``folder``."""
     files = sorted(str(path) for path in folder.glob("test_gpu_*.py") if path.stem != "test_gpu_rehearsal")
     if not files:
@@ -330,7 +366,7 @@ def _schedules(output: str) -> dict[str, int]:
 # --------------------------------------------------------------------------------------------------- sanitizer
 
 
-def sanitize(machine: Machine, tool: str, limit: float) -> tuple[dict[str, Any], list[Failure]]:
+def sanitize(machine: Machine, tool: str, limit: float) -> Part:
     """``compute-sanitizer --tool <tool>`` over every kernel at small sizes."""
     sanitizer = machine.find("compute-sanitizer") or machine.find("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
@@ -355,7 +391,7 @@ def sanitize(machine: Machine, tool: str, limit: float) -> tuple[dict[str, Any],
     return report, [] if done.status == 0 else [Failure(tool, summary, repro)]
 
 
-def _left_out(reason: str) -> tuple[dict[str, Any], list[Failure]]:
+def _left_out(reason: str) -> Part:
     return {"summary": f"left out: {reason}"}, []
 
 
