@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -156,6 +157,18 @@ def test_what_processes_are_asked(options):
     assert tools["memcheck"][1]["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     assert "PYTORCH_NO_CUDA_MEMORY_CACHING" not in tools["racecheck"][1]
     assert not [c for c, _ in processes.commands if any(p in ("-r", "-pl", "-lgc", "-pm", "-ac") for p in c)]
+
+
+def test_clocks_are_read_of_the_card_that_is_tested(monkeypatch):
+    """Kills: nvidia-smi, which numbers every card of the machine, is asked by torch's number."""
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"0a1b-{device.index}")
+    )
+    processes = Processes()
+    second = dataclasses.replace(machine(processes), device=torch.device("cuda", 1))
+    assert check_gpu.clocks(second)["clocks.sm"] == "1980 MHz"
+    ((command, _),) = processes.commands
+    assert [part for part in command if "--id" in part] == ["--id=GPU-0a1b-1"]
 
 
 def test_a_quick_run_is_a_part_of_it(options, tiny):

@@ -294,8 +294,11 @@ def clocks(machine: Machine) -> dict[str, str]:
     tool = machine.find("nvidia-smi")
     if tool is None:
         return {}
-    index = [] if machine.device.index is None else [f"--id={machine.device.index}"]
-    done = machine.run([tool, f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader", *index], {}, 20.0)
+    card = []
+    if machine.device.type == "cuda":
+        # nvidia-smi numbers the cards of the machine, torch those that CUDA_VISIBLE_DEVICES leaves, in another order.
+        card = [f"--id=GPU-{torch.cuda.get_device_properties(machine.device).uuid}"]
+    done = machine.run([tool, f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader", *card], {}, 20.0)
     values = done.output.strip().splitlines()
     return dict(zip(_CLOCKS, values[0].split(", "))) if done.status == 0 and values else {}
 
