@@ -159,6 +159,21 @@ def test_what_processes_are_asked(options):
     assert not [c for c, _ in processes.commands if any(p in ("-r", "-pl", "-lgc", "-pm", "-ac") for p in c)]
 
 
+@pytest.mark.parametrize(
+    ("cores", "free", "workers"), [(16, 141, 10), (6, 141, 4), (16, 23.9, 3), (16, 4, 1), (1, 141, 1)]
+)
+def test_workers_are_as_many_as_cores_and_memory_allow(options, monkeypatch, cores, free, workers):
+    """Kills: workers are counted by cores alone, and run out of a small GPU's memory."""
+    pytest.importorskip("xdist")
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 0))
+    processes = Processes()
+    gpu_machine = dataclasses.replace(machine(processes), device=torch.device("cuda", 0))
+    check_gpu.run_tests(gpu_machine, Path(options.tests), False, 1.0)
+    ((command, _),) = processes.commands
+    assert command[command.index("-n") + 1] == str(workers)
+
+
 def test_clocks_are_read_of_the_card_that_is_tested(monkeypatch):
     """Kills: nvidia-smi, which numbers every card of the machine, is asked by torch's number."""
     monkeypatch.setattr(

@@ -47,6 +47,8 @@ TESTS, SANITIZER, BENCH = "tests", "sanitizer", "bench"
 PARTS = (TESTS, SANITIZER, BENCH)
 QUICK_TESTS = "leading_sizes or the_same_bits or captured_step or prefix_kv or verify"
 SANITIZERS = ("memcheck", "racecheck")
+MEMORY_OF_WORKER = 6 * 2**30
+"""Bytes of the GPU for a process of tests, with its CUDA context."""
 
 
 class Limits(NamedTuple):
@@ -323,7 +325,7 @@ def run_tests(machine: Machine, folder: Path, quick: bool, limit: float) -> Part
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", *files]
         command += ["-k", QUICK_TESTS] if quick else []
         if importlib.util.find_spec("xdist") is not None:
-            command += ["-n", str(max(1, min(10, (os.cpu_count() or 2) - 2))), "--dist", "worksteal"]
+            command += ["-n", str(_workers(machine.device)), "--dist", "worksteal"]
         done = machine.run(command, _importing(folder.parent), limit)
         counts, failures = _read_junit(results, folder)
     report: dict[str, Any] = {
@@ -337,6 +339,14 @@ def run_tests(machine: Machine, folder: Path, quick: bool, limit: float) -> Part
         failures.append(Failure("tests", f"pytest ended with status {done.status}: {_end(done.output)}", whole))
     report["summary"] = ", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {done.seconds:.0f} s"
     return report, failures
+
+
+def _workers(device: torch.device) -> int:
+    """pytest's processes: as many as cores and the GPU's free memory allow."""
+    most = min(10, (os.cpu_count() or 2) - 2)
+    if device.type == "cuda":
+        most = min(most, torch.cuda.mem_get_info(device)[0] // MEMORY_OF_WORKER)
+    return max(1, most)
 
 
 def _importing(root: Path) -> dict[str, str]:
