@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,6 +159,33 @@ def test_what_processes_are_asked(options):
     assert not [c for c, _ in processes.commands if any(p in ("-r", "-pl", "-lgc", "-pm", "-ac") for p in c)]
 
 
+@pytest.mark.parametrize(
+    ("cores", "free", "workers"), [(16, 141, 10), (6, 141, 4), (16, 23.9, 3), (16, 4, 1), (1, 141, 1)]
+)
+def test_workers_are_as_many_as_cores_and_memory_allow(options, monkeypatch, cores, free, workers):
+    """Kills: workers are counted by cores alone, and run out of a small GPU's memory."""
+    pytest.importorskip("xdist")
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 0))
+    processes = Processes()
+    gpu_machine = dataclasses.replace(machine(processes), device=torch.device("cuda", 0))
+    check_gpu.run_tests(gpu_machine, Path(options.tests), False, 1.0)
+    ((command, _),) = processes.commands
+    assert command[command.index("-n") + 1] == str(workers)
+
+
+def test_clocks_are_read_of_the_card_that_is_tested(monkeypatch):
+    """Kills: nvidia-smi, which numbers every card of the machine, is asked by torch's number."""
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"0a1b-{device.index}")
+    )
+    processes = Processes()
+    second = dataclasses.replace(machine(processes), device=torch.device("cuda", 1))
+    assert check_gpu.clocks(second)["clocks.sm"] == "1980 MHz"
+    ((command, _),) = processes.commands
+    assert [part for part in command if "--id" in part] == ["--id=GPU-0a1b-1"]
+
+
 def test_a_quick_run_is_a_part_of_it(options, tiny):
     options.quick = True
     processes = Processes()
@@ -192,6 +222,45 @@ def test_a_process_that_fails_is_a_failure(options, part, word, answer, message)
     (failure,) = written(options)["failures"]
     assert message in failure["message"]
     assert word in failure["repro"]
+
+
+def test_a_part_that_raises_is_a_failure_beside_what_the_others_found(options, tiny, monkeypatch):
+    """Kills: an error that nobody foresaw ends the command, and what had been found is lost."""
+
+    def breaks(*args, **options):
+        raise OSError("no space\nleft")
+
+    options.parts, options.quick = ["tests", "bench"], True
+    monkeypatch.setattr(check_gpu, "_read_junit", breaks)
+    assert check_gpu.check(machine(), options) == 1
+    found = written(options)
+    assert found["tests"]["summary"] == "broken off: OSError: no space left"
+    assert found["failures"] == [
+        {"what": "tests", "message": "OSError: no space left", "repro": "lora-kernels check-gpu --parts tests"}
+    ]
+    assert found["bench"]["results"]
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "run", breaks)
+    options.parts = ["tests", "bench"]
+    assert check_gpu.check(machine(), options) == 1
+    found = written(options)
+    assert found["tests"]["passed"] == 1
+    assert [failure["what"] for failure in found["failures"]] == ["bench"]
+
+
+def test_the_file_is_written_after_each_part(options, tiny, monkeypatch):
+    """Kills: who interrupts the benchmark loses what the tests had found."""
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    options.parts, options.quick = ["tests", "bench"], True
+    monkeypatch.setattr(gpu, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check_gpu.check(machine(Processes(junit=FAILED)), options)
+    found = written(options)
+    assert found["tests"]["failed"] == 1
+    assert [failure["message"] for failure in found["failures"]] == ["1 is not 2"]
 
 
 def test_what_is_not_there_is_left_out_with_the_reason(options, tmp_path):
@@ -468,6 +537,57 @@ def test_commands_end_in_time_and_return_what_they_printed():
     done = check_gpu.run_command([sys.executable, "-c", late], {}, 2.0)
     assert (done.status, done.output.strip()) == (None, "begun")
     assert done.seconds < 30
+
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def has_ended(pid):
+    """Or is a zombie, which some init has to collect."""
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_what_a_late_command_began_ends_with_it():
+    """Kills: the child alone is killed, and its own children go on using the GPU."""
+    done = check_gpu.run_command([sys.executable, "-c", PARENT], {}, 3.0)
+    assert done.status is None
+    assert wait_until(lambda: has_ended(int(done.output)))
+
+
+def test_an_interrupt_ends_commands_that_a_terminal_does_not_reach(options):
+    """Kills: Ctrl-C waits for commands, in sessions of their own, to run into their limit."""
+    options.parts, options.quick = ["tests"], True
+    begun = []
+
+    def interrupted(command, environment, limit):
+        if "pytest" not in command:
+            return check_gpu.Finished(0, SMI, 0.1)
+        begun.append(command)
+        return check_gpu.run_command([sys.executable, "-c", "import time; time.sleep(60)"], {}, 60.0)
+
+    def interrupt():
+        assert wait_until(lambda: check_gpu._running)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    start = time.monotonic()
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        check_gpu.check(machine(interrupted), options)
+    assert begun
+    assert time.monotonic() - start < 30
 
 
 # --------------------------------------------------------------------------------------------------------- launches

@@ -15,13 +15,15 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +47,8 @@ TESTS, SANITIZER, BENCH = "tests", "sanitizer", "bench"
 PARTS = (TESTS, SANITIZER, BENCH)
 QUICK_TESTS = "leading_sizes or the_same_bits or captured_step or prefix_kv or verify"
 SANITIZERS = ("memcheck", "racecheck")
+MEMORY_OF_WORKER = 6 * 2**30
+"""Bytes of the GPU for a process of tests, with its CUDA context."""
 
 
 class Limits(NamedTuple):
@@ -68,18 +72,39 @@ class Finished(NamedTuple):
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str], limit: float) -> Finished:
-    """Runs it with these variables added, for at most so many seconds."""
+    """Runs it with these variables added, for at most so many seconds, after which it and all that it began are killed:
+    a pytest worker that lives on, or the Python under ``compute-sanitizer``, would disturb what is timed next.
+    """
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, env={**os.environ, **environment}, timeout=limit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout or b""
-        text = output.decode(errors="replace") if isinstance(output, bytes) else output
-        return Finished(None, text, time.monotonic() - start)
-    return Finished(done.returncode, done.stdout, time.monotonic() - start)
+    with subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", stdin=subprocess.DEVNULL, start_new_session=True,
+    ) as process:  # fmt: skip
+        _running.add(process.pid)
+        try:
+            output, _ = process.communicate(timeout=limit)
+            status: int | None = process.returncode
+        except subprocess.TimeoutExpired:
+            _kill_group(process.pid)
+            output, status = process.communicate()[0], None
+        finally:
+            _running.discard(process.pid)
+    return Finished(status, output, time.monotonic() - start)
+
+
+_running: set[int] = set()
+"""Leaders of the process groups of commands; a terminal's Ctrl-C does not reach those."""
+
+
+def kill_commands() -> None:
+    """Ends every command of ``run_command`` that has not ended, with what it began."""
+    for leader in tuple(_running):
+        _kill_group(leader)
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -134,18 +159,41 @@ def run(options: argparse.Namespace) -> int:
     return check(this_machine(), options)
 
 
+Part = tuple[dict[str, Any], list[Failure]]
+"""What a part found, and what of it failed."""
+
+
 def check(machine: Machine, options: argparse.Namespace) -> int:
-    """Everything, on ``machine``; the exit status."""
+    """Everything, on ``machine``; the exit status. The file is written after each part, so that none is lost with a
+    later one.
+    """
     start = time.monotonic()
     limits = QUICK if options.quick else FULL
     parts = [BENCH] if options.only else options.parts
+    planned: list[gpu.Planned] = []
     if BENCH in parts:
         require("peft", "check-gpu, which compares with stock PEFT,")
+        planned = list(gpu.selected(gpu.plan(machine.device, options.quick and not options.only), options.only))
+        if not planned:
+            raise CliError(f"--only {options.only!r}: no case has that in its name")
     report: dict[str, Any] = {"environment": environment(machine), "quick": options.quick}
     failures: list[Failure] = []
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     _say_heading(report["environment"])
 
-    jobs: dict[str, Callable[[], tuple[dict[str, Any], list[Failure]]]] = {}
+    def add(name: str, part: Part) -> None:
+        report[name], found = part
+        failures.extend(found)
+        write()
+
+    def write() -> None:
+        report["failures"] = [failure._asdict() for failure in failures]
+        report["seconds"] = round(time.monotonic() - start, 1)
+        out.write_text(json.dumps(report, indent=1) + "\n")
+
+    write()
+    jobs: dict[str, Callable[[], Part]] = {}
     if TESTS in parts:
         jobs[TESTS] = lambda: run_tests(machine, tests_folder(options.tests), options.quick, limits.checks)
     if SANITIZER in parts:
@@ -154,38 +202,54 @@ def check(machine: Machine, options: argparse.Namespace) -> int:
     if jobs:
         print(f"running {', '.join(jobs)}, for {limits.checks:.0f} s at most", flush=True)
     with ThreadPoolExecutor(max_workers=max(1, len(jobs))) as pool:
-        for name, future in [(name, pool.submit(job)) for name, job in jobs.items()]:
-            report[name], found = future.result()
-            failures += found
-            print(f"{name}: {report[name].get('summary', '')}", flush=True)
+        running = {pool.submit(_or_failure, name, job): name for name, job in jobs.items()}
+        try:
+            for future in as_completed(running):
+                name = running[future]
+                add(name, future.result())
+                print(f"{name}: {report[name].get('summary', '')}", flush=True)
+        except KeyboardInterrupt:
+            kill_commands()
+            raise
     if BENCH in parts:
-        planned = list(gpu.selected(gpu.plan(machine.device, options.quick and not options.only), options.only))
-        if not planned:
-            raise CliError(f"--only {options.only!r}: no case has that in its name")
-        timed = gpu.run(
-            machine.device, machine.timers, planned, lambda: time.monotonic() - start < limits.all,
-            rounds=gpu.QUICK_ROUNDS if options.quick else gpu.ROUNDS, speeds=machine.speeds,
-            say=lambda line: print(line, flush=True),
-        )  # fmt: skip
-        report[BENCH] = timed.as_json()
-        failures += timed.failures
-        report["environment"]["clocks after"] = clocks(machine)
-        report["winners"] = {
-            problem: winner
-            for captured, kind in ((True, gpu.GRAPH), (False, gpu.EAGER))
-            for problem, winner in winners_of(
-                [result for timer, result in timed.results if timer == kind], captured=captured
-            ).items()
-        }
-        if options.write_winners:
+
+        def bench() -> Part:
+            timed = gpu.run(
+                machine.device, machine.timers, planned, lambda: time.monotonic() - start < limits.all,
+                rounds=gpu.QUICK_ROUNDS if options.quick else gpu.ROUNDS, speeds=machine.speeds,
+                say=lambda line: print(line, flush=True),
+            )  # fmt: skip
+            report["environment"]["clocks after"] = clocks(machine)
+            report["winners"] = _winners(timed)
+            return timed.as_json(), timed.failures
+
+        add(BENCH, _or_failure(BENCH, bench))
+        if options.write_winners and "winners" in report:
             print(f"wrote {machine.remember(machine.device, report['winners'])}")
-    report["failures"] = [failure._asdict() for failure in failures]
-    report["seconds"] = round(time.monotonic() - start, 1)
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
     _say_end(report, failures, out)
     return 1 if failures else 0
+
+
+def _or_failure(name: str, job: Callable[[], Part]) -> Part:
+    """What a part finds; an error that nobody foresaw is a failure of that part alone."""
+    try:
+        return job()
+    except Exception as error:
+        traceback.print_exc()
+        message = one_line(traceback.format_exception_only(error)[-1])
+        part = SANITIZER if name in SANITIZERS else name
+        return {"summary": f"broken off: {message}"}, [Failure(name, message, f"lora-kernels check-gpu --parts {part}")]
+
+
+def _winners(timed: gpu.Timed) -> dict[str, str]:
+    """The fastest candidates, into CUDA graphs and outside of them."""
+    return {
+        problem: winner
+        for captured, kind in ((True, gpu.GRAPH), (False, gpu.EAGER))
+        for problem, winner in winners_of(
+            [result for timer, result in timed.results if timer == kind], captured=captured
+        ).items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------- environment
@@ -232,8 +296,11 @@ def clocks(machine: Machine) -> dict[str, str]:
     tool = machine.find("nvidia-smi")
     if tool is None:
         return {}
-    index = [] if machine.device.index is None else [f"--id={machine.device.index}"]
-    done = machine.run([tool, f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader", *index], {}, 20.0)
+    card = []
+    if machine.device.type == "cuda":
+        # nvidia-smi numbers the cards of the machine, torch those that CUDA_VISIBLE_DEVICES leaves, in another order.
+        card = [f"--id=GPU-{torch.cuda.get_device_properties(machine.device).uuid}"]
+    done = machine.run([tool, f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader", *card], {}, 20.0)
     values = done.output.strip().splitlines()
     return dict(zip(_CLOCKS, values[0].split(", "))) if done.status == 0 and values else {}
 
@@ -246,7 +313,7 @@ def tests_folder(given: str | None) -> Path:
     return Path(given) if given else Path(lk.__file__).resolve().parents[1] / "tests"
 
 
-def run_tests(machine: Machine, folder: Path, quick: bool, limit: float) -> tuple[dict[str, Any], list[Failure]]:
+def run_tests(machine: Machine, folder: Path, quick: bool, limit: float) -> Part:
     """pytest over ``test_gpu_*.py`` of ``folder``."""
     files = sorted(str(path) for path in folder.glob("test_gpu_*.py") if path.stem != "test_gpu_rehearsal")
     if not files:
@@ -258,7 +325,7 @@ def run_tests(machine: Machine, folder: Path, quick: bool, limit: float) -> tupl
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", *files]
         command += ["-k", QUICK_TESTS] if quick else []
         if importlib.util.find_spec("xdist") is not None:
-            command += ["-n", str(max(1, min(10, (os.cpu_count() or 2) - 2))), "--dist", "worksteal"]
+            command += ["-n", str(_workers(machine.device)), "--dist", "worksteal"]
         done = machine.run(command, _importing(folder.parent), limit)
         counts, failures = _read_junit(results, folder)
     report: dict[str, Any] = {
@@ -272,6 +339,14 @@ def run_tests(machine: Machine, folder: Path, quick: bool, limit: float) -> tupl
         failures.append(Failure("tests", f"pytest ended with status {done.status}: {_end(done.output)}", whole))
     report["summary"] = ", ".join(f"{count} {name}" for name, count in counts.items()) + f" in {done.seconds:.0f} s"
     return report, failures
+
+
+def _workers(device: torch.device) -> int:
+    """pytest's processes: as many as cores and the GPU's free memory allow."""
+    most = min(10, (os.cpu_count() or 2) - 2)
+    if device.type == "cuda":
+        most = min(most, torch.cuda.mem_get_info(device)[0] // MEMORY_OF_WORKER)
+    return max(1, most)
 
 
 def _importing(root: Path) -> dict[str, str]:
@@ -304,7 +379,7 @@ def _schedules(output: str) -> dict[str, int]:
 # --------------------------------------------------------------------------------------------------- sanitizer
 
 
-def sanitize(machine: Machine, tool: str, limit: float) -> tuple[dict[str, Any], list[Failure]]:
+def sanitize(machine: Machine, tool: str, limit: float) -> Part:
     """``compute-sanitizer --tool <tool>`` over every kernel at small sizes."""
     sanitizer = machine.find("compute-sanitizer") or machine.find("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
@@ -329,7 +404,7 @@ def sanitize(machine: Machine, tool: str, limit: float) -> tuple[dict[str, Any],
     return report, [] if done.status == 0 else [Failure(tool, summary, repro)]
 
 
-def _left_out(reason: str) -> tuple[dict[str, Any], list[Failure]]:
+def _left_out(reason: str) -> Part:
     return {"summary": f"left out: {reason}"}, []
 
 
