@@ -164,5 +164,5 @@ def test_tiles_that_run_together_share_rows_and_columns(m, n):
     assert read <= 1.5 * squares
 
 
-def test_counters_hold_the_ticket_and_a_flag_per_block_of_rows():
-    assert config(8192, 4096)["counters"] == 1 + 8192 // 128
+def test_counters_hold_a_flag_per_block_of_rows():
+    assert config(8192, 4096)["counters"] == 2 + 8192 // 128

@@ -77,7 +77,7 @@ inline void plan_tickets(int64_t m, int64_t n, int64_t rank, LoraLinearConfig& c
   const int64_t shrink_columns = config.key.schedule == Schedule::kTicketed ? blocks_of(rank, config.key.rank_tile) : 0;
   config.blocks = rows * (shrink_columns + blocks_of(n, tile.columns));
   config.group_rows = static_cast<int>(std::clamp<int64_t>(rows, 1, kGroupRows / tile.rows));
-  config.counters = 1 + rows;
+  config.counters = 2 + rows;
 }
 
 // What dual, decode and shrink share: blocks that need no other's s. The depth k is split while SMs are idle.

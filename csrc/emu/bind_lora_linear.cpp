@@ -122,7 +122,7 @@ py::dict to_python(const LoraLaunch& launch) {
   d["lora_A"] = address(launch.a);
   d["lora_B"] = address(launch.b);
   d["counters"] = address(launch.counters);
-  d["counter_words"] = launch.counter_words;
+  d["counters_were_zero"] = launch.counters_were_zero;
   d["stream"] = address(launch.stream);
   d["report"] = launch.report;
   return d;

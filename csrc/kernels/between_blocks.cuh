@@ -5,20 +5,22 @@
 
 namespace lk {
 
-// Whether this block is the last of `expected` to arrive; then it sees what the others have written. All threads call
-// it. `smem` is a word that is free before, and again after the next barrier.
+// Whether this block is the last of `expected` to arrive; then it sees what the others have written, and the counter is
+// zero again. All threads call it. `smem` is a word that is free before, and again after the next barrier.
 LK_DEVICE bool arrive_last(uint32_t* counter, int expected, uint32_t smem) {
   sync_block();
   if (thread_index() == 0) {
     const uint32_t before = atomic_add_acquire_release(counter, 1);
-    store_shared_4(smem, before + 1 == static_cast<uint32_t>(expected) ? 1 : 0);
+    const bool is_last = before + 1 == static_cast<uint32_t>(expected);
+    if (is_last) store_global(counter, 0u);
+    store_shared_4(smem, is_last ? 1 : 0);
   }
   sync_block();
   return load_shared_4(smem) != 0;
 }
 
 // Counters of a launch.
-constexpr int kTicketCounter = 0, kFirstFlag = 1;
+constexpr int kTicketCounter = 0, kDoneCounter = 1, kFirstFlag = 2;
 
 // A piece of work: shrink tile or base tile number `column` of row block `row`.
 struct WorkItem {
@@ -55,6 +57,14 @@ LK_DEVICE void acquire_work(uint32_t* counters, uint32_t smem, const Work& work)
 LK_DEVICE WorkItem current_work(uint32_t smem) {
   const Vec16 v = load_shared_16(smem);
   return {v.word[2] != 0, static_cast<int>(v.word[0]), static_cast<int>(v.word[1])};
+}
+
+// The block has done its work. The last one makes the counters fit for the next launch.
+LK_DEVICE void release_work(uint32_t* counters, int flags) {
+  if (thread_index() != 0) return;
+  const uint32_t done = atomic_add_acquire_release(counters + kDoneCounter, 1);
+  if (done + 1 != static_cast<uint32_t>(block_count())) return;
+  for (int i = 0; i < kFirstFlag + flags; ++i) store_global(counters + i, 0u);
 }
 
 }  // namespace lk

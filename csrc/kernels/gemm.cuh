@@ -4,7 +4,8 @@
 // Glossary. P, Q: the operands of M and of N rows (a and b are LoRA's). Stage: kDepth of both in shared memory; kStages
 // of them rotate. Prologue: the loads before the loop; epilogue: what becomes of accumulators (store.cuh,
 // lora_branch.cuh). Side task: what a loop does with a stage besides the product (NoSideTask). Chunk: 16 bytes, the
-// unit of copies, of ldmatrix and of the swizzle (tile.h). Tile scheduler: tickets, acquire_work (between_blocks.cuh).
+// unit of copies, of ldmatrix and of the swizzle (tile.h). Tile scheduler: tickets, acquire_work, release_work
+// (between_blocks.cuh).
 #pragma once
 
 #include "main_loop.cuh"

@@ -7,7 +7,7 @@
 // blocks start in. Column-0: there are no shrink tiles; the base tiles of column 0 compute s beside y.
 //
 // Where what happens to one tile is:
-// - between_blocks.cuh: which tile a block computes (tickets), and where the flags between blocks are;
+// - between_blocks.cuh: which tile a block computes (tickets), how the last block cleans up, flags between blocks;
 // - lora_linear.cuh: shrink and base tiles, and what the forward and the gradient of x do differently (*Roles);
 // - operand.cuh: x, w, a and b from memory to shared memory (walks and chunks) and from there to fragments;
 // - formats/: operands that are decoded on the way, as fp32 adapters are;
@@ -209,6 +209,7 @@ struct LoraLinear {
     } else {
       base_tile(p, smem);
     }
+    release_work(p.counters, ceil_div(p.m, kM));
   }
 
  private:

@@ -185,8 +185,13 @@ class RowWalk {
       const int64_t beyond = row < rows ? row - first : 0;
       // Never negative: rows past the end begin again at this thread's first. Known to fit in 32 bits as a count of
       // chunks, an offset takes one register of the main loop, not two.
-      const auto bytes = static_cast<uint64_t>(beyond * m.stride * element_bytes);
-      offset_[i - 1] = kAligned ? static_cast<uint32_t>(bytes / kChunkBytes) * uint64_t{kChunkBytes} : bytes;
+      if constexpr (kAligned) {
+        constexpr uint64_t kUnit = kChunkBytes;
+        offset_[i - 1] =
+            static_cast<uint32_t>(static_cast<uint64_t>(beyond * m.stride * element_bytes) / kUnit) * kUnit;
+      } else {
+        offset_[i - 1] = static_cast<uint64_t>(beyond * m.stride * element_bytes);
+      }
     }
   }
 

@@ -103,7 +103,7 @@ inline LoraForwardConfig lora_forward_config(const LoraProblem& p, const DeviceL
   return config;
 }
 
-// config.launch.counters words that are zero, and config.launch.partials floats; cublas' second launch takes none.
+// config.counters words that are zero, and config.partials floats.
 struct LoraWorkspace {
   uint32_t* counters;
   float* partials;
@@ -152,8 +152,8 @@ inline LoraBackwardConfig lora_backward_config(const LoraBackwardProblem& p, con
                               uses_cublas(f, f.k(), p.access(), false, device, wanted));
 }
 
-// counters: those of the first launch, then of dA's and dB's; cublas' second launch takes none. grad_s: s' = dY B,
-// [m, rank] of x's type, which the first launch leaves for the last, as it does config.partial_grad_b floats.
+// counters: those of the first launch, then of dA's and dB's. grad_s: s' = dY B, [m, rank] of x's type, which the first
+// launch leaves for the second, as it does config.partial_grad_b floats.
 struct LoraBackwardWorkspace {
   uint32_t* counters;
   void* grad_s;

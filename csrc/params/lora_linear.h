@@ -25,8 +25,8 @@ struct LoraLinearParams {
   uint32_t dropout_threshold;
   float dropout_scale;
   const int64_t* seed;  // null: no dropout
-  // Zero before the launch, and no other launch's. Ticketed and column-0: tickets drawn, then one flag per block of
-  // rows. Dual, decode and shrink, where splits > 1: one per tile.
+  // Zero before the launch and again after it. Ticketed and column-0: tickets drawn, blocks done, then one flag per
+  // block of rows. Dual and decode, where splits > 1: one per tile.
   uint32_t* counters;
   int32_t group_rows;  // blocks of rows whose tiles are drawn together
   // Dual, decode and shrink: the depth is cut into `splits` parts of split_depth.
@@ -55,7 +55,7 @@ struct LoraGradsParams {
   const int64_t* seed;          // null: no dropout
   int32_t splits, split_rows;   // the rows are cut into `splits` parts of split_rows
   float* partials;              // null if splits is 1
-  uint32_t* counters;           // one per tile, zero before the launch, and no other launch's
+  uint32_t* counters;           // one per tile, zero before the launch and again after it
   const float* partial_grad_b;  // [parts_of_grad_b, n, 16]: dB is scaling · their sum; null: dB is computed here
   int32_t parts_of_grad_b;
 };
