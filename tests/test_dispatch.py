@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk
 from lora_kernels import _native, dispatch
+from lora_kernels.ops import lora_linear
 from lora_kernels.support import cuda as _cuda
 
 
@@ -227,6 +228,29 @@ def test_backward_runs_on_the_backend_of_the_forward():
         y = lk.lora_linear(x, weight, A.requires_grad_(), B)
     y.sum().backward()
     assert lk.stats()["served"] == {("lora_linear", "reference"): 1, ("lora_linear_backward", "reference"): 1}
+
+
+@pytest.mark.parametrize("schedule", ["one launch", "cublas"])
+def test_backward_takes_the_schedule_of_the_forward(monkeypatch, schedule):
+    """Kills: the thread in which autograd runs knows nothing of ``use_schedule``."""
+    pretend_gpu(monkeypatch)
+    verdicts = []
+
+    def run_backward(*args):
+        verdicts.append(lora_linear.BACKWARD.kernels["cuda"].supports(*args))
+        return lora_linear.BACKWARD.reference(*args)
+
+    monkeypatch.setattr(lora_linear, "_run_backward", run_backward)
+    x, weight, A, B = tensors(torch.bfloat16)
+    with _cuda.use_schedule(schedule):
+        y = lk.lora_linear(x, weight, A.requires_grad_(), B)
+        thread = threading.Thread(target=y.sum().backward)
+        thread.start()
+        thread.join()
+    lk.lora_linear(x, weight, A, B).sum().backward()
+    asked, unasked = verdicts
+    assert asked.schedule == schedule
+    assert unasked == _cuda.TENSOR_CORES
 
 
 def test_a_forced_backend_that_cannot_serve_raises_with_the_reason():
