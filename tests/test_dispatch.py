@@ -109,11 +109,10 @@ def extension(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
         monkeypatch.setattr(_cuda, "capability", lambda device: (8, 0))
-        _native.cuda_problem.cache_clear()
+        monkeypatch.setattr(_native, "_found", {})
         return asked
 
-    yield load
-    _native.cuda_problem.cache_clear()
+    return load
 
 
 def every_cuda_verdict():
@@ -157,6 +156,17 @@ def test_no_cuda_kernel_runs_where_the_extension_does_not(extension, problem):
     assert not status.available
     assert str(KINDS[problem]) in status.detail
     assert "what CUDA says" in status.detail
+
+
+@pytest.mark.parametrize(("problem", "served"), [("other", True), ("driver", False), ("architecture", False)])
+def test_an_error_of_cuda_that_may_pass_is_asked_about_again(extension, monkeypatch, problem, served):
+    """Kills: memory that was exhausted at the first call turns CUDA off for as long as the process lives."""
+    asked = extension(problem)
+    every_cuda_verdict()
+    monkeypatch.setattr(_native.cuda, "usable", lambda: ("", ""))
+    serving = [verdict.schedule is not None for verdict in every_cuda_verdict().values()]
+    assert set(serving) == {served}
+    assert (len(asked) == 1) == (problem != "other"), "what stays so is asked once"
 
 
 @pytest.mark.skipif(_native.cuda is None, reason=f"lora_kernels._cuda: {_native.cuda_error}")
