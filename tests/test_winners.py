@@ -102,6 +102,21 @@ def test_the_file_names_the_device_and_keeps_what_others_wrote(gpu):
     assert json.loads(path.read_text()) == {FORWARD: "triton", BACKWARD: "cuda, cublas"}
 
 
+@pytest.mark.parametrize("later", ["torch", "triton", "no triton"])
+def test_other_versions_have_winners_of_their_own(gpu, monkeypatch, later):
+    """Kills: what was fastest with an earlier cuBLAS, or Triton, is taken for what is."""
+    winners.remember(META, {FORWARD: "cuda, cublas"})
+    assert verdicts()[0].schedule == "cublas"
+    if later == "torch":
+        monkeypatch.setattr(torch, "__version__", "99.1.0+cu999")
+    elif later == "triton":
+        monkeypatch.setattr(triton, "version", lambda: (99, 1))
+    else:
+        monkeypatch.setattr(triton, "is_installed", lambda: False)
+    winners.known.cache_clear()
+    assert verdicts()[0] == cuda.TENSOR_CORES
+
+
 def test_who_writes_at_once_loses_nothing(gpu, monkeypatch):
     """Kills: two read the file before either has written it, and the later one drops what the earlier one added."""
     right, names = measured.read, [f"{FORWARD} {i}" for i in range(4)]
