@@ -47,6 +47,9 @@ ISA_FLAGS = {  # of x86 alone
 }
 
 
+NO_CUDA_HINT = " (set LORA_KERNELS_CUDA=0 to build without CUDA)"
+
+
 def find_nvcc() -> tuple[Path | None, str]:
     """The CUDA toolkit to build with, or why there is none."""
     wanted = os.environ.get("LORA_KERNELS_CUDA", "")
@@ -98,12 +101,18 @@ def read_archs(arch_list: str) -> list[Arch]:
 def offered_archs(cuda_home: Path) -> set[int]:
     """What the toolkit's nvcc compiles for."""
     command = [str(cuda_home / "bin" / "nvcc"), "--list-gpu-arch"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    try:
+        listed = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "output", None) or "").strip()
+        raise SystemExit(f"{' '.join(command)} failed{NO_CUDA_HINT}: {error}" + f"\n{said}" * bool(said)) from None
     return {int(number) for number in re.findall(r"compute_(\d+)\b", listed)}
 
 
 def buildable(wanted: list[Arch], offered: set[int]) -> tuple[list[Arch], list[Arch]]:
-    """(what to build, what to leave out). GPUs later than the toolkit still run PTX, if any was wanted."""
+    """(what to build, what to leave out). Where PTX is left out, that of the newest to build stands in: GPUs later than
+    the toolkit run it, if it is not of a kind that one GPU alone has (9.0a), or one family (10.0f).
+    """
     kept = [arch for arch in wanted if arch.family in offered and arch.family >= OLDEST_ARCH]
     left_out = [arch for arch in wanted if arch not in kept]
     if not kept:
@@ -112,9 +121,13 @@ def buildable(wanted: list[Arch], offered: set[int]) -> tuple[list[Arch], list[A
             f"TORCH_CUDA_ARCH_LIST: nothing can be built for {' '.join(map(str, wanted))}; "
             f"this nvcc can build the kernels for {' '.join(possible) or 'nothing'}"
         )
-    if any(arch.ptx for arch in left_out) and not any(arch.ptx for arch in kept):
-        newest = max(kept, key=lambda arch: arch.family)
-        kept[kept.index(newest)] = newest._replace(ptx=True)
+    if any(arch.ptx for arch in left_out):
+        portable = [arch for arch in kept if arch.number.isdigit()]
+        if portable:
+            newest = max(portable, key=lambda arch: arch.family)
+            kept[kept.index(newest)] = newest._replace(ptx=True)
+        else:
+            kept.append(Arch(str(max(arch.family for arch in kept)), True))
     return kept, left_out
 
 
@@ -195,7 +208,7 @@ class NinjaBuild(build_ext):
         (build_dir / "build.ninja").write_text(self.ninja_file(ext, target))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.call([str(Path(ninja.BIN_DIR) / "ninja"), *jobs], cwd=build_dir) != 0:
-            hint = " (set LORA_KERNELS_CUDA=0 to build without CUDA)" if ext.name.endswith("_cuda") else ""
+            hint = NO_CUDA_HINT if ext.name.endswith("_cuda") else ""
             raise SystemExit(f"building {ext.name} failed{hint}")
         if ext.name.endswith("_cuda"):
             self.check_resources(build_dir, target)

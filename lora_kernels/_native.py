@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 from typing import Any
@@ -33,16 +32,25 @@ _CUDA_PROBLEMS = {
 """By what ``lora_kernels._cuda.usable`` calls them."""
 
 
-@functools.cache
+_found: dict[torch.device, tuple[Reason, str] | None] = {}
+"""What ``cuda_problem`` found of a device, where that stays so."""
+
+
 def cuda_problem(device: torch.device) -> tuple[Reason, str] | None:
     """Why ``lora_kernels._cuda``, which is loaded, does not run on a GPU, and what CUDA says; None if it does.
 
     torch works there; but the extension may want a newer driver than torch does, and is compiled for the architectures
     that its builder chose. CUDA is asked once per device, for one kernel: all are compiled for the same architectures.
+    After another error, as that memory is exhausted, it is asked again.
     """
+    if device in _found:
+        return _found[device]
     with torch.cuda.device(device):
         problem, detail = cuda.usable()
-    return (_CUDA_PROBLEMS[problem], detail) if problem else None
+    found = (_CUDA_PROBLEMS[problem], detail) if problem else None
+    if problem != "other":
+        _found[device] = found
+    return found
 
 
 def build_info() -> dict[str, str]:

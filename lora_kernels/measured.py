@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,12 +35,16 @@ def read(path: Path, what: str, parse: Callable[[Any], Value]) -> dict[str, Valu
 
 
 def write(path: Path, what: str, entries: Mapping[str, Value], parse: Callable[[Any], Value]) -> None:
-    """Replaces the file in one step, keeping what other processes have put there."""
+    """Replaces the file in one step, keeping what other processes have put there; a warning where that fails."""
+    partial = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**read(path, what, parse), **entries}, indent=1)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+            try:
+                partial.write_text(json.dumps({**read(path, what, parse), **entries}, indent=1))
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(f"lora_kernels: {what} are not remembered: {error}", stacklevel=2)

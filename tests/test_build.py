@@ -185,6 +185,21 @@ else:
     return folder
 
 
+@pytest.mark.parametrize("broken", ["it fails", "it cannot be run"])
+def test_an_nvcc_that_does_not_run_is_an_error_with_the_way_round_it(tmp_path, broken):
+    """Kills: a traceback of subprocess, from every command of setup.py, also from one that builds nothing."""
+    home = toolkit(tmp_path, ())
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho no libraries >&2\nexit 7\n")
+    if broken == "it cannot be run":
+        nvcc.write_text("#!/no/such/interpreter\n")
+    with pytest.raises(SystemExit) as stopped:
+        setup_script.load().offered_archs(home)
+    assert str(nvcc) in str(stopped.value)
+    assert "set LORA_KERNELS_CUDA=0" in str(stopped.value)
+    assert ("no libraries" in str(stopped.value)) == (broken == "it fails")
+
+
 CUDA_12_0 = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90)
 CUDA_12_9 = (*CUDA_12_0, 100, 101, 103, 120, 121)
 
@@ -199,6 +214,9 @@ CUDA_12_9 = (*CUDA_12_0, 100, 101, 103, 120, 121)
         (CUDA_12_0, "8.0+PTX 12.0+PTX", "8.0+PTX", "12.0+PTX"),
         (CUDA_12_0, "9.0 8.0 12.0", "9.0 8.0", "12.0"),
         (CUDA_12_0, "9.0 8.0 12.0+PTX", "9.0+PTX 8.0", "12.0+PTX"),
+        (CUDA_12_0, "8.0+PTX 9.0 10.0+PTX", "8.0+PTX 9.0+PTX", "10.0+PTX"),
+        (CUDA_12_0, "8.0 8.6 9.0a 10.0+PTX", "8.0 8.6+PTX 9.0a", "10.0+PTX"),
+        (CUDA_12_0, "9.0a+PTX 10.0+PTX", "9.0a+PTX 9.0+PTX", "10.0+PTX"),
         (CUDA_12_9, "7.5 8.0 12.0+PTX", "8.0 12.0+PTX", "7.5"),  # an image's, which is also for a T4
     ],
 )

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk
 from lora_kernels import _native, dispatch
+from lora_kernels.ops import lora_linear
 from lora_kernels.support import cuda as _cuda
 
 
@@ -108,11 +109,10 @@ def extension(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
         monkeypatch.setattr(_cuda, "capability", lambda device: (8, 0))
-        _native.cuda_problem.cache_clear()
+        monkeypatch.setattr(_native, "_found", {})
         return asked
 
-    yield load
-    _native.cuda_problem.cache_clear()
+    return load
 
 
 def every_cuda_verdict():
@@ -156,6 +156,17 @@ def test_no_cuda_kernel_runs_where_the_extension_does_not(extension, problem):
     assert not status.available
     assert str(KINDS[problem]) in status.detail
     assert "what CUDA says" in status.detail
+
+
+@pytest.mark.parametrize(("problem", "served"), [("other", True), ("driver", False), ("architecture", False)])
+def test_an_error_of_cuda_that_may_pass_is_asked_about_again(extension, monkeypatch, problem, served):
+    """Kills: memory that was exhausted at the first call turns CUDA off for as long as the process lives."""
+    asked = extension(problem)
+    every_cuda_verdict()
+    monkeypatch.setattr(_native.cuda, "usable", lambda: ("", ""))
+    serving = [verdict.schedule is not None for verdict in every_cuda_verdict().values()]
+    assert set(serving) == {served}
+    assert (len(asked) == 1) == (problem != "other"), "what stays so is asked once"
 
 
 @pytest.mark.skipif(_native.cuda is None, reason=f"lora_kernels._cuda: {_native.cuda_error}")
@@ -227,6 +238,29 @@ def test_backward_runs_on_the_backend_of_the_forward():
         y = lk.lora_linear(x, weight, A.requires_grad_(), B)
     y.sum().backward()
     assert lk.stats()["served"] == {("lora_linear", "reference"): 1, ("lora_linear_backward", "reference"): 1}
+
+
+@pytest.mark.parametrize("schedule", ["one launch", "cublas"])
+def test_backward_takes_the_schedule_of_the_forward(monkeypatch, schedule):
+    """Kills: the thread in which autograd runs knows nothing of ``use_schedule``."""
+    pretend_gpu(monkeypatch)
+    verdicts = []
+
+    def run_backward(*args):
+        verdicts.append(lora_linear.BACKWARD.kernels["cuda"].supports(*args))
+        return lora_linear.BACKWARD.reference(*args)
+
+    monkeypatch.setattr(lora_linear, "_run_backward", run_backward)
+    x, weight, A, B = tensors(torch.bfloat16)
+    with _cuda.use_schedule(schedule):
+        y = lk.lora_linear(x, weight, A.requires_grad_(), B)
+        thread = threading.Thread(target=y.sum().backward)
+        thread.start()
+        thread.join()
+    lk.lora_linear(x, weight, A, B).sum().backward()
+    asked, unasked = verdicts
+    assert asked.schedule == schedule
+    assert unasked == _cuda.TENSOR_CORES
 
 
 def test_a_forced_backend_that_cannot_serve_raises_with_the_reason():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from pretended_gpu import pretend_gpu
 
 import lora_kernels as lk
-from lora_kernels import dispatch
+from lora_kernels import dispatch, measured
 from lora_kernels.benchmarks.cases import Result
 from lora_kernels.benchmarks.measure import Ratio
 from lora_kernels.benchmarks.winners import winners_of
@@ -97,6 +100,55 @@ def test_the_file_names_the_device_and_keeps_what_others_wrote(gpu):
     assert "winners-GPU-of-this-test-" in path.name
     winners.remember(META, {BACKWARD: "cuda, cublas"})
     assert json.loads(path.read_text()) == {FORWARD: "triton", BACKWARD: "cuda, cublas"}
+
+
+@pytest.mark.parametrize("later", ["torch", "triton", "no triton"])
+def test_other_versions_have_winners_of_their_own(gpu, monkeypatch, later):
+    """Kills: what was fastest with an earlier cuBLAS, or Triton, is taken for what is."""
+    winners.remember(META, {FORWARD: "cuda, cublas"})
+    assert verdicts()[0].schedule == "cublas"
+    if later == "torch":
+        monkeypatch.setattr(torch, "__version__", "99.1.0+cu999")
+    elif later == "triton":
+        monkeypatch.setattr(triton, "version", lambda: (99, 1))
+    else:
+        monkeypatch.setattr(triton, "is_installed", lambda: False)
+    winners.known.cache_clear()
+    assert verdicts()[0] == cuda.TENSOR_CORES
+
+
+def test_who_writes_at_once_loses_nothing(gpu, monkeypatch):
+    """Kills: two read the file before either has written it, and the later one drops what the earlier one added."""
+    right, names = measured.read, [f"{FORWARD} {i}" for i in range(4)]
+
+    def slow_read(*args):
+        found = right(*args)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(measured, "read", slow_read)
+    path = winners.path(META)
+    writers = [threading.Thread(target=winners.remember, args=(META, {name: "triton"})) for name in names]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert json.loads(path.read_text()) == dict.fromkeys(names, "triton")
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(gpu, monkeypatch):
+    """Kills: every failure leaves a temporary file behind."""
+    path = winners.remember(META, {FORWARD: "triton"})
+    before = {file.name for file in path.parent.iterdir()}
+
+    def fails(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.warns(UserWarning, match="winners are not remembered: no space left"):
+        winners.remember(META, {BACKWARD: "triton"})
+    assert {file.name for file in path.parent.iterdir()} == before
+    assert json.loads(path.read_text()) == {FORWARD: "triton"}
 
 
 def test_a_file_of_something_else_is_ignored_with_a_warning(gpu):

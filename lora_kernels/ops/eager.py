@@ -7,6 +7,7 @@ gradients are formed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from torch.compiler import is_compiling
 from .. import dispatch
 from ..plain import refuse_transforms
 from ..spec import OpSpec
+from ..support import cuda
 
 
 class EagerFunction(torch.autograd.Function):
@@ -63,22 +65,28 @@ def forward(ctx: Any, spec: OpSpec, args: tuple, save: Callable[[Any, tuple, Any
     output = dispatch.run(spec, *args)
     save(ctx, args, output)
     ctx.forced_backend = dispatch.forced_backend()
+    ctx.cuda_schedule = cuda.asked_schedule()
     return output
 
 
 def backward(gradients: Callable[..., tuple]) -> Callable[..., tuple]:
-    """A decorator for a Function's backward ``(ctx, *grads)``: once differentiable, and by the backend that the forward
-    was asked to take. Backward may run in another thread, or after ``with use_backend(...)`` has ended.
+    """A decorator for a Function's backward ``(ctx, *grads)``: once differentiable, and by the backend and the schedule
+    that the forward was asked to take. Backward may run in another thread, or after ``with use_backend(...)`` has
+    ended.
     """
 
     @functools.wraps(gradients)
-    def on_its_backend(ctx: Any, *grads: Tensor | None) -> tuple:
-        if ctx.forced_backend is None:
+    def as_forward_was(ctx: Any, *grads: Tensor | None) -> tuple:
+        if ctx.forced_backend is None and ctx.cuda_schedule is None:
             return gradients(ctx, *grads)
-        with dispatch.use_backend(ctx.forced_backend):
+        with contextlib.ExitStack() as asked:
+            if ctx.forced_backend is not None:
+                asked.enter_context(dispatch.use_backend(ctx.forced_backend))
+            if ctx.cuda_schedule is not None:
+                asked.enter_context(cuda.use_schedule(ctx.cuda_schedule))
             return gradients(ctx, *grads)
 
-    return torch.autograd.function.once_differentiable(on_its_backend)
+    return torch.autograd.function.once_differentiable(as_forward_was)
 
 
 def not_a_view(y: Tensor) -> Tensor:

@@ -46,31 +46,38 @@ _SIZE = Verdict(None, Reason.SIZE)
 _ARCHITECTURE = Verdict(None, Reason.ARCHITECTURE)
 
 
-def _schedule_of_environment() -> Verdict:
+def _schedule_of_environment() -> str:
     wanted = os.environ.get("LORA_KERNELS_CUDA_SCHEDULE", "auto")
     if wanted not in _SCHEDULES:
         raise ValueError(f"LORA_KERNELS_CUDA_SCHEDULE must be one of {', '.join(_SCHEDULES)}, got {wanted!r}")
-    return _SCHEDULES[wanted]
+    return wanted
 
 
 _OF_ENVIRONMENT = _schedule_of_environment()
-_schedule: ContextVar[Verdict] = ContextVar("cuda_schedule", default=_OF_ENVIRONMENT)
+_schedule: ContextVar[str] = ContextVar("cuda_schedule", default=_OF_ENVIRONMENT)
 
 
 @contextlib.contextmanager
 def use_schedule(name: str) -> Iterator[None]:
-    """The LoRA linears of the CUDA backend are computed so inside of the context, where that is possible.
+    """The LoRA linears of the CUDA backend are computed so inside of the context, where that is possible, and so is the
+    backward of each.
 
     Args:
         name: "one launch", "cublas", or "auto", which is what is expected to be fastest.
     """
     if name not in _SCHEDULES:
         raise ValueError(f"name must be one of {', '.join(_SCHEDULES)}, got {name!r}")
-    token = _schedule.set(_SCHEDULES[name])
+    token = _schedule.set(name)
     try:
         yield
     finally:
         _schedule.reset(token)
+
+
+def asked_schedule() -> str | None:
+    """What ``use_schedule`` asks for here; None where that is nothing, or what the environment says in every thread."""
+    name = _schedule.get()
+    return None if name == _OF_ENVIRONMENT else name
 
 
 @functools.cache
@@ -101,7 +108,7 @@ def tensor_core_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) ->
     tiles = (rows // SMALLEST_TILE + 1) * (columns // SMALLEST_TILE + 1 + MAX_RANK // SMALLEST_RANK_TILE)
     if max(rows, tiles) > MAX_SIZE or max(columns, depth) > MAX_ROW:
         return _SIZE
-    return refusal(x.device) or _schedule.get()
+    return refusal(x.device) or _SCHEDULES[_schedule.get()]
 
 
 def prompt_refusal(

@@ -1,7 +1,8 @@
 """Who computes a LoRA linear on a GPU, by measurement instead of by model: off, unless LORA_KERNELS_WINNERS is 1.
 
 ``lora-kernels check-gpu --write-winners`` and ``lora-kernels bench --device cuda --write-winners`` time layers with
-each backend and schedule, and remember the fastest by device name, in ``$XDG_CACHE_HOME/lora_kernels`` (``~/.cache``).
+each backend and schedule, and remember the fastest in ``$XDG_CACHE_HOME/lora_kernels`` (``~/.cache``), by the names of
+the device and of the versions of torch, whose cuBLAS is a candidate's, and of Triton.
 Problems that were not timed are left to the model. Which one wins can change the rounding of a result.
 """
 
@@ -16,6 +17,7 @@ import torch
 
 from .. import measured
 from ..precision import float32_products
+from . import triton
 
 CANDIDATES = ("cuda, one launch", "cuda, cublas", "triton")
 """Backend and, behind the comma, its schedule."""
@@ -64,8 +66,9 @@ def remember(device: torch.device, winners: Mapping[str, str]) -> Path:
 
 
 def path(device: torch.device) -> Path:
-    """The file of a device."""
-    return measured.file_of(_WHAT, device_name(device))
+    """The file of a device, under the versions of torch and Triton that are installed."""
+    compiler = f"triton-{'.'.join(map(str, triton.version()))}" if triton.is_installed() else "no-triton"
+    return measured.file_of(_WHAT, device_name(device), f"torch-{torch.__version__}", compiler)
 
 
 def device_name(device: torch.device) -> str:

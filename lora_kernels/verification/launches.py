@@ -119,10 +119,9 @@ def prompt_launches(device: torch.device) -> Iterator[Launch]:
 
 @contextlib.contextmanager
 def served_by(backend: str) -> Iterator[None]:
-    """Calls take one of ``winners.CANDIDATES``. Backward runs in the calling thread, whose schedule that is."""
+    """Calls, and the backward of each, take one of ``winners.CANDIDATES``."""
     name, _, schedule = backend.partition(", ")
-    threads = torch.autograd.set_multithreading_enabled(False)
-    with dispatch.use_backend(name), cuda.use_schedule(schedule or "auto"), threads:
+    with dispatch.use_backend(name), cuda.use_schedule(schedule or "auto"):
         yield
 
 

@@ -58,8 +58,7 @@ def backend(request, monkeypatch):
         pytest.skip(f"{name}: {status.detail}")
     monkeypatch.setattr(dispatch, "_forced", contextvars.ContextVar("forced", default=name))
     if schedule:
-        verdict = cuda_support._SCHEDULES[schedule]
-        monkeypatch.setattr(cuda_support, "_schedule", contextvars.ContextVar("schedule", default=verdict))
+        monkeypatch.setattr(cuda_support, "_schedule", contextvars.ContextVar("schedule", default=schedule))
     monkeypatch.setitem(globals(), "_schedules", request.node.user_properties)
     return name
 
