@@ -25,7 +25,6 @@ class Reason(str, enum.Enum):
     NOT_COMPILED = "extension not compiled for this GPU"
     CUDA_ERROR = "the extension's CUDA does not work on this GPU"
     MEASURED_TRITON = "Triton was measured to be faster here"
-    PREFERS_TRITON = "one launch of Triton's is faster on this GPU"
     TRITON_TOO_OLD = "Triton older than 3.6"
     NOT_INTERPRETED = "Triton needs a GPU, or TRITON_INTERPRET=1 and use_backend('triton')"
 

@@ -100,7 +100,7 @@ def test_splits_of_the_adapter_gradients_cover_the_rows(m, rank):
         (dict(m=16, n=4096, rank=128, capability=90), True, "fewer tiles than SMs"),
         (dict(m=16, n=4096, has_dropout=True, capability=90), True, "fewer tiles than SMs"),
         (dict(m=8192, n=32001, capability=90), False, "rows of y are not whole chunks"),
-        (dict(m=8192, n=4096, k=4095, capability=86), True, "rows of x or w are not whole chunks"),
+        (dict(m=8192, n=4096, k=4095, capability=86), True, "are not whole chunks of 16 bytes"),
         (dict(m=8192, n=4096, capability=90, schedule="one launch"), False, "as asked"),
         (dict(m=8192, n=4096, capability=86, schedule="cublas"), True, "as asked"),
     ],

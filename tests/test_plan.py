@@ -92,8 +92,8 @@ def test_plan_is_what_the_launch_chooses(plan, changes, flags, schedule, reason)
         ({"arch": "sm_90"}, ["--dropout"], "mma.sync reaches three fifths of the rate of the vendor's wgmma"),
         ({"m": 129, "n": 1024}, [], "fewer tiles than SMs"),
         ({"m": 1, "r": 128}, [], "fewer tiles than SMs"),
-        ({}, ["--unaligned"], "rows of x or w are not whole chunks"),
-        ({"dtype": "tf32", "k": 4094}, [], "rows of x or w are not whole chunks"),
+        ({}, ["--unaligned"], "are not whole chunks of 16 bytes"),
+        ({"dtype": "tf32", "k": 4094}, [], "are not whole chunks of 16 bytes"),
     ],
 )
 @pytest.mark.parametrize("op", ["lora_linear", "lora_linear_backward"])

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from importlib.util import find_spec
 
 import pytest
 import torch
 from interpreter import run_interpreted
-from pretended_gpu import pretend_gpu
 
 import lora_kernels as lk
-from lora_kernels import dispatch
 from lora_kernels.spec import Verdict
-from lora_kernels.support import cuda
 from lora_kernels.support import triton as _triton
 from lora_kernels.triton_kernels import configs
 from lora_kernels.triton_kernels.launching import Device, Launch, run_all
@@ -145,48 +141,3 @@ def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
     with lk.use_backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         lk.lora_linear(x, weight, A, B)
     assert lk.why("lora_linear", x, weight, A, B).backend == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("change", "preferred"),
-    [
-        ({}, True),
-        (dict(capability=(8, 0), target="sm_80"), False),
-        (dict(capability=(10, 0), target="sm_100"), False),
-        (dict(rows=2048), False),
-        (dict(dropout=True), False),
-        (dict(rank=136), False),
-        (dict(columns=4104), False),
-        (dict(backend="cuda"), False),
-        (dict(schedule="cublas"), False),
-        (dict(captured=False), False),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("op", ["lora_linear", "lora_linear_backward"])
-def test_large_products_without_dropout_are_left_to_triton_in_graphs_on_sm_90(gpu, monkeypatch, op, change, preferred):
-    """As measured; kills: any of the conditions left out, or asked of the wrong side of the product."""
-    case = dict(capability=(9, 0), target="sm_90", rows=8192, columns=4096, rank=16, dropout=False, backend=None)
-    case |= change
-    gpu(case["target"])
-    pretend_gpu(monkeypatch, case["capability"])
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: case.get("captured", True))
-    n, k = (case["columns"], 4096) if op == "lora_linear" else (4096, case["columns"])
-    rank, rows = case["rank"], case["rows"]
-    x, weight, A, B, grad_y, s = (
-        torch.empty(sizes, dtype=torch.bfloat16, device="meta")
-        for sizes in ((rows, k), (n, k), (rank, k), (n, rank), (rows, n), (rows, rank))
-    )
-    seed = torch.empty(1, dtype=torch.int64, device="meta") if case["dropout"] else None
-    supports = dispatch.specs()[op].kernels["cuda"].supports
-    with contextlib.ExitStack() as stack:
-        if case["backend"]:
-            stack.enter_context(lk.use_backend(case["backend"]))
-        if "schedule" in case:
-            stack.enter_context(cuda.use_schedule(case["schedule"]))
-        if op == "lora_linear":
-            verdict = supports(x, weight, A, B, None, seed, 1.0, 0.1)
-        else:
-            verdict = supports(grad_y, x, s, weight, A, B, seed, 1.0, 0.1, True, True, True)
-    assert (verdict.reason == lk.Reason.PREFERS_TRITON) == preferred
-    assert preferred or verdict.schedule

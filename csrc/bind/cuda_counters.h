@@ -25,9 +25,6 @@ class Counters {
   // Null if there are none.
   uint32_t* data() const { return words_ ? static_cast<uint32_t*>(words_->mutable_data_ptr()) : nullptr; }
 
-  // Takes what the launch returned.
-  static void check(cudaError_t error, const char* op) { check_cuda(error, op); }
-
  private:
   std::optional<Tensor> words_;
 };

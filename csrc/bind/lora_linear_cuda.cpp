@@ -21,17 +21,22 @@ Tensor matrix_of(const Tensor& t) {
   return rows.stride(0) <= kMaxRowStride ? rows : torch::stable::contiguous(rows);
 }
 
-// An adapter as the kernels read it: fp32, or x's type.
+// An adapter as the kernels read it: fp32, or x's type. One that begins between chunks, as a view of a flat buffer may,
+// is copied: it is small beside what its alignment decides.
 Tensor adapter_rows(const Tensor& adapter, const Tensor& x) {
-  return matrix_of(is_fp32(adapter) ? adapter : cast(adapter, x.scalar_type()));
+  const Tensor rows = matrix_of(is_fp32(adapter) ? adapter : cast(adapter, x.scalar_type()));
+  const bool begins_at_chunk = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % kChunkBytes == 0;
+  return begins_at_chunk ? rows : torch::stable::clone(rows);
 }
 
 MatrixRef ref_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.size(0), t.size(1), float_type(t)}; }
 
 OutputRef output_of(const Tensor& t, int64_t stride) { return {t.mutable_data_ptr(), stride}; }
 
-// Whether w is the transpose of a matrix in rows, as transformers' Conv1D holds it.
-bool in_columns(const Tensor& w) { return w.stride(1) != 1 && w.stride(0) == 1 && w.stride(1) >= w.size(0); }
+// Whether w is the transpose of a matrix in rows, as transformers' Conv1D holds it. BLAS counts strides in 32 bits.
+bool in_columns(const Tensor& w) {
+  return w.stride(1) != 1 && w.stride(0) == 1 && w.stride(1) >= w.size(0) && w.stride(1) <= INT32_MAX;
+}
 
 // The operands of a call as the kernels read them. What had to be copied lives as long as this.
 struct Operands {
@@ -65,11 +70,13 @@ void check_type(const Tensor& x) {
 
 // out = a b, by the vendor's GEMM, of an adapter in the type of the activation.
 void product(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(aoti_torch_cuda_mm_out != nullptr, "this torch has no aoti_torch_cuda_mm_out");
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
 }
 
 // out += a b, likewise.
 void accumulate_product(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "this torch has no aoti_torch_cuda_addmm_out");
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
@@ -85,7 +92,7 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
   const Tensor y = new_empty_as(x, {m, n}), s = new_empty_as(x, {m, problem.rank()});
   const LoraForwardConfig config = lora_forward_config(problem, device_limits(call.device), wanted_by(schedule));
   if (m > 0) {
-    if (config.launch.blocks == 0) product(s, operands.x, transposed(cast(operands.a, x.scalar_type())));
+    if (config.vendor_makes_s) product(s, operands.x, transposed(cast(operands.a, x.scalar_type())));
     const Counters counters(x, call, config.launch.counters);
     const Tensor partials = new_empty_as(x, {config.launch.partials}, ScalarType::Float);
     const LoraWorkspace workspace{.counters = counters.data(), .partials = floats_of(partials)};
@@ -97,7 +104,7 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
       }
       return cudaSuccess;
     });
-    counters.check(error, "lora_linear");
+    check_cuda(error, "lora_linear");
     if (config.cublas.yes) accumulate_product(y, operands.x, transposed(operands.w));
   }
   return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
@@ -141,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
   const LoraBackwardConfig config = lora_backward_config(problem, device_limits(call.device), wanted_by(schedule));
   const Counters counters(x, call, config.grad_x.counters + config.grads.counters);
   const Tensor grad_s = new_empty_as(x, {m, rank});
-  if ((need_x || need_A) && config.grad_x.blocks == 0) product(grad_s, gy, cast(operands.b, x.scalar_type()));
+  if (config.vendor_makes_s) product(grad_s, gy, cast(operands.b, x.scalar_type()));
   const Tensor parts_of_grad_b = new_empty_as(x, {config.partial_grad_b}, ScalarType::Float);
   const Tensor partials = new_empty_as(x, {config.grads.partials}, ScalarType::Float);
   const LoraBackwardWorkspace workspace{.counters = counters.data(),
@@ -158,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
     }
     return launch_lora_grads<Element>(g, config.grads, call.stream);
   });
-  counters.check(error, "lora_linear_backward");
+  check_cuda(error, "lora_linear_backward");
   if (need_x && config.cublas.yes) accumulate_product(grad_x, gy, operands.w);
   return result();
 }

@@ -234,7 +234,7 @@ inline UsesCublas prefers_cublas(int capability, bool large) {
 // For y [m, n], or dX. few_rows: a kernel for few rows would take it (the forward's alone).
 inline UsesCublas uses_cublas(int64_t m, int64_t n, int element_bytes, Access access, bool few_rows,
                               const DeviceLimits& device, Wanted wanted) {
-  if (access == Access::kGatherAll) return {true, "rows of x or w are not whole chunks of 16 bytes"};
+  if (access == Access::kGatherAll) return {true, "rows of x, w, dY or of an adapter are not whole chunks of 16 bytes"};
   if (wanted != Wanted::kBest) return {wanted == Wanted::kCublas, "as asked"};
   if (few_rows) return {false, "few rows"};
   if (n % chunk_elements(element_bytes) != 0) {
@@ -269,7 +269,8 @@ struct LoraGradsConfig {
 // The launches of dX = dY W + ... with s' = dY B, then dA and dB.
 struct LoraBackwardConfig {
   UsesCublas cublas;
-  LoraLinearConfig grad_x;  // dX and s'; no blocks: s' = dY B is the vendor's product, where it is wanted
+  bool vendor_makes_s;      // s' = dY B is a product of the vendor's, and grad_x has no blocks
+  LoraLinearConfig grad_x;  // dX and s'
   LoraLinearConfig expand;  // cublas, where dX is wanted: the branch of dX; else no blocks
   // Blocks of rows of which the first launch leaves parts of dB for the last to sum, or 0: the last reads dY again.
   int64_t parts_of_grad_b;
@@ -315,8 +316,9 @@ inline LoraBackwardConfig lora_backward_config(int64_t m, int64_t n, int64_t k, 
       config.parts_of_grad_b = blocks_of(m, tile_shape(grad_x.key.tile).rows);
       config.partial_grad_b = config.parts_of_grad_b * n * grad_x.key.rank_tile;
     }
-  } else if (need_x) {
-    config.expand = expand_config(LoraRole::kGradX, m, k, access);
+  } else {
+    config.vendor_makes_s = need_x || need_a;
+    if (need_x) config.expand = expand_config(LoraRole::kGradX, m, k, access);
   }
   config.grads = lora_grads_config(m, need_b ? n : 0, need_a ? k : 0, rank, config.parts_of_grad_b, access, device);
   return config;

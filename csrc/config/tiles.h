@@ -16,7 +16,7 @@ constexpr int kChunkBytes = 16;  // what one cp.async, one ldmatrix row and one 
 
 constexpr int chunk_elements(int element_bytes) { return kChunkBytes / element_bytes; }
 
-// Elements between neighbouring rows, at most: the distance of rows within a tile is reckoned in 32 bits (TileLoader).
+// Elements between neighbouring rows, at most: the distance of rows within a tile is reckoned in 32 bits (RowWalk).
 constexpr int64_t kMaxRowStride = 1 << 25;
 
 // How many blocks of this size cover `size`.

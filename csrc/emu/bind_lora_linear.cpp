@@ -78,7 +78,7 @@ py::dict config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, boo
   const DeviceLimits device{.sms = sms, .shared_per_block = shared_per_block, .capability = capability};
   const LoraForwardConfig c = lora_forward_config(
       problem_of(m, n, k, rank, aligned, has_dropout, type_of(element_bytes)), device, wanted_by(wanted));
-  py::dict d = to_python(c.cublas.yes && c.launch.blocks == 0 ? c.expand : c.launch);
+  py::dict d = to_python(c.vendor_makes_s ? c.expand : c.launch);
   d["cublas"] = c.cublas.yes;
   d["why"] = c.cublas.reason;
   return d;

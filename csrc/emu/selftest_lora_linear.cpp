@@ -76,7 +76,7 @@ void run(int64_t m, int64_t n, int64_t k, int64_t rank, int sms, double dropout_
   bool is_branch = false;  // cublas: the vendor's product is not here to be added
   {
     const LoraForwardConfig config = lora_forward_config(problem, device, wanted);
-    if (config.launch.blocks == 0) {
+    if (config.vendor_makes_s) {
       fill(s, [&](int64_t i, int64_t r) { return sum(k, [&](int64_t c) { return x.at(i, c) * a.at(r, c); }); });
     }
     std::vector<uint32_t> counters(config.launch.counters);
@@ -104,7 +104,7 @@ void run(int64_t m, int64_t n, int64_t k, int64_t rank, int sms, double dropout_
                                         .grad_s = grad_s.bits.data(),
                                         .partial_grad_b = partial_grad_b.data(),
                                         .partials = partials.data()};
-  if (config.grad_x.blocks == 0) {
+  if (config.vendor_makes_s) {
     fill(grad_s, [&](int64_t i, int64_t r) { return sum(n, [&](int64_t j) { return grad_y.at(i, j) * b.at(j, r); }); });
   }
   for (const LoraLinearConfig* launch : {&config.grad_x, &config.expand}) {

@@ -1,9 +1,9 @@
 // y = x wᵀ + bias + scaling · s bᵀ, s = x aᵀ, in one launch: schedules "dual" and "decode".
 //
 // Every block computes s for itself, beside its tile of y: r / kN more multiply-adds, and nobody waits. That pays where
-// y is one tile wide (dual), and where there are so few rows that reading w is all that counts (decode). For the
-// latter the depth is split among blocks; the branch is linear in s, so each adds its own part of s times b. The last
-// block of a tile to arrive sums the parts, in their order.
+// y is one tile wide (dual), and where there are so few rows that reading w is all that counts (decode, and dual for
+// one block of rows). Where SMs would be idle the depth is split among blocks; the branch is linear in s, so each adds
+// its own part of s times b. The last block of a tile to arrive sums the parts, in their order.
 #pragma once
 
 #include "between_blocks.cuh"

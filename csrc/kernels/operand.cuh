@@ -181,12 +181,12 @@ class RowWalk {
     source_ = place_in(m, row0 + first, k0 + grid.column, element_bytes);
     LK_UNROLL
     for (int i = 1; i < Grid::kSteps; ++i) {
-      // Known to fit in 32 bits as a count of units, an offset takes one register of the main loop, not two. It is
-      // never negative: rows past the end begin again at this thread's first.
-      constexpr uint64_t kUnit = kAligned ? kChunkBytes : kChunkBytes / Grid::Tile::kChunkElements;
       const int row = grid.row + i * Grid::kRowStep;
       const int64_t beyond = row < rows ? row - first : 0;
-      offset_[i - 1] = static_cast<uint32_t>(static_cast<uint64_t>(beyond * m.stride * element_bytes) / kUnit) * kUnit;
+      // Never negative: rows past the end begin again at this thread's first. Known to fit in 32 bits as a count of
+      // chunks, an offset takes one register of the main loop, not two.
+      const auto bytes = static_cast<uint64_t>(beyond * m.stride * element_bytes);
+      offset_[i - 1] = kAligned ? static_cast<uint32_t>(bytes / kChunkBytes) * uint64_t{kChunkBytes} : bytes;
     }
   }
 

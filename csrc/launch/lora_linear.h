@@ -30,7 +30,7 @@ KernelInfo describe_lora_linear(const LoraKey& key);
 template <class Element>
 std::vector<KernelInfo> lora_linear_kernels();
 
-// The two launches of the backward, in this order.
+// The launches of the backward: of dX, or of its branch alone, then of dA and dB.
 template <class Element>
 cudaError_t launch_lora_grad_x(const LoraLinearParams& params, const LoraLinearConfig& config, cudaStream_t stream);
 template <class Element>

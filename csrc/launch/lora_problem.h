@@ -82,7 +82,8 @@ inline UsesCublas uses_cublas(const LoraProblem& p, int64_t columns, Access acce
 // One launch, or "cublas".
 struct LoraForwardConfig {
   UsesCublas cublas;
-  LoraLinearConfig launch;  // of y and s, or of s alone; no blocks: s = x aT is the vendor's product
+  bool vendor_makes_s;      // s = x aT is a product of the vendor's, too, and `launch` has no blocks
+  LoraLinearConfig launch;  // of y and s, or of s alone
   LoraLinearConfig expand;  // of the branch; no blocks: not cublas
 };
 
@@ -93,6 +94,7 @@ inline LoraForwardConfig lora_forward_config(const LoraProblem& p, const DeviceL
   config.cublas =
       uses_cublas(p, p.n(), access, serves_few_rows(p.m(), p.n(), p.rank(), access, has_dropout), device, wanted);
   if (config.cublas.yes) {
+    config.vendor_makes_s = !has_dropout;
     if (has_dropout) config.launch = shrink_config(p.m(), p.k(), p.rank(), p.element_bytes(), access, device);
     config.expand = expand_config(LoraRole::kForward, p.m(), p.n(), access);
   } else {

@@ -29,7 +29,7 @@ struct LoraLinearParams {
   // rows. Dual, decode and shrink, where splits > 1: one per tile.
   uint32_t* counters;
   int32_t group_rows;  // blocks of rows whose tiles are drawn together
-  // Dual and decode: the depth is cut into `splits` parts of split_depth.
+  // Dual, decode and shrink: the depth is cut into `splits` parts of split_depth.
   int32_t splits, split_depth;
   float* partials;
   // Gradient of x: s of the forward [m, rank], and where parts of dB = dYᵀ s go, one [k, 16] per block of rows. Null:

@@ -135,7 +135,7 @@ PyObject* plan_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
       return to_python(plan_of(launch, describe_lora_linear<Element>(launch.key), config.cublas.reason));
     };
     if (!config.cublas.yes) return planned(config.launch);
-    return list_of({config.launch.blocks > 0 ? planned(config.launch) : product("s = x aT", config.cublas.reason),
+    return list_of({config.vendor_makes_s ? product("s = x aT", config.cublas.reason) : planned(config.launch),
                     planned(config.expand), product("y += x wT", config.cublas.reason)});
   });
 }
@@ -184,8 +184,9 @@ std::vector<KernelInfo> kernels() {
 }
 
 const PlannedOp registered(
-    {planner("plan_lora_linear", plan_lora_linear, "The launch of lora_linear for a problem and a device, as a dict."),
-     planner("plan_lora_linear_backward", plan_lora_linear_backward, "The two launches of its gradients.")},
+    {planner("plan_lora_linear", plan_lora_linear,
+             "The launch of lora_linear for a problem and a device, as a dict, or a list of them and of products."),
+     planner("plan_lora_linear_backward", plan_lora_linear_backward, "The launches and products of its gradients.")},
     kernels);
 
 }  // namespace

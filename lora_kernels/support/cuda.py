@@ -127,20 +127,26 @@ def prompt_refusal(
     return refusal(device)
 
 
+def _begin_at_chunks(t: torch.Tensor) -> bool:
+    """Whether rows begin at 16 bytes as the kernels read them, who copy rows that are not contiguous."""
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
+        return True
+    strides = (stride for size, stride in zip(t.shape[:-1], t.stride()) if size > 1)
+    return t.data_ptr() % 16 == 0 and all(stride * t.element_size() % 16 == 0 for stride in strides)
+
+
 def planned(plan: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor, adapters: tuple[torch.Tensor, ...],
             has_dropout: bool, schedule: str) -> Verdict:  # fmt: skip
     """What ``plan``, a function of ``lora_kernels._cuda``, would launch; of several launches, what they are for."""
     device: Any = torch.cuda.get_device_properties(x.device)
     n, k = weight.shape
-    aligned = all(
-        t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
-        for t in (x, weight, *adapters)
-    )
+    in_columns = weight.stride(1) != 1 and weight.stride(0) == 1 and weight.stride(1) >= n
+    long_rows = (x, adapters[0]) if in_columns else (x, weight, adapters[0])
     launches = plan(
         dtype=_PLAN_DTYPES[x.dtype], m=x.numel() // k, n=n, k=k, rank=adapters[0].shape[0],
-        rows_aligned=aligned, has_dropout=has_dropout, sms=device.multi_processor_count,
+        rows_aligned=all(map(_begin_at_chunks, long_rows)), has_dropout=has_dropout, sms=device.multi_processor_count,
         shared_per_block=device.shared_memory_per_block_optin, capability=10 * device.major + device.minor,
-        schedule="cublas" if weight.stride(1) != 1 else schedule,
+        schedule="cublas" if in_columns else schedule,
     )  # fmt: skip
     launches = launches if isinstance(launches, list) else [launches]
     told = next((launch for launch in launches if launch["schedule"] == "cublas"), launches[0])
