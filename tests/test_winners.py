@@ -24,7 +24,7 @@ from lora_kernels.triton_kernels.launching import Device
 META = torch.device("meta")
 BF16, FP32 = torch.bfloat16, torch.float32
 M, N, K, RANK = 4096, 1024, 512, 16
-EAGER = {"dropout": False, "captured": False}
+EAGER = {"float_adapters": False, "dropout": False, "captured": False}
 FORWARD = winners.problem(BF16, M, N, K, RANK, backward=False, **EAGER)
 BACKWARD = winners.problem(BF16, M, K, N, RANK, backward=True, **EAGER)
 
@@ -45,12 +45,12 @@ def gpu(monkeypatch, tmp_path):
     winners.known.cache_clear()
 
 
-def verdicts(m=M):
+def verdicts(m=M, adapters=BF16):
     """Of CUDA, on a forward and on a backward."""
-    x, grad_y, s, weight, lora_A, lora_B = (
-        torch.empty(size, dtype=BF16, device="meta")
-        for size in ((m, K), (m, N), (m, RANK), (N, K), (RANK, K), (N, RANK))
+    x, grad_y, s, weight = (
+        torch.empty(size, dtype=BF16, device="meta") for size in ((m, K), (m, N), (m, RANK), (N, K))
     )
+    lora_A, lora_B = (torch.empty(size, dtype=adapters, device="meta") for size in ((RANK, K), (N, RANK)))
     specs = dispatch.specs()
     forward = specs["lora_linear"].kernels["cuda"].supports(x, weight, lora_A, lora_B, None, None, 1.0, 0.0)
     args = (grad_y, x, s, weight, lora_A, lora_B, None, 1.0, 0.0, True, True, True)
@@ -81,6 +81,15 @@ def test_a_graph_has_winners_of_its_own(gpu, monkeypatch):
     assert verdicts()[0].schedule == "cublas"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert verdicts()[0] == (None, lk.Reason.MEASURED_TRITON)
+
+
+def test_adapters_of_float32_have_winners_of_their_own(gpu):
+    """Kills: what was fastest with adapters of the activations' dtype is taken for theirs."""
+    winners.remember(META, {FORWARD: "cuda, cublas", BACKWARD: "triton"})
+    assert verdicts(adapters=FP32) == (cuda.TENSOR_CORES, cuda.TENSOR_CORES)
+    winners.remember(META, {f"{problem} fp32 adapters": "cuda, one launch" for problem in (FORWARD, BACKWARD)})
+    assert [verdict.schedule for verdict in verdicts(adapters=FP32)] == ["one launch"] * 2
+    assert verdicts()[0].schedule == "cublas"
 
 
 def test_triton_wins_only_where_it_serves(gpu, monkeypatch):
@@ -163,20 +172,22 @@ def test_problems(fp32_precision):
     fp32_precision("tf32")
     tf32 = winners.problem(FP32, 3000, 8, 16, 12, backward=False, **EAGER)
     assert tf32 == "forward tf32 8x16 rows<=4096 rank<=16"
-    dropped = winners.problem(BF16, 1, 8, 16, 1, dropout=True, backward=True, captured=True)
-    assert dropped == "backward bfloat16 8x16 rows<=1 rank<=1 dropout captured"
+    kinds = dict.fromkeys(("float_adapters", "dropout", "backward", "captured"), True)
+    dropped = winners.problem(BF16, 1, 8, 16, 1, **kinds)
+    assert dropped == "backward bfloat16 8x16 rows<=1 rank<=1 fp32 adapters dropout captured"
 
 
 # ------------------------------------------------------------------------------------------------------- from times
 
 
-def timed(what, seconds, *, null=1.0, dropout=0.0, m=M, dtype="bfloat16"):
+def timed(what, seconds, *, null=1.0, dropout=0.0, m=M, dtype="bfloat16", fp32_adapters=False):
     fused = dict(zip(("fused, cuda, one launch", "fused, cuda, cublas", "fused, triton"), seconds))
     names = {"PEFT again": Ratio(null, null, null)}
     return Result(
         "layer", f"a layer, {dtype}, dropout {dropout:g}", what, seconds={"PEFT": 9.0, "fused": 2.0, **fused},
         speedup=names, over_frozen={}, saved={}, peak={}, flops=0, bytes=0, light_share=None,
-        shape={"m": m, "n": N, "k": K, "rank": RANK, "dropout": dropout}, served={}, declined={}, schedules={},
+        shape={"m": m, "n": N, "k": K, "rank": RANK, "dropout": dropout, "fp32_adapters": fp32_adapters},
+        served={}, declined={}, schedules={},
     )  # fmt: skip
 
 
@@ -189,6 +200,11 @@ def test_forward_and_backward_have_winners_of_their_own():
 def test_dropout_is_another_problem():
     found = winners_of([timed("forward", (1.0, 2.0)), timed("forward", (2.0, 1.0), dropout=0.1)], captured=False)
     assert found == {FORWARD: "cuda, one launch", f"{FORWARD} dropout": "cuda, cublas"}
+
+
+def test_adapters_of_float32_are_another_problem():
+    found = winners_of([timed("forward", (1.0, 2.0)), timed("forward", (2.0, 1.0), fp32_adapters=True)], captured=False)
+    assert found == {FORWARD: "cuda, one launch", f"{FORWARD} fp32 adapters": "cuda, cublas"}
 
 
 def test_decoding_is_a_forward():

@@ -157,7 +157,8 @@ def make_case(
         args = (grad, x, s, base.weight, *weights(fused), seed, SCALING, dropout, True, True, True)
         flops += spec["lora_linear_backward"].flops(*args)
         traffic += spec["lora_linear_backward"].bytes(*args)
-    kind = str(dtype).removeprefix("torch.") + ("" if adapter_dtype == dtype else ", fp32 adapters")
+    fp32_adapters = adapter_dtype != dtype
+    kind = str(dtype).removeprefix("torch.") + ", fp32 adapters" * fp32_adapters
     kind += ", autocast" if autocast else ""
 
     def within() -> contextlib.AbstractContextManager:
@@ -169,7 +170,7 @@ def make_case(
         level, f"{k} -> {n}, {m} token{'s' * (m > 1)}, r={rank}, {kind}, dropout {dropout:g}", what, steps,
         forwards={} if what == "decode" else {name: calls[name] for name in ("frozen", BASELINE, OURS)},
         constants=[base.weight, *weights(stock), *weights(fused)], flops=flops, bytes=traffic,
-        shape={"m": m, "n": n, "k": k, "rank": rank, "dropout": dropout},
+        shape={"m": m, "n": n, "k": k, "rank": rank, "dropout": dropout, "fp32_adapters": fp32_adapters},
         within=within, schedules=_schedules(what, grad, x, base.weight, *weights(fused), dropout),
     )  # fmt: skip
 

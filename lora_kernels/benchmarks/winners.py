@@ -51,7 +51,8 @@ def _problem(result: Result, backward: bool, captured: bool) -> str:
     m, n, k, rank = (int(result.shape[name]) for name in ("m", "n", "k", "rank"))
     columns, depth = (k, n) if backward else (n, k)
     dtype = _dtype(result) or torch.bfloat16
-    dropout = result.shape["dropout"] > 0
+    dropout, float_adapters = result.shape["dropout"] > 0, result.shape["fp32_adapters"] > 0
     return winners.problem(
-        dtype, m, columns, depth, rank, dropout=dropout, backward=backward, captured=captured
+        dtype, m, columns, depth, rank, float_adapters=float_adapters, dropout=dropout, backward=backward,
+        captured=captured,
     )  # fmt: skip

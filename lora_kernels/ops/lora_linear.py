@@ -75,7 +75,7 @@ def _cuda_supports(
     dropout_p: float,
 ) -> Verdict:  # fmt: skip
     n, k = weight.shape
-    return cuda_or_triton.cuda_or_triton(x, n, k, lora_A.shape[0], seed is not None, backward=False)
+    return cuda_or_triton.cuda_or_triton(x, n, k, lora_A, seed is not None, backward=False)
 
 
 def _cuda_explain(
@@ -166,7 +166,7 @@ def _cuda_supports_backward(
     *rest: Any,
 ) -> Verdict:  # fmt: skip
     n, k = weight.shape
-    return cuda_or_triton.cuda_or_triton(x, k, n, s.shape[-1], seed is not None, backward=True)
+    return cuda_or_triton.cuda_or_triton(x, k, n, lora_A, seed is not None, backward=True)
 
 
 def _flops_backward(

@@ -14,7 +14,7 @@ _MEASURED = {f"cuda, {schedule}": Verdict(schedule, "measured to be fastest") fo
 
 
 def cuda_or_triton(
-    x: torch.Tensor, columns: int, depth: int, rank: int, has_dropout: bool, *, backward: bool
+    x: torch.Tensor, columns: int, depth: int, lora_A: torch.Tensor, has_dropout: bool, *, backward: bool
 ) -> Verdict:  # fmt: skip
     """The CUDA kernels' verdict on a LoRA linear: no, too, where Triton serves the call and was measured to be faster.
 
@@ -26,10 +26,11 @@ def cuda_or_triton(
         x: an activation of M rows.
         columns, depth: N and K in the forward, K and N in the backward.
     """
+    rank = lora_A.shape[0]
     verdict = cuda.tensor_core_verdict(x, columns, depth, rank)
     if verdict is not cuda.TENSOR_CORES or dispatch.forced_backend() == "cuda":
         return verdict
-    winner = winners.winner(x, columns, depth, rank, dropout=has_dropout, backward=backward)
+    winner = winners.winner(x, columns, depth, lora_A, dropout=has_dropout, backward=backward)
     if winner in _MEASURED:
         return _MEASURED[winner]
     if winner == "triton":

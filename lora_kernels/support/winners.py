@@ -26,29 +26,36 @@ _WHAT = "winners"
 
 
 def problem(
-    dtype: torch.dtype, rows: int, columns: int, depth: int, rank: int, *, dropout: bool, backward: bool, captured: bool
+    dtype: torch.dtype, rows: int, columns: int, depth: int, rank: int, *, float_adapters: bool, dropout: bool,
+    backward: bool, captured: bool,
 ) -> str:  # fmt: skip
     """What an answer is remembered by: numbers of rows and ranks up to the next power of two count as the same.
 
     Args:
         columns, depth: N and K in the forward, K and N in the backward.
+        float_adapters: under activations of 16 bits, adapters are of float32.
         captured: into a CUDA graph, where what a launch costs the host does not count.
     """
     kind = f"{'backward' if backward else 'forward'} {float32_products(dtype) or str(dtype).removeprefix('torch.')}"
     sizes = f"{columns}x{depth} rows<={_power_of_two(rows)} rank<={_power_of_two(rank)}"
-    return f"{kind} {sizes}" + " dropout" * dropout + " captured" * captured
+    return f"{kind} {sizes}" + " fp32 adapters" * float_adapters + " dropout" * dropout + " captured" * captured
 
 
 def _power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
-def winner(x: torch.Tensor, columns: int, depth: int, rank: int, *, dropout: bool, backward: bool) -> str | None:
+def winner(
+    x: torch.Tensor, columns: int, depth: int, lora_A: torch.Tensor, *, dropout: bool, backward: bool
+) -> str | None:
     """One of ``CANDIDATES`` for the rows of ``x``; None where nothing was measured, or that is not wanted."""
     if not ENABLED:
         return None
     rows, captured = x.numel() // x.shape[-1], torch.cuda.is_current_stream_capturing()
-    name = problem(x.dtype, rows, columns, depth, rank, dropout=dropout, backward=backward, captured=captured)
+    name = problem(
+        x.dtype, rows, columns, depth, lora_A.shape[0], float_adapters=lora_A.dtype != x.dtype, dropout=dropout,
+        backward=backward, captured=captured,
+    )  # fmt: skip
     return known(x.device).get(name)
 
 
