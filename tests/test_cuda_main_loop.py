@@ -62,7 +62,7 @@ def lora_loop(arch: str, *parts: str) -> Loop:
 FROZEN = """
 #include "kernels/frozen_linear.cuh"
 namespace lk {{
-using Frozen = FrozenLinear<LargeTile<{element}, kFewestWarpsN<{element}>>, true>;
+using Frozen = FrozenLinear<LargeTile<{element}, kFewestWarpsN<{element}>>>;
 template __global__ void lora_linear_kernel<Frozen>(const LoraLinearParams);
 }}
 """
@@ -94,7 +94,7 @@ LARGE_4_WARPS, LARGE_8_WARPS = "ELi128ELi128ELi32ELi2ELi2E", "ELi128ELi128ELi32E
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_forward_has_the_loop_of_the_frozen_product(arch, element, tile, expected, tmp_path):
     frozen = frozen_loop(arch, element.lstrip("0123456789"), tmp_path)
-    ours = lora_loop(arch, "10LoraLinearI", element, tile, "Li16ELb1ENS_12ForwardRolesELb0E")
+    ours = lora_loop(arch, "10LoraLinearI", element, tile, "Li16ELNS_6AccessE0ENS_12ForwardRolesELb0E")
     assert (frozen.products, frozen.fragment_loads, frozen.copies, frozen.barriers) == expected
     assert ours[1:] == frozen[1:]
     assert ours.total <= frozen.total + 1
@@ -105,8 +105,8 @@ def test_the_forward_has_the_loop_of_the_frozen_product(arch, element, tile, exp
 def test_the_gradient_of_x_has_that_loop_with_w_transposed(arch, rank_tile):
     # The forward with as many warps; its base product is the frozen one.
     large = ("10LoraLinearI", "8BFloat16", LARGE_8_WARPS)
-    plain = lora_loop(arch, *large, "Li64ELb1ENS_12ForwardRolesELb0E")
-    ours = lora_loop(arch, *large, f"Li{rank_tile}ELb1ENS_10GradXRolesELb0E")
+    plain = lora_loop(arch, *large, "Li64ELNS_6AccessE0ENS_12ForwardRolesELb0E")
+    ours = lora_loop(arch, *large, f"Li{rank_tile}ELNS_6AccessE0ENS_10GradXRolesELb0E")
     assert (plain.products, plain.fragment_loads, plain.copies, plain.barriers) == (32, 12, 4, 1)
     assert ours[1:] == plain[1:]
     assert ours.total <= plain.total + 7

@@ -73,7 +73,10 @@ void run(int64_t m, int64_t n, int64_t k, int64_t rank, int sms, double dropout_
                             .seed = dropout_p > 0 ? &seed : nullptr,
                             .dropout_p = dropout_p};
   Matrix y(m, n), s(m, rank);
-  bool is_branch = false;  // cublas: the vendor's product is not here to be added
+  const auto of_vendor = [](const UsesCublas& cublas, double value) {
+    return cublas.yes ? 0.0 : value;  // the vendor's product is not here to be added
+  };
+  UsesCublas forward_cublas;
   {
     const LoraForwardConfig config = lora_forward_config(problem, device, wanted);
     if (config.vendor_makes_s) {
@@ -88,10 +91,10 @@ void run(int64_t m, int64_t n, int64_t k, int64_t rank, int sms, double dropout_
       launch_lora_linear<BFloat16>(p, *launch, nullptr);
       std::printf("%s\n", name_of(launch->key.schedule));
     }
-    is_branch = config.cublas.yes;
+    forward_cublas = config.cublas;
   }
   check(y, "y", [&](int64_t i, int64_t j) {
-    return (is_branch ? 0.0 : sum(k, [&](int64_t c) { return x.at(i, c) * w.at(j, c); })) +
+    return of_vendor(forward_cublas, sum(k, [&](int64_t c) { return x.at(i, c) * w.at(j, c); })) +
            kScaling * sum(rank, [&](int64_t r) { return s.at(i, r) * b.at(j, r); });
   });
 
@@ -119,7 +122,7 @@ void run(int64_t m, int64_t n, int64_t k, int64_t rank, int sms, double dropout_
   });
   if (dropout_p > 0) return;
   check(grad_x, "dX", [&](int64_t i, int64_t c) {
-    return (is_branch ? 0.0 : sum(n, [&](int64_t j) { return grad_y.at(i, j) * w.at(j, c); })) +
+    return of_vendor(config.cublas, sum(n, [&](int64_t j) { return grad_y.at(i, j) * w.at(j, c); })) +
            kScaling * sum(rank, [&](int64_t r) { return grad_s.at(i, r) * a.at(r, c); });
   });
   check(grad_a, "dA", [&](int64_t r, int64_t c) {
