@@ -52,7 +52,7 @@ struct LoraLinearConfig {
   int64_t blocks;    // one per tile of s and of y, and per split
   int group_rows;    // blocks of rows whose tickets follow each other
   int64_t counters;  // 32-bit words of workspace, zero before the launch
-  int splits;        // parts of the depth (decode)
+  int splits;        // parts of the depth (decode, dual, shrink)
   int split_depth;
   int64_t partials;    // floats of workspace
   const char* reason;  // of the schedule
@@ -110,8 +110,8 @@ inline bool decodes(int64_t m, int64_t rank, Access access, bool has_dropout) {
   return m <= tile_shape(LoraTile::kFlat).rows && access != Access::kGatherAll && has_own_s(rank, has_dropout);
 }
 
-// Where small tiles that split the depth are faster than the vendor's GEMM and the branch beside it: one block of rows,
-// so that w is read once, and a narrow tile of ranks.
+// Where small tiles that split the depth were in most sizes faster, on an H200, than the vendor's GEMM and the branch
+// beside it: one block of rows, so that w is read once, and a narrow tile of ranks.
 constexpr int64_t kFewRows = tile_shape(LoraTile::kSmall).rows;
 
 inline bool is_dual(int64_t m, int64_t n, int64_t rank, Access access, bool has_dropout) {
@@ -212,8 +212,9 @@ struct UsesCublas {
 };
 
 // Whether large problems of a GPU go to the vendor's GEMM. The branch in launches of its own takes a pass over x and
-// one over y more than the product alone, 5 to 10 % of its time at 4096 x 4096; one launch must come as close to the
-// vendor's rate with the main loop of mma.sync. Where that was not measured, its share is reckoned from machine code.
+// one over y more than the product alone, on an H200 a fifth of its time for 8192 rows of 4096 x 4096; one launch must
+// come as close to the vendor's rate with the main loop of mma.sync. Where that was not measured, its share is reckoned
+// from machine code.
 inline UsesCublas prefers_cublas(int capability, bool large) {
   switch (capability / 10) {
     case 8:

@@ -59,7 +59,9 @@ LK_DEVICE WorkItem current_work(uint32_t smem) {
   return {v.word[2] != 0, static_cast<int>(v.word[0]), static_cast<int>(v.word[1])};
 }
 
-// The block has done its work. The last one makes the counters fit for the next launch.
+// The block has done its work. The last one sets the counters back. Nobody needs that, since every launch finds
+// counters that a memset has zeroed (bind/cuda_counters.h); but without this end of the kernel the compiler spills
+// registers of the large tile on sm_80, sm_100 and sm_120.
 LK_DEVICE void release_work(uint32_t* counters, int flags) {
   if (thread_index() != 0) return;
   const uint32_t done = atomic_add_acquire_release(counters + kDoneCounter, 1);

@@ -19,8 +19,8 @@ def cuda_or_triton(
     """The CUDA kernels' verdict on a LoRA linear: no, too, where Triton serves the call and was measured to be faster.
 
     What was measured (``winners.py``) decides where somebody wants it to, unless a schedule or CUDA was asked for. By
-    default CUDA serves: Triton's launcher holds the host for a third of a millisecond, and a kernel that is first
-    launched inside a graph's capture would be compiled there.
+    default CUDA serves: Triton's launcher holds the host for longer than all launches of CUDA do, and a kernel that is
+    first launched inside a graph's capture would be compiled there.
 
     Args:
         x: an activation of M rows.
