@@ -1,0 +1,149 @@
+"""``QuantizedWeight``: what the ops take in place of a weight, and what a format and a layout are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..plain import LOW_PRECISION
+
+DECODED = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that a weight may decode to."""
+
+
+def rounded_to(dtype: torch.dtype, x: Tensor) -> torch.dtype:
+    """What a weight that decodes to ``dtype`` is rounded to in a product with x: to 16 bits where x has 16."""
+    return x.dtype if x.dtype in LOW_PRECISION else dtype
+
+
+class Layout(ABC):
+    """How the parts of a weight lie in memory, and what they stand for.
+
+    ``csrc/formats/<name>.h`` says the same for kernels.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def check(self, parts: Sequence[Tensor], n: int, k: int, block: int) -> None:
+        """``TypeError`` or ``ValueError`` unless these are the parts of an [n, k] weight with scales for ``block``
+        weights each.
+        """
+
+    @abstractmethod
+    def decode(self, parts: Sequence[Tensor], n: int, k: int, block: int, dtype: torch.dtype) -> Tensor:
+        """The weight [n, k], in plain torch code: what every kernel equals bit for bit."""
+
+
+LAYOUTS: dict[str, Layout] = {}
+"""By name."""
+
+
+def register(layout: Layout) -> Layout:
+    """Makes ``layout`` known to the ops; returns it."""
+    LAYOUTS[layout.name] = layout
+    return layout
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A frozen weight in fewer bits than it computes with.
+
+    ``lk.lora_linear``, ``lk.dora_linear`` and ``lk.frozen_linear`` take it in place of ``weight``.
+    ``lora_kernels.formats`` makes them, and reads them from the layers of other libraries.
+
+    Attributes:
+        format: what the user calls it, e.g. ``"nf4"``.
+        layout: name of the layout of ``parts``.
+        parts: the tensors, on one device.
+        shape: (out_features, in_features).
+        block: how many weights share a scale.
+        dtype: what each decoded weight is rounded to: float32, bfloat16 or float16.
+
+    Raises:
+        TypeError, ValueError: the parts do not fit the layout and the sizes.
+    """
+
+    format: str
+    layout: str
+    parts: tuple[Tensor, ...]
+    shape: tuple[int, int]
+    block: int
+    dtype: torch.dtype = torch.float32
+
+    requires_grad: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"QuantizedWeight: unknown layout {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
+        if self.dtype not in DECODED:
+            raise TypeError(f"QuantizedWeight: dtype must be float32, bfloat16 or float16, got {self.dtype}")
+        for part in self.parts:
+            if not isinstance(part, Tensor):
+                raise TypeError(f"QuantizedWeight: parts must be tensors, got {type(part).__name__}")
+            if part.device != self.parts[0].device:
+                raise ValueError(
+                    f"QuantizedWeight: parts must be on one device, got {part.device} and {self.parts[0].device}"
+                )
+            if not part.is_contiguous():
+                raise ValueError("QuantizedWeight: parts must be contiguous")
+        LAYOUTS[self.layout].check(self.parts, *self.shape, self.block)
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The arguments that stand for the weight in the ops' schemas."""
+        return list(self.parts), self.layout, *self.shape, self.block, self.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts together."""
+        return sum(part.numel() * part.element_size() for part in self.parts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales and tables included."""
+        return 8 * self.nbytes / max(1, self.shape[0] * self.shape[1])
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a new tensor [out_features, in_features].
+
+        Args:
+            dtype: float32, bfloat16 or float16; None for ``self.dtype``.
+        """
+        weight = self if dtype is None else replace(self, dtype=dtype)
+        return torch.ops.lora_kernels.dequantize.default(*weight.args)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> QuantizedWeight:
+        """The same weight on another device, or decoding to another dtype."""
+        return replace(self, parts=tuple(part.to(device) for part in self.parts), dtype=dtype or self.dtype)
+
+    def is_inference(self) -> bool:
+        """As ``Tensor.is_inference``."""
+        return self.parts[0].is_inference()
+
+    def __repr__(self) -> str:
+        n, k = self.shape
+        return (
+            f"QuantizedWeight({self.format}, [{n}, {k}], {self.bits_per_weight:.2f} bits per weight, "
+            f"to {str(self.dtype).removeprefix('torch.')}, on {self.device})"
+        )
+
+
+class Format(ABC):
+    """What a user names: a layout, and how weights are brought into it."""
+
+    name: str
+    layout: Layout
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, **options: Any) -> QuantizedWeight:
+        """``weight`` [out_features, in_features] in this format; the options are the format's."""
