@@ -59,6 +59,11 @@ class _Codes4(Layout):
                     f"got {part.dtype} of {part.numel()}"
                 )
 
+    def rows(self, parts: Sequence[Tensor], n: int, k: int, block: int, begin: int, end: int) -> tuple[Tensor, ...]:
+        # Rows need not begin where 256 scales do, so that theirs are decoded.
+        data, of_blocks = parts[0].view(n, k // 2), scales(parts).view(n, k // block)
+        return data[begin:end].reshape(-1), of_blocks[begin:end].reshape(-1), parts[2]
+
     def decode(self, parts: Sequence[Tensor], n: int, k: int, block: int, dtype: torch.dtype) -> Tensor:
         data, _, code = parts[:3]
         nibbles = torch.stack((data.view(-1) >> 4, data.view(-1) & 15), dim=1).view(-1, block)
@@ -178,7 +183,7 @@ FORMATS = (FourBit("nf4", _NF4), FourBit("fp4", _FP4))
 
 def from_module(module: nn.Module) -> QuantizedWeight | Reason | None:
     """What bitsandbytes' ``Linear4bit``, or whatever keeps a weight as it does, holds."""
-    weight: Any = module._parameters.get("weight")
+    weight: Any = module.__dict__["_parameters"].get("weight")
     # FSDP makes plain parameters of Params4bit; the module keeps the state then.
     state: Any = getattr(weight, "quant_state", None) or module.__dict__.get("quant_state")
     if state is None or not hasattr(state, "absmax"):
@@ -188,20 +193,25 @@ def from_module(module: nn.Module) -> QuantizedWeight | Reason | None:
     if state.quant_type not in _NAMES:
         return Reason.FORMAT
     n, k = state.shape
-    inner: Any = state.state2
-    if k % state.blocksize or (inner is not None and inner.blocksize != _NESTED_BLOCK):
+    block, inner = state.blocksize, state.state2
+    if k % block or (inner is not None and inner.blocksize != _NESTED_BLOCK):
         return Reason.BLOCKS
-    if type(weight.data) is not Tensor or weight.numel() * weight.element_size() * 2 != n * k:
+    data = weight.data
+    if data.dtype != torch.uint8:
+        data = data.view(torch.uint8)  # quant_storage: the same bytes under another name
+    if type(data) is not Tensor or 2 * data.numel() != n * k:
         return Reason.DISPLACED  # sharded, or not quantised yet
-    parts: tuple[Tensor, ...] = (weight.data.view(torch.uint8).view(-1), state.absmax, state.code)
+    parts: tuple[Tensor, ...] = (data, state.absmax, state.code)
     if inner is not None:
         parts = (*parts, inner.absmax, inner.code, state.offset)
-    if any(part.device != weight.device for part in parts):
-        return Reason.DEVICES
+    device = data.device
+    for part in parts:
+        if part.device != device:
+            return Reason.DEVICES
     dtype = getattr(module, "compute_dtype", None) or state.dtype
     if dtype not in DECODED:
         return Reason.DTYPE
-    return QuantizedWeight(state.quant_type, LAYOUT.name, parts, (n, k), state.blocksize, dtype)
+    return QuantizedWeight.of_layer(state.quant_type, LAYOUT.name, parts, (n, k), block, dtype)
 
 
 _NAMES = tuple(fmt.name for fmt in FORMATS)

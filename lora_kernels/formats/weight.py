@@ -36,6 +36,10 @@ class Layout(ABC):
         """
 
     @abstractmethod
+    def rows(self, parts: Sequence[Tensor], n: int, k: int, block: int, begin: int, end: int) -> tuple[Tensor, ...]:
+        """The parts of the rows [begin, end), views where that is possible. They decode to the same bits."""
+
+    @abstractmethod
     def decode(self, parts: Sequence[Tensor], n: int, k: int, block: int, dtype: torch.dtype) -> Tensor:
         """The weight [n, k], in plain torch code: what every kernel equals bit for bit."""
 
@@ -94,9 +98,24 @@ class QuantizedWeight:
                 raise ValueError("QuantizedWeight: parts must be contiguous")
         LAYOUTS[self.layout].check(self.parts, *self.shape, self.block)
 
+    @classmethod
+    def of_layer(
+        cls, format: str, layout: str, parts: tuple[Tensor, ...], shape: tuple[int, int], block: int, dtype: torch.dtype
+    ) -> QuantizedWeight:
+        """The same without the checks, which take as long as a small layer: for who reads a layer on every call. The
+        kernels have checks of their own.
+        """
+        weight = object.__new__(cls)
+        weight.__dict__.update(format=format, layout=layout, parts=parts, shape=shape, block=block, dtype=dtype)
+        return weight
+
     @property
     def device(self) -> torch.device:
         return self.parts[0].device
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.parts[0].is_cpu
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -121,6 +140,17 @@ class QuantizedWeight:
         """
         weight = self if dtype is None else replace(self, dtype=dtype)
         return torch.ops.lora_kernels.dequantize.default(*weight.args)
+
+    def split(self, rows: int) -> list[QuantizedWeight]:
+        """Blocks of so many rows, the last of which may have fewer; as ``Tensor.split``."""
+        n, k = self.shape
+        layout = LAYOUTS[self.layout]
+        blocks = []
+        for begin in range(0, n, rows):
+            end = min(n, begin + rows)
+            parts = layout.rows(self.parts, n, k, self.block, begin, end)
+            blocks.append(replace(self, parts=parts, shape=(end - begin, k)))
+        return blocks
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> QuantizedWeight:
         """The same weight on another device, or decoding to another dtype."""
