@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import dispatch, philox
+from .. import dispatch, formats, philox
+from ..formats import QuantizedWeight
 from ..functional.checks import draw_seed
 from ..functional.lora import dropout_mask
 from ..integrations.peft import patching as integration
@@ -26,10 +27,13 @@ def check_layer(layer: nn.Module, rows: int) -> Check:
     ours = _alone(layer)
     _fill_zeros(ours)
     base = _base_of(ours)
-    dtype = base.weight.dtype
+    packed = formats.from_module(base)
+    dtype = packed.dtype if isinstance(packed, QuantizedWeight) else base.weight.dtype
     original = _as_original(copy.deepcopy(ours))
+    if isinstance(packed, QuantizedWeight):  # which no product in float64 can take
+        original.base_layer = _dense(base, packed)
+    x = _input(_base_of(original), rows)
     plain, exact = copy.deepcopy(original).to(dtype), original.double()
-    x = _input(base, rows)
     worst = Check("", "", OK)
     p = _dropout_p(ours)
     for drops in (False, True) if p > 0.0 else (False,):
@@ -95,6 +99,16 @@ class _Masked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self._factor.to(x.dtype)
+
+
+def _dense(base: Any, weight: QuantizedWeight) -> nn.Linear:
+    """A plain layer of the decoded weight."""
+    n, k = weight.shape
+    linear = nn.Linear(k, n, base.bias is not None, weight.device, weight.dtype)
+    linear.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+    if base.bias is not None:
+        linear.bias = nn.Parameter(base.bias.detach().to(weight.dtype), requires_grad=False)
+    return linear
 
 
 def _base_of(layer: Any) -> Any:
