@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from ..functional.merging import stays_finite
 from ..modules.embedding import LoRAEmbedding
 from ..modules.lora import LoRALinear
 
@@ -33,7 +32,7 @@ def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = Fa
         if layer.merged:
             raise RuntimeError(f"merge_adapter: {name} is already merged; call unmerge_adapter first")
         layer.check_mergeable(f"merge_adapter: {name}")
-        if not stays_finite(layer.weight, *layer.update_factors(), layer.scaling):
+        if not layer.merges_finite():
             raise ValueError(f"merge_adapter: the merged weight of {name} would not be finite; nothing was merged")
     tied = _tied(model, layers)
     if tied and not untie:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..reasons import Reason
 from . import codes4
-from .weight import LAYOUTS, Format, Layout, QuantizedWeight, rounded_to
+from .weight import DECODED, LAYOUTS, Format, Layout, QuantizedWeight, rounded_to
 
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in codes4.FORMATS}
 """By name."""
@@ -25,6 +25,9 @@ def from_module(module: nn.Module) -> QuantizedWeight | Reason | None:
     The result is [out_features, in_features] and decodes to the dtype that the layer computes in. It refers to the
     layer's tensors and is not to be kept: merging and moving replace them.
     """
+    own = getattr(module, "quantized_weight", None)
+    if callable(own):
+        return own()
     for read in _READERS:
         found = read(module)
         if found is not None:
@@ -32,4 +35,4 @@ def from_module(module: nn.Module) -> QuantizedWeight | Reason | None:
     return None
 
 
-__all__ = ["FORMATS", "LAYOUTS", "Format", "Layout", "QuantizedWeight", "from_module", "rounded_to"]
+__all__ = ["DECODED", "FORMATS", "LAYOUTS", "Format", "Layout", "QuantizedWeight", "from_module", "rounded_to"]

@@ -6,7 +6,8 @@ scales are 8-bit numbers themselves, of a code of 256 and with a scale per 256 o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +88,11 @@ def scales(parts: Sequence[Tensor]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- quantising
 
 
+_DATA, _STATE = "weight", "weight.quant_state.bitsandbytes__"
+_ENTRIES = (_DATA, "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
+"""bitsandbytes' names for the parts; the scales' offset is with the sizes in ``_STATE``."""
+
+
 class FourBit(Format):
     """NF4 or FP4."""
 
@@ -127,6 +133,44 @@ class FourBit(Format):
             indices, outer = _nearest_of_256(largest - offset, dynamic_code(weight.device))
             parts = (data, indices, code, outer, dynamic_code(weight.device), offset)
         return QuantizedWeight(self.name, LAYOUT.name, parts, (n, k), block, weight.dtype)
+
+    def why_not(self, weight: Tensor, *, block: int = 64, **_: Any) -> Reason | None:  # type: ignore[override]
+        if weight.dtype not in DECODED:
+            return Reason.DTYPE
+        return Reason.BLOCKS if weight.shape[1] % block else None
+
+    def again(self, weight: Tensor, like: QuantizedWeight) -> QuantizedWeight:
+        return self.quantize(weight.to(like.dtype), block=like.block, double_quant=len(like.parts) == 6)
+
+    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        entries = dict(zip(_ENTRIES, weight.parts))
+        entries[_DATA] = entries[_DATA].view(-1, 1)
+        state: dict[str, Any] = {
+            "quant_type": self.name, "blocksize": weight.block, "shape": list(weight.shape),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+        }  # fmt: skip
+        if len(weight.parts) == 6:
+            state |= {
+                "nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": weight.parts[5].item(),
+            }  # fmt: skip
+        entries[_STATE + self.name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return entries
+
+    def unpack(self, entries: Mapping[str, Tensor], dtype: torch.dtype) -> QuantizedWeight | None:
+        packed = entries.get(_STATE + self.name)
+        if packed is None:
+            return None
+        try:
+            state = json.loads(bytes(packed.cpu().tolist()))
+            n, k = state["shape"]
+            is_nested = "nested_blocksize" in state
+            data, *others = (entries[name] for name in (_ENTRIES if is_nested else _ENTRIES[:3]))
+            if is_nested:
+                others.append(torch.tensor(state["nested_offset"], dtype=torch.float32, device=data.device))
+            data = data.contiguous().view(torch.uint8).view(-1)
+            return QuantizedWeight(self.name, LAYOUT.name, (data, *others), (n, k), state["blocksize"], dtype)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.name}: the entries of a packed weight do not fit together: {error!r}") from error
 
     def _nearest_codes(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """The packed indices and the scales of [blocks, block] weights."""

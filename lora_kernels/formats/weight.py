@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..plain import LOW_PRECISION
+from ..reasons import Reason
 
 DECODED = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that a weight may decode to."""
@@ -169,7 +170,7 @@ class QuantizedWeight:
 
 
 class Format(ABC):
-    """What a user names: a layout, and how weights are brought into it."""
+    """What a user names: a layout, how weights are brought into it, and how they are kept in files."""
 
     name: str
     layout: Layout
@@ -177,3 +178,23 @@ class Format(ABC):
     @abstractmethod
     def quantize(self, weight: Tensor, **options: Any) -> QuantizedWeight:
         """``weight`` [out_features, in_features] in this format; the options are the format's."""
+
+    @abstractmethod
+    def why_not(self, weight: Tensor, **options: Any) -> Reason | None:
+        """Why ``quantize`` cannot take this weight; None if it can."""
+
+    @abstractmethod
+    def again(self, weight: Tensor, like: QuantizedWeight) -> QuantizedWeight:
+        """``weight`` quantised with the options of ``like``, whose parts have the sizes of the result's."""
+
+    @abstractmethod
+    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """The entries of a ``state_dict`` by what follows a layer's name, under the names of the format's library."""
+
+    @abstractmethod
+    def unpack(self, entries: Mapping[str, Tensor], dtype: torch.dtype) -> QuantizedWeight | None:
+        """The weight of such entries, which computes in ``dtype``; None where they are of another format.
+
+        Raises:
+            ValueError: an entry is missing, or does not fit the others.
+        """

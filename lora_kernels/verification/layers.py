@@ -29,9 +29,10 @@ def check_layer(layer: nn.Module, rows: int) -> Check:
     base = _base_of(ours)
     packed = formats.from_module(base)
     dtype = packed.dtype if isinstance(packed, QuantizedWeight) else base.weight.dtype
-    original = _as_original(copy.deepcopy(ours))
+    original: Any = copy.deepcopy(ours)
     if isinstance(packed, QuantizedWeight):  # which no product in float64 can take
-        original.base_layer = _dense(base, packed)
+        _decode(original, packed)
+    original = _as_original(original)
     x = _input(_base_of(original), rows)
     plain, exact = copy.deepcopy(original).to(dtype), original.double()
     worst = Check("", "", OK)
@@ -101,14 +102,15 @@ class _Masked(nn.Module):
         return x * self._factor.to(x.dtype)
 
 
-def _dense(base: Any, weight: QuantizedWeight) -> nn.Linear:
-    """A plain layer of the decoded weight."""
-    n, k = weight.shape
-    linear = nn.Linear(k, n, base.bias is not None, weight.device, weight.dtype)
-    linear.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
-    if base.bias is not None:
-        linear.bias = nn.Parameter(base.bias.detach().to(weight.dtype), requires_grad=False)
-    return linear
+def _decode(layer: Any, weight: QuantizedWeight) -> None:
+    """Gives ``layer`` a plain base: itself, or PEFT's."""
+    base = layer
+    if not isinstance(layer, LoRALinear):
+        base = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        base.bias, layer.base_layer = _base_of(layer).bias, base
+    bias = base.bias
+    base.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+    base.bias = None if bias is None else nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
 
 
 def _base_of(layer: Any) -> Any:
