@@ -61,7 +61,5 @@ def quantize_(
         # The class is swapped, as in inject: other references to the layer and its hooks stay valid.
         layer.__class__ = QuantizedLinear
         layer.keep(weight)
-    in_bits = {
-        name: f"{weight.format}, {weight.bits_per_weight:.2f} bits per weight" for name, weight in weights.items()
-    }
-    return Report(list(in_bits.items()), kept, "packed", "linear layers packed")
+    packed = [(name, f"{w.format}, {w.bits_per_weight:.2f} bits per weight") for name, w in weights.items()]
+    return Report(packed, kept, "packed", "linear layers packed")

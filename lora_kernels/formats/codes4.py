@@ -137,7 +137,7 @@ class FourBit(Format):
     def why_not(self, weight: Tensor, *, block: int = 64, **_: Any) -> Reason | None:  # type: ignore[override]
         if weight.dtype not in DECODED:
             return Reason.DTYPE
-        return Reason.BLOCKS if weight.shape[1] % block else None
+        return Reason.BLOCKS if block > 0 and weight.shape[1] % block else None
 
     def again(self, weight: Tensor, like: QuantizedWeight) -> QuantizedWeight:
         return self.quantize(weight.to(like.dtype), block=like.block, double_quant=len(like.parts) == 6)

@@ -90,6 +90,7 @@ class QuantizedLinear(nn.Linear):
                 self._load(entries)
             except ValueError as error:
                 error_msgs.append(f"{prefix[:-1]}: {error}")
+                return
         rest = {key: value for key, value in state_dict.items() if key[len(prefix) :] not in entries}
         rest[own] = self.weight
         super()._load_from_state_dict(
