@@ -38,7 +38,7 @@ def _cpu_supports(x: Tensor, weight: list[Tensor], layout: str, n: int, k: int, 
     seed = rest[5]
     verdict = cpu_packed.product_verdict(x, layout, n, k)
     few = verdict is cpu_packed.DECODE or verdict is cpu_packed.ROWS
-    return cpu_packed.panels_verdict(x) if few and seed is not None else verdict
+    return cpu_packed.panels_verdict(x, n, k) if few and seed is not None else verdict
 
 
 def _flops(

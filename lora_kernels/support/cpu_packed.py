@@ -6,7 +6,7 @@ import torch
 
 from ..reasons import Reason
 from ..spec import Verdict
-from . import cpu
+from . import cpu, cpu_product
 
 LAYOUTS = ("codes4",)
 """That the kernels decode."""
@@ -34,15 +34,18 @@ def product_verdict(x: torch.Tensor, layout: str, n: int, k: int, is_gradient: b
         return DECODE
     if rows <= SOME_ROWS and not is_gradient:
         return ROWS
-    return panels_verdict(x)
+    return panels_verdict(x, n, k, is_gradient)
 
 
-def panels_verdict(x: torch.Tensor) -> Verdict:
-    """How many rows are multiplied."""
-    return _PANELS[cpu.has_native_matmul(x.dtype)]
+def panels_verdict(x: torch.Tensor, n: int, k: int, is_gradient: bool = False) -> Verdict:
+    """How many rows are multiplied: panel by panel of the decoded weight."""
+    if x.dtype == torch.float32:
+        sides = (k, n) if is_gradient else (n, k)
+        product = cpu_product.choose_for_decoded(x.shape[:-1].numel(), *sides, is_gradient)
+        return Verdict(product.schedule, f"{_PANELS}; {product.reason}")
+    return _NATIVE if cpu.has_native_matmul(x.dtype) else _UPCAST
 
 
-_PANELS = {
-    True: Verdict("aten", "a few megabytes of the weight at a time are decoded for the vendor's GEMM"),
-    False: Verdict("upcast", "no native matmul for this dtype on this CPU: panels of the weight go through fp32"),
-}
+_PANELS = "a few megabytes of the weight at a time are decoded for a GEMM"
+_NATIVE = Verdict("aten", f"{_PANELS} in 16 bits, which this CPU has instructions for")
+_UPCAST = Verdict("upcast", f"{_PANELS} in fp32: this CPU has no instructions for this dtype")
