@@ -252,7 +252,9 @@ def from_module(module: nn.Module) -> QuantizedWeight | Reason | None:
     for part in parts:
         if part.device != device:
             return Reason.DEVICES
-    dtype = getattr(module, "compute_dtype", None) or state.dtype
+    dtype = getattr(module, "compute_dtype", None)
+    if dtype is None:  # until the first call; and for good if that one's x was float16, in which it multiplies then
+        dtype = torch.float16 if getattr(module, "compute_type_is_set", False) else state.dtype
     if dtype not in DECODED:
         return Reason.DTYPE
     return QuantizedWeight.of_layer(state.quant_type, LAYOUT.name, parts, (n, k), block, dtype)

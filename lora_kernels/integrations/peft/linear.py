@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -207,12 +208,14 @@ def next_call(layer: Any) -> tuple[Reason | None, str]:
         usual_input = layer.get_base_layer().weight.new_empty(0)
         return conv.call_reason(usual_input, found), "lora_conv"
     weight, lora_A, lora_B, *_, magnitude = found if type(found) is tuple else found.first
-    usual_input = torch.empty(0, dtype=weight.dtype, device=weight.device)
-    of_weight = ""
+    usual_dtype, of_weight = weight.dtype, ""
     if isinstance(weight, QuantizedWeight):
         of_weight = f", {weight.format}, {weight.bits_per_weight:.2f} bits"
-        if lora_A.dtype == torch.float32 and usual_input.is_cpu:
-            usual_input = usual_input.float()
+        if not getattr(layer.get_base_layer(), "compute_type_is_set", True):
+            weight = replace(weight, dtype=lora_A.dtype)  # the first call will say
+        if weight.device.type == "cpu":
+            usual_dtype = lora_A.dtype
+    usual_input = torch.empty(0, dtype=usual_dtype, device=weight.device)
     if type(found) is not tuple:
         return several_adapters.call_reason(usual_input, found), FUSED + of_weight
     reason = operands.call_reason(usual_input, weight, lora_A, lora_B)
