@@ -387,7 +387,7 @@ class LaneScales {
 template <FloatType kRounding, int kRows>
 inline void decode_row(const PackedLinearParams& p, const GroupCodes& codes, const LaneScales& lane_scales,
                        const float* x, int64_t n, VecF* sums) {
-  constexpr int64_t kDepth = 8192;  // columns whose scales are held at a time
+  constexpr int64_t kDepth = 2048;  // columns that are summed on their own: the rounding error grows with their number
   const PackedWeight& w = p.weight;
   float scales[kDepth / 32 + kLanes];
   for (int64_t k0 = 0; k0 < w.k; k0 += kDepth) {
@@ -396,6 +396,7 @@ inline void decode_row(const PackedLinearParams& p, const GroupCodes& codes, con
     for (int64_t i = 0; i < blocks; ++i) scales[i] = scale_of(w, first + i);
     for (int i = 0; i < kLanes; ++i) scales[blocks + i] = 0.0f;
     const uint8_t* bytes = w.data + (n * w.k + k0) / 2;
+    VecF chunk[kRows] = {};
     for (int64_t c = 0; c < depth; c += kGroup) {
       const VecF scale = lane_scales(scales, c);
       VecF part[kRows][2] = {};  // two chains hide more of an addition's latency than one
@@ -407,9 +408,10 @@ inline void decode_row(const PackedLinearParams& p, const GroupCodes& codes, con
       });
       for (int i = 0; i < kRows; ++i) {
         const VecF sum = part[i][0] + part[i][1];
-        sums[i] = kRounding == FloatType::kFloat32 ? fma(scale, sum, sums[i]) : sums[i] + sum;
+        chunk[i] = kRounding == FloatType::kFloat32 ? fma(scale, sum, chunk[i]) : chunk[i] + sum;
       }
     }
+    for (int i = 0; i < kRows; ++i) sums[i] += chunk[i];
   }
 }
 
