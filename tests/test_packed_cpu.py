@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_as_accurate
-from packed import random_packed
+from packed import decoded, random_packed
 
 from lora_kernels import _native, philox
+from lora_kernels.formats import rounded_to
 from lora_kernels.support import cpu
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -31,36 +32,18 @@ SHAPES = [
 # (schedule, dtype of x, dtype that the weights are rounded to)
 PRODUCTS = [
     ("aten", FP32, FP32), ("aten", FP32, BF16), ("aten", FP32, FP16), ("onednn", FP32, FP32), ("upcast", BF16, BF16),
-    ("upcast", BF16, FP32), ("upcast", FP16, FP16), ("native", BF16, BF16), ("native", FP16, FP32),
+    ("upcast", BF16, FP32), ("upcast", FP16, FP16), ("upcast", FP16, BF16), ("native", BF16, BF16),
+    ("native", FP16, FP32),
 ]  # fmt: skip
+FEW_ROWS = [
+    (schedule, *dtypes)
+    for schedule in ("decode", "rows")
+    for dtypes in ((FP32, FP32), (FP32, BF16), (FP32, FP16), (BF16, BF16), (BF16, FP32), (FP16, FP16))
+]
 
 pytestmark = pytest.mark.skipif(_native.cpu is None, reason="lora_kernels._C is not built")
 
 
-def _define_missing():
-    """The schemas of the ops, until they are registered."""
-    packed = "Tensor[] weight, str layout, int n, int k, int block, ScalarType dtype"
-    schemas = {
-        "dequantize": f"({packed}, str schedule) -> Tensor",
-        "linear_packed": f"(Tensor x, {packed}, Tensor? bias, str schedule) -> Tensor",
-        "linear_packed_backward": f"(Tensor grad_y, {packed}, str schedule) -> Tensor",
-        "lora_linear_packed": (
-            f"(Tensor x, {packed}, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, float scaling, "
-            "float dropout_p, str schedule) -> (Tensor, Tensor)"
-        ),
-        "lora_linear_packed_backward": (
-            f"(Tensor grad_y, Tensor x, Tensor s, {packed}, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, "
-            "float dropout_p, bool need_x, bool need_A, bool need_B, str schedule) -> (Tensor, Tensor, Tensor)"
-        ),
-    }
-    library = torch.library.Library("lora_kernels_native", "FRAGMENT")
-    for name, schema in schemas.items():
-        if not hasattr(torch.ops.lora_kernels_native, name):
-            library.define(name + schema)
-    return library
-
-
-_library = _define_missing()
 native = torch.ops.lora_kernels_native
 
 
@@ -97,20 +80,20 @@ def test_bits_of_decoding(code, nested, dtype):
     """Kills: the nibbles' order, a contracted nested scale, a second rounding, a block that ends within a run."""
     for block in BLOCKS:
         for n, blocks_per_row in ((1, 1), (5, 3), (0, 2), (67, 2)):
-            w = random_packed(n, block * blocks_per_row, block, nested, code).to(dtype)
-            assert_same_bits(native.dequantize(*w.args, ""), w.decoded())
+            w = random_packed(n, block * blocks_per_row, block, nested, code).to(dtype=dtype)
+            assert_same_bits(native.dequantize(*w.args, ""), decoded(w))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 def test_bits_of_extreme_scales(dtype):
     """Subnormal halves, halves that overflow, negative scales and such of no number."""
-    w = random_packed(64, 256, 32).to(dtype)
-    scales = torch.logspace(-12, 12, w.parts[1].numel())
+    w = random_packed(64, 256, 32).to(dtype=dtype)
+    scales = w.parts[1]
+    scales[:] = torch.logspace(-12, 12, scales.numel())
     scales[::2] *= -1
     scales[5], scales[6], scales[7] = math.inf, -math.inf, math.nan
     scales[100:164] = torch.logspace(-8, -4, 64)
-    w = w.with_part(1, scales)
-    assert_same_bits(native.dequantize(*w.args, ""), w.decoded())
+    assert_same_bits(native.dequantize(*w.args, ""), decoded(w))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
@@ -139,7 +122,7 @@ def make_problem(m, n, k, block, rank, x_dtype, dtype, adapter_dtype=None):
     adapter_dtype = adapter_dtype or x_dtype
     return {
         "x": torch.randn(m, k).to(x_dtype),
-        "weight": random_packed(n, k, block, nested=rank % 2 == 0).to(dtype),
+        "weight": random_packed(n, k, block, nested=rank % 2 == 0).to(dtype=dtype),
         "lora_A": (torch.randn(rank, k) / math.sqrt(k)).to(adapter_dtype),
         "lora_B": (torch.randn(n, rank) / math.sqrt(rank)).to(adapter_dtype),
         "bias": torch.randn(n).to(x_dtype),
@@ -158,9 +141,14 @@ def ours(problem, schedule, p=0.0, bias=True, needs=(True, True, True), backward
     return [y, s, *gradients]
 
 
+def product_weight(weight, x):
+    """[n, k] in x's dtype."""
+    return decoded(weight, rounded_to(weight.dtype, x)).to(x.dtype)
+
+
 def torch_code(problem, dtype, p=0.0, bias=True):
     """The same by torch's products in this dtype, by the weight decoded, rounded to x's dtype."""
-    weight = problem["weight"].decoded().to(problem["x"].dtype).to(dtype)
+    weight = product_weight(problem["weight"], problem["x"]).to(dtype)
     x, A, B, row, grad_y = (problem[name].to(dtype) for name in ("x", "lora_A", "lora_B", "bias", "grad_y"))
     keep = philox.keep_mask(torch.tensor([SEED]), *x.shape, p) if p else None
 
@@ -193,13 +181,59 @@ def test_values_by_panels(schedule, x_dtype, dtype, shape):
         assert_products(ours(problem, schedule, p, bias), problem, p, bias)
 
 
+# (n, k, block, rank): of each block that a group of lanes holds several of, one, or a part of; ends within a group,
+# within a tile of four outputs, and within a vector of ranks; more columns than scales or a tile hold. Every result has
+# several elements: the error of a single one is luck.
+FEW_ROWS_SHAPES = [
+    (37, 576, 64, 17),
+    (66, 160, 32, 8),
+    (35, 1152, 128, 5),
+    (9, 2048 + 512, 256, 7),
+    (11, 6144, 2048, 12),
+    (10, 16384, 16384, 9),
+    (18, 192, 96, 16),
+    (23, 34, 34, 6),
+    (7, 64, 64, 1100),
+    (0, 64, 64, 2),
+]
+
+
+@pytest.mark.parametrize("shape", FEW_ROWS_SHAPES, ids=str)
+@pytest.mark.parametrize(("schedule", "x_dtype", "dtype"), FEW_ROWS, ids=str)
+def test_values_of_few_rows(schedule, x_dtype, dtype, shape):
+    """Kills: x in another order than the weights, a scale of the neighbouring block, weights that are not rounded."""
+    n, k, block, rank = shape
+    for m, bias in ((0, True), (1, False), (2, True), (3, True), (4, False), (13, True), (64, False)):
+        problem = make_problem(m, n, k, block, rank, x_dtype, dtype, FP32 if bias else x_dtype)
+        x, w, A, B = (problem[name] for name in ("x", "weight", "lora_A", "lora_B"))
+        row = problem["bias"] if bias else None
+        y, s = native.lora_linear_packed(x, *w.args, A, B, row, None, SCALING, 0.0, schedule)
+        assert (y.dtype, s.dtype) == (x_dtype, x_dtype)
+        for name, a, b, c in zip(
+            "ys", (y, s), torch_code(problem, x_dtype, 0.0, bias), torch_code(problem, FP64, 0.0, bias)
+        ):
+            assert_as_accurate(a, b, c, f"{name} of {m} rows")
+        weight = product_weight(w, x)
+        plain = F.linear(x, weight, row), F.linear(x.double(), weight.double(), None if row is None else row.double())
+        assert_as_accurate(native.linear_packed(x, *w.args, row, schedule), *plain, f"{m} rows without an adapter")
+
+
+@pytest.mark.parametrize(("schedule", "x_dtype", "dtype"), FEW_ROWS, ids=str)
+def test_every_weight_of_few_rows(schedule, x_dtype, dtype):
+    """Each row of x picks a column of W: what is seen is a weight, to the bit where it was rounded to 16 bits."""
+    for k, block in ((160, 32), (192, 64), (512, 512)):
+        w, x = random_packed(7, k, block, nested=True).to(dtype=dtype), torch.eye(k, dtype=x_dtype)
+        y = torch.cat([native.linear_packed(rows, *w.args, None, schedule) for rows in x.split(3)])
+        assert torch.equal(y, product_weight(w, x).t())
+
+
 @pytest.mark.parametrize(("schedule", "x_dtype", "dtype"), PRODUCTS, ids=str)
-def test_values_without_an_adapter(schedule, x_dtype, dtype):
+def test_values_by_panels_without_an_adapter(schedule, x_dtype, dtype):
     skip_unless_possible(schedule, x_dtype)
     for shape in SHAPES:
         problem = make_problem(*shape, x_dtype, dtype)
         x, w, bias, grad_y = (problem[name] for name in ("x", "weight", "bias", "grad_y"))
-        weight = w.decoded().to(x_dtype)
+        weight = product_weight(w, x)
         for row in (None, bias):
             wide = None if row is None else row.double()
             y = native.linear_packed(x, *w.args, row, schedule)
@@ -238,7 +272,7 @@ def test_any_leading_shape(lead):
     A, B = torch.randn(2, 64), torch.randn(24, 2)
     y, s = native.lora_linear_packed(x, *w.args, A, B, None, None, SCALING, 0.0, "aten")
     assert (y.shape, s.shape) == ((*lead, 24), (*lead, 2))
-    torch.testing.assert_close(y, x @ w.decoded().t() + x @ A.t() @ B.t() * SCALING)
+    torch.testing.assert_close(y, x @ decoded(w).t() + x @ A.t() @ B.t() * SCALING)
     grad_x, _, _ = native.lora_linear_packed_backward(
         grad_y, x, s, *w.args, A, B, None, SCALING, 0.0, True, False, False, "aten"
     )
@@ -255,22 +289,22 @@ def test_gradients_that_are_not_needed(needs, p):
         assert torch.equal(part, whole) if needed else part.numel() == 0
 
 
-@pytest.mark.parametrize(("schedule", "x_dtype", "dtype"), PRODUCTS, ids=str)
+@pytest.mark.parametrize(("schedule", "x_dtype", "dtype"), PRODUCTS + FEW_ROWS, ids=str)
 def test_threads_do_not_change_the_weights(schedule, x_dtype, dtype):
     """Kills: a thread's rows at another's place. Every row of x picks one column of W, so a product is exact."""
     skip_unless_possible(schedule, x_dtype)
-    w = random_packed(1100, 1024, 64, nested=True).to(dtype)
+    w = random_packed(1100, 1024, 64, nested=True).to(dtype=dtype)
     picked = torch.randperm(1024)[:5]
     x = torch.zeros(5, 1024, dtype=x_dtype)
     x[torch.arange(5), picked] = 1
-    expected = w.decoded().to(x_dtype)[:, picked].t()
+    expected = product_weight(w, x)[:, picked].t()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            y, decoded = native.linear_packed(x, *w.args, None, schedule), native.dequantize(*w.args, "")
+            y, whole = native.linear_packed(x, *w.args, None, schedule), native.dequantize(*w.args, "")
         finally:
             torch.set_num_threads(1)
-        assert torch.equal(decoded, w.decoded())
+        assert torch.equal(whole, decoded(w))
         assert torch.equal(y, expected)
 
 
@@ -289,15 +323,17 @@ def test_a_thread_has_a_buffer_of_its_own():
 
 def misfits(nested):
     """What is wrong, and the arguments that describe the weight."""
-    w = random_packed(24, 128, 64, nested)
-    parts, layout, n, k, block, dtype = w.args
+    parts, layout, n, k, block, dtype = random_packed(24, 128, 64, nested).args
+
+    def other(index, part):
+        return [*parts[:index], part, *parts[index + 1 :]], layout, n, k, block, dtype
+
     for index, part in enumerate(parts):
         if part.dim():
-            yield f"part {index} is short", w.with_part(index, part[:-1]).args
-        yield f"part {index} has another dtype", w.with_part(index, part.to(torch.int64)).args
+            yield f"part {index} is short", other(index, part[:-1])
+        yield f"part {index} has another dtype", other(index, part.to(torch.int64))
         if part.numel() > 1:
-            every_second = torch.stack([part, part], dim=1)[:, 0]
-            yield f"part {index} is not contiguous", w.with_part(index, every_second).args
+            yield f"part {index} is not contiguous", other(index, torch.stack([part, part], dim=1)[:, 0])
     yield "no parts", ([], layout, n, k, block, dtype)
     yield "a part too many", ([*parts, parts[0]], layout, n, k, block, dtype)
     yield "the code missing", (parts[:2], layout, n, k, block, dtype)
@@ -355,7 +391,6 @@ def test_operands_beside_a_packed_weight_are_checked():
                 function(**{name: tensor})
     for call in (
         lambda: forward(x=x.double(), bias=None),
-        lambda: native.linear_packed(x.to(BF16), *random_packed(24, 128).to(FP16).args, None, "upcast"),
         lambda: native.linear_packed(x, *w, bias[:-1], "aten"),
     ):
         with pytest.raises(RuntimeError, match="must"):

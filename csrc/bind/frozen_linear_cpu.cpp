@@ -5,6 +5,7 @@
 #include "cpu_decode.h"
 #include "cpu_gemm.h"
 #include "lora_checks.h"
+#include "packed_rows.h"
 #include "packed_weight.h"
 
 namespace lk {
@@ -70,8 +71,12 @@ Tensor linear_packed(Tensor x, std::vector<Tensor> weight, std::string layout, i
                      ScalarType dtype, std::optional<Tensor> bias, std::string schedule) {
   check_packed_rows(x, k);
   check_bias(x, n, bias);
-  return forward(x, PackedMatrix(packed_weight_for({weight, layout, n, k, block, dtype}, x.scalar_type())), bias,
-                 schedule);
+  const PackedWeight w = packed_weight_for({weight, layout, n, k, block, dtype}, x.scalar_type());
+  if (schedule == "decode" || schedule == "rows") {
+    const Tensor y = multiply_packed(as_float_rows(as_rows(x)), w, bias, nullptr, schedule == "decode");
+    return with_leading_sizes_of(cast(y, x.scalar_type()), x);
+  }
+  return forward(x, PackedMatrix(w), bias, schedule);
 }
 
 Tensor linear_packed_backward(Tensor grad_y, std::vector<Tensor> weight, std::string layout, int64_t n, int64_t k,

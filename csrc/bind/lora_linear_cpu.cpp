@@ -8,6 +8,7 @@
 #include "cpu_decode.h"
 #include "cpu_gemm.h"
 #include "lora_checks.h"
+#include "packed_rows.h"
 #include "packed_weight.h"
 
 namespace lk {
@@ -17,12 +18,6 @@ constexpr Dropout kNoDropout{0, 0, 1.0f};
 
 Dropout read_dropout(const Tensor& seed, double p) {
   return make_dropout(*static_cast<const int64_t*>(seed.const_data_ptr()), p);
-}
-
-// fp32 with unit column stride, as the kernels want it.
-Tensor as_float_rows(const Tensor& t) {
-  const Tensor f = cast(t, ScalarType::Float);
-  return f.stride(1) == 1 ? f : torch::stable::contiguous(f);
 }
 
 // The kernels' own narrow products pay from this many rows on; below, packing the other operand costs more.
@@ -205,6 +200,23 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
   return forward(x, PlainMatrix(weight), lora_A, lora_B, bias, seed, scaling, dropout_p, schedule);
 }
 
+// A few rows, without the vendor library for the base product. s is rounded to x's dtype before it is multiplied.
+std::tuple<Tensor, Tensor> packed_rows(const Tensor& x, const PackedWeight& weight, const Tensor& lora_A,
+                                       const Tensor& lora_B, const std::optional<Tensor>& bias, double scaling,
+                                       bool in_registers) {
+  const Tensor rows = as_float_rows(as_rows(x)), a = as_float_rows(lora_A), b = as_float_rows(lora_B);
+  const Tensor wide = new_empty_as(rows, {rows.size(0), a.size(0)});
+  if (in_registers) {
+    run_decode(decode_params(rows, a, mutable_floats(wide)));
+  } else {
+    mm_out(wide, rows, transposed(a));
+  }
+  const Tensor s = cast(wide, x.scalar_type());
+  const PackedBranch branch{cast(s, ScalarType::Float), b, scaling};
+  const Tensor y = cast(multiply_packed(rows, weight, bias, &branch, in_registers), x.scalar_type());
+  return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
+}
+
 std::tuple<Tensor, Tensor> lora_linear_packed(Tensor x, std::vector<Tensor> weight, std::string layout, int64_t n,
                                               int64_t k, int64_t block, ScalarType dtype, Tensor lora_A, Tensor lora_B,
                                               std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
@@ -212,8 +224,12 @@ std::tuple<Tensor, Tensor> lora_linear_packed(Tensor x, std::vector<Tensor> weig
   check_packed_rows(x, k);
   check_bias(x, n, bias);
   check_adapter(x, n, k, lora_A, lora_B, seed);
-  const PackedMatrix w(packed_weight_for({weight, layout, n, k, block, dtype}, x.scalar_type()));
-  return forward(x, w, lora_A, lora_B, bias, seed, scaling, dropout_p, schedule);
+  const PackedWeight w = packed_weight_for({weight, layout, n, k, block, dtype}, x.scalar_type());
+  if (schedule == "decode" || schedule == "rows") {
+    STD_TORCH_CHECK(!seed, "the decode and rows schedules serve no dropout, so seed must be None");
+    return packed_rows(x, w, lora_A, lora_B, bias, scaling, schedule == "decode");
+  }
+  return forward(x, PackedMatrix(w), lora_A, lora_B, bias, seed, scaling, dropout_p, schedule);
 }
 
 // All operands 16-bit, of one dtype that the CPU multiplies itself: converting them would take longer than the

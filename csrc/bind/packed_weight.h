@@ -73,12 +73,10 @@ inline void check_packed_rows(const Tensor& x, int64_t columns) {
                   "x must be [..., k], and the gradient of y [..., n], of a packed weight [n, k]");
 }
 
-// W as an x of this dtype is multiplied by it.
+// W as an x of this dtype is multiplied by it: rounded to x's 16 bits, once, where x has 16.
 inline PackedWeight packed_weight_for(const PackedArguments& arguments, ScalarType x_dtype) {
   STD_TORCH_CHECK(x_dtype == ScalarType::Float || x_dtype == ScalarType::BFloat16 || x_dtype == ScalarType::Half,
                   "packed weight: x must be float32, bfloat16 or float16");
-  STD_TORCH_CHECK(x_dtype == ScalarType::Float || arguments.dtype == ScalarType::Float || arguments.dtype == x_dtype,
-                  "packed weight: dtype must be x's or float32 where x is of 16 bits");
   PackedWeight p = packed_weight(arguments);
   if (x_dtype != ScalarType::Float) p.rounding = float_type(x_dtype);
   return p;

@@ -33,6 +33,28 @@ struct UnpackParams {
   bool is_narrow;
 };
 
+// y = x Wᵀ + bias + s Bᵀ for some rows of x. bias and s may be null. Rows of x and s end with zeros, up to
+// kPaddedColumns.
+struct PackedLinearParams {
+  PackedWeight weight;
+  const float* x;  // [rows, k]; for `decode` as arrange_x lays it out
+  int64_t x_stride;
+  const float* bias;
+  const float* s;  // [rows, rank]; scaled
+  int64_t s_stride;
+  const float* b;  // [n, rank]
+  int64_t b_stride;
+  float* y;  // [rows, n], contiguous
+  int64_t rows, rank;
+};
+
+constexpr int64_t kPaddedColumns = 32;
+
+inline int64_t padded(int64_t columns) { return (columns + kPaddedColumns - 1) / kPaddedColumns * kPaddedColumns; }
+
+// Whether `decode` serves this weight: its lanes hold weights that lie together.
+inline bool decodes_in_registers(const PackedWeight& w) { return w.block >= 32 && (w.block & (w.block - 1)) == 0; }
+
 }  // namespace lk
 
 namespace lk::cpu {
@@ -40,6 +62,16 @@ namespace lk::cpu {
 struct PackedWeightKernels {
   // Rows [begin, end) of W.
   void (*unpack)(const UnpackParams&, int64_t begin, int64_t end);
+
+  // Columns [begin, end) of y, with weights that are decoded in registers.
+  void (*decode)(const PackedLinearParams&, int64_t begin, int64_t end);
+
+  // A row of x in the order in which `decode` has weights in its lanes: of arranged_width numbers.
+  void (*arrange_x)(const float* x, int64_t k, float* arranged);
+  int64_t (*arranged_width)(int64_t k);
+
+  // Columns [begin, end) of y, with weights that are decoded into the nearest cache a few rows at a time.
+  void (*multiply)(const PackedLinearParams&, int64_t begin, int64_t end);
 };
 
 }  // namespace lk::cpu

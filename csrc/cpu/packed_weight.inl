@@ -8,6 +8,53 @@
 namespace lk::cpu {
 namespace {
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline VecF fma(VecF a, VecF b, VecF c) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FP_FAST_FMAF)
+  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
+// The first `count` of kLanes numbers, then zeros; nothing behind them is read.
+inline VecF load_first(const float* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+#if defined(__AVX512F__)
+  return (VecF)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
+  VecF v = {};
+  for (int i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// The sums of four vectors.
+inline void sum_four(const VecF* v, float* out) {
+#if defined(__AVX2__)
+  __m256 half[4];
+  for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+    const __m512 whole = (__m512)v[i];
+    half[i] = _mm256_add_ps(_mm512_castps512_ps256(whole),
+                            _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(whole), 1)));
+#else
+    half[i] = (__m256)v[i];
+#endif
+  }
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
+#endif
+}
+
 // ------------------------------------------------------------------------------------------- 16-bit types
 
 typedef uint16_t VecH __attribute__((vector_size(LK_VECTOR_BYTES / 2)));
@@ -126,7 +173,6 @@ class Codes {
     look_up(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1), out);
   }
 
- private:
   // The codes of 32 indices: vector j is of bytes 4j to 4j + 3 of either half.
   inline void look_up(__m256i index, VecF* out) const {
     const __m256i p0 = _mm256_shuffle_epi8(planes_[0], index), p1 = _mm256_shuffle_epi8(planes_[1], index);
@@ -139,6 +185,7 @@ class Codes {
     out[3] = (VecF)_mm256_unpackhi_epi16(c, d);
   }
 
+ private:
   __m256i planes_[4];
 #else
   explicit Codes(const float* code) : table_(code) {}
@@ -173,25 +220,37 @@ inline void unpack_run(const Codes& codes, const uint8_t* bytes, VecF scale, Out
   }
 }
 
+// Columns [begin, end) of row n of W, both even.
 template <FloatType kRounding, class Out>
-void unpack(const UnpackParams& p, int64_t begin, int64_t end) {
-  const PackedWeight& w = p.weight;
-  const Codes codes(w.code);
-  Out* out = static_cast<Out*>(p.out) + (begin - p.first_row) * w.k;
-  const uint8_t* bytes = w.data + begin * w.k / 2;
-  for (int64_t block = begin * w.k / w.block; block < end * w.k / w.block; ++block) {
+inline void unpack_columns(const PackedWeight& w, const Codes& codes, int64_t n, int64_t begin, int64_t end, Out* out) {
+  int64_t block = (n * w.k + begin) / w.block, block_end = begin - begin % w.block;
+  const uint8_t* bytes = w.data + (n * w.k + begin) / 2;
+  for (int64_t c = begin; c < end; ++block) {
     const VecF scale = broadcast(scale_of(w, block));
-    int64_t c = 0;
-    for (; c + kRun <= w.block; c += kRun) unpack_run<kRounding>(codes, bytes + c / 2, scale, out + c);
-    if (c < w.block) {  // a block that ends within a run
+    block_end = smaller(block_end + w.block, end);
+    for (; c + kRun <= block_end; c += kRun, out += kRun, bytes += kRun / 2) {
+      unpack_run<kRounding>(codes, bytes, scale, out);
+    }
+    if (c < block_end) {  // a block that ends within a run
+      const int64_t left = block_end - c;
       uint8_t last[kRun / 2] = {};
       Out decoded[kRun];
-      memcpy(last, bytes + c / 2, (w.block - c) / 2);
+      memcpy(last, bytes, left / 2);
       unpack_run<kRounding>(codes, last, scale, decoded);
-      memcpy(out + c, decoded, sizeof(Out) * (w.block - c));
+      memcpy(out, decoded, sizeof(Out) * left);
+      c = block_end;
+      out += left;
+      bytes += left / 2;
     }
-    out += w.block;
-    bytes += w.block / 2;
+  }
+}
+
+template <FloatType kRounding, class Out>
+void unpack(const UnpackParams& p, int64_t begin, int64_t end) {
+  const Codes codes(p.weight.code);
+  const int64_t k = p.weight.k;
+  for (int64_t n = begin; n < end; ++n) {
+    unpack_columns<kRounding>(p.weight, codes, n, 0, k, static_cast<Out*>(p.out) + (n - p.first_row) * k);
   }
 }
 
@@ -207,11 +266,308 @@ void unpack_any(const UnpackParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// ------------------------------------------------------------------------------------------------- decode
+
+// The codes of kGroup consecutive weights in an order that takes no shuffles: see weight_of.
+class GroupCodes {
+ public:
+#if defined(__AVX512F__)
+  static constexpr int kGroup = 128;
+
+  // Lane l of all vectors is of eight weights in a row, of one 32-bit word.
+  static constexpr int weight_of(int vector, int lane) { return 8 * lane + (vector ^ 1); }
+  static constexpr int first_weight_of(int lane) { return 8 * lane; }
+
+  explicit GroupCodes(const float* code) : table_(_mm512_loadu_ps(code)) {}
+
+  // Calls f(vector, codes); weights from `count` on have any code. `count` is a multiple of 32.
+  template <class F>
+  inline void operator()(const uint8_t* bytes, int64_t count, const F& f) const {
+    const __m512i words = count >= kGroup
+                              ? _mm512_loadu_si512(bytes)
+                              : _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count / 8) - 1), bytes);
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; ++v) {
+      f(v, (VecF)_mm512_permutexvar_ps((__m512i)((VecU)words >> 4 * v), table_));
+    }
+  }
+
+ private:
+  __m512 table_;
+#elif defined(__AVX2__)
+  static constexpr int kGroup = 64;
+
+  // Even weights, then odd ones, of 32 bytes; Codes::look_up says which are in a vector.
+  static constexpr int weight_of(int vector, int lane) {
+    const int byte = 4 * (vector % 4) + lane % 4 + lane / 4 * 16;
+    return 2 * byte + vector / 4;
+  }
+  static constexpr int first_weight_of(int lane) { return lane / 4 * 32; }
+
+  explicit GroupCodes(const float* code) : codes_(code) {}
+
+  template <class F>
+  inline void operator()(const uint8_t* bytes, int64_t count, const F& f) const {
+    const __m256i mask = _mm256_set1_epi8(15);
+    const __m256i both = count >= kGroup
+                             ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes))
+                             : _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    VecF codes[4];
+    codes_.look_up(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask), codes);
+    for (int v = 0; v < 4; ++v) f(v, codes[v]);
+    codes_.look_up(_mm256_and_si256(both, mask), codes);
+    for (int v = 0; v < 4; ++v) f(4 + v, codes[v]);
+  }
+
+ private:
+  Codes codes_;
+#else
+  static constexpr int kGroup = kRun;
+
+  static constexpr int weight_of(int vector, int lane) { return vector * kLanes + lane; }
+  static constexpr int first_weight_of(int) { return 0; }
+
+  explicit GroupCodes(const float* code) : codes_(code) {}
+
+  template <class F>
+  inline void operator()(const uint8_t* bytes, int64_t, const F& f) const {
+    VecF codes[kRunVectors];
+    codes_(bytes, codes);
+    for (int v = 0; v < kRunVectors; ++v) f(v, codes[v]);
+  }
+
+ private:
+  Codes codes_;
+#endif
+};
+
+constexpr int kGroup = GroupCodes::kGroup;
+
+int64_t arranged_width(int64_t k) { return (k + kGroup - 1) / kGroup * kGroup; }
+
+void arrange_x(const float* x, int64_t k, float* arranged) {
+  for (int64_t g = 0; g < k; g += kGroup) {
+    for (int v = 0; v < kGroup / kLanes; ++v) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t column = g + GroupCodes::weight_of(v, lane);
+        arranged[g + v * kLanes + lane] = column < k ? x[column] : 0.0f;
+      }
+    }
+  }
+}
+
+// The scales of the lanes of a group.
+class LaneScales {
+ public:
+  explicit LaneScales(int64_t block) : shift_(__builtin_ctzll(block)) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      index_[lane] = block < kGroup ? static_cast<uint32_t>(GroupCodes::first_weight_of(lane) >> shift_) : 0;
+    }
+  }
+
+  // `scales` begin with a block that column 0 is the first of; kLanes of them are read.
+  inline VecF operator()(const float* scales, int64_t column) const {
+    const float* first = scales + (column >> shift_);
+#if defined(__AVX512F__)
+    return (VecF)_mm512_permutexvar_ps((__m512i)index_, _mm512_loadu_ps(first));
+#elif defined(__AVX2__)
+    return (VecF)_mm256_permutevar8x32_ps(_mm256_loadu_ps(first), (__m256i)index_);
+#else
+    return broadcast(*first);
+#endif
+  }
+
+ private:
+  int shift_;
+  VecU index_;
+};
+
+// Row n of W times kRows rows of x, not yet summed over lanes. Without rounding, a group's sum is multiplied by the
+// scale; with it, every weight is.
+template <FloatType kRounding, int kRows>
+inline void decode_row(const PackedLinearParams& p, const GroupCodes& codes, const LaneScales& lane_scales,
+                       const float* x, int64_t n, VecF* sums) {
+  constexpr int64_t kDepth = 2048;  // columns that are summed on their own: the rounding error grows with their number
+  const PackedWeight& w = p.weight;
+  float scales[kDepth / 32 + kLanes];
+  for (int64_t k0 = 0; k0 < w.k; k0 += kDepth) {
+    const int64_t depth = smaller(kDepth, w.k - k0), first = (n * w.k + k0) / w.block;
+    const int64_t blocks = depth < w.block ? 1 : depth / w.block;
+    for (int64_t i = 0; i < blocks; ++i) scales[i] = scale_of(w, first + i);
+    for (int i = 0; i < kLanes; ++i) scales[blocks + i] = 0.0f;
+    const uint8_t* bytes = w.data + (n * w.k + k0) / 2;
+    VecF chunk[kRows] = {};
+    for (int64_t c = 0; c < depth; c += kGroup) {
+      const VecF scale = lane_scales(scales, c);
+      VecF part[kRows][2] = {};  // two chains hide more of an addition's latency than one
+      codes(bytes + c / 2, depth - c, [&](int v, VecF code) {
+        const VecF weight = kRounding == FloatType::kFloat32 ? code : rounded<kRounding>(code * scale);
+        for (int i = 0; i < kRows; ++i) {
+          part[i][v % 2] = fma(weight, load(x + i * p.x_stride + k0 + c + v * kLanes), part[i][v % 2]);
+        }
+      });
+      for (int i = 0; i < kRows; ++i) {
+        const VecF sum = part[i][0] + part[i][1];
+        chunk[i] = kRounding == FloatType::kFloat32 ? fma(scale, sum, chunk[i]) : chunk[i] + sum;
+      }
+    }
+    for (int i = 0; i < kRows; ++i) sums[i] += chunk[i];
+  }
+}
+
+template <FloatType kRounding, int kRows>
+void decode_rows(const PackedLinearParams& p, int64_t m, int64_t begin, int64_t end) {
+  const GroupCodes codes(p.weight.code);
+  const LaneScales lane_scales(p.weight.block);
+  for (int64_t n0 = begin; n0 < end; n0 += 4) {
+    const int64_t columns = smaller(4, end - n0);
+    VecF sums[kRows][4] = {};
+    for (int64_t j = 0; j < columns; ++j) {
+      VecF row[kRows] = {};
+      decode_row<kRounding, kRows>(p, codes, lane_scales, p.x + m * p.x_stride, n0 + j, row);
+      for (int64_t r = 0; r < p.rank; r += kLanes) {
+        const VecF b = load_first(p.b + (n0 + j) * p.b_stride + r, p.rank - r);
+        for (int i = 0; i < kRows; ++i) row[i] = fma(load(p.s + (m + i) * p.s_stride + r), b, row[i]);
+      }
+      for (int i = 0; i < kRows; ++i) sums[i][j] = row[i];
+    }
+    for (int i = 0; i < kRows; ++i) {
+      float y[4];
+      sum_four(sums[i], y);
+      for (int64_t j = 0; j < columns; ++j) {
+        p.y[(m + i) * p.weight.n + n0 + j] = y[j] + (p.bias != nullptr ? p.bias[n0 + j] : 0.0f);
+      }
+    }
+  }
+}
+
+template <FloatType kRounding>
+void decode(const PackedLinearParams& p, int64_t begin, int64_t end) {
+  int64_t m = 0;
+  for (; m + 4 <= p.rows; m += 4) decode_rows<kRounding, 4>(p, m, begin, end);
+  switch (p.rows - m) {
+    case 3:
+      return decode_rows<kRounding, 3>(p, m, begin, end);
+    case 2:
+      return decode_rows<kRounding, 2>(p, m, begin, end);
+    case 1:
+      return decode_rows<kRounding, 1>(p, m, begin, end);
+    default:
+      return;
+  }
+}
+
+void decode_any(const PackedLinearParams& p, int64_t begin, int64_t end) {
+  switch (p.weight.rounding) {
+    case FloatType::kBFloat16:
+      return decode<FloatType::kBFloat16>(p, begin, end);
+    case FloatType::kFloat16:
+      return decode<FloatType::kFloat16>(p, begin, end);
+    default:
+      return decode<FloatType::kFloat32>(p, begin, end);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------- multiply
+
+constexpr int kTileColumns = 4;
+#if defined(__AVX512F__)
+constexpr int kTileRows = 6;  // with four columns, 24 sums and what is multiplied fill the registers
+#else
+constexpr int kTileRows = 2;
+#endif
+constexpr int64_t kTileDepth = 1024;  // 16 KB of W in fp32
+
+// y[i, j] += a few rows of x times a few of W, of which `w` holds kTileColumns; written where is_first.
+template <int kRows>
+inline void multiply_tile(const float* x, int64_t x_stride, const float* w, int64_t depth, bool is_first, float* y,
+                          int64_t y_stride, int64_t columns) {
+  VecF acc[kRows][kTileColumns] = {};
+  for (int64_t c = 0; c < depth; c += kLanes) {
+    VecF row[kTileColumns];
+    for (int j = 0; j < kTileColumns; ++j) row[j] = load(w + j * kTileDepth + c);
+    for (int i = 0; i < kRows; ++i) {
+      const VecF value = load(x + i * x_stride + c);
+      for (int j = 0; j < kTileColumns; ++j) acc[i][j] = fma(value, row[j], acc[i][j]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    float sums[kTileColumns];
+    sum_four(acc[i], sums);
+    for (int64_t j = 0; j < columns; ++j) y[i * y_stride + j] = (is_first ? 0.0f : y[i * y_stride + j]) + sums[j];
+  }
+}
+
+template <int kRows>
+struct TileRows {
+  static constexpr int value = kRows;
+};
+
+// Calls f(TileRows, first row) over [begin, end), with the largest tiles first.
+template <int kRows, class F>
+inline void for_tiles(int64_t begin, int64_t end, const F& f) {
+  for (; begin + kRows <= end; begin += kRows) f(TileRows<kRows>{}, begin);
+  if constexpr (kRows > 1) for_tiles<(kRows > 4 ? 4 : kRows / 2)>(begin, end, f);
+}
+
+template <FloatType kRounding>
+void multiply(const PackedLinearParams& p, int64_t begin, int64_t end) {
+  const PackedWeight& weight = p.weight;
+  const Codes codes(weight.code);
+  alignas(64) float w[kTileColumns][kTileDepth];
+  for (int64_t n = begin; n < end; n += kTileColumns) {
+    const int64_t columns = smaller(kTileColumns, end - n);
+    float* y = p.y + n;
+    // Adds x[:, k0 : k0 + depth] times what `fill(column, row of w)` brings; columns that there are not repeat the
+    // last.
+    const auto add = [&](const float* x, int64_t x_stride, int64_t depth, bool is_first, const auto& fill) {
+      const int64_t whole = padded(depth);
+      for (int64_t j = 0; j < kTileColumns; ++j) {
+        fill(n + smaller(j, columns - 1), w[j]);
+        for (int64_t c = depth; c < whole; ++c) w[j][c] = 0.0f;
+      }
+      for_tiles<kTileRows>(0, p.rows, [&](auto count, int64_t m) {
+        multiply_tile<decltype(count)::value>(x + m * x_stride, x_stride, w[0], whole, is_first, y + m * weight.n,
+                                              weight.n, columns);
+      });
+    };
+    for (int64_t k0 = 0; k0 < weight.k || k0 == 0; k0 += kTileDepth) {
+      const int64_t depth = smaller(kTileDepth, weight.k - k0);
+      add(p.x + k0, p.x_stride, depth, k0 == 0,
+          [&](int64_t column, float* row) { unpack_columns<kRounding>(weight, codes, column, k0, k0 + depth, row); });
+    }
+    for (int64_t r = 0; r < p.rank; r += kTileDepth) {
+      const int64_t depth = smaller(kTileDepth, p.rank - r);
+      add(p.s + r, p.s_stride, depth, false,
+          [&](int64_t column, float* row) { memcpy(row, p.b + column * p.b_stride + r, sizeof(float) * depth); });
+    }
+    if (p.bias == nullptr) continue;
+    for (int64_t m = 0; m < p.rows; ++m) {
+      for (int64_t j = 0; j < columns; ++j) y[m * weight.n + j] += p.bias[n + j];
+    }
+  }
+}
+
+void multiply_any(const PackedLinearParams& p, int64_t begin, int64_t end) {
+  switch (p.weight.rounding) {
+    case FloatType::kBFloat16:
+      return multiply<FloatType::kBFloat16>(p, begin, end);
+    case FloatType::kFloat16:
+      return multiply<FloatType::kFloat16>(p, begin, end);
+    default:
+      return multiply<FloatType::kFloat32>(p, begin, end);
+  }
+}
+
 }  // namespace
 
 extern const PackedWeightKernels LK_PACKED_TABLE;
 const PackedWeightKernels LK_PACKED_TABLE = {
     .unpack = unpack_any,
+    .decode = decode_any,
+    .arrange_x = arrange_x,
+    .arranged_width = arranged_width,
+    .multiply = multiply_any,
 };
 
 }  // namespace lk::cpu
