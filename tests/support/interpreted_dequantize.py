@@ -11,6 +11,8 @@ import torch
 from covering import case_id, covering_pairs
 from packed import random_packed
 
+import lora_kernels as lk
+from lora_kernels.formats import QuantizedWeight
 from lora_kernels.triton_kernels import configs, dequantize
 
 FP16, FP32 = torch.float16, torch.float32
@@ -57,3 +59,28 @@ def test_packed_weights_off_16_bytes(by):
 
 def test_a_block_that_is_longer_than_a_tile():
     check(random_packed(2, 3 * 8400, 8400, nested=True))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
+def test_a_linear_over_a_packed_weight_is_one_over_the_decoded(dtype, p):
+    packed = random_packed(48, 128, nested=True).to(FP16)
+    weight = QuantizedWeight("nf4", "codes4", tuple(packed.parts), (48, 128), 64, FP16)
+    leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((7, 128), (8, 128), (48, 8))]
+    grad_y = torch.randn(7, 48).to(dtype)
+
+    def results(weight):
+        x, lora_A, lora_B = leaves
+        y = lk.lora_linear(x, weight, lora_A, lora_B, scaling=1.7, dropout_p=p, training=True, seed=3)
+        return [y, *torch.autograd.grad(y, leaves, grad_y), torch.autograd.grad(lk.lora_linear(
+            x.detach(), weight, lora_A, lora_B), lora_A, grad_y)[0]]  # fmt: skip
+
+    with lk.use_backend("triton"):
+        ours = results(weight)
+        served = set(lk.stats()["served"])
+        plain = results(packed.decoded().to(dtype))
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert {name for name, _ in served} == {
+        "lora_linear_packed", "lora_linear_packed_backward", "lora_linear", "lora_linear_backward", "dequantize",
+    }  # fmt: skip
+    assert {backend for _, backend in served} == {"triton"}
