@@ -151,3 +151,40 @@ def test_main_loops_wait_for_the_oldest_stage_alone(kernels):
         assert pending == {hex(stages(name) - 2)}, (arch, name)
         checked += 1
     assert checked >= 10
+
+
+# ----------------------------------------------------------------------------------------------- packed weights
+
+
+@pytest.fixture(scope="module")
+def dequantizing():
+    """(architecture, mangled name, opcodes) of every kernel of dequantize."""
+    assert _native.cuda is not None, f"nvcc is installed, but lora_kernels._cuda: {_native.cuda_error}"
+    module = Path(_native.cuda.__file__)
+    names = [name for name in sorted(_native.cuda.kernels()) if "dequantize_kernel" in name]
+    assert len(names) == 6
+    return [
+        (arch, name, [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for _, text in code])
+        for arch in sass.architectures(module)
+        for name, code in sass.code(module, arch, *names).items()
+    ]
+
+
+def test_weights_are_read_and_written_16_bytes_at_a_time(dequantizing):
+    """Kills: stores that the compiler splits into words, as it does with what is put together in registers."""
+    checked = 0
+    for arch, name, opcodes in dequantizing:
+        if "ELb1E" in name:
+            stores = {opcode for opcode in opcodes if opcode.startswith("STG")}
+            copies = {opcode for opcode in opcodes if opcode.startswith("LDGSTS")}
+            assert stores == {"STG.E.128"}, (arch, name)
+            assert copies == {"LDGSTS.E.BYPASS.128"}, (arch, name)
+            checked += 1
+    assert checked >= 3
+
+
+def test_scales_are_not_fused(dequantizing):
+    """Kills: a product and a sum of which the compiler makes one operation, whose bits are not bitsandbytes'."""
+    for arch, name, opcodes in dequantizing:
+        assert [opcode for opcode in opcodes if opcode.startswith("FFMA")] == [], (arch, name)
+        assert "FADD" in opcodes, (arch, name)

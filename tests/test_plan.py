@@ -175,6 +175,32 @@ def test_plan_of_prefix_kv(capsys, options, blocks):
 
 
 @needs_extension
+@pytest.mark.parametrize(
+    ("options", "blocks", "aligned"),
+    [
+        ([], 1536 * 576 // 16384, True),
+        (["--block", "32", "--n", "1537"], 1537 * 576 // 16384 + 1, True),
+        (["--unaligned"], 1536 * 576 // 512, False),
+        (["--block", "96"], 1536 * 576 // 512, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_plan_of_dequantize(capsys, dtype, options, blocks, aligned):
+    sizes = ["--n", "1536", "--k", "576", "--dtype", dtype, "--arch", "sm_80"]
+    assert main(["plan", "dequantize", *sizes, *options]) == 0
+    launch = json.loads(capsys.readouterr().out)
+    assert launch["grid"] == [blocks, 1, 1]
+    assert ("Lb1E" in launch["kernel"]) == aligned
+    assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
+
+
+@needs_extension
+def test_plan_of_dequantize_refuses_a_block_over_row_ends(capsys):
+    assert main(["plan", "dequantize", *["--n", "64", "--k", "96", "--dtype", "bf16", "--arch", "sm_80"]]) == 2
+    assert "block must be even, and k a multiple of it, got 64 and 96" in capsys.readouterr().err
+
+
+@needs_extension
 def test_no_rows_need_no_block(plan):
     assert plan(m=0)["grid"] == [0, 1, 1]
 

@@ -20,6 +20,10 @@ LK_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 LK_DEVICE uint32_t bits_of(float f) { return __float_as_uint(f); }
 LK_DEVICE uint32_t count_ones(uint32_t bits) { return static_cast<uint32_t>(__popc(bits)); }
 
+// Two operations on fp32 that the compiler never makes one of (fma), so that each rounds.
+LK_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+LK_DEVICE float rounded_sum(float a, float b) { return __fadd_rn(a, b); }
+
 // The same number, in a register: the compiler does not see that it is a parameter of the kernel, which it would use
 // from where parameters are, and then, where registers are scarce, spill another one.
 LK_DEVICE float in_register(float f) {
@@ -64,9 +68,15 @@ LK_DEVICE void store_global(T* p, T value) {
   *p = value;
 }
 
-// The compiler would store the two one by one.
+// The compiler would store the words of these one by one.
 LK_DEVICE void store_global(Float2* p, Float2 value) {
   asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(value.x), "f"(value.y) : "memory");
+}
+
+LK_DEVICE void store_global(Vec16* p, Vec16 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(value.word[0]), "r"(value.word[1]),
+               "r"(value.word[2]), "r"(value.word[3])
+               : "memory");
 }
 
 LK_DEVICE Vec16 load_shared_16(uint32_t address) {

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import dispatch
 from ..formats import LAYOUTS, rounded_to
 from ..spec import Kernel, OpSpec, Verdict
-from ..support import cpu_packed
+from ..support import cpu_packed, fits, gpu_packed
 
 WEIGHT = "Tensor[] weight, str layout, int n, int k, int block, ScalarType dtype"
 """What stands for a quantised weight in a schema: ``QuantizedWeight.args``."""
@@ -28,6 +28,21 @@ def _fake(weight: list[Tensor], layout: str, n: int, k: int, block: int, dtype: 
 
 def _cpu_supports(weight: list[Tensor], layout: str, n: int, k: int, block: int, dtype: torch.dtype) -> Verdict:
     return cpu_packed.decode_verdict(layout)
+
+
+def _cuda_supports(weight: list[Tensor], layout: str, n: int, k: int, block: int, dtype: torch.dtype) -> Verdict:
+    return gpu_packed.decode_verdict("cuda", weight[0].device, layout)
+
+
+def _triton_supports(weight: list[Tensor], layout: str, n: int, k: int, block: int, dtype: torch.dtype) -> Verdict:
+    return gpu_packed.decode_verdict("triton", weight[0].device, layout)
+
+
+def _triton_run(schedule: str, *args: Any) -> Tensor:
+    fits.check_packed(*args[:5])
+    from ..triton_kernels import dequantize
+
+    return dequantize.dequantize(*args)
 
 
 def _bytes(weight: list[Tensor], layout: str, n: int, k: int, block: int, dtype: torch.dtype) -> int:
@@ -51,8 +66,18 @@ SPEC = dispatch.register(
         schema=f"({WEIGHT}) -> Tensor",
         reference=_reference,
         fake=_fake,
-        kernels={"cpu": Kernel(_cpu_supports)},
+        kernels={
+            "cuda": Kernel(_cuda_supports),
+            "triton": Kernel(_triton_supports, _triton_run),
+            "cpu": Kernel(_cpu_supports),
+        },
         flops=lambda weight, layout, n, k, block, dtype: n * k,
         bytes=_bytes,
     )
 )
+
+
+def decoded_for_product(weight: tuple[Any, ...], x: Tensor) -> Tensor:
+    """``for_product`` by the kernels; counted as a call of this op."""
+    *described, dtype = weight
+    return dispatch.run(SPEC, *described, rounded_to(dtype, x)).to(x.dtype)

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from .. import dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from ..support import cpu_packed
-from .dequantize import WEIGHT, WEIGHT_ARGS, for_product, nbytes
+from ..support import cpu_packed, gpu_packed
+from .dequantize import WEIGHT, WEIGHT_ARGS, decoded_for_product, for_product, nbytes
 
 
 def _reference(x: Tensor, *rest: Any) -> Tensor:
@@ -27,6 +27,23 @@ def _cpu_supports(x: Tensor, weight: list[Tensor], layout: str, n: int, k: int, 
 
 def _cpu_supports_backward(grad_y: Tensor, weight: list[Tensor], layout: str, n: int, k: int, *_: Any) -> Verdict:
     return cpu_packed.product_verdict(grad_y, layout, n, k, is_gradient=True)
+
+
+def _cuda_supports(x: Tensor, weight: list[Tensor], layout: str, *_: Any) -> Verdict:
+    return gpu_packed.refusal("cuda", x.device, layout) or gpu_packed.COMPOSED
+
+
+def _triton_supports(x: Tensor, weight: list[Tensor], layout: str, *_: Any) -> Verdict:
+    return gpu_packed.refusal("triton", x.device, layout) or gpu_packed.COMPOSED
+
+
+def _run(schedule: str, x: Tensor, *rest: Any) -> Tensor:
+    *weight, bias = rest
+    return F.linear(x, decoded_for_product(tuple(weight), x), bias)
+
+
+def _run_backward(schedule: str, grad_y: Tensor, *weight: Any) -> Tensor:
+    return grad_y @ decoded_for_product(weight, grad_y)
 
 
 def _flops(x: Tensor, weight: list[Tensor], layout: str, n: int, k: int, *_: Any) -> int:
@@ -43,7 +60,11 @@ BACKWARD = dispatch.register(
         schema=f"(Tensor grad_y, {WEIGHT}) -> Tensor",
         reference=lambda grad_y, *weight: grad_y @ for_product(weight, grad_y),
         fake=lambda grad_y, weight, layout, n, k, block, dtype: grad_y.new_empty((*grad_y.shape[:-1], k)),
-        kernels={"cpu": Kernel(_cpu_supports_backward)},
+        kernels={
+            "cuda": Kernel(_cuda_supports, _run_backward),
+            "triton": Kernel(_triton_supports, _run_backward),
+            "cpu": Kernel(_cpu_supports_backward),
+        },
         flops=_flops,
         bytes=_bytes,
     )
@@ -73,7 +94,11 @@ SPEC = dispatch.register(
         schema=f"(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor",
         reference=_reference,
         fake=lambda x, weight, layout, n, *_: x.new_empty((*x.shape[:-1], n)),
-        kernels={"cpu": Kernel(_cpu_supports)},
+        kernels={
+            "cuda": Kernel(_cuda_supports, _run),
+            "triton": Kernel(_triton_supports, _run),
+            "cpu": Kernel(_cpu_supports),
+        },
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 1 + WEIGHT_ARGS),
         flops=_flops,

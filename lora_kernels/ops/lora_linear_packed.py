@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .. import dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from ..support import cpu_packed
+from ..support import cpu_packed, gpu_packed
 from . import eager, lora_linear
-from .dequantize import WEIGHT, WEIGHT_ARGS, for_product, nbytes
+from .dequantize import WEIGHT, WEIGHT_ARGS, decoded_for_product, for_product, nbytes
 from .eager import EagerFunction, as_rows, not_a_view
 
 # ---------------------------------------------------------------------------------------------------- forward
@@ -39,6 +39,42 @@ def _cpu_supports(x: Tensor, weight: list[Tensor], layout: str, n: int, k: int, 
     verdict = cpu_packed.product_verdict(x, layout, n, k)
     few = verdict is cpu_packed.DECODE or verdict is cpu_packed.ROWS
     return cpu_packed.panels_verdict(x, n, k) if few and seed is not None else verdict
+
+
+def _plain(args: tuple, first: int) -> tuple:
+    """The arguments of the op of a plain weight, for questions about a call: the weight, at ``first``, is no memory."""
+    n, k = args[first + 2 : first + 4]
+    weight = torch.empty((n, k), dtype=args[0].dtype, device="meta")
+    return *args[:first], weight, *args[first + WEIGHT_ARGS :]
+
+
+def _composed(backend: str, spec: OpSpec, args: tuple, first: int) -> Verdict:
+    """A backend that decodes the weight, which is at ``first``, serves a call; whoever multiplies, as ``spec`` does.
+    Where it was asked for, it must do both.
+    """
+    refused = gpu_packed.refusal(backend, args[0].device, args[first + 1])
+    if refused is None and dispatch.forced_backend() == backend:
+        product = spec.kernels[backend].supports(*_plain(args, first))
+        refused = product if product.schedule is None else None
+    return refused or gpu_packed.COMPOSED
+
+
+def _cuda_supports(*args: Any) -> Verdict:
+    return _composed("cuda", lora_linear.SPEC, args, 1)
+
+
+def _triton_supports(*args: Any) -> Verdict:
+    return _composed("triton", lora_linear.SPEC, args, 1)
+
+
+def _run_composed(schedule: str, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    weight = decoded_for_product(rest[:WEIGHT_ARGS], x)
+    return dispatch.run(lora_linear.SPEC, x, weight, *rest[WEIGHT_ARGS:])
+
+
+def _explain(*args: Any) -> Verdict:
+    product = dispatch.explain(lora_linear.SPEC, _plain(args, 1))
+    return Verdict(f"dequantize + {product.schedule}", product.reason)
 
 
 def _flops(
@@ -82,6 +118,22 @@ def _cpu_supports_backward(
     return cpu_packed.product_verdict(grad_y, layout, n, k, is_gradient=True)
 
 
+def _cuda_supports_backward(*args: Any) -> Verdict:
+    return _composed("cuda", lora_linear.BACKWARD, args, 3)
+
+
+def _triton_supports_backward(*args: Any) -> Verdict:
+    return _composed("triton", lora_linear.BACKWARD, args, 3)
+
+
+def _run_composed_backward(schedule: str, grad_y: Tensor, x: Tensor, s: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    packed, others = rest[:WEIGHT_ARGS], rest[WEIGHT_ARGS:]
+    need_x = others[-3]
+    # The adapter's gradients do not read the weight: it is memory that nobody writes.
+    weight = decoded_for_product(packed, x) if need_x else x.new_empty(packed[2:4])
+    return dispatch.run(lora_linear.BACKWARD, grad_y, x, s, weight, *others)
+
+
 def _flops_backward(
     grad_y: Tensor, x: Tensor, s: Tensor, weight: list[Tensor], layout: str, n: int, k: int, block: int,
     dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None, scaling: float, dropout_p: float,
@@ -113,7 +165,11 @@ BACKWARD = dispatch.register(
         ),
         reference=_reference_backward,
         fake=_fake_backward,
-        kernels={"cpu": Kernel(_cpu_supports_backward)},
+        kernels={
+            "cuda": Kernel(_cuda_supports_backward, _run_composed_backward),
+            "triton": Kernel(_triton_supports_backward, _run_composed_backward),
+            "cpu": Kernel(_cpu_supports_backward),
+        },
         flops=_flops_backward,
         bytes=_bytes_backward,
     )
@@ -169,7 +225,11 @@ SPEC = dispatch.register(
         ),
         reference=_reference,
         fake=_fake,
-        kernels={"cpu": Kernel(_cpu_supports)},
+        kernels={
+            "cuda": Kernel(_cuda_supports, _run_composed, explain=_explain),
+            "triton": Kernel(_triton_supports, _run_composed, explain=_explain),
+            "cpu": Kernel(_cpu_supports),
+        },
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 3 + WEIGHT_ARGS),
         flops=_flops,

@@ -32,6 +32,14 @@ inline uint32_t bits_of(float f) {
 
 inline uint32_t count_ones(uint32_t bits) { return static_cast<uint32_t>(std::popcount(bits)); }
 
+// What has been in memory is part of no fma, on a host that has one either.
+inline float rounded_product(float a, float b) {
+  volatile float product = a * b;
+  return product;
+}
+
+inline float rounded_sum(float a, float b) { return a + b; }
+
 inline float in_register(float f) { return f; }
 
 // ------------------------------------------------------------------------------------------------ the thread
