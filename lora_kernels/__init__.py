@@ -7,7 +7,7 @@ from .adapters.inject import inject
 from .adapters.merging import merge_adapter, unmerge_adapter
 from .adapters.quantizing import quantize_
 from .dispatch import BACKENDS, Choice, backends, reset_stats, stats, use_backend
-from .formats import QuantizedWeight
+from .formats import FORMATS, QuantizedWeight
 from .frozen_linears import FrozenLinear
 from .functional.dora import dora_linear
 from .functional.embedding import lora_embedding
@@ -32,6 +32,7 @@ from .verification import Verification, verify
 
 __all__ = [
     "BACKENDS",
+    "FORMATS",
     "Choice",
     "FrozenLinear",
     "LoRAEmbedding",

@@ -14,6 +14,8 @@ FROZEN_UPCAST = "frozen, upcast"
 """Reason of a fused row: a frozen ``nn.Linear`` whose low-precision product goes through fp32."""
 FROZEN_PAST_MKL = "frozen, past MKL"
 """Reason of a fused row: a frozen fp32 ``nn.Linear`` that oneDNN multiplies faster than the library torch takes."""
+FROZEN_PACKED = "frozen, packed"
+"""Reason of a fused row: a frozen layer without an adapter, multiplied from its quantised weight."""
 PROMPT = "prompt_embedding"
 """Reason of a fused row: the op puts an adapter's prompt in front of the text, in PEFT's layout."""
 PROMPT_FIXED = "prompt_embedding, left padding fixed"
@@ -24,7 +26,7 @@ PROMPT_MODULE = "prompt_encoder"
 """Where PEFT's models keep what makes their prompts."""
 
 _PROMPT_ROWS = (PROMPT, PROMPT_FIXED, PREFIX)
-_FROZEN_PRODUCTS = {FROZEN_UPCAST: "upcast", FROZEN_PAST_MKL: "past MKL"}
+_FROZEN_PRODUCTS = {FROZEN_UPCAST: "upcast", FROZEN_PAST_MKL: "past MKL", FROZEN_PACKED: "packed"}
 _FROZEN_ROWS = (*_FROZEN_PRODUCTS, Reason.FAST_PRODUCT)
 
 

@@ -5,6 +5,7 @@ The oracle is PEFT on bitsandbytes; the bound is that of numerics.py against the
 
 import copy
 import functools
+import pickle
 import warnings
 
 import peft
@@ -471,3 +472,46 @@ def test_merging_what_is_not_finite_changes_nothing():
         lk.merge_adapter(net)
     assert torch.equal(net[0].quantized_weight().dequantize(), before)
     assert not net[0].merged
+
+
+# ----------------------------------------------------------------------------------------------- frozen layers
+
+
+def test_frozen_packed_layers_are_served():
+    """Layers without an adapter: bitsandbytes' own are swapped and given back, ours need nothing."""
+    net = nn.Sequential(bnb.nn.Linear4bit(K, N, quant_type="nf4", compute_dtype=FP32), nn.Linear(N, K)).to("cpu")
+    lk.quantize_(net, "fp4", modules=["1"], block=32)
+    assert lk.patch(net, frozen_linears=True).kept == [("0", lk.Reason.BASE_REQUIRES_GRAD)], "its bias trains"
+    net.requires_grad_(False)
+    x = torch.randn(20, K, requires_grad=True)
+    expected = net(x)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
+    report = lk.patch(net, frozen_linears=True)
+    assert report.fused == [("0", "frozen, packed")]
+    assert "1 frozen linear packed" in str(report)
+    lk.reset_stats()
+    y = net(x)
+    (grad,) = torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(grad, expected_grad)
+    assert lk.stats()["served"] == {("linear_packed", "cpu"): 2, ("linear_packed_backward", "cpu"): 2}
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(twin(x), y)
+    net[0].weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(Exception):  # noqa: B017, PT011  bitsandbytes' own, which knows that the weight is not repacked
+        net(x)
+    assert lk.stats()["fallback"] == {("frozen_linear", lk.Reason.REPACKED): 1}
+    net[0].weight.quant_state.packing_format_for_cpu = False
+    lk.unpatch(net)
+    assert type(net[0]) is bnb.nn.Linear4bit
+
+
+def test_frozen_packed_layers_beside_adapters():
+    layers = {name: bnb.nn.Linear4bit(K, N, quant_type="nf4", compute_dtype=FP32) for name in ("lin", "other")}
+    net = nn.ModuleDict(layers).to("cpu")
+    net.is_loaded_in_4bit = True
+    model = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["lin"]))
+    report = lk.patch(model, frozen_linears=True)
+    assert dict(report.fused) == {
+        "base_model.model.lin": "lora_linear, nf4, 4.84 bits", "base_model.model.other": "frozen, packed",
+    }  # fmt: skip

@@ -10,7 +10,9 @@ from ..modules.embedding import LoRAEmbedding
 from ..modules.lora import LoRALinear
 
 
-def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = False, unload: bool = False) -> None:
+def merge_adapter(
+    model: nn.Module, *, keep_base: bool = False, untie: bool = False, unload: bool = False
+) -> dict[str, float]:
     """Adds the adapter of every ``LoRALinear`` and ``LoRAEmbedding`` in ``model`` to its weight; all or none.
 
     Args:
@@ -19,6 +21,10 @@ def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = Fa
         untie: give a layer whose weight another module holds too (a tied embedding) a weight of its own. By
             default such a model is refused, because merging would change the other module.
         unload: also turn the layers back into plain ones, without their adapters. Cannot be undone.
+
+    Returns:
+        For each layer with a quantised weight, which merging quantises again, what that has cost: the norm of the
+        difference between the new weight and the exact sum, in norms of the update.
 
     Raises:
         RuntimeError: a layer is already merged.
@@ -40,10 +46,14 @@ def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = Fa
         raise ValueError(f"merge_adapter: tied weights: {pairs}; pass untie=True to give them their own")
     for name in tied:
         _untie(model, layers[name])
-    for layer in layers.values():
-        layer.merge(keep_base)
+    lost: dict[str, float] = {}
+    for name, layer in layers.items():
+        cost: Any = layer.merge(keep_base)
+        if cost is not None:
+            lost[name] = cost
         if unload:
             layer.discard_adapter()
+    return lost
 
 
 def unmerge_adapter(model: nn.Module) -> None:

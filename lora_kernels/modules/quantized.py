@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import formats
+from .. import dispatch, formats
+from ..class_swaps import in_place_of
 from ..formats import DECODED, FORMATS, QuantizedWeight
 from ..functional.lora import lora_linear_of_layer
 from ..functional.packed import linear_of_layer
+from ..plain import FLOATS, PLAIN_TENSORS, inside_transform
+from ..reasons import Reason
 from .lora import LoRALinear
 
 _PARTS = "_part_"
@@ -200,6 +203,76 @@ class QuantizedLoRALinear(LoRALinear):
     def __reduce_ex__(self, protocol: Any) -> Any:
         parts: Any = super().__reduce_ex__(protocol)
         return (_empty, (type(self).__bases__[1],), *parts[2:])
+
+
+class FrozenPacked(nn.Module):
+    """What ``patch(frozen_linears=True)`` puts in front of a packed layer's own class: its product from the packed
+    bytes, where nothing else happens in the call. Calls that it leaves to the layer are counted in ``lk.stats()``.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        set_compute_type(self, x)
+        weight = formats.from_module(self)
+        bias: Any = self.bias
+        reason = Reason.EXTRA_ARGUMENTS if args or kwargs else why_not_linear(x, weight)
+        if reason is None and bias is not None and bias.requires_grad:
+            reason = Reason.BASE_REQUIRES_GRAD
+        if reason is None:
+            return linear_of_layer(x, weight, bias)  # type: ignore[arg-type]
+        if not torch.compiler.is_compiling():
+            dispatch.count_fallback("frozen_linear", reason)
+        return super().forward(x, *args, **kwargs)
+
+
+def why_not_linear(x: Any, weight: QuantizedWeight | Reason | None) -> Reason | None:
+    """Why this input is not multiplied by what ``from_module`` has read; None if it can be."""
+    if not isinstance(weight, QuantizedWeight):
+        return weight or Reason.BASE_LAYER
+    if type(x) not in PLAIN_TENSORS:
+        return Reason.DTENSOR
+    if x.layout != torch.strided or x.is_nested:
+        return Reason.LAYOUT
+    if x.dtype not in FLOATS:
+        return Reason.DTYPE
+    if x.device != weight.device:
+        return Reason.DEVICES
+    if x.dtype != weight.dtype and not x.is_cpu and not dispatch.autocast_enabled(x.device.type):
+        return Reason.MIXED_DTYPES
+    return Reason.TRANSFORM if inside_transform() else None
+
+
+def set_compute_type(layer: Any, x: Tensor) -> None:
+    """A layer of bitsandbytes' that was not told what to multiply in decides by its first input, whoever computes."""
+    if not getattr(layer, "compute_type_is_set", True):
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+
+
+def frozen_packed(base: type[nn.Module]) -> type[nn.Module]:
+    """The class that takes the place of ``base``."""
+    if base not in _FROZEN:
+        kind = in_place_of(base)(type(f"Frozen{base.__name__}", (FrozenPacked, base), {}))
+        kind.__reduce_ex__ = _reduce_frozen  # type: ignore[method-assign, assignment]
+        _FROZEN[base] = kind
+    return _FROZEN[base]
+
+
+def _reduce_frozen(self: FrozenPacked, protocol: Any) -> Any:
+    parts: Any = nn.Module.__reduce_ex__(self, protocol)
+    return (_empty_frozen, (type(self).__bases__[1],), *parts[2:])
+
+
+def _empty_frozen(base: type[nn.Module]) -> nn.Module:
+    kind = frozen_packed(base)
+    return kind.__new__(kind)
+
+
+def frozen_originals() -> dict[type, type]:
+    """The classes that ``frozen_packed`` has made, and what they stand for."""
+    return {ours: theirs for theirs, ours in _FROZEN.items()}
+
+
+_FROZEN: dict[type, type[nn.Module]] = {}
 
 
 def quantized_lora(base: type[nn.Module]) -> type[QuantizedLoRALinear]:

@@ -18,6 +18,7 @@ from ...formats import QuantizedWeight
 from ...functional.dora import dora_embedding, dora_linear_of_layer
 from ...functional.embedding import lora_embedding
 from ...functional.lora import lora_linear_of_layer
+from ...modules.quantized import set_compute_type
 from ...reasons import Reason
 from ...report import FUSED
 from . import conv, mixed_batch, several_adapters
@@ -130,10 +131,7 @@ if is_bnb_4bit_available():
         """PEFT's ``lora.bnb.Linear4bit``: forward and gradients from the packed weight."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            base: Any = self.base_layer
-            if not getattr(base, "compute_type_is_set", True):  # the first call sets it, whoever computes
-                base.set_compute_type(x)
-                base.compute_type_is_set = True
+            set_compute_type(self.base_layer, x)
             return super().forward(x, *args, **kwargs)
 
     SWAPS[Linear4bit] = FusedLinear4bit
