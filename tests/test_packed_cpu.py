@@ -395,3 +395,14 @@ def test_operands_beside_a_packed_weight_are_checked():
     ):
         with pytest.raises(RuntimeError, match="must"):
             call()
+
+
+@pytest.mark.parametrize("schedule", ["aten", "decode", "rows"])
+def test_no_call_allocates_a_decoded_weight(schedule):
+    """Kills: a panel from torch's allocator, which would be the size of W here; only results are allocated."""
+    problem = make_problem(4, 512, 1024, 64, 4, FP32, FP32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        ours(problem, schedule, backward="aten")
+    allocated = [event.cpu_memory_usage for event in profile.events()]
+    assert max(allocated) > 0
+    assert max(allocated) < 512 * 1024 * 4 / 4

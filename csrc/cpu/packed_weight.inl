@@ -486,13 +486,13 @@ void decode_any(const PackedLinearParams& p, int64_t begin, int64_t end) {
 
 // ----------------------------------------------------------------------------------------------- multiply
 
-constexpr int kTileColumns = 4;
+// Sums of a tile and what is multiplied fill the registers: 24 + 5 of 32, 12 + 4 of 16.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6;  // with four columns, 24 sums and what is multiplied fill the registers
+constexpr int kTileRows = 6, kTileColumns = 4;
 #else
-constexpr int kTileRows = 2;
+constexpr int kTileRows = 4, kTileColumns = 3;
 #endif
-constexpr int64_t kTileDepth = 1024;  // 16 KB of W in fp32
+constexpr int64_t kTileDepth = 1024;  // columns: at most 16 KB of W in fp32
 
 // y[i, j] += a few rows of x times a few of W, of which `w` holds kTileColumns; written where is_first.
 template <int kRows>
@@ -508,8 +508,10 @@ inline void multiply_tile(const float* x, int64_t x_stride, const float* w, int6
     }
   }
   for (int i = 0; i < kRows; ++i) {
-    float sums[kTileColumns];
-    sum_four(acc[i], sums);
+    VecF last[4] = {};
+    for (int j = 0; j < kTileColumns; ++j) last[j] = acc[i][j];
+    float sums[4];
+    sum_four(last, sums);
     for (int64_t j = 0; j < columns; ++j) y[i * y_stride + j] = (is_first ? 0.0f : y[i * y_stride + j]) + sums[j];
   }
 }
