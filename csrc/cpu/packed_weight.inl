@@ -58,13 +58,15 @@ inline void sum_four(const VecF* v, float* out) {
 // ------------------------------------------------------------------------------------------- 16-bit types
 
 typedef uint16_t VecH __attribute__((vector_size(LK_VECTOR_BYTES / 2)));
-
-inline VecU select(VecU condition, VecU yes, VecU no) { return (condition & yes) | (~condition & no); }
+typedef int32_t VecI __attribute__((vector_size(LK_VECTOR_BYTES)));
 
 // Lanes of all ones where a > b. No operand has its highest bit set.
-inline VecU above(VecU a, uint32_t b) {
-  typedef int32_t VecI __attribute__((vector_size(LK_VECTOR_BYTES)));
-  return (VecU)((VecI)a > (VecI)broadcast(b));
+inline VecI above(VecU a, uint32_t b) { return (VecI)a > (VecI)broadcast(b); }
+
+// To bf16, as an fp32 number.
+inline VecF rounded_to_bf16(VecF v) {
+  const VecU bits = (VecU)v, nearest = (bits + 0x7FFFu + (bits >> 16 & 1u)) & 0xFFFF0000u;
+  return (VecF)(v != v ? broadcast(0x7FC00000u) : nearest);
 }
 
 // The bits of v in a 16-bit type, in the lower half of each lane: float_types.h says how.
@@ -73,8 +75,7 @@ inline VecU narrow_bits(VecF v);
 
 template <>
 inline VecU narrow_bits<FloatType::kBFloat16>(VecF v) {
-  const VecU bits = (VecU)v, rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-  return select(above(bits & 0x7FFFFFFFu, 0x7F800000u), broadcast(0x7FC0u), rounded);
+  return (VecU)rounded_to_bf16(v) >> 16;
 }
 
 template <>
@@ -83,37 +84,26 @@ inline VecU narrow_bits<FloatType::kFloat16>(VecF v) {
   const VecU bits = (VecU)v, sign = bits >> 16 & 0x8000u, body = bits & 0x7FFFFFFFu;
   const VecU normal = (body - kRebias + 0xFFFu + (body >> 13 & 1u)) >> 13;
   const VecU subnormal = (VecU)((VecF)body + 0.5f) - kHalf;
-  VecU half = select(above(body, kSmallestNormal - 1), normal, subnormal);
-  half = select(above(body, kOverflow - 1), broadcast(0x7C00u), half);
-  half = select(above(body, 0x7F800000u), broadcast(0x7E00u), half);
+  VecU half = above(body, kSmallestNormal - 1) ? normal : subnormal;
+  half = above(body, kOverflow - 1) ? broadcast(0x7C00u) : half;
+  half = above(body, 0x7F800000u) ? broadcast(0x7E00u) : half;
   return sign | half;
 }
 
-template <FloatType kType>
-inline VecF widen(VecU bits);
-
-template <>
-inline VecF widen<FloatType::kBFloat16>(VecU bits) {
-  return (VecF)(bits << 16);
-}
-
-template <>
-inline VecF widen<FloatType::kFloat16>(VecU bits) {
+// fp16 bits as fp32 numbers.
+inline VecF widened(VecU bits) {
   constexpr uint32_t kRebias = 112u << 23, kInfinity = 0x1Fu << 23;
-  typedef int32_t VecI __attribute__((vector_size(LK_VECTOR_BYTES)));
   const VecU sign = (bits & 0x8000u) << 16, body = (bits & 0x7FFFu) << 13;
-  const VecU normal = body + kRebias + (above(body, kInfinity - 1) & kRebias);
+  const VecU normal = body + kRebias + ((VecU)above(body, kInfinity - 1) & kRebias);
   const VecU subnormal = (VecU)(__builtin_convertvector((VecI)(bits & 0x3FFu), VecF) * 0x1p-24f);
-  return (VecF)(sign | select(above(body, (1u << 23) - 1), normal, subnormal));
+  return (VecF)(sign | (above(body, (1u << 23) - 1) ? normal : subnormal));
 }
 
 template <FloatType kRounding>
 inline VecF rounded(VecF v) {
-  if constexpr (kRounding == FloatType::kFloat32) {
-    return v;
-  } else {
-    return widen<kRounding>(narrow_bits<kRounding>(v));
-  }
+  if constexpr (kRounding == FloatType::kBFloat16) return rounded_to_bf16(v);
+  if constexpr (kRounding == FloatType::kFloat16) return widened(narrow_bits<kRounding>(v));
+  return v;
 }
 
 // ------------------------------------------------------------------------------------------------- scales
@@ -122,6 +112,25 @@ inline float scale_of(const PackedWeight& w, int64_t block) {
   if (w.indices == nullptr) return w.scales[block];
   const float product = w.code2[w.indices[block]] * w.scales2[block / kScalesBlock];
   return product + w.offset;
+}
+
+// The scales of `count` blocks; up to kLanes numbers more may be written.
+inline void read_scales(const PackedWeight& w, int64_t first, int64_t count, float* out) {
+  if (w.indices == nullptr) {
+    for (int64_t i = 0; i < count; i += kLanes) store(out + i, load_first(w.scales + first + i, count - i));
+    return;
+  }
+  const float* code2 = w.code2;
+  const float offset = w.offset;
+  for (int64_t i = 0; i < count;) {
+    const float scale2 = w.scales2[(first + i) / kScalesBlock];
+    const uint8_t* indices = w.indices + first;
+    const int64_t end = smaller(count, i + kScalesBlock - (first + i) % kScalesBlock);
+    for (; i < end; ++i) {
+      const float product = code2[indices[i]] * scale2;
+      out[i] = product + offset;
+    }
+  }
 }
 
 // -------------------------------------------------------------------------------------- codes, in order
@@ -365,6 +374,9 @@ class LaneScales {
     }
   }
 
+  int64_t block_of(int64_t weight) const { return weight >> shift_; }
+  int64_t blocks(int64_t columns) const { return (columns + (int64_t{1} << shift_) - 1) >> shift_; }
+
   // `scales` begin with a block that column 0 is the first of; kLanes of them are read.
   inline VecF operator()(const float* scales, int64_t column) const {
     const float* first = scales + (column >> shift_);
@@ -382,60 +394,64 @@ class LaneScales {
   VecU index_;
 };
 
-// Row n of W times kRows rows of x, not yet summed over lanes. Without rounding, a group's sum is multiplied by the
-// scale; with it, every weight is.
+// Adds kRows rows of x, `depth` columns of them, times a row of W to `sums`, lane by lane. Without rounding, a group's
+// sum is multiplied by the scale; with it, every weight is.
 template <FloatType kRounding, int kRows>
-inline void decode_row(const PackedLinearParams& p, const GroupCodes& codes, const LaneScales& lane_scales,
-                       const float* x, int64_t n, VecF* sums) {
-  constexpr int64_t kDepth = 2048;  // columns that are summed on their own: the rounding error grows with their number
-  const PackedWeight& w = p.weight;
-  float scales[kDepth / 32 + kLanes];
-  for (int64_t k0 = 0; k0 < w.k; k0 += kDepth) {
-    const int64_t depth = smaller(kDepth, w.k - k0), first = (n * w.k + k0) / w.block;
-    const int64_t blocks = depth < w.block ? 1 : depth / w.block;
-    for (int64_t i = 0; i < blocks; ++i) scales[i] = scale_of(w, first + i);
-    for (int i = 0; i < kLanes; ++i) scales[blocks + i] = 0.0f;
-    const uint8_t* bytes = w.data + (n * w.k + k0) / 2;
-    VecF chunk[kRows] = {};
-    for (int64_t c = 0; c < depth; c += kGroup) {
-      const VecF scale = lane_scales(scales, c);
-      VecF part[kRows][2] = {};  // two chains hide more of an addition's latency than one
-      codes(bytes + c / 2, depth - c, [&](int v, VecF code) {
-        const VecF weight = kRounding == FloatType::kFloat32 ? code : rounded<kRounding>(code * scale);
-        for (int i = 0; i < kRows; ++i) {
-          part[i][v % 2] = fma(weight, load(x + i * p.x_stride + k0 + c + v * kLanes), part[i][v % 2]);
-        }
-      });
+inline void decode_row(const GroupCodes& codes, const LaneScales& lane_scales, const float* scales,
+                       const uint8_t* bytes, const float* x, int64_t x_stride, int64_t depth, VecF* sums) {
+  VecF total[kRows] = {};
+  for (int64_t c = 0; c < depth; c += kGroup) {
+    const VecF scale = lane_scales(scales, c);
+    VecF part[kRows][2] = {};  // two chains hide more of an addition's latency than one
+    codes(bytes + c / 2, depth - c, [&](int v, VecF code) {
+      const VecF weight = kRounding == FloatType::kFloat32 ? code : rounded<kRounding>(code * scale);
       for (int i = 0; i < kRows; ++i) {
-        const VecF sum = part[i][0] + part[i][1];
-        chunk[i] = kRounding == FloatType::kFloat32 ? fma(scale, sum, chunk[i]) : chunk[i] + sum;
+        part[i][v % 2] = fma(weight, load(x + i * x_stride + c + v * kLanes), part[i][v % 2]);
       }
+    });
+    for (int i = 0; i < kRows; ++i) {
+      const VecF sum = part[i][0] + part[i][1];
+      total[i] = kRounding == FloatType::kFloat32 ? fma(scale, sum, total[i]) : total[i] + sum;
     }
-    for (int i = 0; i < kRows; ++i) sums[i] += chunk[i];
   }
+  for (int i = 0; i < kRows; ++i) sums[i] += total[i];
 }
 
 template <FloatType kRounding, int kRows>
 void decode_rows(const PackedLinearParams& p, int64_t m, int64_t begin, int64_t end) {
-  const GroupCodes codes(p.weight.code);
-  const LaneScales lane_scales(p.weight.block);
+  constexpr int64_t kDepth = 2048;  // columns that are summed on their own: the rounding error grows with their number
+  const PackedWeight& w = p.weight;
+  const GroupCodes codes(w.code);
+  const LaneScales lane_scales(w.block);
+  const float* x = p.x + m * p.x_stride;
+  // Scales are written well before they are read: a vector cannot be loaded of numbers that are still on their way.
+  float scales[4][kDepth / 32 + kLanes];
   for (int64_t n0 = begin; n0 < end; n0 += 4) {
     const int64_t columns = smaller(4, end - n0);
-    VecF sums[kRows][4] = {};
-    for (int64_t j = 0; j < columns; ++j) {
-      VecF row[kRows] = {};
-      decode_row<kRounding, kRows>(p, codes, lane_scales, p.x + m * p.x_stride, n0 + j, row);
-      for (int64_t r = 0; r < p.rank; r += kLanes) {
-        const VecF b = load_first(p.b + (n0 + j) * p.b_stride + r, p.rank - r);
-        for (int i = 0; i < kRows; ++i) row[i] = fma(load(p.s + (m + i) * p.s_stride + r), b, row[i]);
+    VecF sums[4][kRows] = {};
+    for (int64_t k0 = 0; k0 < w.k; k0 += kDepth) {
+      const int64_t depth = smaller(kDepth, w.k - k0), blocks = lane_scales.blocks(depth);
+      for (int64_t j = 0; j < columns; ++j) {
+        read_scales(w, lane_scales.block_of((n0 + j) * w.k + k0), blocks, scales[j]);
+        store(scales[j] + blocks, VecF{});
       }
-      for (int i = 0; i < kRows; ++i) sums[i][j] = row[i];
+      for (int64_t j = 0; j < columns; ++j) {
+        decode_row<kRounding, kRows>(codes, lane_scales, scales[j], w.data + ((n0 + j) * w.k + k0) / 2, x + k0,
+                                     p.x_stride, depth, sums[j]);
+      }
+    }
+    for (int64_t r = 0; r < p.rank; r += kLanes) {
+      for (int64_t j = 0; j < columns; ++j) {
+        const VecF b = load_first(p.b + (n0 + j) * p.b_stride + r, p.rank - r);
+        for (int i = 0; i < kRows; ++i) sums[j][i] = fma(load(p.s + (m + i) * p.s_stride + r), b, sums[j][i]);
+      }
     }
     for (int i = 0; i < kRows; ++i) {
+      const VecF row[4] = {sums[0][i], sums[1][i], sums[2][i], sums[3][i]};
       float y[4];
-      sum_four(sums[i], y);
+      sum_four(row, y);
       for (int64_t j = 0; j < columns; ++j) {
-        p.y[(m + i) * p.weight.n + n0 + j] = y[j] + (p.bias != nullptr ? p.bias[n0 + j] : 0.0f);
+        p.y[(m + i) * w.n + n0 + j] = y[j] + (p.bias != nullptr ? p.bias[n0 + j] : 0.0f);
       }
     }
   }
@@ -470,13 +486,13 @@ void decode_any(const PackedLinearParams& p, int64_t begin, int64_t end) {
 
 // ----------------------------------------------------------------------------------------------- multiply
 
-constexpr int kTileColumns = 4;
+// Sums of a tile and what is multiplied fill the registers: 24 + 5 of 32, 12 + 4 of 16.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6;  // with four columns, 24 sums and what is multiplied fill the registers
+constexpr int kTileRows = 6, kTileColumns = 4;
 #else
-constexpr int kTileRows = 2;
+constexpr int kTileRows = 4, kTileColumns = 3;
 #endif
-constexpr int64_t kTileDepth = 1024;  // 16 KB of W in fp32
+constexpr int64_t kTileDepth = 1024;  // columns: at most 16 KB of W in fp32
 
 // y[i, j] += a few rows of x times a few of W, of which `w` holds kTileColumns; written where is_first.
 template <int kRows>
@@ -492,8 +508,10 @@ inline void multiply_tile(const float* x, int64_t x_stride, const float* w, int6
     }
   }
   for (int i = 0; i < kRows; ++i) {
-    float sums[kTileColumns];
-    sum_four(acc[i], sums);
+    VecF last[4] = {};
+    for (int j = 0; j < kTileColumns; ++j) last[j] = acc[i][j];
+    float sums[4];
+    sum_four(last, sums);
     for (int64_t j = 0; j < columns; ++j) y[i * y_stride + j] = (is_first ? 0.0f : y[i * y_stride + j]) + sums[j];
   }
 }
