@@ -8,7 +8,7 @@ import pytest
 import torch
 from covering import case_id, covering_pairs
 from numerics import assert_as_accurate
-from packed import random_packed
+from packed import decoded, random_packed, with_part
 
 from lora_kernels.ops.lora_linear_packed import SPEC
 
@@ -28,9 +28,9 @@ def native():
 
 def make(m=3, n=40, k=192, rank=8, dtype=BF16, adapter=None, *, block=64, nested=True, bias=True):
     """(x, packed, lora_A, lora_B, bias); codes in no order, and scales of any sign."""
-    packed = random_packed(n, k, block, nested).to(dtype).with_part(2, torch.randn(16))
+    packed = with_part(random_packed(n, k, block, nested).to(dtype=dtype), 2, torch.randn(16))
     if nested:
-        packed = packed.with_part(5, torch.zeros(()))
+        packed = with_part(packed, 5, torch.zeros(()))
     lora_A = (torch.randn(rank, k) / k**0.5).to(adapter or dtype)
     lora_B = (torch.randn(n, rank) / rank**0.5).to(adapter or dtype)
     return torch.randn(m, k).to(dtype), packed, lora_A, lora_B, torch.randn(n).to(dtype) if bias else None
@@ -53,7 +53,7 @@ def check(x, packed, lora_A, lora_B, bias, **options):
     """Against the decoded weight in float64; y and s are NaN before."""
     y, s = run(x, packed, lora_A, lora_B, bias, **options)
     assert y.dtype == s.dtype == x.dtype
-    operands = x, packed.decoded(), lora_A, lora_B, bias
+    operands = x, decoded(packed), lora_A, lora_B, bias
     exact = unfused(*(None if t is None else t.double() for t in operands))
     for ours, theirs, true, name in zip((y, s), unfused(*operands), exact, "ys"):
         assert_as_accurate(ours, theirs, true, name)
@@ -78,15 +78,14 @@ def test_values(native, case):
 def test_one_row_by_one_code():
     """Kills: a nibble, or a byte of a code, that is taken for another; a scale for another block's. Exact."""
     n, k = 16, 256
-    packed = random_packed(n, k).to(BF16).with_part(2, torch.arange(-8.0, 8.0) + 1 / 16).with_part(
-        1, 2.0 ** torch.randint(-3, 3, (n * k // 64,))
-    )  # fmt: skip
+    packed = with_part(random_packed(n, k).to(dtype=BF16), 2, torch.arange(-8.0, 8.0) + 1 / 16)
+    packed = with_part(packed, 1, 2.0 ** torch.randint(-3, 3, (n * k // 64,)))
     zero = torch.zeros(1, k, dtype=BF16), torch.zeros(n, 1, dtype=BF16)
     for column in torch.randint(k, (20,)).tolist():
         x = torch.zeros(1, k, dtype=BF16)
         x[0, column] = 1
         y, _ = run(x, packed, *zero, None)
-        assert torch.equal(y[0], packed.decoded()[:, column])
+        assert torch.equal(y[0], decoded(packed)[:, column])
 
 
 def test_the_same_bits_in_every_order():
@@ -162,6 +161,6 @@ def test_dropout_and_packed_weights_off_16_bytes_are_refused():
         run(x, packed, *rest, seed=torch.tensor([1]))
     data = packed.parts[0].view(-1)
     with pytest.raises(RuntimeError, match="the CUDA kernel serves"):
-        run(x, packed.with_part(0, torch.cat([data.new_empty(1), data])[1:]), *rest)
+        run(x, with_part(packed, 0, torch.cat([data.new_empty(1), data])[1:]), *rest)
     with pytest.raises(RuntimeError, match=r"x must be \[..., k\]"):
         run(x[:, :64], packed, *rest)

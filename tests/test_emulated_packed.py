@@ -10,12 +10,11 @@ import pytest
 import torch
 from covering import case_id, covering_pairs
 from numerics import assert_as_accurate
-from packed import random_packed
+from packed import decoded, random_packed, with_part
 from pretended_gpu import pretend_gpu
 
 import lora_kernels as lk
 from lora_kernels import _native, dispatch
-from lora_kernels.formats import QuantizedWeight
 from lora_kernels.ops import dequantize, linear_packed, lora_linear, lora_linear_packed
 from lora_kernels.support import triton as _triton
 from lora_kernels.triton_kernels.launching import Device
@@ -59,10 +58,6 @@ def _cuda_on_the_cpu(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def quantized(packed):
-    return QuantizedWeight("nf4", "codes4", tuple(packed.parts), (packed.n, packed.k), packed.block, packed.dtype)
-
-
 def make(m, n, k, rank, dtype, adapter=None, bias=True):
     """(x, lora_A, lora_B, bias)."""
     adapter = adapter or dtype
@@ -97,10 +92,10 @@ CASES = covering_pairs(
 def test_values_and_gradients(case):
     """The decoded weight in float64 is the measure; a plain weight of its bits gives the same bits."""
     (dtype, adapter), p, n, k = case["dtypes"], case["p"], 136, 3 * case["block"]
-    packed = random_packed(n, k, case["block"], case["nested"]).to(dtype)
+    packed = random_packed(n, k, case["block"], case["nested"]).to(dtype=dtype)
     operands = make(case["m"], n, k, 8, dtype, adapter, case["bias"])
     grad_y = torch.randn(2, case["m"], n).to(dtype)
-    ours = results(lk.lora_linear, quantized(packed), operands, grad_y, p)
+    ours = results(lk.lora_linear, packed, operands, grad_y, p)
     assert dict(lk.stats()["served"]) == {
         (name, "cuda"): 1 + (name == "dequantize")
         for name in (
@@ -108,12 +103,12 @@ def test_values_and_gradients(case):
         )
     }  # fmt: skip
     assert lk.stats()["fallback"] == {}
-    same = results(lk.lora_linear, packed.decoded(), operands, grad_y, p)
+    same = results(lk.lora_linear, decoded(packed), operands, grad_y, p)
     assert all(torch.equal(a, b) for a, b in zip(ours, same, strict=True))
     as_one = [None if t is None else t.to(dtype) for t in operands]
     exact = [None if t is None else t.double() for t in operands]
-    theirs = results(unfused, packed.decoded(), as_one, grad_y, p)
-    true = results(unfused, packed.decoded().double(), exact, grad_y.double(), p)
+    theirs = results(unfused, decoded(packed), as_one, grad_y, p)
+    true = results(unfused, decoded(packed).double(), exact, grad_y.double(), p)
     for name, a, b, c in zip(("y", "dX", "dA", "dB"), ours, theirs, true):
         assert a.dtype == (adapter if name in ("dA", "dB") else dtype)
         assert_as_accurate(a, b, c, name)
@@ -122,16 +117,16 @@ def test_values_and_gradients(case):
 @pytest.mark.parametrize("m", [1, 8])
 def test_few_rows_are_one_launch(m):
     """Its gradients are those of many rows; what it saves is what they take."""
-    packed = random_packed(136, 192, nested=True).to(BF16)
+    packed = random_packed(136, 192, nested=True).to(dtype=BF16)
     operands, grad_y = make(m, 136, 192, 8, BF16), torch.randn(2, m, 136).bfloat16()
-    ours = results(lk.lora_linear, quantized(packed), operands, grad_y, 0.0)
+    ours = results(lk.lora_linear, packed, operands, grad_y, 0.0)
     assert lk.stats()["served"] == {
         (name, "cuda"): 1
         for name in ("lora_linear_packed", "lora_linear_packed_backward", "lora_linear_backward", "dequantize")
     }
     exact = [None if t is None else t.double() for t in operands]
-    theirs = results(unfused, packed.decoded(), operands, grad_y, 0.0)
-    true = results(unfused, packed.decoded().double(), exact, grad_y.double(), 0.0)
+    theirs = results(unfused, decoded(packed), operands, grad_y, 0.0)
+    true = results(unfused, decoded(packed).double(), exact, grad_y.double(), 0.0)
     for name, a, b, c in zip(("y", "dX", "dA", "dB"), ours, theirs, true):
         assert_as_accurate(a, b, c, name)
 
@@ -148,12 +143,10 @@ def test_few_rows_are_one_launch(m):
 def test_who_decodes_few_rows(change, few):
     """As the kernel's own checks have it: what dispatch sends there is served, and no other call is."""
     given = {"m": 3, "rank": 8, "block": 64, "dtype": BF16, "p": 0.0, "off": 0, **change}
-    packed = random_packed(40, 384, given["block"]).to(given["dtype"])
+    packed = random_packed(40, 384, given["block"]).to(dtype=given["dtype"])
     data = torch.cat([torch.empty(given["off"], dtype=torch.uint8), packed.parts[0].view(-1)])[given["off"] :]
     x, lora_A, lora_B, bias = make(given["m"], 40, 384, given["rank"], given["dtype"])
-    lk.lora_linear(
-        x, quantized(packed.with_part(0, data)), lora_A, lora_B, bias, dropout_p=given["p"], training=True, seed=3
-    )
+    lk.lora_linear(x, with_part(packed, 0, data), lora_A, lora_B, bias, dropout_p=given["p"], training=True, seed=3)
     assert (("dequantize", "cuda") in lk.stats()["served"]) == (not few)
 
 
@@ -161,39 +154,39 @@ def test_who_decodes_few_rows(change, few):
 def test_float32_rows_by_weights_of_16_bits(precision, fp32_precision):
     """Kills: a weight that is decoded to x's dtype where its own has fewer bits; strict float32 in tf32."""
     fp32_precision(precision)
-    packed = random_packed(136, 192).to(BF16)
+    packed = random_packed(136, 192).to(dtype=BF16)
     operands, grad_y = make(9, 136, 192, 8, FP32), torch.randn(2, 9, 136)
-    ours = results(lk.lora_linear, quantized(packed), operands, grad_y, 0.0)
+    ours = results(lk.lora_linear, packed, operands, grad_y, 0.0)
     served = "cuda" if precision == "tf32" else "reference"
     assert lk.stats()["served"]["lora_linear", served] == 1
     assert lk.stats()["served"]["lora_linear_packed", "cuda"] == 1
     assert lk.stats()["served"]["dequantize", "cuda"] == 2
     assert all(
         torch.equal(a, b)
-        for a, b in zip(ours, results(lk.lora_linear, packed.decoded().float(), operands, grad_y, 0.0), strict=True)
+        for a, b in zip(ours, results(lk.lora_linear, decoded(packed).float(), operands, grad_y, 0.0), strict=True)
     )
 
 
 def test_gradients_of_the_adapter_alone_decode_nothing():
     """Kills: a launch for a weight that nobody reads. What stands for it is NaN."""
-    packed = random_packed(136, 192).to(BF16)
+    packed = random_packed(136, 192).to(dtype=BF16)
     x, lora_A, lora_B, bias = make(9, 136, 192, 8, BF16)
     leaves = [lora_A.requires_grad_(), lora_B.requires_grad_()]
-    y = lk.lora_linear(x, quantized(packed), *leaves, bias, scaling=SCALING)
+    y = lk.lora_linear(x, packed, *leaves, bias, scaling=SCALING)
     grad_y = torch.randn_like(y)
     grads = torch.autograd.grad(y, leaves, grad_y)
     assert lk.stats()["served"]["dequantize", "cuda"] == 1
-    plain = torch.autograd.grad(lk.lora_linear(x, packed.decoded(), *leaves, bias, scaling=SCALING), leaves, grad_y)
+    plain = torch.autograd.grad(lk.lora_linear(x, decoded(packed), *leaves, bias, scaling=SCALING), leaves, grad_y)
     assert all(torch.equal(a, b) for a, b in zip(grads, plain, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_a_frozen_linear(dtype):
-    packed = random_packed(136, 192, nested=True).to(BF16)
+    packed = random_packed(136, 192, nested=True).to(dtype=BF16)
     x, _, _, bias = make(9, 136, 192, 8, dtype)
     x.requires_grad_()
-    weight = packed.decoded().to(dtype)
-    y = torch.ops.lora_kernels.linear_packed(x, *quantized(packed).args, bias)
+    weight = decoded(packed).to(dtype)
+    y = torch.ops.lora_kernels.linear_packed(x, *packed.args, bias)
     expected = torch.nn.functional.linear(x, weight, bias)
     assert torch.equal(y, expected)
     grad_y = torch.randn_like(y)
@@ -205,7 +198,7 @@ def test_a_frozen_linear(dtype):
 
 def arguments(dtype, layout="codes4"):
     """(op, arguments) of every op over a packed weight."""
-    packed = random_packed(64, 128).to(dtype)
+    packed = random_packed(64, 128).to(dtype=dtype)
     x, lora_A, lora_B, bias = make(3, 64, 128, 8, dtype)
     parts, _, *sizes = packed.args
     weight = parts, layout, *sizes
@@ -255,8 +248,8 @@ def test_why_tells_the_products_schedule(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     monkeypatch.setattr(_native, "cuda", types.SimpleNamespace(plan_lora_linear=plan))
     x, lora_A, lora_B, bias = make(30, 64, 128, 8, BF16)
-    choice = lk.why("lora_linear", x, quantized(random_packed(64, 128).to(BF16)), lora_A, lora_B, bias)
-    few = lk.why("lora_linear", x[:, :8], quantized(random_packed(64, 128).to(BF16)), lora_A, lora_B, bias)
+    choice = lk.why("lora_linear", x, random_packed(64, 128).to(dtype=BF16), lora_A, lora_B, bias)
+    few = lk.why("lora_linear", x[:, :8], random_packed(64, 128).to(dtype=BF16), lora_A, lora_B, bias)
     assert few.schedule == "decode"
     assert "streams the packed weight" in few.reason
     assert choice.backend == "cuda"
