@@ -147,6 +147,8 @@ def test_main_loops_wait_for_the_oldest_stage_alone(kernels):
     # As many stages as there are but two, the one in use and the one to be filled, are under way behind the wait.
     checked = 0
     for arch, name, code in kernels:
+        if "16LoraLinearPackedI" in name:
+            continue  # its warps have stages of their own: below
         bodies = [
             body
             for body in map(" ".join, sass.loops(code))
@@ -222,5 +224,6 @@ def test_few_rows_decode_in_few_instructions():
             ]
             body = min(bodies, key=len)
             assert sum("LDGSTS.E.BYPASS.128" in text for text in body) == sum("LDGSTS" in text for text in body) == 4
+            assert {text for text in body if "DEPBAR.LE SB0" in text} == {"DEPBAR.LE SB0, 0x1"}, "of two stages, one"
             arithmetic = [text for text in body if not re.match(NOT_ARITHMETIC, text)]
             assert len(arithmetic) <= 6 * STAGE_WEIGHTS, (arch, name)
