@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import emulator
 import pytest
 import torch
 from covering import case_id, covering_pairs
-from packed import random_packed
+from packed import decoded, random_packed, with_part
 
+from lora_kernels.formats.codes4 import scales as scales_of
 from lora_kernels.ops.dequantize import SPEC
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -28,14 +27,13 @@ def native():
 
 def make(n, k, block, dtype, *, nested=True):
     """Codes in no order, and scales of any sign: nothing may depend on either."""
-    packed = random_packed(n, k, block, nested).to(dtype).with_part(2, torch.randn(16))
-    return packed.with_part(5, torch.randn(())) if nested else packed.with_part(1, torch.randn(n * k // block))
+    packed = with_part(random_packed(n, k, block, nested).to(dtype=dtype), 2, torch.randn(16))
+    return with_part(packed, 5, torch.randn(())) if nested else with_part(packed, 1, torch.randn(n * k // block))
 
 
-def run(packed, layout="codes4", **options):
+def run(packed, **options):
     emulator.load_dequantize().set_options({"resident_blocks": 3, **options})
-    parts, _, *rest = packed.args
-    return torch.ops.lora_kernels_emulated_dequantize.dequantize(parts, layout, *rest, "")
+    return torch.ops.lora_kernels_emulated_dequantize.dequantize(*packed.args, "")
 
 
 def check(packed, **options):
@@ -43,7 +41,7 @@ def check(packed, **options):
     weight = run(packed, **options)
     assert weight.dtype == packed.dtype
     assert weight.is_contiguous()
-    assert torch.equal(weight.view(BITS[weight.dtype]), packed.decoded().view(BITS[weight.dtype]))
+    assert torch.equal(weight.view(BITS[weight.dtype]), decoded(packed).view(BITS[weight.dtype]))
 
 
 def off_16_bytes(data, by=1):
@@ -78,7 +76,7 @@ def test_the_last_warp_has_what_is_left(native, dtype, n):
 def test_packed_weights_off_16_bytes(native, by):
     """A slice of a file's memory."""
     packed = make(3, 192, 64, BF16)
-    check(packed.with_part(0, off_16_bytes(packed.parts[0], by)))
+    check(with_part(packed, 0, off_16_bytes(packed.parts[0], by)))
     assert native.last_launch()[:2] == (False, 2)
 
 
@@ -86,7 +84,7 @@ def test_packed_weights_off_16_bytes(native, by):
 def test_weights_at_the_ends_of_the_range(dtype, largest):
     """Kills: a rounding that does not know of subnormal numbers or infinity."""
     packed = make(4, 256, 64, dtype, nested=False)
-    check(packed.with_part(1, packed.parts[1] * largest))
+    check(with_part(packed, 1, packed.parts[1] * largest))
 
 
 def test_scales_of_two_levels_are_rounded_twice():
@@ -94,7 +92,7 @@ def test_scales_of_two_levels_are_rounded_twice():
     packed = make(64, 256, 32, FP32)
     _, scales, _, scales2, code2, offset = packed.parts
     fused = code2[scales.long()].double() * scales2.repeat_interleave(256).double() + offset.double()
-    assert (fused.float() != packed.scales()).float().mean() > 0.01
+    assert (fused.float() != scales_of(packed.parts)).float().mean() > 0.01
     check(packed)
 
 
@@ -108,7 +106,7 @@ def test_weights_behind_what_32_bits_count(native, aligned, weights):
     addresses = (t.data_ptr() for t in (*packed.parts, out))
     native.dequantize_behind(weights // (16384 if aligned else 512), aligned, *addresses, n * k, block)
     assert native.last_launch()[:2] == (aligned, 2)
-    assert torch.equal(out, packed.decoded())
+    assert torch.equal(out, decoded(packed))
 
 
 @pytest.mark.parametrize("block", [64, 48])
@@ -166,18 +164,24 @@ def test_the_launch_goes_to_the_callers_stream(native):
 def test_parts_that_do_not_fit(index, change, message):
     packed = make(4, 128, 64, BF16)
     with pytest.raises(RuntimeError, match=message):
-        run(packed.with_part(index, change(packed.parts[index])))
+        run(with_part(packed, index, change(packed.parts[index])))
 
 
-def test_what_else_is_refused():
-    packed = make(4, 128, 64, BF16)
-    for count, message in ((5, "has 3 parts, or 6"), (3, "scales must be")):
-        with pytest.raises(RuntimeError, match=message):
-            run(replace(packed, parts=packed.parts[:count]))
-    with pytest.raises(RuntimeError, match="layout must be codes4"):
-        run(packed, layout="int8_rows")
-    for k, block in ((128, 0), (128, 48), (120, 40 + 1)):
-        with pytest.raises(RuntimeError, match="block must be even, and k a multiple of it"):
-            run(replace(packed, k=k, block=block))
-    with pytest.raises(RuntimeError, match="dtype must be float32, bfloat16 or float16"):
-        run(packed.to(torch.float64))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(parts=5), "has 3 parts, or 6"),
+        (dict(parts=3), "scales must be"),
+        (dict(layout="int8_rows"), "layout must be codes4"),
+        (dict(block=0), "block must be even, and k a multiple of it"),
+        (dict(block=48), "block must be even, and k a multiple of it"),
+        (dict(k=123, block=41), "block must be even, and k a multiple of it"),
+        (dict(dtype=torch.float64), "dtype must be float32, bfloat16 or float16"),
+    ],
+    ids=str,
+)
+def test_what_else_is_refused(change, message):
+    named = dict(zip(("parts", "layout", "n", "k", "block", "dtype"), make(4, 128, 64, BF16).args, strict=True))
+    args = {**named, **change, "parts": named["parts"][: change.get("parts", 6)]}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.lora_kernels_emulated_dequantize.dequantize(*args.values(), "")

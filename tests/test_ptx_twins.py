@@ -133,6 +133,7 @@ MEANINGS = {
     "copy_async_commit": "cp.async.commit_group;",
     "copy_async_wait": "cp.async.wait_group kPending;",
     "load_shared_16": "ld.shared.v4.b32 {v.word[0], v.word[1], v.word[2], v.word[3]}, [address];",
+    "load_shared_8": "ld.shared.b64 v, [address];",
     "load_shared_4": "ld.shared.b32 v, [address];",
     "store_shared_16": "st.shared.v4.b32 [address], {v.word[0], v.word[1], v.word[2], v.word[3]};",
     "store_shared_8": "st.shared.v2.f32 [address], {v.x, v.y};",
@@ -146,6 +147,7 @@ MEANINGS = {
     "atomic_add_acquire_release": "atom.acq_rel.gpu.global.add.u32 old, [p], value;",
     "store_release": "st.release.gpu.global.u32 [p], value;",
     "load_acquire": "ld.acquire.gpu.global.u32 v, [p];",
+    "permute_bytes": "prmt.b32 permuted, low, high, selector;",
     "in_register": "add.f32 same, f, 0f80000000;",
 }
 """By the PTX manual; several where a function is overloaded."""

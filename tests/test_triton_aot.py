@@ -201,7 +201,7 @@ def test_dequantize(arch, dtype, block, nested, tmp_path):
     """Kills: scales whose product and sum are one operation; weights that are read, or written, one at a time."""
     k = 3 * block
     launch = dequantize.dequantize_launch(
-        torch.empty(96, k, dtype=dtype), random_packed(96, k, block, nested).parts, block
+        torch.empty(96, k, dtype=dtype), list(random_packed(96, k, block, nested).parts), block
     )
     compiled = compile_for(arch, launch)
     assert stack_bytes(compiled, tmp_path) == 0

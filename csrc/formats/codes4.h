@@ -39,4 +39,51 @@ struct Codes4 {
   }
 };
 
+// The codes, rounded to 16 bits, as byte planes in eight registers: what a product of tensor cores takes as they are,
+// and leaves the scale for its sum. That saves the multiplication and the rounding of every weight. A rounded code
+// times a scale in fp32 is within an ulp of the weight, which is rounded itself, and on average as far from it as that
+// from the code times its scale.
+template <class Element>
+class CodePlanes {
+ public:
+  LK_DEVICE explicit CodePlanes(const float* code) {
+    LK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      uint32_t pairs[2];
+      LK_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const float* two = code + i * 4 + j * 2;
+        pairs[j] = Element::pack(load_global(two), load_global(two + 1));
+      }
+      low_[i] = permute_bytes(pairs[0], pairs[1], 0x6420);
+      high_[i] = permute_bytes(pairs[0], pairs[1], 0x7531);
+    }
+  }
+
+  // The eight weights of a word: pairs[i] holds 2 i and 2 i + 1, the first in its low half.
+  //
+  // A selector is three bits of each of four weights; the fourth chooses between the results for the lower and the
+  // upper eight codes. Of a weight's bits, the first weight of a byte has the upper ones: the pairs are put together in
+  // that order.
+  LK_DEVICE void decode(uint32_t word, uint32_t (&pairs)[4]) const {
+    uint32_t in_eight = word & 0x77777777u, which_eight = (word >> 1 & 0x44444444u) | 0x32103210u;
+    LK_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t low = look_up(low_, in_eight, which_eight), high = look_up(high_, in_eight, which_eight);
+      pairs[2 * half] = permute_bytes(low, high, 0x4051);
+      pairs[2 * half + 1] = permute_bytes(low, high, 0x6273);
+      in_eight >>= 16;
+      which_eight >>= 16;
+    }
+  }
+
+ private:
+  LK_DEVICE static uint32_t look_up(const uint32_t (&plane)[4], uint32_t in_eight, uint32_t which_eight) {
+    return permute_bytes(permute_bytes(plane[0], plane[1], in_eight), permute_bytes(plane[2], plane[3], in_eight),
+                         which_eight);
+  }
+
+  uint32_t low_[4], high_[4];  // bytes of codes 4 i to 4 i + 3
+};
+
 }  // namespace lk

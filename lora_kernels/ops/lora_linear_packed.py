@@ -60,7 +60,21 @@ def _composed(backend: str, spec: OpSpec, args: tuple, first: int) -> Verdict:
 
 
 def _cuda_supports(*args: Any) -> Verdict:
+    x, parts, layout, _, _, block, _, lora_A, _, _, seed, *_ = args
+    if gpu_packed.is_few_rows(x, parts[0], block, lora_A.shape[0], seed is not None):
+        return gpu_packed.refusal("cuda", x.device, layout) or gpu_packed.FEW_ROWS
     return _composed("cuda", lora_linear.SPEC, args, 1)
+
+
+def _cuda_run(schedule: str, *args: Any) -> tuple[Tensor, Tensor]:
+    if schedule == gpu_packed.FEW_ROWS.schedule:
+        return dispatch.native(SPEC)(*args, schedule)
+    return _run_composed(schedule, *args)
+
+
+def _cuda_explain(*args: Any) -> Verdict:
+    verdict = _cuda_supports(*args)
+    return verdict if verdict is gpu_packed.FEW_ROWS else _explain(*args)
 
 
 def _triton_supports(*args: Any) -> Verdict:
@@ -226,7 +240,7 @@ SPEC = dispatch.register(
         reference=_reference,
         fake=_fake,
         kernels={
-            "cuda": Kernel(_cuda_supports, _run_composed, explain=_explain),
+            "cuda": Kernel(_cuda_supports, _cuda_run, explain=_cuda_explain),
             "triton": Kernel(_triton_supports, _run_composed, explain=_explain),
             "cpu": Kernel(_cpu_supports),
         },

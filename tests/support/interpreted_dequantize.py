@@ -9,10 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 from covering import case_id, covering_pairs
-from packed import random_packed
+from packed import decoded, random_packed, with_part
 
 import lora_kernels as lk
-from lora_kernels.formats import QuantizedWeight
 from lora_kernels.triton_kernels import configs, dequantize
 
 FP16, FP32 = torch.float16, torch.float32
@@ -31,7 +30,7 @@ def check(packed):
     parts, *rest = packed.args
     weight = dequantize.dequantize(parts, *rest)
     assert weight.dtype == packed.dtype
-    assert torch.equal(weight.view(BITS[weight.dtype]), packed.decoded().view(BITS[weight.dtype]))
+    assert torch.equal(weight.view(BITS[weight.dtype]), decoded(packed).view(BITS[weight.dtype]))
 
 
 CASES = covering_pairs(
@@ -47,14 +46,14 @@ def test_bits(case, monkeypatch):
     if case["small_tiles"]:
         monkeypatch.setattr(configs, "packed_tile", lambda block_bytes: configs.RowTile(4, 16, 4))
         n = min(n, 5)
-    check(random_packed(n, case["blocks"] * case["block"], case["block"], case["nested"]).to(case["dtype"]))
+    check(random_packed(n, case["blocks"] * case["block"], case["block"], case["nested"]).to(dtype=case["dtype"]))
 
 
 @pytest.mark.parametrize("by", [1, 2, 8])
 def test_packed_weights_off_16_bytes(by):
-    packed = random_packed(3, 192, nested=True).to(FP16)
+    packed = random_packed(3, 192, nested=True).to(dtype=FP16)
     data = packed.parts[0].view(-1)
-    check(packed.with_part(0, torch.cat([data.new_empty(by), data])[by:]))
+    check(with_part(packed, 0, torch.cat([data.new_empty(by), data])[by:]))
 
 
 def test_a_block_that_is_longer_than_a_tile():
@@ -64,8 +63,7 @@ def test_a_block_that_is_longer_than_a_tile():
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
 def test_a_linear_over_a_packed_weight_is_one_over_the_decoded(dtype, p):
-    packed = random_packed(48, 128, nested=True).to(FP16)
-    weight = QuantizedWeight("nf4", "codes4", tuple(packed.parts), (48, 128), 64, FP16)
+    packed = random_packed(48, 128, nested=True).to(dtype=FP16)
     leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((7, 128), (8, 128), (48, 8))]
     grad_y = torch.randn(7, 48).to(dtype)
 
@@ -76,9 +74,9 @@ def test_a_linear_over_a_packed_weight_is_one_over_the_decoded(dtype, p):
             x.detach(), weight, lora_A, lora_B), lora_A, grad_y)[0]]  # fmt: skip
 
     with lk.use_backend("triton"):
-        ours = results(weight)
+        ours = results(packed)
         served = set(lk.stats()["served"])
-        plain = results(packed.decoded().to(dtype))
+        plain = results(decoded(packed).to(dtype))
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
     assert {name for name, _ in served} == {
         "lora_linear_packed", "lora_linear_packed_backward", "lora_linear", "lora_linear_backward", "dequantize",

@@ -25,3 +25,9 @@ def decoded(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor
     """[n, k] by plain torch code, in ``dtype`` or the weight's own."""
     parts, layout, n, k, block, own = weight.args
     return LAYOUTS[layout].decode(parts, n, k, block, dtype or own)
+
+
+def with_part(weight: QuantizedWeight, index: int, part: Tensor) -> QuantizedWeight:
+    """The same with another part, which need not fit."""
+    parts = (*weight.parts[:index], part, *weight.parts[index + 1 :])
+    return QuantizedWeight.of_layer(weight.format, weight.layout, parts, weight.shape, weight.block, weight.dtype)
