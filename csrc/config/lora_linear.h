@@ -20,7 +20,8 @@ constexpr const char* name_of(Schedule schedule) {
 
 enum class LoraRole : int32_t { kForward, kGradX };
 
-// Which rows a kernel reads and writes in chunks of 16 bytes; others go element by element.
+// Which rows a kernel reads, and of s and gradients writes, in chunks of 16 bytes; others go element by element. Rows
+// of y are looked at where they are stored.
 enum class Access : int32_t {
   kWhole,        // all
   kGatherRanks,  // x, w, and of the adapter the factor whose rows are long: not s, nor what has `rank` elements a row
@@ -159,7 +160,7 @@ inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t k, int6
       config.reason = has_dropout              ? "dropout is applied once, in tiles of s alone"
                       : rank > kMaxRankOfBlock ? "the rank is too large for one block"
                       : access == Access::kGatherRanks
-                          ? "rows of the rank's length, or of y, are not whole chunks: tiles of s run beside tiles of y"
+                          ? "rows of the rank's length are not whole chunks: tiles of s run beside tiles of y"
                           : "several blocks per SM: tiles of s run beside tiles of y";
     }
   }

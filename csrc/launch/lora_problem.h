@@ -52,7 +52,7 @@ struct LoraProblem {
   // Of the operands. Results and workspace are allocated for the call, and aligned where their rows are whole chunks.
   Access access() const {
     const bool long_rows = is_whole(k()) && x.aligned() && (w_in_columns || w.aligned()) && a.aligned();
-    return access_of(long_rows, long_rows && is_whole(n()) && is_whole(rank()) && b.aligned());
+    return access_of(long_rows, long_rows && is_whole(rank()) && b.aligned());
   }
 };
 
