@@ -130,16 +130,21 @@ LK_DEVICE void store_partial(float* partial, const typename Loop::Accumulator& a
   }
 }
 
-// acc = the sum of `count` partials that follow each other, always in the same order.
+// acc = the sum of `count` partials that follow each other, always in the same order. The loads of a row of fragments
+// are under way together: of all there would be too few registers.
 template <MainLoop Loop>
 LK_DEVICE void sum_partials(float* partials, int count, typename Loop::Accumulator& acc) {
   LK_UNROLL
   for (int mi = 0; mi < Loop::kFragmentsM; ++mi) {
     LK_UNROLL
-    for (int ni = 0; ni < Loop::kFragmentsN; ++ni) {
+    for (auto& fragment : acc[mi]) {
       LK_UNROLL
-      for (int j = 0; j < 4; ++j) acc[mi][ni][j] = 0.0f;
-      for (int i = 0; i < count; ++i) {
+      for (float& sum : fragment) sum = 0.0f;
+    }
+    LK_NO_UNROLL
+    for (int i = 0; i < count; ++i) {
+      LK_UNROLL
+      for (int ni = 0; ni < Loop::kFragmentsN; ++ni) {
         const Vec16 part = load_global(place_in_partial<Loop>(partials + i * kPartial<Loop>, mi, ni));
         LK_UNROLL
         for (int j = 0; j < 4; ++j) acc[mi][ni][j] += float_of(part.word[j]);
