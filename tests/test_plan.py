@@ -65,8 +65,8 @@ def test_plan_of_a_large_problem(plan):
     [
         ({"m": 64, "n": 8192}, [], "dual", "few rows: every block computes s for its part of the depth"),
         ({"sms": 4096, "schedule": "one launch"}, [], "ticketed", "small tiles fill the waves of SMs better"),
-        ({"r": 4}, [], "ticketed", "rows of the rank's length, or of y, are not whole chunks"),
-        ({"r": 12}, [], "ticketed", "rows of the rank's length, or of y, are not whole chunks"),
+        ({"r": 4}, [], "ticketed", "rows of the rank's length are not whole chunks"),
+        ({"r": 12}, [], "ticketed", "rows of the rank's length are not whole chunks"),
         ({"n": 32001, "arch": "sm_90"}, [], "ticketed", "costs the vendor's GEMM most of its rate"),
         ({"m": 1, "r": 4}, [], "decode", "few rows: reading w is all that counts"),
         ({"m": 1}, [], "decode", "few rows: reading w is all that counts"),
@@ -108,6 +108,16 @@ def test_plan_of_the_vendors_gemm(plan, op, changes, flags, reason):
     assert all(reason in launch["reason"] for launch in (first, expand, product))
     for launch in (*([first] if drops else []), expand, *rest):
         assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
+
+
+@needs_extension
+@pytest.mark.parametrize("op", ["lora_linear", "lora_linear_backward"])
+def test_no_plan_of_an_unknown_schedule(op):
+    """Kills: a name that nobody knows means the fastest."""
+    sizes = dict(dtype="bf16", m=8, n=8, k=8, rank=8, rows_aligned=True, has_dropout=False)
+    device = dict(sms=108, shared_per_block=166912, capability=80)
+    with pytest.raises(ValueError, match=r'schedule must be "auto", .* or "cublas", got "cutlass"'):
+        getattr(_native.cuda, f"plan_{op}")(**sizes, **device, schedule="cutlass")
 
 
 @needs_extension

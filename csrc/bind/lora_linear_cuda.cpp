@@ -14,8 +14,6 @@
 namespace lk {
 namespace {
 
-float* floats_of(const Tensor& workspace) { return static_cast<float*>(workspace.mutable_data_ptr()); }
-
 MatrixRef ref_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.size(0), t.size(1), float_type(t)}; }
 
 OutputRef output_of(const Tensor& t, int64_t stride) { return {t.mutable_data_ptr(), stride}; }
@@ -55,7 +53,26 @@ void check_type(const Tensor& x) {
   }
 }
 
-// out = a b, by the vendor's GEMM, of an adapter in the type of the activation.
+Wanted wanted(const std::string& schedule) {
+  const std::optional<Wanted> known = wanted_by(schedule);
+  STD_TORCH_CHECK(known.has_value(), "schedule must be ", kWantedNames, ", got \"", schedule, "\"");
+  return *known;
+}
+
+// Workspace of a launch that may need none.
+class Floats {
+ public:
+  Floats(const Tensor& like, int64_t count) {
+    if (count > 0) memory_ = new_empty_as(like, {count}, ScalarType::Float);
+  }
+  float* data() const { return memory_ ? static_cast<float*>(memory_->mutable_data_ptr()) : nullptr; }
+
+ private:
+  std::optional<Tensor> memory_;
+};
+
+// out = a b, by the vendor's GEMM, of an adapter in the type of the activation: it takes factors of one type. Those of
+// fp32 are rounded by a launch of its own, which is little beside the product: it reads `rank` rows, not those of x.
 void product(const Tensor& out, const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(aoti_torch_cuda_mm_out != nullptr, "this torch has no aoti_torch_cuda_mm_out");
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
@@ -77,12 +94,12 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
   const LoraProblem& problem = operands.problem;
   const int64_t m = problem.m(), n = problem.n();
   const Tensor y = new_empty_as(x, {m, n}), s = new_empty_as(x, {m, problem.rank()});
-  const LoraForwardConfig config = lora_forward_config(problem, device_limits(call.device), wanted_by(schedule));
+  const LoraForwardConfig config = lora_forward_config(problem, device_limits(call.device), wanted(schedule));
   if (m > 0) {
     if (config.vendor_makes_s) product(s, operands.x, transposed(cast(operands.a, x.scalar_type())));
     const Counters counters(x, call, config.launch.counters);
-    const Tensor partials = new_empty_as(x, {config.launch.partials}, ScalarType::Float);
-    const LoraWorkspace workspace{.counters = counters.data(), .partials = floats_of(partials)};
+    const Floats partials(x, config.launch.partials);
+    const LoraWorkspace workspace{.counters = counters.data(), .partials = partials.data()};
     const cudaError_t error = with_element(problem.x.type, [&]<class Element>(std::type_identity<Element>) {
       for (const LoraLinearConfig* which : {&config.launch, &config.expand}) {
         const LoraLinearParams p = forward_params(problem, output_of(y, n), s.mutable_data_ptr(), *which, workspace);
@@ -132,16 +149,15 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
     return result();
   }
 
-  const LoraBackwardConfig config = lora_backward_config(problem, device_limits(call.device), wanted_by(schedule));
+  const LoraBackwardConfig config = lora_backward_config(problem, device_limits(call.device), wanted(schedule));
   const Counters counters(x, call, config.grad_x.counters + config.grads.counters);
   const Tensor grad_s = new_empty_as(x, {m, rank});
   if (config.vendor_makes_s) product(grad_s, gy, cast(operands.b, x.scalar_type()));
-  const Tensor parts_of_grad_b = new_empty_as(x, {config.partial_grad_b}, ScalarType::Float);
-  const Tensor partials = new_empty_as(x, {config.grads.partials}, ScalarType::Float);
+  const Floats parts_of_grad_b(x, config.partial_grad_b), partials(x, config.grads.partials);
   const LoraBackwardWorkspace workspace{.counters = counters.data(),
                                         .grad_s = grad_s.mutable_data_ptr(),
-                                        .partial_grad_b = floats_of(parts_of_grad_b),
-                                        .partials = floats_of(partials)};
+                                        .partial_grad_b = parts_of_grad_b.data(),
+                                        .partials = partials.data()};
   const LoraGradsParams g = grads_params(problem, need_A ? grad_a.mutable_data_ptr() : nullptr,
                                          need_B ? grad_b.mutable_data_ptr() : nullptr, config, workspace);
   const cudaError_t error = with_element(problem.forward.x.type, [&]<class Element>(std::type_identity<Element>) {

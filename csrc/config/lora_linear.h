@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string_view>
 
 #include "tiles.h"
@@ -20,7 +21,8 @@ constexpr const char* name_of(Schedule schedule) {
 
 enum class LoraRole : int32_t { kForward, kGradX };
 
-// Which rows a kernel reads and writes in chunks of 16 bytes; others go element by element.
+// Which rows a kernel reads, and of s and gradients writes, in chunks of 16 bytes; others go element by element. Rows
+// of y are looked at where they are stored.
 enum class Access : int32_t {
   kWhole,        // all
   kGatherRanks,  // x, w, and of the adapter the factor whose rows are long: not s, nor what has `rank` elements a row
@@ -159,7 +161,7 @@ inline LoraLinearConfig lora_linear_config(int64_t m, int64_t n, int64_t k, int6
       config.reason = has_dropout              ? "dropout is applied once, in tiles of s alone"
                       : rank > kMaxRankOfBlock ? "the rank is too large for one block"
                       : access == Access::kGatherRanks
-                          ? "rows of the rank's length, or of y, are not whole chunks: tiles of s run beside tiles of y"
+                          ? "rows of the rank's length are not whole chunks: tiles of s run beside tiles of y"
                           : "several blocks per SM: tiles of s run beside tiles of y";
     }
   }
@@ -201,9 +203,14 @@ inline LoraLinearConfig expand_config(LoraRole role, int64_t m, int64_t n, Acces
 // Who decides: the model below, or who asks for one or the other (tests, benchmarks, measured winners).
 enum class Wanted : int32_t { kBest, kOneLaunch, kCublas };
 
-// By the name of a schedule, as a caller of the op gives it.
-inline Wanted wanted_by(std::string_view schedule) {
-  return schedule == "cublas" ? Wanted::kCublas : schedule == "one launch" ? Wanted::kOneLaunch : Wanted::kBest;
+// By the name of a schedule, as a caller of the op or of a plan gives it: the verdict's, where the model decides, or
+// "auto". Nothing by another name.
+constexpr const char* kWantedNames = "\"auto\", \"tensor cores\", \"one launch\" or \"cublas\"";
+inline std::optional<Wanted> wanted_by(std::string_view schedule) {
+  if (schedule == "auto" || schedule == "tensor cores") return Wanted::kBest;
+  if (schedule == "one launch") return Wanted::kOneLaunch;
+  if (schedule == "cublas") return Wanted::kCublas;
+  return std::nullopt;
 }
 
 struct UsesCublas {
@@ -252,12 +259,26 @@ inline UsesCublas uses_cublas(int64_t m, int64_t n, int element_bytes, Access ac
 
 // ---------------------------------------------------------------------------------------------------- gradients
 
+// What the launches of the gradients may read in chunks, each by what it reads.
+struct LoraBackwardAccess {
+  Access grad_x;                                      // dX in one launch: dY, w, a, b and the forward's s
+  Access expand;                                      // its branch alone: s' and a
+  bool x_is_whole, grad_y_is_whole, ranks_are_whole;  // dA and dB: x, dY, and s with s'
+};
+
 struct LoraGradsKey {
   int rank_tile;
-  Access access;
+  Access access;  // of x, s and s'
+  bool grad_y_is_whole;
 
   friend constexpr bool operator==(const LoraGradsKey&, const LoraGradsKey&) = default;
 };
+
+// Not every combination has a kernel: one that reads x, or dY, element by element does so with what is smaller, too.
+constexpr LoraGradsKey grads_key(int rank_tile, bool x_is_whole, bool grad_y_is_whole, bool ranks_are_whole) {
+  grad_y_is_whole = grad_y_is_whole && x_is_whole;
+  return {rank_tile, access_of(x_is_whole, grad_y_is_whole && ranks_are_whole), grad_y_is_whole};
+}
 
 struct LoraGradsConfig {
   LoraGradsKey key;
@@ -281,10 +302,12 @@ struct LoraBackwardConfig {
 
 // dA [rank, k] and dB [n, rank] over m rows. k or n is 0 where the gradient is not wanted.
 inline LoraGradsConfig lora_grads_config(int64_t m, int64_t n, int64_t k, int64_t rank, int64_t parts_of_grad_b,
-                                         Access access, const DeviceLimits& device) {
+                                         const LoraBackwardAccess& access, const DeviceLimits& device) {
   constexpr int kColumns = 128, kDepth = 32, kBlocksPerSm = 2, kMinRows = 256;
   LoraGradsConfig config{};
-  config.key = {.rank_tile = wide_rank_tile_of(rank), .access = access};
+  const bool reads_x = k > 0, reads_grad_y = n > 0 && parts_of_grad_b == 0;
+  config.key = grads_key(wide_rank_tile_of(rank), !reads_x || access.x_is_whole,
+                         !reads_grad_y || access.grad_y_is_whole, access.ranks_are_whole);
   const int64_t columns = blocks_of(k, kColumns) + (parts_of_grad_b > 0 ? 0 : blocks_of(n, kColumns));
   const int64_t tiles = columns * blocks_of(rank, config.key.rank_tile);
   const int64_t most = std::max<int64_t>(1, m / kMinRows);
@@ -299,14 +322,14 @@ inline LoraGradsConfig lora_grads_config(int64_t m, int64_t n, int64_t k, int64_
 }
 
 // How the gradients for dY [m, n] and x [m, k] are launched.
-inline LoraBackwardConfig lora_backward_config(int64_t m, int64_t n, int64_t k, int64_t rank, Access access,
-                                               bool need_x, bool need_a, bool need_b, const DeviceLimits& device,
-                                               UsesCublas cublas) {
+inline LoraBackwardConfig lora_backward_config(int64_t m, int64_t n, int64_t k, int64_t rank,
+                                               const LoraBackwardAccess& access, bool need_x, bool need_a, bool need_b,
+                                               const DeviceLimits& device, UsesCublas cublas) {
   LoraBackwardConfig config{};
   config.cublas = cublas;
   LoraLinearConfig& grad_x = config.grad_x;
   if (need_x && !config.cublas.yes) {
-    grad_x.key = {LoraRole::kGradX, Schedule::kTicketed, LoraTile::kSmall, rank_tile_of(rank), access};
+    grad_x.key = {LoraRole::kGradX, Schedule::kTicketed, LoraTile::kSmall, rank_tile_of(rank), access.grad_x};
     grad_x.splits = 1;
     grad_x.reason = "tiles of s' also compute parts of dB while they have dY";
     grad_x.key.tile = choose_tile(m, k, device, grad_x.tile_reason);
@@ -319,7 +342,7 @@ inline LoraBackwardConfig lora_backward_config(int64_t m, int64_t n, int64_t k, 
     }
   } else {
     config.vendor_makes_s = need_x || need_a;
-    if (need_x) config.expand = expand_config(LoraRole::kGradX, m, k, access);
+    if (need_x) config.expand = expand_config(LoraRole::kGradX, m, k, access.expand);
   }
   config.grads = lora_grads_config(m, need_b ? n : 0, need_a ? k : 0, rank, config.parts_of_grad_b, access, device);
   return config;

@@ -74,10 +74,10 @@ py::dict to_python(const LoraLinearConfig& c) {
 
 // The first launch of a forward, and whether the vendor's GEMM is used.
 py::dict config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, bool has_dropout, int sms,
-                int shared_per_block, int element_bytes, int capability, const std::string& wanted) {
+                int shared_per_block, int element_bytes, int capability, const std::string& schedule) {
   const DeviceLimits device{.sms = sms, .shared_per_block = shared_per_block, .capability = capability};
   const LoraForwardConfig c = lora_forward_config(
-      problem_of(m, n, k, rank, aligned, has_dropout, type_of(element_bytes)), device, wanted_by(wanted));
+      problem_of(m, n, k, rank, aligned, has_dropout, type_of(element_bytes)), device, wanted(schedule));
   py::dict d = to_python(c.vendor_makes_s ? c.expand : c.launch);
   d["cublas"] = c.cublas.yes;
   d["why"] = c.cublas.reason;
@@ -86,7 +86,7 @@ py::dict config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, boo
 
 py::dict backward_config(int64_t m, int64_t n, int64_t k, int64_t rank, bool aligned, bool need_x, bool need_a,
                          bool need_b, int sms, int shared_per_block, int element_bytes, int capability,
-                         const std::string& wanted) {
+                         const std::string& schedule) {
   const LoraProblem forward = problem_of(m, n, k, rank, aligned, false, type_of(element_bytes));
   const LoraBackwardProblem problem{.forward = forward,
                                     .grad_y = {forward.x.data, n, m, n, forward.x.type},
@@ -95,7 +95,7 @@ py::dict backward_config(int64_t m, int64_t n, int64_t k, int64_t rank, bool ali
                                     .need_a = need_a,
                                     .need_b = need_b};
   const DeviceLimits device{.sms = sms, .shared_per_block = shared_per_block, .capability = capability};
-  const LoraBackwardConfig c = lora_backward_config(problem, device, wanted_by(wanted));
+  const LoraBackwardConfig c = lora_backward_config(problem, device, wanted(schedule));
   py::dict d = to_python(c.expand.blocks > 0 ? c.expand : c.grad_x);
   d["cublas"] = c.cublas.yes;
   d["why"] = c.cublas.reason;
@@ -169,9 +169,9 @@ PYBIND11_MODULE(_emu_lora_linear, m) {
   using pybind11::arg;
   m.def("lora_linear_config", &lk::config, arg("m"), arg("n"), arg("k"), arg("rank"), arg("aligned"),
         arg("has_dropout"), arg("sms"), arg("shared_per_block"), arg("element_bytes") = 2, arg("capability") = 86,
-        arg("schedule") = "");
+        arg("schedule") = "auto");
   m.def("lora_backward_config", &lk::backward_config, arg("m"), arg("n"), arg("k"), arg("rank"), arg("aligned"),
         arg("need_x"), arg("need_a"), arg("need_b"), arg("sms"), arg("shared_per_block"), arg("element_bytes") = 2,
-        arg("capability") = 86, arg("schedule") = "");
+        arg("capability") = 86, arg("schedule") = "auto");
   m.def("work_of_ticket", &lk::work);
 }

@@ -23,7 +23,7 @@ struct FrozenLinear {
     using Chunk = PlainChunk<Element, is_base_whole(kAccess)>;
     Base::template run<Chunk, Chunk>(smem, {p.x, p.x_stride, p.m, p.k}, row0, {p.w, p.w_stride, p.n, p.k}, column0, 0,
                                      p.k, acc, NoSideTask{});
-    epilogue<Base, kAccess>(p, smem, row0, column0, acc);
+    epilogue<Base>(p, smem, row0, column0, acc);
   }
 };
 

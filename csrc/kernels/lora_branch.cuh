@@ -279,22 +279,21 @@ LK_DEVICE void stage_with_bias(const LoraLinearParams& p, uint32_t smem, int col
   sync_block();
 }
 
-// Whether rows of y consist of chunks: asked at run time where a kernel does not know.
-template <class Element, Access kAccess>
+// Whether rows of y consist of chunks: asked where they are stored, and of no matter to what is read.
+template <class Element>
 LK_DEVICE bool is_y_whole(const LoraLinearParams& p) {
   constexpr int kElements = chunk_elements(sizeof(typename Element::Storage));
-  return kAccess == Access::kWhole ||
-         (p.n % kElements == 0 && p.y_stride % kElements == 0 && reinterpret_cast<uintptr_t>(p.y) % kChunkBytes == 0);
+  return p.n % kElements == 0 && p.y_stride % kElements == 0 && reinterpret_cast<uintptr_t>(p.y) % kChunkBytes == 0;
 }
 
 // y = acc + bias, by way of shared memory.
-template <class Base, Access kAccess>
+template <class Base>
 LK_DEVICE void epilogue(const LoraLinearParams& p, uint32_t smem, int row0, int column0,
                         const typename Base::Accumulator& acc) {
   using Element = typename Base::Element;
   stage_with_bias<Base>(p, smem, column0, acc);
   store_tile<Element, Base::kM, Base::kN, Base::kThreads>(smem, p.y, p.y_stride, p.m, p.n, row0, column0,
-                                                          is_y_whole<Element, kAccess>(p));
+                                                          is_y_whole<Element>(p));
 }
 
 }  // namespace lk

@@ -16,13 +16,14 @@ namespace lk {
 constexpr int kGradColumns = 128;  // of A, or rows of B, in one tile
 constexpr int kPartOfGradBRank = 16;
 
-template <class Element_, int kRankTile, Access kAccess>
+template <class Element_, int kRankTile, Access kAccess, bool kGradYIsWhole>
 struct LoraGrads {
   using Element = Element_;
-  // Rows of x and dY, of dA; and rows of s and s', of dB.
+  // Rows of x, of dA; and rows of s and s', of dB.
   static constexpr bool kLongRowsAreWhole = is_base_whole(kAccess), kRanksAreWhole = is_s_whole(kAccess);
   using LongChunk = PlainChunk<Element, kLongRowsAreWhole>;
   using RankChunk = PlainChunk<Element, kRanksAreWhole>;
+  using GradYChunk = PlainChunk<Element, kGradYIsWhole>;
   static constexpr int kElementBytes = sizeof(typename Element::Storage);
   static constexpr int kThreads = 128, kMinBlocks = 2, kDepth = 64 / kElementBytes, kStages = 4;
   using TileA = Gemm<Element, kRankTile, kGradColumns, kDepth, 1, 4, kStages, Layout::kColumns, Layout::kColumns>;
@@ -81,8 +82,8 @@ struct LoraGrads {
   LK_DEVICE static void product_B(const LoraGradsParams& p, uint32_t smem, int tile, int split, int row0, int rank0) {
     const Operand grad_y{p.grad_y, p.grad_y_stride, p.n, p.m}, s{p.s, p.rank, p.rank, p.m};
     typename TileB::Accumulator acc = {};
-    TileB::template run<LongChunk, RankChunk>(smem, grad_y, row0, s, rank0, first_row(p, split),
-                                              first_row(p, split + 1), acc, NoSideTask{});
+    TileB::template run<GradYChunk, RankChunk>(smem, grad_y, row0, s, rank0, first_row(p, split),
+                                               first_row(p, split + 1), acc, NoSideTask{});
     finish<TileB, kRanksAreWhole>(p, smem, tile, split, acc, p.scaling, p.grad_b, p.rank, p.n, p.rank, row0, rank0);
   }
 

@@ -264,7 +264,7 @@ struct LoraLinear {
       add_branch(p, smem, acc);
     }
     const WorkItem work = work_of(smem);
-    epilogue<Base, kAccess>(p, smem, work.row * kM, work.column * Base::kN, acc);
+    epilogue<Base>(p, smem, work.row * kM, work.column * Base::kN, acc);
   }
 
   // With s from the shrink tiles, or from column 0.

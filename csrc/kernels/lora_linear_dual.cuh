@@ -48,7 +48,7 @@ struct LoraLinearDual {
       sum_partials<Base>(partials, p.splits, acc);
       if (column_block == 0) store_sum_of_s(p, row_block);
     }
-    epilogue<Base, kAccess>(p, smem, row0, column0, acc);
+    epilogue<Base>(p, smem, row0, column0, acc);
   }
 
  private:

@@ -118,19 +118,20 @@ template <class Element, LoraRole kRole, class Roles, Access kAccess>
 using ExpandVariant = LoraVariant<LoraKey{kRole, Schedule::kExpand, LoraTile::kBranch, 0, kAccess},
                                   LoraExpand<BranchTile<Element, Roles::kFactors>, kAccess, Roles>>;
 template <class Element, Access kAccess>
-using ShrinkExpandVariants = VariantList<LoraVariant<forward_key(Schedule::kShrink, LoraTile::kNarrow, 16, kAccess),
-                                                     LoraShrink<ShrinkTile<Element, LoraTile::kNarrow, 16>, kAccess>>,
-                                         LoraVariant<forward_key(Schedule::kShrink, LoraTile::kSmall, 64, kAccess),
-                                                     LoraShrink<ShrinkTile<Element, LoraTile::kSmall, 64>, kAccess>>,
-                                         LoraVariant<forward_key(Schedule::kShrink, LoraTile::kWide, 128, kAccess),
-                                                     LoraShrink<ShrinkTile<Element, LoraTile::kWide, 128>, kAccess>>,
-                                         ExpandVariant<Element, LoraRole::kForward, ForwardRoles, kAccess>>;
+using ShrinkVariants = VariantList<LoraVariant<forward_key(Schedule::kShrink, LoraTile::kNarrow, 16, kAccess),
+                                               LoraShrink<ShrinkTile<Element, LoraTile::kNarrow, 16>, kAccess>>,
+                                   LoraVariant<forward_key(Schedule::kShrink, LoraTile::kSmall, 64, kAccess),
+                                               LoraShrink<ShrinkTile<Element, LoraTile::kSmall, 64>, kAccess>>,
+                                   LoraVariant<forward_key(Schedule::kShrink, LoraTile::kWide, 128, kAccess),
+                                               LoraShrink<ShrinkTile<Element, LoraTile::kWide, 128>, kAccess>>>;
 
 template <class Element>
 using LoraForwardVariants =
     Concat<LoraTicketedVariants<Element, Access::kWhole>, LoraTicketedVariants<Element, Access::kGatherRanks>,
-           LoraWholeVariants<Element>, ShrinkExpandVariants<Element, Access::kWhole>,
-           ShrinkExpandVariants<Element, Access::kGatherRanks>, ShrinkExpandVariants<Element, Access::kGatherAll>>;
+           LoraWholeVariants<Element>, ShrinkVariants<Element, Access::kWhole>,
+           ShrinkVariants<Element, Access::kGatherRanks>, ShrinkVariants<Element, Access::kGatherAll>,
+           VariantList<ExpandVariant<Element, LoraRole::kForward, ForwardRoles, Access::kWhole>,
+                       ExpandVariant<Element, LoraRole::kForward, ForwardRoles, Access::kGatherRanks>>>;
 
 template <class Element>
 using LoraGradXVariants =
@@ -140,13 +141,17 @@ using LoraGradXVariants =
                        ExpandVariant<Element, LoraRole::kGradX, GradXRoles, Access::kGatherAll>>>;
 
 // ... and of the adapter's gradients.
-template <class Element, Access kAccess>
-using LoraGradsVariantsOf = VariantList<Variant<LoraGradsKey{16, kAccess}, LoraGrads<Element, 16, kAccess>>,
-                                        Variant<LoraGradsKey{64, kAccess}, LoraGrads<Element, 64, kAccess>>,
-                                        Variant<LoraGradsKey{128, kAccess}, LoraGrads<Element, 128, kAccess>>>;
+template <class Element, int kRankTile, Access kAccess, bool kGradYIsWhole>
+using LoraGradsVariant =
+    Variant<LoraGradsKey{kRankTile, kAccess, kGradYIsWhole}, LoraGrads<Element, kRankTile, kAccess, kGradYIsWhole>>;
+template <class Element, Access kAccess, bool kGradYIsWhole>
+using LoraGradsVariantsOf = VariantList<LoraGradsVariant<Element, 16, kAccess, kGradYIsWhole>,
+                                        LoraGradsVariant<Element, 64, kAccess, kGradYIsWhole>,
+                                        LoraGradsVariant<Element, 128, kAccess, kGradYIsWhole>>;
 template <class Element>
 using LoraGradsVariants =
-    Concat<LoraGradsVariantsOf<Element, Access::kWhole>, LoraGradsVariantsOf<Element, Access::kGatherRanks>,
-           LoraGradsVariantsOf<Element, Access::kGatherAll>>;
+    Concat<LoraGradsVariantsOf<Element, Access::kWhole, true>, LoraGradsVariantsOf<Element, Access::kGatherRanks, true>,
+           LoraGradsVariantsOf<Element, Access::kGatherRanks, false>,
+           LoraGradsVariantsOf<Element, Access::kGatherAll, false>>;
 
 }  // namespace lk

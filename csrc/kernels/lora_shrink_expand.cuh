@@ -83,7 +83,7 @@ struct LoraExpand {
       sync_block();
     }
     store_tile<Element, Base::kM, Base::kN, kThreads>(smem, p.y, p.y_stride, p.m, p.n, row0, column0,
-                                                      is_y_whole<Element, kAccess>(p));
+                                                      is_y_whole<Element>(p));
   }
 };
 

@@ -37,27 +37,55 @@ LK_DEVICE void store_global_rounded(typename Element::Storage* target, float val
   }
 }
 
+// The first `count` elements of a chunk, to where chunks do not begin.
+template <class Storage>
+LK_DEVICE void store_elements(Storage* target, const Vec16& v, int count) {
+  constexpr int kPerWord = 4 / sizeof(Storage), kElements = chunk_elements(sizeof(Storage));
+  if (sizeof(Storage) == 2 && count >= kElements) {  // words, and where they begin within one, a half at either end
+    const bool odd = reinterpret_cast<uintptr_t>(target) % 4 != 0;
+    const int skipped = odd ? 16 : 0;
+    auto* const words = reinterpret_cast<uint32_t*>(target + skipped / 16);
+    LK_UNROLL
+    for (int j = 0; j < 3; ++j) {
+      const uint64_t both = static_cast<uint64_t>(v.word[j + 1]) << 32 | v.word[j];
+      store_global(words + j, static_cast<uint32_t>(both >> skipped));
+    }
+    if (odd) {
+      store_global(target, static_cast<Storage>(v.word[0]));
+      store_global(target + kElements - 1, static_cast<Storage>(v.word[3] >> 16));
+    } else {
+      store_global(words + 3, v.word[3]);
+    }
+    return;
+  }
+  for (int j = 0; j < kElements; ++j) {
+    if (j < count) store_global(target + j, static_cast<Storage>(v.word[j / kPerWord] >> (16 * (j % kPerWord))));
+  }
+}
+
 // Writes a [kRows, kColumns] tile, staged in shared memory by all threads, to rows and columns of `out` that exist.
 // whole: these rows consist of chunks.
 template <class Element, int kRows, int kColumns, int kThreads>
 LK_DEVICE void store_tile(uint32_t smem, void* out, int64_t stride, int rows, int columns, int row0, int column0,
                           bool whole) {
   using Storage = typename Element::Storage;
-  using Tile = SharedTile<kColumns, sizeof(Storage)>;
-  constexpr int kTotal = kRows * Tile::kChunks, kPerWord = 4 / sizeof(Storage);
-  for (int i = thread_index(); i < kTotal; i += kThreads) {
-    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks, column = column0 + chunk * Tile::kChunkElements;
-    if (row0 + row >= rows || column >= columns) continue;
-    const Vec16 v = load_shared_16(smem + Tile::offset(row, chunk));
-    Storage* target = static_cast<Storage*>(out) + (row0 + row) * stride + column;
-    if (whole) {
-      store_global(reinterpret_cast<Vec16*>(target), v);
-    } else {
-      for (int j = 0; j < Tile::kChunkElements; ++j) {
-        const uint32_t bits = v.word[j / kPerWord] >> (16 * (j % kPerWord));
-        if (column + j < columns) store_global(target + j, static_cast<Storage>(bits));
-      }
+  using Grid = ChunkGrid<SharedTile<kColumns, sizeof(Storage)>, kRows, kThreads>;
+  const Grid grid;
+  const int column = column0 + grid.column, left = rows - row0 - grid.row;
+  if (column >= columns) return;
+  Storage* target = static_cast<Storage*>(out) + (row0 + grid.row) * stride + column;
+  const auto for_chunks = [&](const auto& store) {
+    LK_UNROLL
+    for (int step = 0; step < Grid::kSteps; ++step) {
+      if (!Grid::has(step) || step * Grid::kRowStep >= left) break;
+      store(load_shared_16(Grid::target(smem, grid.first_target, step)));
+      target += Grid::kRowStep * stride;
     }
+  };
+  if (whole) {
+    for_chunks([&](const Vec16& v) { store_global(reinterpret_cast<Vec16*>(target), v); });
+  } else {
+    for_chunks([&](const Vec16& v) { store_elements(target, v, columns - column); });
   }
 }
 
@@ -102,16 +130,21 @@ LK_DEVICE void store_partial(float* partial, const typename Loop::Accumulator& a
   }
 }
 
-// acc = the sum of `count` partials that follow each other, always in the same order.
+// acc = the sum of `count` partials that follow each other, always in the same order. The loads of a row of fragments
+// are under way together: of all there would be too few registers.
 template <MainLoop Loop>
 LK_DEVICE void sum_partials(float* partials, int count, typename Loop::Accumulator& acc) {
   LK_UNROLL
   for (int mi = 0; mi < Loop::kFragmentsM; ++mi) {
     LK_UNROLL
-    for (int ni = 0; ni < Loop::kFragmentsN; ++ni) {
+    for (auto& fragment : acc[mi]) {
       LK_UNROLL
-      for (int j = 0; j < 4; ++j) acc[mi][ni][j] = 0.0f;
-      for (int i = 0; i < count; ++i) {
+      for (float& sum : fragment) sum = 0.0f;
+    }
+    LK_NO_UNROLL
+    for (int i = 0; i < count; ++i) {
+      LK_UNROLL
+      for (int ni = 0; ni < Loop::kFragmentsN; ++ni) {
         const Vec16 part = load_global(place_in_partial<Loop>(partials + i * kPartial<Loop>, mi, ni));
         LK_UNROLL
         for (int j = 0; j < 4; ++j) acc[mi][ni][j] += float_of(part.word[j]);

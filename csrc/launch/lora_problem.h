@@ -49,11 +49,17 @@ struct LoraProblem {
   int element_bytes() const { return lk::element_bytes(x.type); }
   bool adapters_are_wider() const { return lk::element_bytes(a.type) > element_bytes(); }
   bool is_whole(int64_t length) const { return length % chunk_elements(element_bytes()) == 0; }
-  // Of the operands. Results and workspace are allocated for the call, and aligned where their rows are whole chunks.
+  // What the launches may read in chunks: the one of y and s, and those of s alone and of the branch alone, each by
+  // what it reads. Results and workspace are allocated for the call, and aligned where their rows are whole chunks.
   Access access() const {
     const bool long_rows = is_whole(k()) && x.aligned() && (w_in_columns || w.aligned()) && a.aligned();
-    return access_of(long_rows, long_rows && is_whole(n()) && is_whole(rank()) && b.aligned());
+    return access_of(long_rows, long_rows && is_whole(rank()) && b.aligned());
   }
+  Access shrink_access() const {
+    const bool long_rows = is_whole(k()) && x.aligned() && a.aligned();
+    return access_of(long_rows, long_rows && is_whole(rank()));
+  }
+  Access expand_access() const { return access_of(true, is_whole(rank()) && b.aligned()); }
 };
 
 // What the gradients are told besides.
@@ -63,10 +69,16 @@ struct LoraBackwardProblem {
   MatrixRef s;       // the forward's, [m, rank], contiguous
   bool need_x = true, need_a = true, need_b = true;
 
-  // Here dY is read in rows, too, and n is a depth.
-  Access access() const {
-    const bool long_rows = forward.access() != Access::kGatherAll && forward.is_whole(forward.n()) && grad_y.aligned();
-    return access_of(long_rows, long_rows && forward.access() == Access::kWhole && s.aligned());
+  LoraBackwardAccess access() const {
+    const LoraProblem& f = forward;
+    const bool grad_y_is_whole = f.is_whole(f.n()) && grad_y.aligned();
+    const bool long_rows = f.access() != Access::kGatherAll && grad_y_is_whole;
+    const bool a_is_whole = f.is_whole(f.k()) && f.a.aligned(), ranks_are_whole = f.is_whole(f.rank()) && s.aligned();
+    return {.grad_x = access_of(long_rows, long_rows && f.access() == Access::kWhole && s.aligned()),
+            .expand = access_of(a_is_whole, a_is_whole && f.is_whole(f.rank())),
+            .x_is_whole = f.is_whole(f.k()) && f.x.aligned(),
+            .grad_y_is_whole = grad_y_is_whole,
+            .ranks_are_whole = ranks_are_whole};
   }
 };
 
@@ -95,8 +107,10 @@ inline LoraForwardConfig lora_forward_config(const LoraProblem& p, const DeviceL
       uses_cublas(p, p.n(), access, serves_few_rows(p.m(), p.n(), p.rank(), access, has_dropout), device, wanted);
   if (config.cublas.yes) {
     config.vendor_makes_s = !has_dropout;
-    if (has_dropout) config.launch = shrink_config(p.m(), p.k(), p.rank(), p.element_bytes(), access, device);
-    config.expand = expand_config(LoraRole::kForward, p.m(), p.n(), access);
+    if (has_dropout) {
+      config.launch = shrink_config(p.m(), p.k(), p.rank(), p.element_bytes(), p.shrink_access(), device);
+    }
+    config.expand = expand_config(LoraRole::kForward, p.m(), p.n(), p.expand_access());
   } else {
     config.launch = lora_linear_config(p.m(), p.n(), p.k(), p.rank(), p.element_bytes(), access, has_dropout, device);
   }
@@ -148,8 +162,9 @@ inline LoraLinearParams forward_params(const LoraProblem& p, OutputRef y, void* 
 inline LoraBackwardConfig lora_backward_config(const LoraBackwardProblem& p, const DeviceLimits& device,
                                                Wanted wanted) {
   const LoraProblem& f = p.forward;
-  return lora_backward_config(f.m(), f.n(), f.k(), f.rank(), p.access(), p.need_x, p.need_a, p.need_b, device,
-                              uses_cublas(f, f.k(), p.access(), false, device, wanted));
+  const LoraBackwardAccess access = p.access();
+  return lora_backward_config(f.m(), f.n(), f.k(), f.rank(), access, p.need_x, p.need_a, p.need_b, device,
+                              uses_cublas(f, f.k(), access.grad_x, false, device, wanted));
 }
 
 // counters: those of the first launch, then of dA's and dB's. grad_s: s' = dY B, [m, rank] of x's type, which the first

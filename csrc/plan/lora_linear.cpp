@@ -90,7 +90,7 @@ bool parse(PyObject* args, PyObject* keywords, Problem& p) {
   const char* const names[] = {
       "dtype",      "m",        "n",    "k", "rank", "rows_aligned", "has_dropout", "sms", "shared_per_block",
       "capability", "schedule", nullptr};
-  const char *dtype, *schedule = "";
+  const char *dtype, *schedule = "auto";
   long long m, n, k, rank;
   int rows_aligned, has_dropout;
   if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLppiii|s", const_cast<char**>(names), &dtype, &m, &n, &k, &rank,
@@ -105,7 +105,12 @@ bool parse(PyObject* args, PyObject* keywords, Problem& p) {
   };
   p.lora = {.x = matrix(m, k), .w = matrix(n, k), .a = matrix(rank, k), .b = matrix(n, rank)};
   if (has_dropout != 0) p.lora.seed = &kSeed;
-  p.wanted = wanted_by(schedule);
+  const std::optional<Wanted> wanted = wanted_by(schedule);
+  if (!wanted) {
+    PyErr_Format(PyExc_ValueError, "schedule must be %s, got \"%s\"", kWantedNames, schedule);
+    return false;
+  }
+  p.wanted = *wanted;
   return true;
 }
 
