@@ -9,13 +9,16 @@ from __future__ import annotations
 from torch import nn
 
 from ..reasons import Reason
-from . import codes4
+from . import codes4, float8, int8
 from .weight import DECODED, LAYOUTS, Format, Layout, QuantizedWeight, rounded_to
 
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in codes4.FORMATS}
+FORMATS: dict[str, Format] = {fmt.name: fmt for module in (codes4, int8, float8) for fmt in module.FORMATS}
 """By name."""
 
-_READERS = (codes4.from_module,)
+_READERS = (
+    codes4.from_module, int8.from_bitsandbytes, int8.from_torchao, float8.from_torchao, float8.from_scale_inv,
+    float8.from_compressed_tensors,
+)  # fmt: skip
 
 
 def from_module(module: nn.Module) -> QuantizedWeight | Reason | None:

@@ -140,14 +140,14 @@ class FourBit(Format):
         return Reason.BLOCKS if block > 0 and weight.shape[1] % block else None
 
     def again(self, weight: Tensor, like: QuantizedWeight) -> QuantizedWeight:
-        return self.quantize(weight.to(like.dtype), block=like.block, double_quant=len(like.parts) == 6)
+        return self.quantize(weight.to(like.decoded_dtype), block=like.block, double_quant=len(like.parts) == 6)
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         entries = dict(zip(_ENTRIES, weight.parts))
         entries[_DATA] = entries[_DATA].view(-1, 1)
         state: dict[str, Any] = {
             "quant_type": self.name, "blocksize": weight.block, "shape": list(weight.shape),
-            "dtype": str(weight.dtype).removeprefix("torch."),
+            "dtype": str(weight.decoded_dtype).removeprefix("torch."),
         }  # fmt: skip
         if len(weight.parts) == 6:
             state |= {
@@ -156,7 +156,7 @@ class FourBit(Format):
         entries[_STATE + self.name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
         return entries
 
-    def unpack(self, entries: Mapping[str, Tensor], dtype: torch.dtype) -> QuantizedWeight | None:
+    def unpack(self, entries: Mapping[str, Tensor], dtype: torch.dtype | None) -> QuantizedWeight | None:
         packed = entries.get(_STATE + self.name)
         if packed is None:
             return None

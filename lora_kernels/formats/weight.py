@@ -68,7 +68,8 @@ class QuantizedWeight:
         parts: the tensors, on one device.
         shape: (out_features, in_features).
         block: how many weights share a scale.
-        dtype: what each decoded weight is rounded to: float32, bfloat16 or float16.
+        dtype: what each decoded weight is rounded to: float32, bfloat16 or float16. None: whatever x has, as in formats
+            that do not say what they are multiplied in; ``dequantize`` gives float32 then.
 
     Raises:
         TypeError, ValueError: the parts do not fit the layout and the sizes.
@@ -79,15 +80,15 @@ class QuantizedWeight:
     parts: tuple[Tensor, ...]
     shape: tuple[int, int]
     block: int
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = torch.float32
 
     requires_grad: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise ValueError(f"QuantizedWeight: unknown layout {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
-        if self.dtype not in DECODED:
-            raise TypeError(f"QuantizedWeight: dtype must be float32, bfloat16 or float16, got {self.dtype}")
+        if self.dtype is not None and self.dtype not in DECODED:
+            raise TypeError(f"QuantizedWeight: dtype must be float32, bfloat16, float16 or None, got {self.dtype}")
         for part in self.parts:
             if not isinstance(part, Tensor):
                 raise TypeError(f"QuantizedWeight: parts must be tensors, got {type(part).__name__}")
@@ -101,8 +102,9 @@ class QuantizedWeight:
 
     @classmethod
     def of_layer(
-        cls, format: str, layout: str, parts: tuple[Tensor, ...], shape: tuple[int, int], block: int, dtype: torch.dtype
-    ) -> QuantizedWeight:
+        cls, format: str, layout: str, parts: tuple[Tensor, ...], shape: tuple[int, int], block: int,
+        dtype: torch.dtype | None,
+    ) -> QuantizedWeight:  # fmt: skip
         """The same without the checks, which take as long as a small layer: for who reads a layer on every call. The
         kernels have checks of their own.
         """
@@ -115,13 +117,18 @@ class QuantizedWeight:
         return self.parts[0].device
 
     @property
+    def decoded_dtype(self) -> torch.dtype:
+        """Of ``dequantize()``."""
+        return self.dtype or torch.float32
+
+    @property
     def is_cpu(self) -> bool:
         return self.parts[0].is_cpu
 
     @property
     def args(self) -> tuple[Any, ...]:
         """The arguments that stand for the weight in the ops' schemas."""
-        return list(self.parts), self.layout, *self.shape, self.block, self.dtype
+        return list(self.parts), self.layout, *self.shape, self.block, self.decoded_dtype
 
     @property
     def nbytes(self) -> int:
@@ -165,7 +172,7 @@ class QuantizedWeight:
         n, k = self.shape
         return (
             f"QuantizedWeight({self.format}, [{n}, {k}], {self.bits_per_weight:.2f} bits per weight, "
-            f"to {str(self.dtype).removeprefix('torch.')}, on {self.device})"
+            f"to {str(self.dtype or 'any dtype').removeprefix('torch.')}, on {self.device})"
         )
 
 
@@ -192,7 +199,7 @@ class Format(ABC):
         """The entries of a ``state_dict`` by what follows a layer's name, under the names of the format's library."""
 
     @abstractmethod
-    def unpack(self, entries: Mapping[str, Tensor], dtype: torch.dtype) -> QuantizedWeight | None:
+    def unpack(self, entries: Mapping[str, Tensor], dtype: torch.dtype | None) -> QuantizedWeight | None:
         """The weight of such entries, which computes in ``dtype``; None where they are of another format.
 
         Raises:

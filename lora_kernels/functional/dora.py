@@ -161,14 +161,15 @@ def norm(weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scali
 
 
 def _norm(weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    dtype = weight.decoded_dtype if isinstance(weight, QuantizedWeight) else weight.dtype
+    wide = torch.promote_types(dtype, torch.float32)
     A, B = lora_A.to(wide), lora_B.to(wide) * scaling
     # Taken anew in each call: a write through weight.data, which merging and many loaders make, leaves no trace.
     of_weight, WA = _norms_and_products(weight, A.t(), wide)
     update = ((2 * WA + B @ (A @ A.t())) * B).sum(1)
     # The root of a square is not always the number itself.
     total = torch.where(update == 0, of_weight, (of_weight.square() + update).clamp_min_(0).sqrt_())
-    return total.to(torch.promote_types(weight.dtype, lora_B.dtype))
+    return total.to(torch.promote_types(dtype, lora_B.dtype))
 
 
 def _norms_and_products(weight: Tensor | QuantizedWeight, At: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:

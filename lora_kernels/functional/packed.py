@@ -97,9 +97,9 @@ def of_layer(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> tuple[T
     """
     if dispatch.any_autocast() and dispatch.autocast_enabled(x.device.type):
         return x, bias
-    inner = x if x.dtype == weight.dtype or x.dtype == torch.float32 else x.float()
+    inner = x if weight.dtype in (x.dtype, None) or x.dtype == torch.float32 else x.float()
     if bias is not None and bias.dtype != inner.dtype:
-        bias = bias.to(weight.dtype).to(inner.dtype)
+        bias = bias.to(weight.dtype or inner.dtype).to(inner.dtype)
     return inner, bias
 
 

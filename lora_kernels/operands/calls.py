@@ -29,9 +29,10 @@ def call_reason(x: Any, weight: Tensor | QuantizedWeight, weight_A: Tensor, weig
         if weight.dtype not in FLOATS:
             return Reason.MIXED_DTYPES
     elif dtype != weight.dtype:
-        if type(weight) is not QuantizedWeight or not x.is_cpu:
+        if type(weight) is not QuantizedWeight or (weight.dtype is not None and not x.is_cpu):
             return Reason.MIXED_DTYPES
-        dtype = torch.float32  # in which the product is formed then
+        if weight.dtype is not None:
+            dtype = torch.float32  # in which the product is formed then
     # PEFT casts x to the adapter's dtype. float32 adapters over 16-bit activations are what the op is made
     # for; an adapter narrower than the activations would round x, which the op does not do.
     wide = weight_A.dtype

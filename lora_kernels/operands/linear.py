@@ -62,6 +62,8 @@ def base_operands(base: nn.Module) -> tuple[Tensor | QuantizedWeight, Tensor | N
     """Weight [out_features, in_features] and bias of a base layer, whose hooks are not looked at."""
     plain = type(base) in _PLAIN_LINEARS
     parameters = base.__dict__["_parameters"]
+    if plain and type(parameters.get("weight")) not in PLAIN_TENSORS:
+        plain = formats.from_module(base) is None  # torchao puts a tensor of its own into a plain layer
     if not plain and not _is_conv1d(base):
         if is_parametrized(base):
             return Reason.PARAMETRIZED

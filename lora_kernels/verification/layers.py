@@ -28,7 +28,7 @@ def check_layer(layer: nn.Module, rows: int) -> Check:
     _fill_zeros(ours)
     base = _base_of(ours)
     packed = formats.from_module(base)
-    dtype = packed.dtype if isinstance(packed, QuantizedWeight) else base.weight.dtype
+    dtype = packed.decoded_dtype if isinstance(packed, QuantizedWeight) else base.weight.dtype
     original: Any = copy.deepcopy(ours)
     if isinstance(packed, QuantizedWeight):  # which no product in float64 can take
         _decode(original, packed)
@@ -110,7 +110,7 @@ def _decode(layer: Any, weight: QuantizedWeight) -> None:
         base.bias, layer.base_layer = _base_of(layer).bias, base
     bias = base.bias
     base.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
-    base.bias = None if bias is None else nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    base.bias = None if bias is None else nn.Parameter(bias.detach().to(weight.decoded_dtype), requires_grad=False)
 
 
 def _base_of(layer: Any) -> Any:

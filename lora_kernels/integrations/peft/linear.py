@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.import_utils import is_bnb_4bit_available
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -123,6 +124,22 @@ SWAPS: dict[type, type] = {
     Linear: FusedLinear, Embedding: FusedEmbedding, Conv1d: FusedConv1d, Conv2d: FusedConv2d, Conv3d: FusedConv3d,
 }  # fmt: skip
 """PEFT's layers and what replaces them."""
+
+
+@in_place_of(TorchaoLoraLinear)
+class FusedTorchaoLinear(FusedForward, TorchaoLoraLinear):
+    """PEFT's layer over a weight of torchao's."""
+
+
+SWAPS[TorchaoLoraLinear] = FusedTorchaoLinear
+if is_bnb_available():
+    from peft.tuners.lora.bnb import Linear8bitLt
+
+    @in_place_of(Linear8bitLt)
+    class FusedLinear8bitLt(FusedForward, Linear8bitLt):
+        """PEFT's ``lora.bnb.Linear8bitLt`` in training mode; in eval mode, bitsandbytes rounds the activations."""
+
+    SWAPS[Linear8bitLt] = FusedLinear8bitLt
 if is_bnb_4bit_available():
     from peft.tuners.lora.bnb import Linear4bit
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ... import class_swaps, formats
+from ...formats.int8 import exact_in_eval
 from ...frozen_linears import FrozenLinear, faster_product
 from ...modules.embedding import LoRAEmbedding
 from ...modules.lora import LoRALinear
@@ -20,7 +21,9 @@ from ...reasons import Reason
 from ...report import FROZEN_PACKED, PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
 
 
-def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "peft") -> Report:
+def patch(
+    model: nn.Module, frozen_linears: bool = False, left_padding: str = "peft", int8_eval: str = "peft"
+) -> Report:
     """Swaps the LoRA layers and the prompts of a PEFT model for fused ones, in place; ``unpatch`` restores them.
 
     Only the class of a layer changes, so parameters, ``state_dict``, hooks, optimizers, merging and adapter
@@ -42,16 +45,21 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
             positions that count the pads, as PEFT does. "fixed": [pads, prompt, text], with positions that do not, so
             that a text's logits do not depend on its pads; a call that cannot be served so raises. Prefixes are not
             affected.
+        int8_eval: what layers of bitsandbytes' 8-bit ``Linear8bitLt`` do in eval mode. "peft": they round activations
+            to eight bits, too, by bitsandbytes' own code. "exact": they multiply as in training mode.
 
     Returns:
         What was swapped, and what was left alone and why. ``print`` it.
 
     Raises:
         ValueError: there is no PEFT layer or prompt in ``model`` and ``frozen_linears`` is False, or left_padding is
-            neither "peft" nor "fixed", or it is "fixed" and a prompt cannot be fused. Nothing is swapped then.
+            neither "peft" nor "fixed", or it is "fixed" and a prompt cannot be fused, or int8_eval is neither "peft"
+            nor "exact". Nothing is swapped then.
     """
     if left_padding not in ("peft", "fixed"):
         raise ValueError(f'patch: left_padding must be "peft" or "fixed", got {left_padding!r}')
+    if int8_eval not in ("peft", "exact"):
+        raise ValueError(f'patch: int8_eval must be "peft" or "exact", got {int8_eval!r}')
     peft_layers = dict(tuner_layers(model))
     prompts = dict(prompt_models(model))
     if not peft_layers and not prompts and not frozen_linears:
@@ -61,6 +69,7 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
         )
     if left_padding == "fixed":
         _check_all_fusable(prompts)
+    exact_in_eval(model, int8_eval == "exact")
     report, not_called = Report(), _passed_by(model, peft_layers.values())
     for name, layer in peft_layers.items():
         is_fused, by_what_or_why_not = _fuse(layer)
@@ -81,6 +90,7 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
 
 def unpatch(model: nn.Module) -> None:
     """Restores the classes that ``patch`` or ``patch_peft`` changed in ``model``; without any, does nothing."""
+    exact_in_eval(model, False)
     for module in model.modules():
         class_swaps.give_back(module, {FrozenLinear: nn.Linear, **frozen_originals()})
     if not _peft_imported():
