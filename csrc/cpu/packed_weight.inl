@@ -494,25 +494,42 @@ constexpr int kTileRows = 4, kTileColumns = 3;
 #endif
 constexpr int64_t kTileDepth = 1024;  // columns: at most 16 KB of W in fp32
 
-// y[i, j] += a few rows of x times a few of W, of which `w` holds kTileColumns; written where is_first.
+// Columns of rows that lie `x_stride` apart, and of a few rows of a weight, kTileDepth apart.
+struct TileOperands {
+  const float* x;
+  int64_t x_stride;
+  const float* w;
+  int64_t depth;  // a multiple of kPaddedColumns
+};
+
 template <int kRows>
-inline void multiply_tile(const float* x, int64_t x_stride, const float* w, int64_t depth, bool is_first, float* y,
-                          int64_t y_stride, int64_t columns) {
-  VecF acc[kRows][kTileColumns] = {};
-  for (int64_t c = 0; c < depth; c += kLanes) {
+inline void add_products(const TileOperands& t, int64_t m, VecF (&acc)[kRows][kTileColumns]) {
+  if (t.depth == 0) return;
+  const float* x = t.x + m * t.x_stride;
+  for (int64_t c = 0; c < t.depth; c += kLanes) {
     VecF row[kTileColumns];
-    for (int j = 0; j < kTileColumns; ++j) row[j] = load(w + j * kTileDepth + c);
+    for (int j = 0; j < kTileColumns; ++j) row[j] = load(t.w + j * kTileDepth + c);
     for (int i = 0; i < kRows; ++i) {
-      const VecF value = load(x + i * x_stride + c);
+      const VecF value = load(x + i * t.x_stride + c);
       for (int j = 0; j < kTileColumns; ++j) acc[i][j] = fma(value, row[j], acc[i][j]);
     }
   }
+}
+
+// y[i, j] += the products for rows m, m + 1, ... of both; written where is_first.
+template <int kRows>
+inline void multiply_tile(const TileOperands& base, const TileOperands& branch, int64_t m, bool is_first, float* y,
+                          int64_t y_stride, int64_t columns) {
+  VecF acc[kRows][kTileColumns] = {};
+  add_products<kRows>(branch, m, acc);
+  add_products<kRows>(base, m, acc);
   for (int i = 0; i < kRows; ++i) {
     VecF last[4] = {};
     for (int j = 0; j < kTileColumns; ++j) last[j] = acc[i][j];
     float sums[4];
     sum_four(last, sums);
-    for (int64_t j = 0; j < columns; ++j) y[i * y_stride + j] = (is_first ? 0.0f : y[i * y_stride + j]) + sums[j];
+    float* row = y + (m + i) * y_stride;
+    for (int64_t j = 0; j < columns; ++j) row[j] = (is_first ? 0.0f : row[j]) + sums[j];
   }
 }
 
@@ -532,32 +549,26 @@ template <FloatType kRounding>
 void multiply(const PackedLinearParams& p, int64_t begin, int64_t end) {
   const PackedWeight& weight = p.weight;
   const Codes codes(weight.code);
-  alignas(64) float w[kTileColumns][kTileDepth];
+  alignas(64) float w[kTileColumns][kTileDepth], b[kTileColumns][kTileDepth];
   for (int64_t n = begin; n < end; n += kTileColumns) {
     const int64_t columns = smaller(kTileColumns, end - n);
     float* y = p.y + n;
-    // Adds x[:, k0 : k0 + depth] times what `fill(column, row of w)` brings; columns that there are not repeat the
-    // last.
-    const auto add = [&](const float* x, int64_t x_stride, int64_t depth, bool is_first, const auto& fill) {
-      const int64_t whole = padded(depth);
+    // A part of W's columns and one of the branch's at a time, so that most often there is one sum to take over lanes.
+    for (int64_t c = 0; c == 0 || c < weight.k || c < p.rank; c += kTileDepth) {
+      const int64_t depth = c < weight.k ? smaller(kTileDepth, weight.k - c) : 0;
+      const int64_t rank = c < p.rank ? smaller(kTileDepth, p.rank - c) : 0;
       for (int64_t j = 0; j < kTileColumns; ++j) {
-        fill(n + smaller(j, columns - 1), w[j]);
-        for (int64_t c = depth; c < whole; ++c) w[j][c] = 0.0f;
+        const int64_t column = n + smaller(j, columns - 1);  // columns that there are not repeat the last
+        unpack_columns<kRounding>(weight, codes, column, c, c + depth, w[j]);
+        memset(w[j] + depth, 0, sizeof(float) * (padded(depth) - depth));
+        if (rank > 0) memcpy(b[j], p.b + column * p.b_stride + c, sizeof(float) * rank);
+        memset(b[j] + rank, 0, sizeof(float) * (padded(rank) - rank));
       }
+      const TileOperands base{depth > 0 ? p.x + c : nullptr, p.x_stride, w[0], padded(depth)};
+      const TileOperands branch{rank > 0 ? p.s + c : nullptr, p.s_stride, b[0], padded(rank)};
       for_tiles<kTileRows>(0, p.rows, [&](auto count, int64_t m) {
-        multiply_tile<decltype(count)::value>(x + m * x_stride, x_stride, w[0], whole, is_first, y + m * weight.n,
-                                              weight.n, columns);
+        multiply_tile<decltype(count)::value>(base, branch, m, c == 0, y, weight.n, columns);
       });
-    };
-    for (int64_t k0 = 0; k0 < weight.k || k0 == 0; k0 += kTileDepth) {
-      const int64_t depth = smaller(kTileDepth, weight.k - k0);
-      add(p.x + k0, p.x_stride, depth, k0 == 0,
-          [&](int64_t column, float* row) { unpack_columns<kRounding>(weight, codes, column, k0, k0 + depth, row); });
-    }
-    for (int64_t r = 0; r < p.rank; r += kTileDepth) {
-      const int64_t depth = smaller(kTileDepth, p.rank - r);
-      add(p.s + r, p.s_stride, depth, false,
-          [&](int64_t column, float* row) { memcpy(row, p.b + column * p.b_stride + r, sizeof(float) * depth); });
     }
     if (p.bias == nullptr) continue;
     for (int64_t m = 0; m < p.rows; ++m) {
