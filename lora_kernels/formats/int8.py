@@ -24,6 +24,7 @@ class Int8(Format):
 
     name = "int8"
     layout = INT8
+    entries = ("weight", "SCB")
 
     def quantize(self, weight: Tensor, **unknown: Any) -> QuantizedWeight:
         """The bits of ``bitsandbytes.functional.int8_vectorwise_quant`` of ``weight`` in float16, as its layer has it.

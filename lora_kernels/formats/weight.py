@@ -181,6 +181,8 @@ class Format(ABC):
 
     name: str
     layout: Layout
+    entries: tuple[str, ...] = ("weight",)
+    """How the names of its entries in a ``state_dict`` begin, behind a layer's name."""
 
     @abstractmethod
     def quantize(self, weight: Tensor, **options: Any) -> QuantizedWeight:

@@ -85,7 +85,8 @@ class QuantizedLinear(nn.Linear):
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         own = f"{prefix}weight"
-        entries = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(own)}
+        names = {f"{prefix}{name}" for fmt in FORMATS.values() for name in fmt.entries}
+        entries = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(tuple(names))}
         if not entries:
             missing_keys.append(own)
         else:
