@@ -31,7 +31,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
-GPUS = SimpleNamespace(**runpy.run_path(str(ROOT / "lora_kernels" / "architectures.py")))
+GPUS = SimpleNamespace(**runpy.run_path(str(ROOT / "lora_kernels" / "cli" / "plan" / "architectures.py")))
 # cp.async, and mma of bfloat16.
 OLDEST_ARCH = 80
 # Machine code serves later minor versions of its major one. PTX is for GPUs that then have none: 10.0's for 11.0, and

@@ -32,6 +32,13 @@ def sum_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def float32_products(dtype: torch.dtype) -> str | None:
+    """How torch is told to form products of float32 on a GPU: "tf32" or "ieee"; None for other dtypes."""
+    if dtype != torch.float32:
+        return None
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 def inside_transform() -> bool:
     """Whether vmap, grad or forward-mode AD is at work, for which the ops have no rules."""
     if is_compiling():

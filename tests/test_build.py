@@ -16,7 +16,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels import _native
-from lora_kernels.architectures import kernel_resources, readable, resource_table
+from lora_kernels.cli.plan.architectures import kernel_resources, readable, resource_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(lk.__file__).parent

@@ -23,7 +23,7 @@ import lora_kernels as lk
 from lora_kernels.benchmarks import cases, gpu
 from lora_kernels.benchmarks.cases import Case, WrongResult
 from lora_kernels.benchmarks.measure import EventTimer, GraphTimer, host_timer
-from lora_kernels.cli import check_gpu, main
+from lora_kernels.cli import _machine, check_gpu, main
 from lora_kernels.verification import launches
 
 CPU = torch.device("cpu")
@@ -57,17 +57,17 @@ class Processes:
             (path,) = (part.partition("=")[2] for part in command if part.startswith("--junitxml="))
             with open(path, "w") as file:
                 file.write(JUNIT.format(self.junit))
-            return check_gpu.Finished(1 if self.junit else 0, "   12 lora_linear: cuda, ticketed\n", 3.0)
+            return _machine.Finished(1 if self.junit else 0, "   12 lora_linear: cuda, ticketed\n", 3.0)
         if "--tool" in command:
-            return check_gpu.Finished(0, "ok  a: cuda, decode\n========= ERROR SUMMARY: 0 errors\n", 4.0)
-        return check_gpu.Finished(0, SMI, 0.1)
+            return _machine.Finished(0, "ok  a: cuda, decode\n========= ERROR SUMMARY: 0 errors\n", 4.0)
+        return _machine.Finished(0, SMI, 0.1)
 
 
 def machine(processes=None, found=lambda name: f"/bin/{name}", **changes):
     timer = lambda device: host_timer()  # noqa: E731
     speeds = lambda device, timer: gpu.measure_speeds(device, timer, side=32, copied=1 << 12)  # noqa: E731
     given = {"timers": {gpu.GRAPH: timer, gpu.EAGER: timer}, "speeds": speeds} | changes
-    return check_gpu.Machine(CPU, processes or Processes(), found, **given)
+    return _machine.Machine(CPU, processes or Processes(), found, **given)
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_clocks_are_read_of_the_card_that_is_tested(monkeypatch):
     )
     processes = Processes()
     second = dataclasses.replace(machine(processes), device=torch.device("cuda", 1))
-    assert check_gpu.clocks(second)["clocks.sm"] == "1980 MHz"
+    assert _machine.clocks(second)["clocks.sm"] == "1980 MHz"
     ((command, _),) = processes.commands
     assert [part for part in command if "--id" in part] == ["--id=GPU-0a1b-1"]
 
@@ -209,11 +209,11 @@ def test_failed_tests_are_reported_with_what_shows_them_again(options, capsys):
 @pytest.mark.parametrize(
     ("part", "word", "answer", "message"),
     [
-        ("tests", "pytest", check_gpu.Finished(None, "", 9.0), "not finished"),
-        ("tests", "pytest", check_gpu.Finished(3, "INTERNALERROR> no", 9.0), "status 3: INTERNALERROR> no"),
-        ("sanitizer", "memcheck", check_gpu.Finished(None, "", 9.0), "not finished"),
-        ("sanitizer", "memcheck", check_gpu.Finished(99, "========= ERROR SUMMARY: 2 errors", 9.0), "2 errors"),
-        ("sanitizer", "memcheck", check_gpu.Finished(1, "ImportError: no", 9.0), "ImportError: no"),
+        ("tests", "pytest", _machine.Finished(None, "", 9.0), "not finished"),
+        ("tests", "pytest", _machine.Finished(3, "INTERNALERROR> no", 9.0), "status 3: INTERNALERROR> no"),
+        ("sanitizer", "memcheck", _machine.Finished(None, "", 9.0), "not finished"),
+        ("sanitizer", "memcheck", _machine.Finished(99, "========= ERROR SUMMARY: 2 errors", 9.0), "2 errors"),
+        ("sanitizer", "memcheck", _machine.Finished(1, "ImportError: no", 9.0), "ImportError: no"),
     ],
 )
 def test_a_process_that_fails_is_a_failure(options, part, word, answer, message):
@@ -270,7 +270,7 @@ def test_what_is_not_there_is_left_out_with_the_reason(options, tmp_path):
     assert "no test_gpu_*.py" in found["tests"]["summary"]
     assert "not installed" in found["memcheck"]["summary"]
     assert found["environment"]["clocks before"] == {}
-    unsupported = Processes({"memcheck": check_gpu.Finished(1, "Error: Device not supported", 1.0)})
+    unsupported = Processes({"memcheck": _machine.Finished(1, "Error: Device not supported", 1.0)})
     options.parts, options.quick = ["sanitizer"], True
     assert check_gpu.check(machine(unsupported), options) == 0
     assert "does not support" in written(options)["memcheck"]["summary"]
@@ -284,7 +284,7 @@ def test_only_times_what_was_named(options, tiny, capsys):
     assert {r["what"] for r in found["bench"]["results"]} == {"decode"}
     assert not any("pytest" in command for command, _ in processes.commands)
     options.only = "no such case"
-    with pytest.raises(check_gpu.CliError, match="no such case"):
+    with pytest.raises(_machine.CliError, match="no such case"):
         check_gpu.check(machine(), options)
 
 
@@ -531,10 +531,10 @@ def test_what_serves_a_step_is_asked_where_it_is_timed(monkeypatch):
 
 
 def test_commands_end_in_time_and_return_what_they_printed():
-    done = check_gpu.run_command([sys.executable, "-c", "import os; print(os.environ['WORD'])"], {"WORD": "here"}, 60.0)
+    done = _machine.run_command([sys.executable, "-c", "import os; print(os.environ['WORD'])"], {"WORD": "here"}, 60.0)
     assert (done.status, done.output.strip()) == (0, "here")
     late = "import time; print('begun', flush=True); time.sleep(60)"
-    done = check_gpu.run_command([sys.executable, "-c", late], {}, 2.0)
+    done = _machine.run_command([sys.executable, "-c", late], {}, 2.0)
     assert (done.status, done.output.strip()) == (None, "begun")
     assert done.seconds < 30
 
@@ -562,7 +562,7 @@ def wait_until(condition, seconds=10.0):
 
 def test_what_a_late_command_began_ends_with_it():
     """Kills: the child alone is killed, and its own children go on using the GPU."""
-    done = check_gpu.run_command([sys.executable, "-c", PARENT], {}, 3.0)
+    done = _machine.run_command([sys.executable, "-c", PARENT], {}, 3.0)
     assert done.status is None
     assert wait_until(lambda: has_ended(int(done.output)))
 
@@ -574,12 +574,12 @@ def test_an_interrupt_ends_commands_that_a_terminal_does_not_reach(options):
 
     def interrupted(command, environment, limit):
         if "pytest" not in command:
-            return check_gpu.Finished(0, SMI, 0.1)
+            return _machine.Finished(0, SMI, 0.1)
         begun.append(command)
-        return check_gpu.run_command([sys.executable, "-c", "import time; time.sleep(60)"], {}, 60.0)
+        return _machine.run_command([sys.executable, "-c", "import time; time.sleep(60)"], {}, 60.0)
 
     def interrupt():
-        assert wait_until(lambda: check_gpu._running)
+        assert wait_until(lambda: _machine._running)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     start = time.monotonic()

@@ -12,8 +12,8 @@ import pytest
 import setup_script
 
 from lora_kernels import _native
-from lora_kernels.architectures import ARCHITECTURES, blocks_per_sm
 from lora_kernels.cli import main
+from lora_kernels.cli.plan.architectures import ARCHITECTURES, blocks_per_sm
 
 needs_extension = pytest.mark.skipif(_native.cuda is None, reason=f"lora_kernels._cuda: {_native.cuda_error}")
 PROBLEM = {"--m": 8192, "--n": 4096, "--k": 4096, "--r": 16, "--dtype": "bf16", "--arch": "sm_86"}

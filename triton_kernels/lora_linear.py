@@ -32,7 +32,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels import philox
-from lora_kernels.precision import float32_products
+from lora_kernels.plain import float32_products
 
 from . import autotune, configs
 from .dropout_mask import keep_tile

@@ -165,8 +165,8 @@ def _measure_all(
 
 def _modelled() -> str:
     from .. import _native
-    from ..architectures import ARCHITECTURES
     from ..benchmarks.traffic import PROBLEMS, model
+    from .plan.architectures import ARCHITECTURES
 
     if _native.cuda is None:
         raise CliError(f"the model reads tiles from the CUDA extension: {_native.cuda_error}")

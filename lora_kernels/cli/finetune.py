@@ -103,11 +103,7 @@ def add_parser(commands: Any) -> None:
     add("--seq", "tokens per block", type=arguments.integer(2), metavar="N")
     add("--seed", "seed of the adapter, the data order and dropout", type=arguments.integer(0, 2**31), metavar="N")
     add("--dtype", "dtype of the frozen model; the adapter is fp32", choices=("fp32", "bf16"))
-    add(
-        "--quantize",
-        "pack the frozen linear layers in this format, double quantised (QLoRA); with --peft, bitsandbytes does it",
-        choices=sorted(lk.FORMATS),
-    )
+    add("--quantize", "pack the frozen linear layers so (QLoRA); with --peft, bitsandbytes does it", choices=lk.FORMATS)
     add("--device", "cpu, cuda, cuda:1, ...; auto is the GPU where there is one")
     add("--threads", "CPU threads (default: torch's own choice)", type=arguments.threads, metavar="N")
     add("--eval-every", "also report the held-out loss every N steps", type=arguments.integer(1), metavar="N")
@@ -258,8 +254,8 @@ def add_adapter(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
         unknown = [name for name in targets if name not in known]
         if unknown:
             raise CliError(f"--targets: no linear layer is called {', '.join(unknown)}; there are {', '.join(known)}")
-    sizes = (max(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear))
-    largest = max(sizes, default=1)
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    largest = max((max(linear.in_features, linear.out_features) for linear in linears), default=1)
     if settings["rank"] > largest:
         raise CliError(f"--rank {settings['rank']} is larger than every layer ({largest} features at most)")
     model.requires_grad_(False)

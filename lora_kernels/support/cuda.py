@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import _native
-from ..precision import float32_products
+from ..plain import float32_products
 from ..reasons import Reason
 from ..spec import Verdict
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..precision import float32_products
+from ..plain import float32_products
 from ..reasons import Reason
 from ..spec import Verdict
 from ..triton_kernels import configs

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .. import measured
-from ..precision import float32_products
+from ..plain import float32_products
 from . import triton
 
 CANDIDATES = ("cuda, one launch", "cuda, cublas", "triton")

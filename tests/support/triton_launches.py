@@ -8,7 +8,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lora_kernels.precision import float32_products
+from lora_kernels.plain import float32_products
 from lora_kernels.triton_kernels import configs, lora_linear, prompt_embedding
 from lora_kernels.triton_kernels.launching import Device
 

@@ -12,10 +12,10 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ... import _native
-from ...architectures import ARCHITECTURES
 from .. import _arguments as arguments
 from .._console import CliError
 from ._planned_ops import PLANNED_OPS
+from .architectures import ARCHITECTURES
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
