@@ -3,8 +3,8 @@
 #include <vector>
 
 #include "../launch/dequantize.h"
-#include "cuda_device.h"
 #include "codes4.h"
+#include "cuda_device.h"
 #include "rows.h"
 
 namespace lk {
