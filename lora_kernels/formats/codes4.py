@@ -131,7 +131,7 @@ class FourBit(Format):
         if block < 2 or block % 2 or k % block:
             raise ValueError(f"{self.name}: in_features must be a multiple of an even block, got {k} and {block}")
         data, largest = self._nearest_codes(weight.detach().reshape(-1, block).float())
-        code = self.code.to(weight.device)
+        code = self.code.to(weight.device, copy=True)  # files may not share tensors between layers
         parts: tuple[Tensor, ...] = (data, largest, code)
         if double_quant:
             offset = largest.mean()
