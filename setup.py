@@ -48,8 +48,8 @@ EXACT = ["-ffp-contract=off"]
 ISA_FLAGS = {  # of x86 alone
     "lora_branch_avx2.cpp": AVX2,
     "lora_branch_avx512.cpp": AVX512,
-    "packed_weight_avx2.cpp": [*AVX2, *EXACT],
-    "packed_weight_avx512.cpp": [*AVX512, *EXACT],
+    "packed_weight_avx2.cpp": [*AVX2, "-mf16c", *EXACT],
+    "packed_weight_avx512.cpp": [*AVX512, "-mavx512bw", *EXACT],
 }
 SOURCE_FLAGS = {**ISA_FLAGS, "packed_weight_portable.cpp": EXACT}
 
