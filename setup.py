@@ -48,8 +48,8 @@ EXACT = ["-ffp-contract=off"]
 ISA_FLAGS = {  # of x86 alone
     "lora_branch_avx2.cpp": AVX2,
     "lora_branch_avx512.cpp": AVX512,
-    "packed_weight_avx2.cpp": [*AVX2, *EXACT],
-    "packed_weight_avx512.cpp": [*AVX512, *EXACT],
+    "packed_weight_avx2.cpp": [*AVX2, "-mf16c", *EXACT],
+    "packed_weight_avx512.cpp": [*AVX512, "-mavx512bw", *EXACT],
 }
 SOURCE_FLAGS = {**ISA_FLAGS, "packed_weight_portable.cpp": EXACT}
 
@@ -283,6 +283,10 @@ class NinjaBuild(build_ext):
         return "\n".join([*lines, ""])
 
     def run(self) -> None:
+        if self.inplace and CUDA_HOME is None:
+            # A stale module of an earlier build must not pass for this one.
+            (ROOT / "lora_kernels" / "_cuda.abi3.so").unlink(missing_ok=True)
+            (ROOT / "build" / "kernel_resources.txt").unlink(missing_ok=True)
         super().run()
         record = Path(self.build_lib) / "lora_kernels" / "_build_info.json"
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -338,10 +342,6 @@ def extension(name: str) -> Extension:
 
 def main() -> None:
     """Builds what this machine can build."""
-    if CUDA_HOME is None:
-        # A stale module of an earlier build must not pass for this one.
-        (ROOT / "lora_kernels" / "_cuda.abi3.so").unlink(missing_ok=True)
-        (ROOT / "build" / "kernel_resources.txt").unlink(missing_ok=True)
     warn_of_what_is_left_out()
     setup(
         ext_modules=[extension("_C"), *([extension("_cuda")] if CUDA_HOME is not None else [])],

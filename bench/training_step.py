@@ -2,11 +2,14 @@
 
     python bench/training_step.py --dropout 0.1
     python bench/training_step.py --dropout 0.1 --one-process
+    python bench/training_step.py --in-4-bits                  # QLoRA: PEFT on bitsandbytes' NF4, and fused over it
 
 Models that share a process share its allocator, and how often that hands memory back to the kernel between two steps
 depends on all of them. By default every model has a process of its own, as its user would give it: one model, default
 settings. One process at a time steps, in turn; the others wait at a pipe. With --one-process the models take turns in
 one. AdamW is included.
+
+With --in-4-bits the base is in NF4, double quantised, multiplied in fp32; "unquantised" is stock PEFT in fp32 then.
 
 "addmm" is what a user can write in a few lines of Python: an autograd Function of in-place addmm, without dropout.
 
@@ -30,28 +33,33 @@ from lora_kernels.text import table
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 VARIANTS = ("frozen", "PEFT", "addmm", "fused", "null")
+VARIANTS_IN_4_BITS = ("unquantised", "PEFT", "fused", "null")
 RANK, ALPHA, BATCH, SEQ, SEED = 16, 32, 4, 128, 0
 MAX_LOSS_DIFFERENCE = 1e-4
 SETTLE_S = 0.05  # idle OpenMP threads of the process that stepped last spin for some milliseconds
 
 
-def variants(dropout: float) -> tuple[str, ...]:
+def variants(options: argparse.Namespace) -> tuple[str, ...]:
     """What is compared; "addmm" knows no dropout."""
-    return tuple(name for name in VARIANTS if not (dropout and name == "addmm"))
+    if options.in_4_bits:
+        return VARIANTS_IN_4_BITS
+    return tuple(name for name in VARIANTS if not (options.dropout and name == "addmm"))
 
 
-def make_step(variant: str, dropout: float, cache: Path, copied: bool) -> Callable[[], float]:
+def make_step(variant: str, options: argparse.Namespace) -> Callable[[], float]:
     """Build one model; the result is its training step, which returns the loss."""
     sys.path.insert(0, str(EXAMPLES))
     import peft
     import smollm2
     import torch
-    import transformers
 
     import lora_kernels as lk
+    from lora_kernels.cli._models import load_model
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2.model_dir(cache), dtype=torch.float32)
-    if copied:
+    dropout, packed = options.dropout, "nf4" if options.in_4_bits and variant != "unquantised" else None
+    folder = str(smollm2.model_dir(options.cache))
+    model = load_model(folder, torch.float32, torch.device("cpu"), in_4_bits=packed)
+    if options.copied:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     if variant == "frozen":
@@ -87,11 +95,11 @@ def make_step(variant: str, dropout: float, cache: Path, copied: bool) -> Callab
     return step
 
 
-def worker(variant: str, dropout: float, cache: Path, copied: bool) -> None:
+def worker(options: argparse.Namespace) -> None:
     """Print a model's first two losses, then time a step for every line on stdin."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get among the answers
-    step = make_step(variant, dropout, cache, copied)
+    step = make_step(options.worker, options)
     for _ in range(2):
         print(step(), file=answers, flush=True)
     for _ in sys.stdin:
@@ -104,7 +112,7 @@ def start_worker(variant: str, options: argparse.Namespace) -> subprocess.Popen:
     """A process that runs ``worker``."""
     role = "PEFT" if variant == "null" else variant
     command = [sys.executable, __file__, "--worker", role, "--dropout", str(options.dropout)]
-    command += ["--copied"] * options.copied
+    command += ["--copied"] * options.copied + ["--in-4-bits"] * options.in_4_bits
     return subprocess.Popen(
         [*command, "--cache", str(options.cache)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -120,7 +128,7 @@ def answer(process: subprocess.Popen) -> float:
 
 def check_losses(losses: dict[str, list[float]], dropout: float) -> None:
     """Stop if a model does not compute what PEFT's does."""
-    for name in losses.keys() - {"frozen"}:
+    for name in losses.keys() - {"frozen", "unquantised"}:
         differences = [abs(a - b) for a, b in zip(losses[name], losses["PEFT"], strict=True)]
         if max(differences[: 1 if dropout else 2]) > MAX_LOSS_DIFFERENCE:
             raise SystemExit(f"error: the losses differ: PEFT {losses['PEFT']}, {name} {losses[name]}")
@@ -128,11 +136,8 @@ def check_losses(losses: dict[str, list[float]], dropout: float) -> None:
 
 def measure_in_one_process(options: argparse.Namespace) -> Timings:
     """As ``measure``, with all models in this process."""
-    names = variants(options.dropout)
-    steps = {
-        name: make_step("PEFT" if name == "null" else name, options.dropout, options.cache, options.copied)
-        for name in names
-    }
+    names = variants(options)
+    steps = {name: make_step("PEFT" if name == "null" else name, options) for name in names}
     check_losses({name: [step() for _ in range(2)] for name, step in steps.items()}, options.dropout)
     return interleave(steps, options.rounds)
 
@@ -141,7 +146,7 @@ def measure(options: argparse.Namespace) -> Timings:
     """Seconds per step of every variant, one sample a round, in rotating order."""
     workers: dict[str, subprocess.Popen] = {}
     losses: dict[str, list[float]] = {}
-    names = variants(options.dropout)
+    names = variants(options)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     try:
         for name in names:  # one at a time: starting up together, they would fight for the cores
@@ -175,10 +180,11 @@ def main() -> int:
         help="weights in memory of their own, not mapped from the file, where they begin at any byte",
     )
     parser.add_argument("--one-process", action="store_true", help="all models in one process")
-    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--in-4-bits", action="store_true", help="over a base in NF4 (needs bitsandbytes)")
+    parser.add_argument("--worker", choices=(*VARIANTS, *VARIANTS_IN_4_BITS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker, options.dropout, options.cache, options.copied)
+        worker(options)
         return 0
     times = (measure_in_one_process if options.one_process else measure)(options)
     rows = [

@@ -5,6 +5,7 @@ the batch, and compares the losses, which must agree up to rounding. Works on CP
 
     torchrun --nproc-per-node 2 examples/distributed.py
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --out build/adapter
+    torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --quantize  # QLoRA: a base in four bits
     accelerate launch --config_file examples/accelerate.yaml examples/distributed.py --strategy accelerate  # on GPUs
 """
 
@@ -33,17 +34,38 @@ TOLERANCE = 1e-5
 """Relative difference of losses: the processes sum the same gradients in another order."""
 
 
-def make_model(device: torch.device) -> PeftModel:
+def make_model(device: torch.device, quantize: bool) -> PeftModel:
     """The same model in every process, with its LoRA layers fused."""
     torch.manual_seed(0)
+    size = 64 if quantize else 32  # as many weights share a scale
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=size, intermediate_size=2 * size, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
     adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(LlamaForCausalLM(config).to(device), adapter)
+    base = LlamaForCausalLM(config)
+    if quantize:
+        in_4_bits(base.model)
+        base.is_loaded_in_4bit = True  # what transformers says of a model that it has loaded so
+    model = get_peft_model(base.to(device), adapter)
     lk.patch(model)
     return model
+
+
+def in_4_bits(model: nn.Module) -> None:
+    """Gives ``model`` bitsandbytes' layers for its linear ones, as transformers does it when it loads a model."""
+    import bitsandbytes as bnb
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                # FSDP shards bytes as elements of a dtype that the gradients could have.
+                options = {"quant_type": "nf4", "quant_storage": torch.float32}
+                layer = bnb.nn.Linear4bit(
+                    child.in_features, child.out_features, bias=False, compute_dtype=torch.float32, **options
+                )
+                layer.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, module=layer, **options)
+                setattr(parent, name, layer)
 
 
 def distribute(model: PeftModel, strategy: str, device: torch.device) -> nn.Module:
@@ -74,17 +96,19 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tens
     return losses
 
 
-def train_with(strategy: str, shares: list[Tensor], device: torch.device) -> tuple[nn.Module, list[float]]:
+def train_with(
+    strategy: str, shares: list[Tensor], device: torch.device, quantize: bool
+) -> tuple[nn.Module, list[float]]:
     """The trained model, and the losses over all processes."""
     if strategy == "accelerate":
         from accelerate import Accelerator
 
         accelerator = Accelerator(cpu=device.type == "cpu")
-        model = make_model(accelerator.device)
+        model = make_model(accelerator.device, quantize)
         model, optimizer = accelerator.prepare(model, optimizer_of(model))
         losses = train(model, optimizer, shares, accelerator.backward)
     else:
-        model = distribute(make_model(device), strategy, device)
+        model = distribute(make_model(device, quantize), strategy, device)
         losses = train(model, optimizer_of(model), shares)  # the optimizer is made of the sharded parameters
     for loss in losses:
         dist.all_reduce(loss)
@@ -103,6 +127,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--strategy", choices=("all", *STRATEGIES), default="all")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--quantize", action="store_true", help="over a base in four bits (needs bitsandbytes)")
     parser.add_argument("--out", type=Path, help="where to save the adapters, one directory per strategy")
     options = parser.parse_args()
 
@@ -115,7 +140,7 @@ def main() -> int:
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(VOCABULARY, (BATCH, TOKENS), generator=generator).to(device)] * options.steps
 
-    model = make_model(device)
+    model = make_model(device, options.quantize)
     expected = [loss.item() for loss in train(model, optimizer_of(model), batches)]
     if rank == 0:
         print(f"{'one process':12}", *(f"{loss:.6f}" for loss in expected))
@@ -123,11 +148,11 @@ def main() -> int:
     agree = True
     for strategy in STRATEGIES if options.strategy == "all" else [options.strategy]:
         lk.reset_stats()
-        model, losses = train_with(strategy, [batch.chunk(world)[rank] for batch in batches], device)
+        model, losses = train_with(strategy, [batch.chunk(world)[rank] for batch in batches], device, options.quantize)
         difference = max(abs(ours - one) / one for ours, one in zip(losses, expected))
         agree = agree and difference <= TOLERANCE
         stats = lk.stats()
-        calls = sum(n for (op, _), n in stats["served"].items() if op == "lora_linear")
+        calls = sum(n for (op, _), n in stats["served"].items() if op in ("lora_linear", "lora_linear_packed"))
         if rank == 0:
             print(f"{strategy:12}", *(f"{loss:.6f}" for loss in losses))
             print(f"{'':12} {type(model).__name__}, {world} processes, {calls} fused calls in this one, ", end="")

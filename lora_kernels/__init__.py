@@ -3,6 +3,7 @@
 from ._native import build_info
 from ._version import __version__
 from .adapters import load_adapter, save_adapter
+from .adapters.checkpoints import load_pretrained, save_pretrained
 from .adapters.inject import inject
 from .adapters.merging import merge_adapter, unmerge_adapter
 from .adapters.quantizing import quantize_
@@ -59,6 +60,7 @@ __all__ = [
     "inject",
     "is_fused",
     "load_adapter",
+    "load_pretrained",
     "lora_embedding",
     "lora_linear",
     "merge_",
@@ -70,6 +72,7 @@ __all__ = [
     "quantize_",
     "reset_stats",
     "save_adapter",
+    "save_pretrained",
     "stats",
     "unmerge_",
     "unmerge_adapter",

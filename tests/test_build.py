@@ -260,6 +260,40 @@ print(json.dumps(setup.build_record()))"""
     assert f"warning: CUDA, left out: {said}" in run.stderr
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_build_without_cuda_removes_the_checkouts_cuda_module_only_where_it_replaces_it(checkout, tmp_path, in_place):
+    """Kills: a build elsewhere that takes away a module which it does not stand for; one in place that leaves it."""
+    code = """
+import sys, setup
+from pathlib import Path
+
+def build_nothing(command, extension):
+    target = Path(command.get_ext_fullpath(extension.name))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.touch()
+
+setup.NinjaBuild.build_extension = build_nothing
+sys.argv[0] = "setup.py"
+setup.main()"""
+    copy = tmp_path / "source"
+    shutil.copytree(checkout, copy)
+    of_module = [copy / "lora_kernels" / "_cuda.abi3.so", copy / "build" / "kernel_resources.txt"]
+    (copy / "build").mkdir(exist_ok=True)
+    for path in of_module:
+        path.touch()
+    where = ["--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib")]
+    run = subprocess.run(
+        [sys.executable, "-c", code, "-q", "build_ext", *where, *["--inplace"] * in_place],
+        cwd=copy,
+        env={**os.environ, "LORA_KERNELS_CUDA": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert (tmp_path / "lib" / "lora_kernels" / "_C.abi3.so").is_file()
+    assert [path.exists() for path in of_module] == [not in_place] * 2
+
+
 @pytest.mark.skipif(shutil.which(AARCH64) is None, reason=f"{AARCH64} is not installed")
 def test_the_cpu_extension_compiles_for_arm(monkeypatch, tmp_path):
     setup = setup_script.load()

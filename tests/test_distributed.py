@@ -28,7 +28,7 @@ def launch(*options):
 
 
 def losses(lines, name):
-    return [float(value) for line in lines if line.startswith(name) for value in line.split()[-4:]]
+    return [float(v) for line in lines if line.startswith(name) for v in line.removeprefix(name).split()]
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path):
@@ -50,6 +50,21 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
     )  # fmt: skip
     model = PeftModel.from_pretrained(LlamaForCausalLM(config), tmp_path / "fsdp2")
     assert model.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight.any()
+
+
+def test_two_processes_over_a_base_in_four_bits(tmp_path):
+    """FSDP2 shards the packed bytes and makes plain parameters of them; the layers keep their state."""
+    pytest.importorskip("bitsandbytes", reason="the layers are bitsandbytes'")
+    for strategy in ("ddp", "fsdp2"):
+        lines = launch("--steps", "3", "--strategy", strategy, "--quantize", "--out", str(tmp_path))
+        expected = losses(lines, "one process")
+        assert expected[-1] < expected[0] - 0.03, "nothing was learned"
+        assert losses(lines, strategy) == pytest.approx(expected, rel=1e-5)
+        assert any("42 fused calls in this one, fallbacks {}" in line for line in lines), lines
+    ddp, fsdp2 = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ddp", "fsdp2"))
+    assert ddp.keys() == fsdp2.keys()
+    for name, value in ddp.items():
+        torch.testing.assert_close(fsdp2[name], value)
 
 
 def test_accelerate_reads_the_example_config():

@@ -259,6 +259,22 @@ def test_int8_in_eval_mode_is_bitsandbytes_unless_asked():
         lk.patch(model, int8_eval="both")
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_frozen_layers_without_an_adapter(kind):
+    """torchao's tensors are in plain linear layers."""
+    net = nn.Sequential(LAYERS[kind]()).train().requires_grad_(False)
+    original, x = type(net[0]), torch.randn(9, K)
+    weight = decoded(net[0], torch.float32)
+    theirs = net(x)
+    report = lk.patch(net, frozen_linears=True)
+    assert report.fused == [("0", "frozen, packed")]
+    lk.reset_stats()
+    assert_as_accurate(net(x), theirs, nn.functional.linear(x.double(), weight.double(), net[0].bias.double()))
+    assert [op for op, _ in lk.stats()["served"]] == ["linear_packed"]
+    lk.unpatch(net)
+    assert type(net[0]) is original
+
+
 def test_the_statistics_are_read_where_they_are():
     """bitsandbytes moves them from the weight to the layer's state in its first own call."""
     layer = in_bitsandbytes().train()

@@ -108,7 +108,7 @@ def test_size():
         ({"parts": 2}, "3 parts are expected"),
         ({"block": 48}, "multiple of an even block"),
         ({"shape": (23, 384)}, "data must be torch.uint8 of 4416 elements"),
-        ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16"),
+        ({"dtype": torch.float64}, "dtype must be float32, bfloat16, float16 or None"),
         ({"layout": "codes3"}, "unknown layout 'codes3'"),
         ({"scales": torch.float16}, "scales must be torch.float32 of 115 elements"),
     ],

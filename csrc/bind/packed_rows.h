@@ -32,12 +32,12 @@ inline Tensor multiply_packed(const Tensor& x, const PackedWeight& weight, const
   const bool decodes = in_registers && decodes_in_registers(weight);
   const int64_t rows = x.size(0), rank = branch != nullptr ? branch->b.size(1) : 0;
   const bool copies = decodes || weight.k % kPaddedColumns != 0;
-  const int64_t width = decodes ? kernels.arranged_width(weight.k) : copies ? padded(weight.k) : 0;
+  const int64_t width = copies ? padded(weight.k) : 0;
   const Scratch scratch(sizeof(float) * rows * (width + padded(rank)));
   float* x_copy = static_cast<float*>(scratch.data());
   float* s_copy = x_copy + rows * width;
   if (decodes) {
-    for (int64_t m = 0; m < rows; ++m) kernels.arrange_x(floats(x) + m * x.stride(0), weight.k, x_copy + m * width);
+    for (int64_t m = 0; m < rows; ++m) kernels.arrange_x(weight, floats(x) + m * x.stride(0), x_copy + m * width);
   } else if (copies) {
     copy_padded(x, 1.0f, x_copy, width);
   }

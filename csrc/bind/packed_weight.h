@@ -55,6 +55,7 @@ inline PackedWeight packed_weight(const PackedArguments& w) {
   p.n = w.n;
   p.k = w.k;
   p.block = w.block;
+  p.rows_per_scale = 1;
   p.rounding = float_type(w.dtype);
   if (w.parts.size() == 3) {
     p.scales = float_part(w.parts[1], blocks, "scales");

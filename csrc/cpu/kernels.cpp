@@ -17,8 +17,10 @@ static const Kernels& choose() {
   const char* widest = std::getenv("LORA_KERNELS_CPU_ISA");
   const auto allowed = [&](const char* isa) { return widest == nullptr || std::strcmp(widest, isa) == 0; };
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (allowed("avx512") && has_avx2 && __builtin_cpu_supports("avx512f")) return kAvx512;
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+  if (allowed("avx512") && has_avx512) return kAvx512;
   if ((allowed("avx2") || allowed("avx512")) && has_avx2) return kAvx2;
 #endif
   return kPortable;

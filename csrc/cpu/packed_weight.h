@@ -1,4 +1,4 @@
-// Weights of 4 bits on the CPU: decoding, by a table of functions per instruction set.
+// Weights of few bits on the CPU: decoding, by a table of functions per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -7,17 +7,24 @@
 
 namespace lk {
 
-// Layout "codes4": W [n, k] in fp32 is code[nibble] · scale, one rounded product. Two weights share a byte, the first
-// in the high nibble; `block` consecutive weights of a row share a scale.
+enum class PackedLayout : int32_t { kCodes4, kCodes4Low, kInt8, kE4m3 };
+
+// W [n, k] in fp32 is number · scale, one rounded product. `block` columns share a scale, and so do rows_per_scale
+// rows.
+//
+// Layouts "codes4" and "codes4_low": two numbers share a byte, the first in the high or in the low half; they are
+// indices of a code. "int8" and "e4m3": the numbers are bytes.
 struct PackedWeight {
-  const uint8_t* data;  // [n * k / 2]
-  const float* scales;  // [n * k / block]; null where they are quantised themselves
-  const float* code;    // [16]
-  int64_t n, k, block;  // k is a multiple of block, block of 2
-  FloatType rounding;   // what each weight is rounded to, to nearest even; kFloat32 where it stays as it is
+  PackedLayout layout;
+  const uint8_t* data;
+  const float* scales;  // [n / rows_per_scale, k / block], both rounded up; null where they are quantised themselves
+  const float* code;    // [16]; null where the numbers are bytes
+  int64_t n, k, block;  // in halves of bytes, k is a multiple of block, block of 2
+  int64_t rows_per_scale;
+  FloatType rounding;  // what each weight is rounded to, to nearest even; kFloat32 where it stays as it is
   // Quantised scales: scale b is code2[indices[b]] · scales2[b / kScalesBlock] + offset, of two rounded operations.
-  const uint8_t* indices;  // [n * k / block]; null where the scales are not quantised
-  const float* scales2;    // [n * k / block / kScalesBlock, rounded up]
+  const uint8_t* indices;  // as scales would be; null where the scales are not quantised
+  const float* scales2;    // one for kScalesBlock scales
   const float* code2;      // [256]
   float offset;
 };
@@ -52,8 +59,8 @@ constexpr int64_t kPaddedColumns = 32;
 
 inline int64_t padded(int64_t columns) { return (columns + kPaddedColumns - 1) / kPaddedColumns * kPaddedColumns; }
 
-// Whether `decode` serves this weight: its lanes hold weights that lie together.
-inline bool decodes_in_registers(const PackedWeight& w) { return w.block >= 32 && (w.block & (w.block - 1)) == 0; }
+// Whether `decode` serves this weight: scales change between runs of weights, never within one.
+inline bool decodes_in_registers(const PackedWeight& w) { return w.block % 32 == 0 || w.block >= w.k; }
 
 }  // namespace lk
 
@@ -66,9 +73,8 @@ struct PackedWeightKernels {
   // Columns [begin, end) of y, with weights that are decoded in registers.
   void (*decode)(const PackedLinearParams&, int64_t begin, int64_t end);
 
-  // A row of x in the order in which `decode` has weights in its lanes: of arranged_width numbers.
-  void (*arrange_x)(const float* x, int64_t k, float* arranged);
-  int64_t (*arranged_width)(int64_t k);
+  // A row of x [k] in the order in which `decode` has this weight in its lanes; then zeros, up to kPaddedColumns.
+  void (*arrange_x)(const PackedWeight&, const float* x, float* arranged);
 
   // Columns [begin, end) of y, with weights that are decoded into the nearest cache a few rows at a time.
   void (*multiply)(const PackedLinearParams&, int64_t begin, int64_t end);

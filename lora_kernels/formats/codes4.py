@@ -1,4 +1,5 @@
-"""Layout "codes4": four bits choose one of 16 codes, a scale per block multiplies it. NF4 and FP4, bitsandbytes' bits.
+"""Layouts "codes4" and "codes4_low": four bits choose one of 16 codes, a scale per block multiplies it. NF4 and FP4,
+bitsandbytes' bits, are "codes4"; mx.py has formats of the other.
 
 From Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023. Under double quantisation the
 scales are 8-bit numbers themselves, of a code of 256 and with a scale per 256 of them.
@@ -23,7 +24,8 @@ _NESTED_BLOCK = 256
 class _Codes4(Layout):
     """Parts, for N*K weights in blocks of ``block``:
 
-    0. data: uint8 [N*K/2]. Weight i = n*K + k is in byte i/2, in its high half where i is even.
+    0. data: uint8 [N*K/2]. Weight i = n*K + k is in byte i/2, in its high half where i is even. In "codes4_low", where
+       i is odd.
     1. scales: float32 [N*K/block]; or uint8, where double quantised.
     2. code: float32 [16].
 
@@ -37,13 +39,14 @@ class _Codes4(Layout):
     ``code2[scales] * scales2 + offset``, each operation rounded.
     """
 
-    name = "codes4"
+    def __init__(self, name: str, even_is_low: bool) -> None:
+        self.name, self.even_is_low = name, even_is_low  # type: ignore[misc]
 
     def check(self, parts: Sequence[Tensor], n: int, k: int, block: int) -> None:
         if len(parts) not in (3, 6):
-            raise ValueError(f"codes4: 3 parts are expected, or 6 where double quantised, got {len(parts)}")
+            raise ValueError(f"{self.name}: 3 parts are expected, or 6 where double quantised, got {len(parts)}")
         if block < 2 or block % 2 or k % block:
-            raise ValueError(f"codes4: in_features must be a multiple of an even block, got {k} and {block}")
+            raise ValueError(f"{self.name}: in_features must be a multiple of an even block, got {k} and {block}")
         blocks = n * k // block
         expected: list[tuple[str, torch.dtype, int]] = [
             ("data", torch.uint8, n * k // 2),
@@ -56,8 +59,8 @@ class _Codes4(Layout):
         for part, (name, dtype, size) in zip(parts, expected):
             if part.dtype != dtype or part.numel() != size:
                 raise ValueError(
-                    f"codes4: {name} must be {dtype} of {size} elements for a weight of {n}x{k} in blocks of {block}, "
-                    f"got {part.dtype} of {part.numel()}"
+                    f"{self.name}: {name} must be {dtype} of {size} elements for a weight of {n}x{k} in blocks of "
+                    f"{block}, got {part.dtype} of {part.numel()}"
                 )
 
     def rows(self, parts: Sequence[Tensor], n: int, k: int, block: int, begin: int, end: int) -> tuple[Tensor, ...]:
@@ -67,12 +70,14 @@ class _Codes4(Layout):
 
     def decode(self, parts: Sequence[Tensor], n: int, k: int, block: int, dtype: torch.dtype) -> Tensor:
         data, _, code = parts[:3]
-        nibbles = torch.stack((data.view(-1) >> 4, data.view(-1) & 15), dim=1).view(-1, block)
+        halves = data.view(-1) >> 4, data.view(-1) & 15
+        nibbles = torch.stack(halves[::-1] if self.even_is_low else halves, dim=1).view(-1, block)
         weights = code[nibbles.int()] * scales(parts)[:, None]
         return weights.view(n, k).to(dtype)
 
 
-LAYOUT = register(_Codes4())
+LAYOUT = register(_Codes4("codes4", even_is_low=False))
+LOW = register(_Codes4("codes4_low", even_is_low=True))
 
 
 def scales(parts: Sequence[Tensor]) -> Tensor:
@@ -126,7 +131,7 @@ class FourBit(Format):
         if block < 2 or block % 2 or k % block:
             raise ValueError(f"{self.name}: in_features must be a multiple of an even block, got {k} and {block}")
         data, largest = self._nearest_codes(weight.detach().reshape(-1, block).float())
-        code = self.code.to(weight.device)
+        code = self.code.to(weight.device, copy=True)  # files may not share tensors between layers
         parts: tuple[Tensor, ...] = (data, largest, code)
         if double_quant:
             offset = largest.mean()

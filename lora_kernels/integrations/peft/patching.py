@@ -302,15 +302,15 @@ def _patch_frozen(model: nn.Module, peft_layers: dict[str, Any], report: Report)
     names = {name for name, _ in report.fused}
     fused = {layer.get_base_layer() for name, layer in peft_layers.items() if name in names}
     for name, module in model.named_modules():
-        if type(module) not in (nn.Linear, FrozenLinear):
-            if module not in adapters and module not in fused:
-                _patch_packed(name, module, report)
-            continue
         if module in adapters:
             continue
         own = module._parameters
+        if type(module) not in (nn.Linear, FrozenLinear) or type(own.get("weight")) is not nn.Parameter:
+            if module not in fused:
+                _patch_packed(name, module, report)
+            continue
         weight, bias = own.get("weight"), own.get("bias", Reason.DISPLACED)
-        if "forward" in module.__dict__ or type(weight) is not nn.Parameter or bias is Reason.DISPLACED:
+        if "forward" in module.__dict__ or bias is Reason.DISPLACED:
             continue
         if weight.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad):
             continue
