@@ -217,17 +217,27 @@ struct LoraLinearPacked {
       while (load_acquire(p.counters + kDone) < static_cast<uint32_t>(tiles_of_s(p))) pause();
     }
     sync_block();
-    const WorkItem work = current_work(smem + kWorkOffset);  // no register over the main loop
-    for_values<kTile>([&](int i, int row_in_tile, int column) {
-      const int row = work.row * kRowTile + row_in_tile, n = work.column * kTile + column;
-      if (row >= p.m || n >= p.n) return;
-      float y[1] = {products[i]};
-      if (p.bias != nullptr) y[0] += Element::low(load_global(static_cast<const Bits*>(p.bias) + n));
-      const Bits* const s = static_cast<const Bits*>(p.s) + row * p.rank;
-      float branch = 0.0f;
-      for (int r = 0; r < p.rank; ++r) branch += Element::low(load_global(s + r)) * b_at(p, n, r);
-      y[0] += p.scaling * branch;
-      Elements<Element>::store(static_cast<Bits*>(p.y) + static_cast<int64_t>(row) * p.n + n, y);
+    store(p, current_work(smem + kWorkOffset), products);  // read again: no register has held it over the main loop
+  }
+
+  LK_DEVICE static void store(const LoraLinearPackedParams& p, const WorkItem& work,
+                              const float (&products)[kValues<kTile>]) {
+    static_assert(kThreads % kTile == 0, "a thread's values are all of one column");
+    const int row0 = work.row * kRowTile, n = work.column * kTile + thread_index() % kTile;
+    if (n >= p.n) return;
+    float branch[kValues<kTile>] = {};
+    for (int r = 0; r < p.rank; ++r) {
+      const float b = b_at(p, n, r);
+      for_values<kTile>([&](int i, int row, int) {
+        if (row0 + row >= p.m) return;
+        branch[i] += Element::low(load_global(static_cast<const Bits*>(p.s) + (row0 + row) * p.rank + r)) * b;
+      });
+    }
+    const float bias = p.bias != nullptr ? Element::low(load_global(static_cast<const Bits*>(p.bias) + n)) : 0.0f;
+    for_values<kTile>([&](int i, int row, int) {
+      if (row0 + row >= p.m) return;
+      const float y[1] = {products[i] + bias + p.scaling * branch[i]};
+      Elements<Element>::store(static_cast<Bits*>(p.y) + static_cast<int64_t>(row0 + row) * p.n + n, y);
     });
   }
 
