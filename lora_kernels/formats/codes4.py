@@ -23,7 +23,8 @@ _NESTED_BLOCK = 256
 class _Codes4(Layout):
     """Parts, for N*K weights in blocks of ``block``:
 
-    0. data: uint8 [N*K/2]. Weight i = n*K + k is in byte i/2, in its high half where i is even.
+    0. data: uint8 [N*K/2]. Weight i = n*K + k is in byte i/2: where i is even, in its high half, or in its low one in
+       layout "codes4_low".
     1. scales: float32 [N*K/block]; or uint8, where double quantised.
     2. code: float32 [16].
 
@@ -37,13 +38,15 @@ class _Codes4(Layout):
     ``code2[scales] * scales2 + offset``, each operation rounded.
     """
 
-    name = "codes4"
+    def __init__(self, name: str, low_first: bool) -> None:
+        self.name = name  # type: ignore[misc]
+        self.low_first = low_first
 
     def check(self, parts: Sequence[Tensor], n: int, k: int, block: int) -> None:
         if len(parts) not in (3, 6):
-            raise ValueError(f"codes4: 3 parts are expected, or 6 where double quantised, got {len(parts)}")
+            raise ValueError(f"{self.name}: 3 parts are expected, or 6 where double quantised, got {len(parts)}")
         if block < 2 or block % 2 or k % block:
-            raise ValueError(f"codes4: in_features must be a multiple of an even block, got {k} and {block}")
+            raise ValueError(f"{self.name}: in_features must be a multiple of an even block, got {k} and {block}")
         blocks = n * k // block
         expected: list[tuple[str, torch.dtype, int]] = [
             ("data", torch.uint8, n * k // 2),
@@ -56,8 +59,8 @@ class _Codes4(Layout):
         for part, (name, dtype, size) in zip(parts, expected):
             if part.dtype != dtype or part.numel() != size:
                 raise ValueError(
-                    f"codes4: {name} must be {dtype} of {size} elements for a weight of {n}x{k} in blocks of {block}, "
-                    f"got {part.dtype} of {part.numel()}"
+                    f"{self.name}: {name} must be {dtype} of {size} elements for a weight of {n}x{k} in blocks of "
+                    f"{block}, got {part.dtype} of {part.numel()}"
                 )
 
     def rows(self, parts: Sequence[Tensor], n: int, k: int, block: int, begin: int, end: int) -> tuple[Tensor, ...]:
@@ -67,12 +70,15 @@ class _Codes4(Layout):
 
     def decode(self, parts: Sequence[Tensor], n: int, k: int, block: int, dtype: torch.dtype) -> Tensor:
         data, _, code = parts[:3]
-        nibbles = torch.stack((data.view(-1) >> 4, data.view(-1) & 15), dim=1).view(-1, block)
+        halves = [data.view(-1) >> 4, data.view(-1) & 15]
+        nibbles = torch.stack(halves[::-1] if self.low_first else halves, dim=1).view(-1, block)
         weights = code[nibbles.int()] * scales(parts)[:, None]
         return weights.view(n, k).to(dtype)
 
 
-LAYOUT = register(_Codes4())
+LAYOUT = register(_Codes4("codes4", low_first=False))
+LAYOUT_LOW = register(_Codes4("codes4_low", low_first=True))
+"""Which ends of its bytes the microscaling formats fill first."""
 
 
 def scales(parts: Sequence[Tensor]) -> Tensor:
