@@ -149,67 +149,75 @@ void arrange_x(const PackedWeight& w, const float* x, float* arranged) {
   });
 }
 
-// A part of a row of W: so many columns from `begin` on.
+// A part of a row of W: `depth` columns, of which the first `lead` have the first scale, and then `block` each the
+// next.
 struct RowPart {
   const uint8_t* bytes;
-  const float* scales;  // from that of column `begin` on
-  int64_t begin, depth, block;
+  const float* scales;
+  int64_t depth, lead, block;
 };
 
-// Adds kRows rows of x, from column `begin` on, times a part of a row of W to `sums`, lane by lane.
+// Adds kRows rows of x times a part of a row of W to `sums`, lane by lane.
 template <class Layout, FloatType kRounding, int kRows>
 inline void decode_row(const Layout& layout, const RowPart& part, const float* x, int64_t x_stride, VecF* sums) {
   using Run = typename Layout::template Run<kRounding, float>;
   constexpr int kChains = kRows == 1 ? 4 : 2;  // several chains hide more of an addition's latency than one
   constexpr int64_t kRunBytes = kRun * Layout::kBits / 8;
-  VecF chains[kRows][kChains] = {};
-  const auto add_run = [&](const Run& run, const uint8_t* bytes, int64_t c, int first) {
-    run.in_any_order(bytes, [&](int v, VecF w) {
+  VecF chains[kRows][kChains] = {}, total[kRows] = {};
+  const uint8_t* bytes = part.bytes;
+  const auto add_run = [&](const Run& run, const uint8_t* from, int first) LK_ALWAYS_INLINE {
+    run.in_any_order(from, [&](int v, VecF w) LK_ALWAYS_INLINE {
       for (int i = 0; i < kRows; ++i) {
         VecF& chain = chains[i][(first + v) % kChains];
-        chain = fma(w, load(x + i * x_stride + c + v * kLanes), chain);
+        chain = fma(w, load(x + i * x_stride + v * kLanes), chain);
       }
     });
+    x += kRun;
+  };
+  const auto add_pairs = [&](const Run& run, int64_t count) LK_ALWAYS_INLINE {
+    for (; count > 0; --count, bytes += 2 * kRunBytes) {
+      add_run(run, bytes, 0);
+      add_run(run, bytes + kRunBytes, kRunVectors);
+    }
+  };
+  const auto end_chains = [&](VecF scale) LK_ALWAYS_INLINE {
+    for (int i = 0; i < kRows; ++i) {
+      VecF sum = chains[i][0];
+      for (int j = 1; j < kChains; ++j) sum += chains[i][j];
+      for (int j = 0; j < kChains; ++j) chains[i][j] = VecF{};
+      total[i] = fma(scale, sum, total[i]);
+    }
   };
 
   const float* scale = part.scales;
-  const uint8_t* bytes = part.bytes;
-  int64_t block_end = part.block - part.begin % part.block;
-  for (int64_t c = 0; c < part.depth; ++scale, block_end += part.block) {
-    const Run run(layout, *scale);
-    const int64_t end = smaller(block_end, part.depth);
-    for (; c + 2 * kRun <= end; c += 2 * kRun, bytes += 2 * kRunBytes) {
-      add_run(run, bytes, c, 0);
-      add_run(run, bytes + kRunBytes, c + kRun, kRunVectors);
+  if (part.lead == part.block && part.block % (2 * kRun) == 0 && part.depth % part.block == 0) {
+    const int64_t pairs = part.block / (2 * kRun);
+    for (int64_t blocks = part.depth / part.block; blocks > 0; --blocks, ++scale) {
+      add_pairs(Run(layout, *scale), pairs);
+      if constexpr (Run::kLacksScale) end_chains(broadcast(*scale));
     }
-    if (c + kRun <= end) {
-      add_run(run, bytes, c, 0);
-      c += kRun;
-      bytes += kRunBytes;
-    }
-    if (c < end) {  // the end of W's row
-      uint8_t last[kRunBytes] = {};
-      memcpy(last, bytes, (end - c) * Layout::kBits / 8);
-      add_run(run, last, c, 0);
-      c = end;
-    }
-    if constexpr (Run::kLacksScale) {
-      for (int i = 0; i < kRows; ++i) {
-        VecF sum = {};
-        for (int j = 0; j < kChains; ++j) {
-          sum += chains[i][j];
-          chains[i][j] = VecF{};
-        }
-        sums[i] = fma(broadcast(*scale), sum, sums[i]);
+  } else {
+    int64_t end = part.lead;
+    for (int64_t c = 0; c < part.depth; c = end, end = smaller(end + part.block, part.depth), ++scale) {
+      const Run run(layout, *scale);
+      int64_t left = end - c;
+      add_pairs(run, left / (2 * kRun));
+      left %= 2 * kRun;
+      if (left >= kRun) {
+        add_run(run, bytes, 0);
+        bytes += kRunBytes;
+        left -= kRun;
       }
+      if (left > 0) {  // the end of W's row
+        uint8_t last[kRunBytes] = {};
+        memcpy(last, bytes, left * Layout::kBits / 8);
+        add_run(run, last, 0);
+      }
+      if constexpr (Run::kLacksScale) end_chains(broadcast(*scale));
     }
   }
-  if constexpr (Run::kLacksScale) return;
-  for (int i = 0; i < kRows; ++i) {
-    VecF sum = chains[i][0];
-    for (int j = 1; j < kChains; ++j) sum += chains[i][j];
-    sums[i] += sum;
-  }
+  if constexpr (!Run::kLacksScale) end_chains(broadcast(1.0f));
+  for (int i = 0; i < kRows; ++i) sums[i] += total[i];
 }
 
 template <class Layout, FloatType kRounding, int kRows>
@@ -225,10 +233,14 @@ void decode_rows(const PackedLinearParams& p, int64_t m, int64_t begin, int64_t 
     for (int64_t k0 = 0; k0 < w.k; k0 += kDepth) {
       const int64_t depth = smaller(kDepth, w.k - k0), first = k0 / w.block;
       for (int64_t j = 0; j < columns; ++j) {
-        read_scales(w, first_scale(w, n0 + j) + first, (k0 + depth + w.block - 1) / w.block - first, scales[j]);
+        read_scales(w, first_scale(w, n0 + j) + first, (k0 + depth - 1) / w.block - first + 1, scales[j]);
       }
       for (int64_t j = 0; j < columns; ++j) {
-        const RowPart part{w.data + ((n0 + j) * w.k + k0) * Layout::kBits / 8, scales[j], k0, depth, w.block};
+        const RowPart part{.bytes = w.data + ((n0 + j) * w.k + k0) * Layout::kBits / 8,
+                           .scales = scales[j],
+                           .depth = depth,
+                           .lead = smaller(w.block - k0 % w.block, depth),
+                           .block = smaller(w.block, depth)};
         decode_row<Layout, kRounding, kRows>(layout, part, x + k0, p.x_stride, sums[j]);
       }
     }
@@ -288,9 +300,13 @@ struct TileOperands {
   int64_t depth;  // a multiple of kPaddedColumns
 };
 
+// Adds the products of rows m, m + 1, ... of both to `sums`.
 template <int kRows>
-inline void add_products(const TileOperands& t, int64_t m, VecF (&acc)[kRows][kTileColumns]) {
-  if (t.depth == 0) return;
+LK_ALWAYS_INLINE inline void add_products(const TileOperands& t, int64_t m, VecF (&sums)[kRows][kTileColumns]) {
+  VecF acc[kRows][kTileColumns];
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kTileColumns; ++j) acc[i][j] = sums[i][j];
+  }
   const float* x = t.x + m * t.x_stride;
   for (int64_t c = 0; c < t.depth; c += kLanes) {
     VecF row[kTileColumns];
@@ -300,6 +316,9 @@ inline void add_products(const TileOperands& t, int64_t m, VecF (&acc)[kRows][kT
       for (int j = 0; j < kTileColumns; ++j) acc[i][j] = fma(value, row[j], acc[i][j]);
     }
   }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kTileColumns; ++j) sums[i][j] = acc[i][j];
+  }
 }
 
 // y[i, j] += the products for rows m, m + 1, ... of both; written where is_first.
@@ -307,8 +326,8 @@ template <int kRows>
 inline void multiply_tile(const TileOperands& base, const TileOperands& branch, int64_t m, bool is_first, float* y,
                           int64_t y_stride, int64_t columns) {
   VecF acc[kRows][kTileColumns] = {};
-  add_products<kRows>(branch, m, acc);
-  add_products<kRows>(base, m, acc);
+  if (branch.depth > 0) add_products<kRows>(branch, m, acc);
+  if (base.depth > 0) add_products<kRows>(base, m, acc);
   for (int i = 0; i < kRows; ++i) {
     VecF last[4] = {};
     for (int j = 0; j < kTileColumns; ++j) last[j] = acc[i][j];

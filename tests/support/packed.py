@@ -8,7 +8,9 @@ from torch import Tensor
 from lora_kernels.formats import FORMATS, LAYOUTS, QuantizedWeight
 
 
-def random_packed(n: int, k: int, block: int = 64, nested: bool = False, code: str = "nf4") -> QuantizedWeight:
+def random_packed(
+    n: int, k: int, block: int = 64, nested: bool = False, code: str = "nf4", layout: str = "codes4"
+) -> QuantizedWeight:
     """Every byte can occur; the weights' magnitudes are those of a linear layer of k columns."""
     blocks, size = n * k // block, max(k, 1) ** -0.5
     data, codes = torch.randint(256, (n * k // 2, 1), dtype=torch.uint8), FORMATS[code].code.clone()
@@ -18,7 +20,16 @@ def random_packed(n: int, k: int, block: int = 64, nested: bool = False, code: s
         parts: tuple[Tensor, ...] = (data, indices, codes, scales2, code2, torch.tensor(1.5 * size))
     else:
         parts = (data, (torch.rand(blocks) + 0.5) * 2 * size, codes)
-    return QuantizedWeight(code, "codes4", parts, (n, k), block)
+    return QuantizedWeight(code, layout, parts, (n, k), block)
+
+
+def random_scaled(layout: str, n: int, k: int, block: int, scale_rows: int | None = None) -> QuantizedWeight:
+    """Of layout "int8" or "e4m3", with so many rows of scales, or n. Every byte but e4m3's NaN can occur."""
+    data = torch.randint(256, (n, k), dtype=torch.uint8)
+    if layout == "e4m3":
+        data[data & 127 == 127] = 0
+    scales = (torch.rand(n if scale_rows is None else scale_rows, -(-k // block)) + 0.5) * max(k, 1) ** -0.5 / 64
+    return QuantizedWeight(layout, layout, (data, scales), (n, k), block)
 
 
 def decoded(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
