@@ -172,7 +172,7 @@ def dequantizing():
     assert _native.cuda is not None, f"nvcc is installed, but lora_kernels._cuda: {_native.cuda_error}"
     module = Path(_native.cuda.__file__)
     names = [name for name in sorted(_native.cuda.kernels()) if "dequantize_kernel" in name]
-    assert len(names) == 6
+    assert len(names) == 18
     return [
         (arch, name, [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for _, text in code])
         for arch in sass.architectures(module)
@@ -188,16 +188,19 @@ def test_weights_are_read_and_written_16_bytes_at_a_time(dequantizing):
             stores = {opcode for opcode in opcodes if opcode.startswith("STG")}
             copies = {opcode for opcode in opcodes if opcode.startswith("LDGSTS")}
             assert stores == {"STG.E.128"}, (arch, name)
-            assert copies == {"LDGSTS.E.BYPASS.128"}, (arch, name)
+            assert copies == {"LDGSTS.E.BYPASS.128.ZFILL"}, (arch, name)
             checked += 1
-    assert checked >= 3
+    assert checked >= 9
 
 
 def test_scales_are_not_fused(dequantizing):
-    """Kills: a product and a sum of which the compiler makes one operation, whose bits are not bitsandbytes'."""
+    """Kills: a product and a sum of which the compiler makes one operation, whose bits are not bitsandbytes'; products
+    in which subnormal numbers are zero.
+    """
     for arch, name, opcodes in dequantizing:
-        assert [opcode for opcode in opcodes if opcode.startswith("FFMA")] == [], (arch, name)
-        assert "FADD" in opcodes, (arch, name)
+        sums_and_products = {opcode for opcode in opcodes if opcode.startswith(("FFMA", "FADD", "FMUL"))}
+        assert sums_and_products <= {"FADD", "FMUL"}, (arch, name)
+        assert "FADD" in opcodes or "E4M3" in name, (arch, name)
 
 
 # What a warp's scheduler issues to the units of arithmetic, HMMA's apart: not memory, branches or uniform registers.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from covering import case_id, covering_pairs
 from numerics import assert_as_accurate
-from packed import decoded, random_packed, with_part
+from packed import decoded, random_packed, random_scaled, with_part
 
 from lora_kernels.ops.lora_linear_packed import SPEC
 
@@ -164,3 +164,5 @@ def test_dropout_and_packed_weights_off_16_bytes_are_refused():
         run(x, with_part(packed, 0, torch.cat([data.new_empty(1), data])[1:]), *rest)
     with pytest.raises(RuntimeError, match=r"x must be \[..., k\]"):
         run(x[:, :64], packed, *rest)
+    with pytest.raises(RuntimeError, match="the CUDA kernel serves layout codes4"):
+        run(x, random_scaled(40, 192).to(dtype=BF16), *rest)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from covering import case_id, covering_pairs
 from numerics import assert_as_accurate
-from packed import decoded, random_packed, with_part
+from packed import decoded, random_packed, random_scaled, with_part
 from pretended_gpu import pretend_gpu
 
 import lora_kernels as lk
@@ -112,6 +112,22 @@ def test_values_and_gradients(case):
     for name, a, b, c in zip(("y", "dX", "dA", "dB"), ours, theirs, true):
         assert a.dtype == (adapter if name in ("dA", "dB") else dtype)
         assert_as_accurate(a, b, c, name)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("m", [2, 9])
+@pytest.mark.parametrize("layout", ["int8", "e4m3"])
+def test_eight_bits_are_decoded_for_the_product(layout, m, dtype):
+    """Kills: few rows that are sent to the kernel of codes4. The decoded weight gives the same bits."""
+    packed = random_scaled(136, 192, layout, 128, "squares").to(dtype=dtype)
+    operands, grad_y = make(m, 136, 192, 8, dtype), torch.randn(2, m, 136).to(dtype)
+    ours = results(lk.lora_linear, packed, operands, grad_y, 0.0)
+    assert lk.stats()["served"]["dequantize", "cuda"] == 2
+    assert {backend for _, backend in lk.stats()["served"]} == {"cuda"}
+    same = results(lk.lora_linear, decoded(packed), operands, grad_y, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(ours, same, strict=True))
+    y = torch.ops.lora_kernels.linear_packed(operands[0], *packed.args, operands[3])
+    assert torch.equal(y, torch.nn.functional.linear(operands[0], decoded(packed), operands[3]))
 
 
 @pytest.mark.parametrize("m", [1, 8])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gpu import BF16, DEVICE, FP16, FP32
 from numerics import assert_as_accurate
-from packed import decoded, random_packed
+from packed import decoded, random_packed, random_scaled
 
 import lora_kernels as lk
 from lora_kernels.ops.lora_linear_packed import BACKWARD, SPEC
@@ -25,6 +25,34 @@ def test_weights_are_decoded_to_the_bit(backend, dtype, block, nested):
     weight = gpu.unless_triton_is_old(lambda: packed.to(DEVICE).dequantize())
     assert torch.equal(weight.cpu(), expected)
     assert lk.stats()["served"] == {("dequantize", backend): 1}
+
+
+@pytest.mark.parametrize(("n", "k"), [(130, 1032), (37, 100)])
+@pytest.mark.parametrize(("block", "rows"), [(None, "each"), (128, "squares"), (48, "all")])
+@pytest.mark.parametrize("layout", ["int8", "e4m3"])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_weights_of_eight_bits_are_decoded_to_the_bit(backend, dtype, layout, block, rows, n, k):
+    packed = random_scaled(n, k, layout, block, rows, special=True).to(dtype=dtype)
+    expected = decoded(packed)
+    gpu.poison([expected.to(DEVICE)])
+    weight = gpu.unless_triton_is_old(lambda: packed.to(DEVICE).dequantize())
+    assert torch.equal(weight.isnan().cpu(), expected.isnan())
+    assert torch.equal(weight.cpu().nan_to_num(), expected.nan_to_num())
+    assert lk.stats()["served"] == {("dequantize", backend): 1}
+
+
+@pytest.mark.parametrize("m", [8, 130])
+@pytest.mark.parametrize("layout", ["int8", "e4m3"])
+def test_values_and_gradients_of_eight_bits(backend, layout, m):
+    packed = random_scaled(257, 1152, layout, 128, "squares").to(dtype=BF16)
+    q = gpu.problem(m, 257, 1152, 16, BF16)._replace(weight=decoded(packed).to(DEVICE))
+    unfused, exact = gpu.by_torch(q), gpu.by_torch(q.double())
+    gpu.poison(unfused)
+    lk.reset_stats()
+    ours = gpu.unless_triton_is_old(lambda: gpu.fused(q._replace(weight=packed.to(DEVICE))))
+    assert {served_by for _, served_by in lk.stats()["served"]} == {backend}
+    for name, value, bound, true in zip(gpu.RESULTS, ours, unfused, exact):
+        assert_as_accurate(value, bound, true, name)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)

@@ -192,6 +192,9 @@ def test_plan_of_prefix_kv(capsys, options, blocks):
         (["--block", "32", "--n", "1537"], 1537 * 576 // 16384 + 1, True),
         (["--unaligned"], 1536 * 576 // 512, False),
         (["--block", "96"], 1536 * 576 // 512, False),
+        (["--layout", "int8"], 1536 * 576 // 8192, True),
+        (["--layout", "e4m3", "--block", "128"], 1536 * 576 // 8192, True),
+        (["--layout", "e4m3", "--block", "100"], 1536 * 576 // 256, False),
     ],
 )
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

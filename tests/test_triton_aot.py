@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import sass
 import triton
-from packed import random_packed
+from packed import random_packed, random_scaled
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_launches import BF16, FP32, compile_for, launches, prompt_launches
 
@@ -201,7 +201,7 @@ def test_dequantize(arch, dtype, block, nested, tmp_path):
     """Kills: scales whose product and sum are one operation; weights that are read, or written, one at a time."""
     k = 3 * block
     launch = dequantize.dequantize_launch(
-        torch.empty(96, k, dtype=dtype), list(random_packed(96, k, block, nested).parts), block
+        torch.empty(96, k, dtype=dtype), list(random_packed(96, k, block, nested).parts), "codes4", block
     )
     compiled = compile_for(arch, launch)
     assert stack_bytes(compiled, tmp_path) == 0
@@ -210,6 +210,31 @@ def test_dequantize(arch, dtype, block, nested, tmp_path):
     assert set(re.findall(r"st\.global\.(\S+)", code)) == {"v4.b32"}
     if block != 48:
         assert "ld.global.v4.b32" in code
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "block", "rows"),
+    [
+        ("int8", BF16, None, "each"),
+        ("int8", FP32, 128, "each"),
+        ("e4m3", BF16, 128, "squares"),
+        ("e4m3", FP32, 48, "all"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_dequantize_of_eight_bits(arch, layout, dtype, block, rows, tmp_path):
+    """Kills: weights that are read, or written, one at a time; arithmetic in which subnormal numbers are zero; a type
+    of eight bits that sm_80 does not have.
+    """
+    weight = random_scaled(96, 768, layout, block, rows)
+    launch = dequantize.dequantize_launch(torch.empty(96, 768, dtype=dtype), list(weight.parts), layout, weight.block)
+    compiled = compile_for(arch, launch)
+    assert stack_bytes(compiled, tmp_path) == 0
+    code = compiled.asm["ptx"]
+    assert set(re.findall(r"st\.global\.(\S+)", code)) == {"v4.b32"}
+    assert "ld.global.v4.b32" in code
+    assert ".ftz" not in code
 
 
 @pytest.mark.parametrize("debug", [False, True])

@@ -269,6 +269,17 @@ def packed_tile(block_bytes: int) -> RowTile:
     return RowTile(4096 // columns, columns, 4)
 
 
+def scaled_tile(k: int, scale_columns: int | None) -> RowTile:
+    """For weights of eight bits: as many bytes per thread. A tile is as wide as a block of columns that has one scale,
+    where that is a power of two, so that it loads one for each of its rows.
+    """
+    tile = _row_tile(k, 4096)
+    if scale_columns is None or scale_columns < 16 or scale_columns & (scale_columns - 1):
+        return tile
+    columns = min(tile.columns, scale_columns)
+    return RowTile(4096 // columns, columns, tile.num_warps)
+
+
 def most_copying_programs(batch: int, rows: int, hidden: int) -> int:
     """Bound on the programs of a launch that copies or adds up rows of a [batch, rows, hidden] tensor."""
     return batch * (1 + rows * blocks(hidden, MIN_COPY_COLUMNS))

@@ -1,4 +1,4 @@
-"""The kernel of ``dequantize``: a program decodes some blocks of packed weights, of which each has one scale."""
+"""The kernels of ``dequantize``, one for each kind of layout."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lora_kernels.formats.scaled import rows_per_scale
 
 from . import configs
 from .launching import Launch, on_device
@@ -37,8 +39,10 @@ def block_scales(weight, block, exists):
 
 
 @triton.jit
-def _dequantize(weight, out, blocks, BLOCK_BYTES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """``blocks`` are those of the weight, of BLOCK_BYTES packed bytes each; ``out`` has them one behind the other."""
+def _codes4(weight, out, blocks, BLOCK_BYTES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """A program decodes some blocks, of which each has one scale. ``blocks`` are those of the weight, of BLOCK_BYTES
+    packed bytes each; ``out`` has them one behind the other.
+    """
     column_blocks = tl.cdiv(BLOCK_BYTES, BLOCK_COLUMNS)
     row = (tl.program_id(0) // column_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column0 = tl.program_id(0) % column_blocks * BLOCK_COLUMNS
@@ -55,6 +59,56 @@ def _dequantize(weight, out, blocks, BLOCK_BYTES: tl.constexpr, BLOCK_ROWS: tl.c
     tl.store(out + row[:, None] * (2 * BLOCK_BYTES) + column[None, :], weights, mask=exists)
 
 
+class Scaled(NamedTuple):
+    """The parts of layouts "int8" and "e4m3"."""
+
+    data: Any
+    scales: Any
+
+
+@triton.jit
+def int8_numbers(data):
+    """float32 of bytes."""
+    return data.to(tl.int8, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def e4m3_numbers(data):
+    """float32 of bytes: exponent and fraction are moved to where float32 has them, which is a factor of 2^(127 - 7),
+    also of subnormal numbers. Triton has the type, but not for GPUs before sm_89.
+    """
+    bits = data.to(tl.int32)
+    moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+    numbers = moved.to(tl.float32, bitcast=True) * 1329227995784915872903807060280344576.0
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), numbers)
+
+
+@triton.jit
+def _scaled(
+    weight, out, n, k, block_rows,
+    numbers: tl.constexpr, SCALE_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A program decodes a tile of [n, k]. ``block_rows`` rows share a scale, and SCALE_COLUMNS columns, or all of them
+    where that is None.
+    """
+    tiles = tl.cdiv(k, BLOCK_COLUMNS)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column0 = tl.program_id(0) % tiles * BLOCK_COLUMNS
+    column = column0 + tl.arange(0, BLOCK_COLUMNS)
+    exists = (row < n)[:, None] & (column < k)[None, :]
+    data = tl.load(weight.data + row[:, None] * k + column[None, :], mask=exists, other=0)
+    if SCALE_COLUMNS is None:
+        scale = tl.load(weight.scales + row // block_rows, mask=row < n, other=0.0)[:, None]
+    else:
+        scales = weight.scales + row // block_rows * tl.cdiv(k, SCALE_COLUMNS)
+        if SCALE_COLUMNS % BLOCK_COLUMNS == 0:  # a tile lies within a block of columns
+            scale = tl.load(scales + column0 // SCALE_COLUMNS, mask=row < n, other=0.0)[:, None]
+        else:
+            scale = tl.load(scales[:, None] + (column // SCALE_COLUMNS)[None, :], mask=exists, other=0.0)
+    weights = (numbers(data) * scale).to(out.dtype.element_ty)
+    tl.store(out + row[:, None] * k + column[None, :], weights, mask=exists)
+
+
 # -------------------------------------------------------------------------------------------------- host code
 
 NO_FUSION = {"enable_fp_fusion": False}
@@ -68,15 +122,35 @@ def dequantize(weight: list[Tensor], layout: str, n: int, k: int, block: int, dt
     out = weight[0].new_empty((n, k), dtype=dtype)
     if out.numel():
         with on_device(out):
-            dequantize_launch(out, weight, block).run()
+            dequantize_launch(out, weight, layout, block).run()
     return out
 
 
-def dequantize_launch(out: Tensor, weight: list[Tensor], block: int) -> Launch:
-    """How ``out`` [n, k] is filled from the parts of layout "codes4"."""
-    parts = Codes4(*weight, *[None] * (6 - len(weight)))
+def dequantize_launch(out: Tensor, weight: list[Tensor], layout: str, block: int) -> Launch:
+    """How ``out`` [n, k] is filled from the parts of a layout."""
+    if layout in _NUMBERS:
+        return _scaled_launch(out, Scaled(*weight), layout, block)
+    return _codes4_launch(out, Codes4(*weight, *[None] * (6 - len(weight))), block)
+
+
+_NUMBERS = {"int8": int8_numbers, "e4m3": e4m3_numbers}
+
+
+def _codes4_launch(out: Tensor, parts: Codes4, block: int) -> Launch:
     block_bytes, blocks = block // 2, out.numel() // block
     tile = configs.packed_tile(block_bytes)
     programs = configs.blocks(blocks, tile.rows) * configs.blocks(block_bytes, tile.columns)
     constants = {"BLOCK_BYTES": block_bytes, "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, **NO_FUSION}
-    return Launch(_dequantize, (programs,), (parts, out, blocks), constants, tile.num_warps, num_stages=1)
+    return Launch(_codes4, (programs,), (parts, out, blocks), constants, tile.num_warps, num_stages=1)
+
+
+def _scaled_launch(out: Tensor, parts: Scaled, layout: str, block: int) -> Launch:
+    n, k = out.shape
+    columns = block if block < k else None
+    tile = configs.scaled_tile(k, columns)
+    programs = configs.blocks(n, tile.rows) * configs.blocks(k, tile.columns)
+    constants = {
+        "numbers": _NUMBERS[layout], "SCALE_COLUMNS": columns, "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns,
+    }  # fmt: skip
+    args = (parts, out, n, k, rows_per_scale(parts.scales, n, block))
+    return Launch(_scaled, (programs,), args, constants, tile.num_warps, num_stages=1)

@@ -4,10 +4,10 @@
 #include <vector>
 
 #include "../launch/lora_linear_packed.h"
-#include "codes4.h"
 #include "cuda_counters.h"
 #include "lora_checks.h"
 #include "lora_rows.h"
+#include "packed_parts.h"
 #include "rows.h"
 
 namespace lk {
@@ -17,7 +17,8 @@ std::tuple<Tensor, Tensor> lora_linear_packed(Tensor x, std::vector<Tensor> weig
                                               int64_t k, int64_t block, ScalarType, Tensor lora_A, Tensor lora_B,
                                               std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
                                               double, std::string) {
-  const Codes4Weight packed = codes4_weight(weight, layout, n, k, block);
+  const PackedParts packed = packed_parts(weight, layout, n, k, block);
+  STD_TORCH_CHECK(packed.layout == PackedLayout::kCodes4, "lora_linear_packed: the CUDA kernel serves layout codes4");
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == k, "x must be [..., k]");
   STD_TORCH_CHECK(is_beside(x, weight[0]), "weight must be on x's device");
   check_adapter(x, n, k, lora_A, lora_B, seed);

@@ -3,46 +3,45 @@
 #include "../kernels/dequantize.cuh"
 #include "../launch/dequantize.h"
 #include "launch_over_torch.h"
+#include "packed_parts.h"
 
 namespace lk {
 
 namespace {
 
-// `first`: the first weight that memory is there for.
-cudaError_t launch_from(int64_t first, const DequantizeParams& p, const DequantizeConfig& config, cudaStream_t stream) {
-  const Codes4Weight& w = p.weight;
-  const size_t scale = w.scales2 == nullptr ? sizeof(float) : 1;
-  const int64_t count = w.count - first, scales = count / w.block;
+// first_row: the first that memory is there for.
+cudaError_t launch_from(int64_t first_row, const DequantizeParams& p, const DequantizeConfig& config,
+                        cudaStream_t stream) {
   Memory memory;
-  memory.input(w.data + first / 2, 1, 1, count / 2, 0);
-  memory.input(static_cast<const char*>(w.scales) + first / w.block * scale, scale, 1, scales, 0);
-  memory.input(w.code, sizeof(float), 1, Codes4::kCodes, 0);
-  memory.input(w.scales2, sizeof(float), 1, blocks_of(scales, kScalesPerScale2), 0);
-  memory.input(w.code2, sizeof(float), 1, 256, 0);
-  memory.input(w.offset, sizeof(float), 1, 1, 0);
+  add_parts(memory, p.weight, first_row);
+  const int64_t first = first_row * p.weight.k, count = (p.weight.n - first_row) * p.weight.k;
   memory.output(static_cast<char*>(p.out) + first * size_of(p.type), count * size_of(p.type));
-  return with_variant(RowVariants<DequantizeCodes4>{}, RowsKey{p.type, config.aligned}, [&]<class Kernel>(Kernel) {
+  const DequantizeKey key{p.weight.layout, p.type, config.aligned};
+  return with_variant(DequantizeVariants{}, key, [&]<class Kernel>(Kernel) {
     return run<Kernel>(&dequantize_kernel<Kernel>, config.aligned, config.blocks - options.first_block, p, memory,
                        stream);
   });
 }
 
-// bf16 from parts at these addresses, as if `first_block` blocks of threads had weights in front of them.
-void dequantize_behind(int first_block, bool aligned, uintptr_t data, uintptr_t scales, uintptr_t code, uintptr_t out,
-                       int64_t count, int64_t block) {
-  const int64_t first = first_block * weights_per_block(aligned);
-  const DequantizeParams p{.weight = {.data = reinterpret_cast<const uint8_t*>(data - first / 2),
-                                      .scales = reinterpret_cast<const void*>(scales - first / block * sizeof(float)),
-                                      .code = reinterpret_cast<const float*>(code),
-                                      .scales2 = nullptr,
-                                      .code2 = nullptr,
-                                      .offset = nullptr,
-                                      .count = first + count,
-                                      .block = block},
-                           .type = FloatType::kBFloat16,
-                           .out = reinterpret_cast<void*>(out - first * 2)};
-  options = {.first_block = first_block};
-  launch_from(first, p, dequantize_config(p.weight.count, block, aligned), nullptr);
+// bf16 from parts at these addresses, as if there were `rows_before` rows of weights, and of scales, in front of them.
+void dequantize_behind(int64_t rows_before, const std::string& layout, bool aligned, uintptr_t data, uintptr_t scales,
+                       uintptr_t code, uintptr_t out, int64_t n, int64_t k, int64_t block) {
+  const bool is_codes4 = layout == "codes4";
+  const int64_t before = rows_before * k, columns = blocks_of(k, block);
+  PackedParts w{};
+  w.data = reinterpret_cast<const uint8_t*>(data - (is_codes4 ? before / 2 : before));
+  w.scales = reinterpret_cast<const void*>(scales - rows_before * columns * sizeof(float));
+  w.code = reinterpret_cast<const float*>(code);
+  w.n = static_cast<int32_t>(rows_before + n);
+  w.k = static_cast<int32_t>(k);
+  w.block = static_cast<int32_t>(block);
+  w.block_rows = 1;
+  w.block_columns = static_cast<int32_t>(columns);
+  w.layout = is_codes4 ? PackedLayout::kCodes4 : PackedLayout::kE4M3;
+  const DequantizeParams p{.weight = w, .type = FloatType::kBFloat16, .out = reinterpret_cast<void*>(out - before * 2)};
+  const DequantizeConfig config = dequantize_config(w, aligned);
+  options = {.first_block = static_cast<int>(before / weights_per_block(w.layout, aligned))};
+  launch_from(rows_before, p, config, nullptr);
   options = {};
 }
 

@@ -3,21 +3,15 @@
 #include "../kernels/lora_linear_packed.cuh"
 #include "../launch/lora_linear_packed.h"
 #include "launch_over_torch.h"
+#include "packed_parts.h"
 
 namespace lk {
 
 cudaError_t launch_lora_linear_packed(const LoraLinearPackedParams& p, FloatType type,
                                       const LoraLinearPackedConfig& config, cudaStream_t stream) {
-  const Codes4Weight& w = p.weight;
-  const int64_t scales = w.count / w.block;
   const size_t element = size_of(type), adapter = size_of(p.adapter_type);
   Memory memory;
-  memory.input(w.data, 1, 1, w.count / 2, 0);
-  memory.input(w.scales, w.scales2 == nullptr ? sizeof(float) : 1, 1, scales, 0);
-  memory.input(w.code, sizeof(float), 1, Codes4::kCodes, 0);
-  memory.input(w.scales2, sizeof(float), 1, blocks_of(scales, kScalesPerScale2), 0);
-  memory.input(w.code2, sizeof(float), 1, 256, 0);
-  memory.input(w.offset, sizeof(float), 1, 1, 0);
+  add_parts(memory, p.weight, 0);
   memory.input(p.x, element, p.m, p.k, p.x_stride);
   memory.input(p.a, adapter, p.rank, p.k, p.a_stride);
   memory.input(p.b, adapter, p.n, p.rank, p.b_stride);

@@ -2,13 +2,14 @@
 // two tables of codes.
 #pragma once
 
-#include "../device.h"
+#include "../config/dequantize.h"
 #include "../params/packed_weight.h"
+#include "../tile.h"
 
 namespace lk {
 
 struct Codes4 {
-  static constexpr int kBits = 4, kCodes = 16, kWordWeights = 32 / kBits;
+  static constexpr int kBits = 4, kCodes = 16;
   static constexpr uint32_t kTableBytes = kCodes * sizeof(float);
 
   // The scale of a block of weights. Quantised scales are decoded by two operations that each round, as whoever
@@ -16,7 +17,7 @@ struct Codes4 {
   //
   // code2 is read by way of the L1 cache, which its 1 KB soon is in. Shared memory would have no fewer conflicts, since
   // the scales of a warp are 32 codes at random, and every block would have to copy the table there and wait for it.
-  LK_DEVICE static float scale(const Codes4Weight& w, int64_t block) {
+  LK_DEVICE static float scale(const PackedParts& w, int64_t block) {
     if (w.scales2 == nullptr) return load_global(static_cast<const float*>(w.scales) + block);
     const float code = load_global(w.code2 + load_global(static_cast<const uint8_t*>(w.scales) + block));
     return rounded_sum(rounded_product(code, load_global(w.scales2 + block / kScalesPerScale2)), load_global(w.offset));
@@ -33,10 +34,42 @@ struct Codes4 {
     return float_of(load_shared_4(codes | offset));
   }
 
-  // The same from memory, for a weight that is even in its byte or not.
-  LK_DEVICE static float code(const Codes4Weight& w, uint8_t byte, bool odd) {
-    return load_global(w.code + (odd ? byte & (kCodes - 1) : byte >> kBits));
+  // The two weights of a byte, whose first is number i.
+  LK_DEVICE static void decode_byte(const PackedParts& w, int64_t i, float (&weights)[2]) {
+    const float factor = scale(w, i / w.block);
+    const uint32_t byte = load_global(w.data + i / 2);
+    weights[0] = load_global(w.code + (byte >> kBits)) * factor;
+    weights[1] = load_global(w.code + (byte & (kCodes - 1))) * factor;
   }
+
+  // Decodes the weights of a warp, from number `first` on, with their scales and the codes in its shared memory.
+  class Warp {
+   public:
+    static constexpr uint32_t kScalesBytes = kWarpPackedBytes * (8 / kBits) / kLeastWholeBlock * sizeof(float);
+    static constexpr uint32_t kSharedBytes = kScalesBytes + kTableBytes;
+    static_assert(kWarpPackedBytes % kTableBytes == 0 && kScalesBytes % kTableBytes == 0,
+                  "every warp's table begins at a multiple of its size");
+
+    LK_DEVICE Warp(const PackedParts& w, uint32_t smem, int64_t first, int count)
+        : scales_(smem), codes_(smem + kScalesBytes), block_bits_(count_ones(static_cast<uint32_t>(w.block - 1))) {
+      const int blocks = ((count - 1) >> block_bits_) + 1, lane = thread_index() % kWarp;
+      LK_NO_UNROLL
+      for (int i = lane; i < blocks; i += kWarp)
+        store_shared_4(scales_ + i * 4, bits_of(scale(w, (first >> block_bits_) + i)));
+      if (lane < kCodes) store_shared_4(codes_ + lane * 4, bits_of(load_global(w.code + lane)));
+    }
+
+    // Those from i on, which have one scale, from their bytes.
+    template <int kCount>
+    LK_DEVICE void decode(uint64_t packed, uint32_t i, float (&weights)[kCount]) {
+      const float factor = float_of(load_shared_4(scales_ + (i >> block_bits_) * 4));
+      LK_UNROLL
+      for (int j = 0; j < kCount; ++j) weights[j] = code(codes_, static_cast<uint32_t>(packed), j) * factor;
+    }
+
+   private:
+    uint32_t scales_, codes_, block_bits_;
+  };
 };
 
 // The codes, rounded to 16 bits, as byte planes in eight registers: what a product of tensor cores takes as they are,

@@ -3,37 +3,38 @@
 
 #include "../config/dequantize.h"
 #include "../formats/codes4.h"
+#include "../formats/scaled.h"
 #include "../params/dequantize.h"
 #include "prompt_rows.cuh"
 
 namespace lk {
 
-template <class Element_, bool kAligned_>
-struct DequantizeCodes4;
+// A layout decodes a byte's weights (decode_byte), and by its class Warp, which has some shared memory, the weights of
+// a warp from neighbouring bytes.
+template <class Layout, class Element_, bool kAligned_>
+struct Dequantize;
 
-// A warp has kWarpWeights neighbours, and its own part of shared memory: no barrier is the block's.
+// A warp has kWarpPackedBytes neighbours, and its own part of shared memory: no barrier is the block's.
 //
-// Their packed bytes come as they lie, 16 for a lane. Of these a lane cannot decode its own: the 16-byte stores of a
-// warp's lanes, which together fill whole lines, then hold weights of two or four packed bytes each. Shared memory
-// hands the bytes on: they are copied there without a register, and a lane reads the word that holds its next weights,
-// lanes beside each other in banks beside each other. Shuffles would take four, and sixteen selects, for what is one
-// load here.
-template <class Element_>
-struct DequantizeCodes4<Element_, true> {
+// Packed bytes come as they lie, 16 for a lane. Of these a lane cannot decode its own: the 16-byte stores of a warp's
+// lanes, which together fill whole lines, then hold weights of two, four or eight packed bytes each. Shared memory
+// hands the bytes on: they are copied there without a register, and a lane reads those of its next weights, lanes
+// beside each other in banks beside each other. Shuffles would take four, and sixteen selects, for what is one load
+// here.
+template <class Layout, class Element_>
+struct Dequantize<Layout, Element_, true> {
   using Element = Element_;
   static constexpr int kThreads = kDequantizeThreads, kMinBlocks = 8;
 
   LK_DEVICE static void run(const DequantizeParams& p) {
-    const Codes4Weight& w = p.weight;
-    const int64_t warp = static_cast<int64_t>(block_index()) * kWarps + warp_index(), first = warp * kWarpWeights;
-    if (first >= w.count) return;
-    const uint32_t lane = lane_index(), block_bits = count_ones(static_cast<uint32_t>(w.block - 1));
-    const int count = static_cast<int>(w.count - first < kWarpWeights ? w.count - first : kWarpWeights);
-    const uint32_t packed_smem = dynamic_shared() + warp_index() * kWarpBytes, scales_smem = packed_smem + kPackedBytes,
-                   codes_smem = scales_smem + kScalesBytes;
+    const PackedParts& w = p.weight;
+    const int64_t weights = static_cast<int64_t>(w.n) * w.k;
+    const int64_t first = (static_cast<int64_t>(block_index()) * kWarps + warp_index()) * kWarpWeights;
+    if (first >= weights) return;
+    const uint32_t lane = lane_index(), packed_smem = dynamic_shared() + warp_index() * kWarpBytes;
+    const int count = static_cast<int>(weights - first < kWarpWeights ? weights - first : kWarpWeights);
     copy_packed(packed_smem, w.data + first / kByteWeights, count / kByteWeights);
-    store_scales(scales_smem, w, first >> block_bits, ((count - 1) >> block_bits) + 1);
-    if (lane < Codes4::kCodes) store_shared_4(codes_smem + lane * 4, bits_of(load_global(w.code + lane)));
+    typename Layout::Warp warp(w, packed_smem + kWarpPackedBytes, first, count);
     copy_async_wait<0>();
     sync_warp();
     Bits* const out = static_cast<Bits*>(p.out) + first + lane * kGroup;
@@ -41,64 +42,85 @@ struct DequantizeCodes4<Element_, true> {
     for (int step = 0; step < kWarpWeights / (kWarp * kGroup); ++step) {
       const uint32_t i = (step * kWarp + lane) * kGroup;
       if (i >= static_cast<uint32_t>(count)) return;
-      const uint32_t word = load_shared_4(packed_smem + (step * kWarp + lane) / kSharers * 4) >> lane % kSharers * 16;
-      const float scale = float_of(load_shared_4(scales_smem + (i >> block_bits) * 4));
       float f[kGroup];
-      LK_UNROLL
-      for (int j = 0; j < kGroup; ++j) f[j] = Codes4::code(codes_smem, word, j) * scale;
+      warp.decode(load_packed(packed_smem + i / kByteWeights), i, f);
       Elements<Element>::store(out + step * kWarp * kGroup, f);
     }
   }
 
  private:
   using Bits = typename Elements<Element>::Bits;
-  static constexpr int kGroup = kChunkBytes / sizeof(Bits);       // weights of one store
-  static constexpr int kSharers = Codes4::kWordWeights / kGroup;  // lanes that have a word, each its part of 16 bits
-  static_assert(kSharers == 1 || kSharers == 2);
-  static constexpr int kByteWeights = 8 / Codes4::kBits, kWarps = kThreads / kWarp;
-  static constexpr int kPackedBytes = kWarpWeights / kByteWeights;
-  static constexpr int kScalesBytes = kWarpWeights / kLeastWholeBlock * sizeof(float);
-  static constexpr int kWarpBytes = kPackedBytes + kScalesBytes + Codes4::kTableBytes;
-  static_assert(kWarpBytes % Codes4::kTableBytes == 0 && (kPackedBytes + kScalesBytes) % Codes4::kTableBytes == 0,
-                "every warp's table begins at a multiple of its size");
+  static constexpr int kGroup = kChunkBytes / sizeof(Bits);  // weights of one store
+  static_assert(kGroup <= kMostGroup);
+  static constexpr int kByteWeights = 8 / Layout::kBits, kGroupBytes = kGroup / kByteWeights;
+  static constexpr int kWarps = kThreads / kWarp, kWarpWeights = kWarpPackedBytes * kByteWeights;
+  static constexpr uint32_t kWarpBytes = kWarpPackedBytes + Layout::Warp::kSharedBytes;
 
   LK_DEVICE static void copy_packed(uint32_t smem, const uint8_t* gmem, int bytes) {
     LK_UNROLL
-    for (int j = 0; j < kPackedBytes / (kWarp * kChunkBytes); ++j) {
-      const int i = (j * kWarp + lane_index()) * kChunkBytes;
-      if (i < bytes) copy_async_16(smem + i, gmem + i, kChunkBytes);
+    for (int j = 0; j < kWarpPackedBytes / (kWarp * kChunkBytes); ++j) {
+      const int i = (j * kWarp + lane_index()) * kChunkBytes, left = bytes - i;
+      if (left > 0) copy_async_16(smem + i, gmem + i, left < kChunkBytes ? left : kChunkBytes);
     }
     copy_async_commit();
   }
 
-  LK_DEVICE static void store_scales(uint32_t smem, const Codes4Weight& w, int64_t first, int count) {
-    LK_NO_UNROLL
-    for (int i = lane_index(); i < count; i += kWarp)
-      store_shared_4(smem + i * 4, bits_of(Codes4::scale(w, first + i)));
+  // The bytes of a group, of which two are half of a word that two lanes read.
+  LK_DEVICE static uint64_t load_packed(uint32_t smem) {
+    if constexpr (kGroupBytes == 8) {
+      return load_shared_8(smem);
+    } else if constexpr (kGroupBytes == 4) {
+      return load_shared_4(smem);
+    } else {
+      static_assert(kGroupBytes == 2);
+      return load_shared_4(smem & ~3u) >> (smem & 2) * 8;
+    }
   }
 
  public:
-  static constexpr int kSharedBytes = kWarps * kWarpBytes;
+  static constexpr int kSharedBytes = kWarps * static_cast<int>(kWarpBytes);
 };
 
-// Any even block, at any address: a thread has one byte.
-template <class Element_>
-struct DequantizeCodes4<Element_, false> {
+// Any block, at any address: a thread has one byte.
+template <class Layout, class Element_>
+struct Dequantize<Layout, Element_, false> {
   using Element = Element_;
   static constexpr int kThreads = kDequantizeThreads, kMinBlocks = 8, kSharedBytes = 0;
 
   LK_DEVICE static void run(const DequantizeParams& p) {
-    const Codes4Weight& w = p.weight;
-    const int64_t i = 2 * (static_cast<int64_t>(block_index()) * kThreads + thread_index());
-    if (i >= w.count) return;
-    const float scale = Codes4::scale(w, i / w.block);
-    const uint8_t byte = load_global(w.data + i / 2);
-    for (int j = 0; j < 2; ++j) {
-      const float f[1] = {Codes4::code(w, byte, j != 0) * scale};
+    constexpr int kByteWeights = 8 / Layout::kBits;
+    const int64_t i = kByteWeights * (static_cast<int64_t>(block_index()) * kThreads + thread_index());
+    if (i >= static_cast<int64_t>(p.weight.n) * p.weight.k) return;
+    float weights[kByteWeights];
+    Layout::decode_byte(p.weight, i, weights);
+    LK_UNROLL
+    for (int j = 0; j < kByteWeights; ++j) {
+      const float f[1] = {weights[j]};
       Elements<Element>::store(static_cast<typename Elements<Element>::Bits*>(p.out) + i + j, f);
     }
   }
 };
+
+struct DequantizeKey {
+  PackedLayout layout;
+  FloatType type;
+  bool aligned;
+
+  friend constexpr bool operator==(const DequantizeKey&, const DequantizeKey&) = default;
+};
+
+template <PackedLayout kLayout, class Layout, FloatType kType, class Element>
+using DequantizeTo = VariantList<Variant<DequantizeKey{kLayout, kType, true}, Dequantize<Layout, Element, true>>,
+                                 Variant<DequantizeKey{kLayout, kType, false}, Dequantize<Layout, Element, false>>>;
+
+template <PackedLayout kLayout, class Layout>
+using DequantizeLayout = Concat<DequantizeTo<kLayout, Layout, FloatType::kFloat32, Float32>,
+                                DequantizeTo<kLayout, Layout, FloatType::kBFloat16, BFloat16>,
+                                DequantizeTo<kLayout, Layout, FloatType::kFloat16, Float16>>;
+
+using DequantizeVariants =
+    Concat<DequantizeLayout<PackedLayout::kCodes4, Codes4>, DequantizeLayout<PackedLayout::kInt8, Scaled<Int8>>,
+           DequantizeLayout<PackedLayout::kE4M3, Scaled<E4M3>>>;
 
 template <class Variant>
 LK_KERNEL(Variant::kThreads, Variant::kMinBlocks)

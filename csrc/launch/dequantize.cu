@@ -5,17 +5,19 @@
 namespace lk {
 
 cudaError_t launch_dequantize(const DequantizeParams& p, const DequantizeConfig& config, cudaStream_t stream) {
-  return with_variant(RowVariants<DequantizeCodes4>{}, RowsKey{p.type, config.aligned}, [&]<class Kernel>(Kernel) {
+  const DequantizeKey key{p.weight.layout, p.type, config.aligned};
+  return with_variant(DequantizeVariants{}, key, [&]<class Kernel>(Kernel) {
     return launch_variant<Kernel>(&dequantize_kernel<Kernel>, config.blocks, p, stream);
   });
 }
 
-KernelInfo describe_dequantize(FloatType type, bool aligned) {
-  return describe_one<DequantizeParams>(RowVariants<DequantizeCodes4>{}, RowsKey{type, aligned}, "dequantize_kernel");
+KernelInfo describe_dequantize(PackedLayout layout, FloatType type, bool aligned) {
+  return describe_one<DequantizeParams>(DequantizeVariants{}, DequantizeKey{layout, type, aligned},
+                                        "dequantize_kernel");
 }
 
 std::vector<KernelInfo> dequantize_kernels() {
-  return describe_all<DequantizeParams>(RowVariants<DequantizeCodes4>{}, "dequantize_kernel");
+  return describe_all<DequantizeParams>(DequantizeVariants{}, "dequantize_kernel");
 }
 
 }  // namespace lk

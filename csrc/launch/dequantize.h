@@ -10,7 +10,7 @@
 namespace lk {
 
 cudaError_t launch_dequantize(const DequantizeParams& params, const DequantizeConfig& config, cudaStream_t stream);
-KernelInfo describe_dequantize(FloatType type, bool aligned);
+KernelInfo describe_dequantize(PackedLayout layout, FloatType type, bool aligned);
 std::vector<KernelInfo> dequantize_kernels();
 
 }  // namespace lk

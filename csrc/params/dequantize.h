@@ -8,9 +8,9 @@ namespace lk {
 
 // out[i] = weight i, rounded once, to `type`.
 struct DequantizeParams {
-  Codes4Weight weight;
+  PackedParts weight;
   FloatType type;
-  void* out;  // [count], contiguous
+  void* out;  // [n, k], contiguous
 };
 
 }  // namespace lk

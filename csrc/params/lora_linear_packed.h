@@ -9,8 +9,8 @@ namespace lk {
 // y = x wᵀ + bias + scaling · s bᵀ, s = x aᵀ, for few rows of x. Its type is the products', y's, s's and the bias's;
 // the adapter has it too, or is fp32. Rows begin at 16 bytes.
 struct LoraLinearPackedParams {
-  Codes4Weight weight;  // [n, k]
-  const void* x;        // [m, k]
+  PackedParts weight;  // [n, k]
+  const void* x;       // [m, k]
   int64_t x_stride;
   const void* a;  // [rank, k]
   int64_t a_stride;

@@ -1,6 +1,9 @@
 // Plans of dequantize.
 #include "../launch/dequantize.h"
 
+#include <algorithm>
+#include <string>
+
 #include "plan.h"
 
 namespace lk {
@@ -9,34 +12,59 @@ namespace {
 struct DequantizeFields {
   using Params = DequantizeParams;
   static constexpr std::array kFields = {
-      LK_FIELD(weight.data),  LK_FIELD(weight.scales), LK_FIELD(weight.code),  LK_FIELD(weight.scales2),
-      LK_FIELD(weight.code2), LK_FIELD(weight.offset), LK_FIELD(weight.count), LK_FIELD(weight.block),
-      LK_FIELD(type),         LK_FIELD(out),
+      LK_FIELD(weight.data),
+      LK_FIELD(weight.scales),
+      LK_FIELD(weight.code),
+      LK_FIELD(weight.scales2),
+      LK_FIELD(weight.code2),
+      LK_FIELD(weight.offset),
+      LK_FIELD(weight.n),
+      LK_FIELD(weight.k),
+      LK_FIELD(weight.block),
+      LK_FIELD(weight.block_rows),
+      LK_FIELD(weight.block_columns),
+      LK_FIELD(weight.layout),
+      LK_FIELD(type),
+      LK_FIELD(out),
   };
   static_assert(leaves_no_gap<Params>(kFields));
 };
 
+constexpr struct {
+  const char* name;
+  PackedLayout layout;
+} kLayouts[] = {{"codes4", PackedLayout::kCodes4}, {"int8", PackedLayout::kInt8}, {"e4m3", PackedLayout::kE4M3}};
+
 PyObject* plan_dequantize(PyObject*, PyObject* args, PyObject* keywords) {
-  const char* const names[] = {"dtype", "n", "k", "block", "aligned", "sms", "shared_per_block", nullptr};
-  const char* dtype;
+  const char* const names[] = {"dtype", "layout", "n", "k", "block", "aligned", "sms", "shared_per_block", nullptr};
+  const char *dtype, *layout;
   long long n, k, block;
   int aligned, sms, shared_per_block;
   FloatType type;
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLLLpii", const_cast<char**>(names), &dtype, &n, &k, &block,
-                                   &aligned, &sms, &shared_per_block) ||
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "ssLLLpii", const_cast<char**>(names), &dtype, &layout, &n, &k,
+                                   &block, &aligned, &sms, &shared_per_block) ||
       !parse_type("dtype", dtype, type)) {
     return nullptr;
   }
-  if (block % 2 != 0 || k % block != 0) {
+  const auto* const named =
+      std::ranges::find_if(kLayouts, [&](const auto& l) { return std::string(layout) == l.name; });
+  if (named == std::end(kLayouts)) return PyErr_Format(PyExc_ValueError, "layout %s is not known", layout);
+  if (named->layout == PackedLayout::kCodes4 && (block % 2 != 0 || k % block != 0)) {
     return PyErr_Format(PyExc_ValueError, "block must be even, and k a multiple of it, got %lld and %lld", block, k);
   }
-  const DequantizeConfig config = dequantize_config(n * k, block, aligned != 0);
+  PackedParts weight{};
+  weight.n = static_cast<int32_t>(n);
+  weight.k = static_cast<int32_t>(k);
+  weight.block = static_cast<int32_t>(block);
+  weight.block_rows = 1;
+  weight.layout = named->layout;
+  const DequantizeConfig config = dequantize_config(weight, aligned != 0);
   if (config.blocks > INT32_MAX) return too_many_tiles();
-  return to_python({.schedule = "codes4",
+  return to_python({.schedule = named->name,
                     .reason = config.aligned ? "a lane copies packed bytes 16 at a time, and stores 16 bytes of weights"
                                              : "a thread has one byte: the packed weights do not begin at 16 bytes, or "
-                                               "their block is no power of two from 32",
-                    .kernel = describe_dequantize(type, config.aligned),
+                                               "neighbours that 16 bytes are written of have several scales",
+                    .kernel = describe_dequantize(named->layout, type, config.aligned),
                     .blocks = config.blocks,
                     .workspace_bytes = 0,
                     .params_size = sizeof(DequantizeParams),

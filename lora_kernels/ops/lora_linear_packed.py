@@ -61,7 +61,7 @@ def _composed(backend: str, spec: OpSpec, args: tuple, first: int) -> Verdict:
 
 def _cuda_supports(*args: Any) -> Verdict:
     x, parts, layout, _, _, block, _, lora_A, _, _, seed, *_ = args
-    if gpu_packed.is_few_rows(x, parts[0], block, lora_A.shape[0], seed is not None):
+    if gpu_packed.is_few_rows(x, parts[0], layout, block, lora_A.shape[0], seed is not None):
         return gpu_packed.refusal("cuda", x.device, layout) or gpu_packed.FEW_ROWS
     return _composed("cuda", lora_linear.SPEC, args, 1)
 

@@ -9,7 +9,7 @@ from ..reasons import Reason
 from ..spec import Verdict
 from . import cuda, triton
 
-LAYOUTS = ("codes4",)
+LAYOUTS = ("codes4", "int8", "e4m3")
 """That the kernels decode."""
 DECODE = Verdict("decode", "one pass over the packed weight")
 COMPOSED = Verdict("dequantize + product", "one launch decodes the weight; what multiplies by a plain one goes on")
@@ -17,6 +17,7 @@ COMPOSED = Verdict("dequantize + product", "one launch decodes the weight; what 
 memory is the allocator's, in the order of the stream: what one layer frees is the next one's.
 """
 FEW_ROWS = Verdict("decode", "few rows: one launch streams the packed weight, which it decodes in registers")
+FEW_ROWS_LAYOUTS = ("codes4",)
 MAX_FEW_ROWS, MAX_RANK, LEAST_BLOCK = 16, 64, 64
 """What that launch serves: ``serves_packed`` of csrc/config/lora_linear_packed.h."""
 _NO_LAYOUT = Verdict(None, Reason.FORMAT)
@@ -34,10 +35,11 @@ def decode_verdict(backend: str, device: torch.device, layout: str) -> Verdict:
     return refusal(backend, device, layout) or DECODE
 
 
-def is_few_rows(x: torch.Tensor, data: torch.Tensor, block: int, rank: int, has_dropout: bool) -> bool:
+def is_few_rows(x: torch.Tensor, data: torch.Tensor, layout: str, block: int, rank: int, has_dropout: bool) -> bool:
     """Whether the CUDA kernel of few rows serves ``x`` by packed weights, which ``data`` holds."""
     return (
-        x.dtype in LOW_PRECISION
+        layout in FEW_ROWS_LAYOUTS
+        and x.dtype in LOW_PRECISION
         and 0 < x.shape[:-1].numel() <= MAX_FEW_ROWS
         and rank <= MAX_RANK
         and not has_dropout

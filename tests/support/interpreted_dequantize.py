@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from covering import case_id, covering_pairs
-from packed import decoded, random_packed, with_part
+from packed import decoded, random_packed, random_scaled, with_part
 
 import lora_kernels as lk
 from lora_kernels.triton_kernels import configs, dequantize
@@ -30,7 +30,10 @@ def check(packed):
     parts, *rest = packed.args
     weight = dequantize.dequantize(parts, *rest)
     assert weight.dtype == packed.dtype
-    assert torch.equal(weight.view(BITS[weight.dtype]), decoded(packed).view(BITS[weight.dtype]))
+    bits, expected = (t.view(BITS[t.dtype]) for t in (weight, decoded(packed)))
+    is_number = ~decoded(packed).isnan()
+    assert torch.equal(weight.isnan(), ~is_number)
+    assert torch.equal(bits[is_number], expected[is_number])
 
 
 CASES = covering_pairs(
@@ -47,6 +50,29 @@ def test_bits(case, monkeypatch):
         monkeypatch.setattr(configs, "packed_tile", lambda block_bytes: configs.RowTile(4, 16, 4))
         n = min(n, 5)
     check(random_packed(n, case["blocks"] * case["block"], case["block"], case["nested"]).to(dtype=case["dtype"]))
+
+
+SCALED = covering_pairs(
+    layout=["int8", "e4m3"], dtype=[FP16, FP32], rows=["each", "squares", "all"], block=[None, 1, 12, 16, 128, 2048],
+    n=[0, 1, 5, 131], k=[1, 100, 136, 1032], off=[0, 1],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SCALED, ids=case_id)
+def test_bits_of_eight_bit_layouts(case):
+    """Kills: a scale of another row, column or square, or one that a row's end has not."""
+    packed = random_scaled(case["n"], case["k"], case["layout"], case["block"], case["rows"], special=True)
+    data = packed.parts[0].flatten()
+    data = torch.cat([data.new_empty(case["off"]), data])[case["off"] :]
+    check(with_part(packed.to(dtype=case["dtype"]), 0, data.view(packed.shape)))
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
+@pytest.mark.parametrize("layout", ["int8", "e4m3"])
+def test_every_number_of_eight_bits(layout, dtype):
+    """Kills: a sign, an exponent or a subnormal number that is taken for another; a NaN for 480."""
+    packed = with_part(random_scaled(4, 256, layout), 0, torch.arange(256, dtype=torch.uint8).repeat(4, 1))
+    check(with_part(packed.to(dtype=dtype), 1, torch.tensor([[1.0], [-0.3], [2.0**-120], [0.0]])))
 
 
 @pytest.mark.parametrize("by", [1, 2, 8])

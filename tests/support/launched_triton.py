@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from packed import random_packed
+from packed import random_packed, random_scaled
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -116,5 +116,17 @@ def test_prompt_embedding(full, monkeypatch):
 @pytest.mark.parametrize("nested", [True, False])
 def test_dequantize(nested, monkeypatch):
     weight = random_packed(48, 128, nested=nested)
-    launch = dequantize.dequantize_launch(torch.empty(48, 128, dtype=torch.bfloat16), list(weight.parts), 64)
+    launch = dequantize.dequantize_launch(
+        torch.empty(48, 128, dtype=torch.bfloat16), list(weight.parts), weight.layout, 64
+    )
+    check("sm_90", [("dequantize", launch)], monkeypatch)
+
+
+@pytest.mark.parametrize("layout", ["int8", "e4m3"])
+@pytest.mark.parametrize(("block", "rows"), [(None, "each"), (128, "squares"), (48, "all")])
+def test_dequantize_of_eight_bits(layout, block, rows, monkeypatch):
+    weight = random_scaled(300, 520, layout, block, rows)
+    launch = dequantize.dequantize_launch(
+        torch.empty(300, 520, dtype=torch.bfloat16), list(weight.parts), layout, weight.block
+    )
     check("sm_90", [("dequantize", launch)], monkeypatch)

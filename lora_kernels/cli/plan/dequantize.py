@@ -14,13 +14,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     size = arguments.integer(1, MAX_SIZE)
     parser.add_argument("--n", type=size, required=True, help="output features: rows of the weight")
     parser.add_argument("--k", type=size, required=True, help="input features: columns of the weight")
-    parser.add_argument("--block", type=size, default=64, help="weights that share a scale (default: 64)")
+    parser.add_argument("--layout", choices=("codes4", "int8", "e4m3"), default="codes4", help="default: codes4")
+    parser.add_argument("--block", type=size, help="weights that share a scale (default: 64; of eight bits, a row)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), required=True, help="of the weights written")
     parser.add_argument("--unaligned", action="store_true", help="the packed weights do not begin at 16 bytes")
 
 
 def _problem(options: argparse.Namespace) -> dict[str, Any]:
-    return {**{name: getattr(options, name) for name in ("n", "k", "block", "dtype")}, "aligned": not options.unaligned}
+    block = options.block or (64 if options.layout == "codes4" else options.k)
+    sizes = {name: getattr(options, name) for name in ("layout", "n", "k", "dtype")}
+    return {**sizes, "block": block, "aligned": not options.unaligned}
 
 
 register("dequantize", _add_arguments, _problem)
