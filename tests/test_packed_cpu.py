@@ -137,7 +137,7 @@ def test_bits_of_numbers_of_8_bits(layout, dtype):
     for n, k in ((1, 1), (5, 37), (0, 64), (70, 300), (9, 0), (3, 4096)):
         for block in (1, 3, 32, 64, 100, 128, max(1, k), k + 5):
             for rows in scale_rows(n, block):
-                w = random_scaled(layout, n, k, block, rows).to(dtype=dtype)
+                w = random_scaled(n, k, layout, block, rows).to(dtype=dtype)
                 assert_same_bits(native.dequantize(*w.args, ""), decoded(w))
 
 
@@ -145,7 +145,7 @@ def test_bits_of_numbers_of_8_bits(layout, dtype):
 @pytest.mark.parametrize("layout", ["int8", "e4m3"])
 def test_bits_of_every_number_of_8_bits(layout, dtype):
     """Kills: a subnormal of e4m3 that is flushed, a NaN that is a number, -128; at scales that over- and underflow."""
-    w = random_scaled(layout, 96, 256, 32).to(dtype=dtype)
+    w = random_scaled(96, 256, layout, 32).to(dtype=dtype)
     data, scales = w.parts
     data[:] = torch.arange(256, dtype=torch.uint8)
     scales[:] = torch.logspace(-12, 37, scales.numel()).view_as(scales)
@@ -280,7 +280,10 @@ SCALED = [
 ]
 OTHER_LAYOUTS = {
     "codes4_low": [random_packed(37, 576, layout="codes4_low"), random_packed(23, 34, 34, True, layout="codes4_low")],
-    **{layout: [random_scaled(layout, *sizes) for sizes in SCALED] for layout in ("int8", "e4m3")},
+    **{
+        layout: [random_scaled(n, k, layout, block, rows) for n, k, block, rows in SCALED]
+        for layout in ("int8", "e4m3")
+    },
 }
 
 
@@ -317,7 +320,7 @@ def test_values_by_panels_of_other_layouts(schedule, x_dtype, dtype, layout):
     """Kills: rows of scales that are counted from a panel's first row."""
     skip_unless_possible(schedule, x_dtype)
     makers = {"codes4_low": lambda: random_packed(1100, 1024, layout=layout)}
-    large = makers.get(layout, lambda: random_scaled(layout, 1100, 1100, 128, 9))()
+    large = makers.get(layout, lambda: random_scaled(1100, 1100, layout, 128, 9))()
     for weight in (*OTHER_LAYOUTS[layout], large):
         problem = make_problem(33, *weight.shape, weight.block, 6, x_dtype, dtype, weight=weight)
         assert_products(ours(problem, schedule), problem)
@@ -463,7 +466,7 @@ def misfits(nested):
 
 
 def scaled_misfits(layout):
-    parts, layout, n, k, block, dtype = random_scaled(layout, 24, 128, 16, 2).args
+    parts, layout, n, k, block, dtype = random_scaled(24, 128, layout, 16, 2).args
     data, scales = parts
     yield "one part", ([data], layout, n, k, block, dtype)
     yield "three parts", ([*parts, scales], layout, n, k, block, dtype)
