@@ -159,10 +159,9 @@ def test_bits_of_every_number_of_8_bits(layout, dtype):
 
 def make_problem(m, n, k, block, rank, x_dtype, dtype, adapter_dtype=None, weight=None):
     adapter_dtype = adapter_dtype or x_dtype
-    weight = weight or random_packed(n, k, block, nested=rank % 2 == 0)
     return {
         "x": torch.randn(m, k).to(x_dtype),
-        "weight": weight.to(dtype=dtype),
+        "weight": (weight or random_packed(n, k, block, nested=rank % 2 == 0)).to(dtype=dtype),
         "lora_A": (torch.randn(rank, k) / math.sqrt(k)).to(adapter_dtype),
         "lora_B": (torch.randn(n, rank) / math.sqrt(rank)).to(adapter_dtype),
         "bias": torch.randn(n).to(x_dtype),

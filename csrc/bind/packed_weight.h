@@ -153,7 +153,7 @@ inline void unpack_rows(const PackedWeight& w, void* out, bool is_narrow, int64_
   constexpr int64_t kThreadElements = 1 << 15;  // elements that are worth a thread
   const UnpackParams p{.weight = w, .out = out, .first_row = begin, .is_narrow = is_narrow};
   torch::stable::parallel_for(begin, end, std::max<int64_t>(1, kThreadElements / std::max<int64_t>(1, w.k)),
-                              [&](int64_t first, int64_t last) { cpu::kernels().packed.unpack(p, first, last); });
+                              [&](int64_t first, int64_t last) { cpu::kernels().packed->unpack(p, first, last); });
 }
 
 // The weight of a product, decoded panel by panel into one buffer.

@@ -225,7 +225,7 @@ void decode_rows(const PackedLinearParams& p, int64_t m, int64_t begin, int64_t 
   constexpr int64_t kDepth = 2048;  // columns that are summed on their own: the rounding error grows with their number
   const PackedWeight& w = p.weight;
   const Layout layout(w);
-  const float* x = p.x + m * p.x_stride;
+  const float* x = static_cast<const float*>(p.x) + m * p.x_stride;
   float scales[4][kDepth / kRun + 1 + kLanes];
   for (int64_t n0 = begin; n0 < end; n0 += 4) {
     const int64_t columns = smaller(4, end - n0);
@@ -292,28 +292,60 @@ constexpr int kTileRows = 4, kTileColumns = 3;
 #endif
 constexpr int64_t kTileDepth = 1024;  // columns: at most 16 KB of W in fp32
 
+// A vector of the numbers that a product is of, which are added up in fp32.
+template <class Number>
+struct Factors;
+
+template <>
+struct Factors<float> {
+  static constexpr int kCount = kLanes;
+
+  explicit Factors(const float* p) : v(load(p)) {}
+
+  static VecF multiply_add(const Factors& a, const Factors& b, VecF sum) { return fma(a.v, b.v, sum); }
+
+  VecF v;
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Factors<uint16_t> {
+  static constexpr int kCount = 2 * kLanes;
+
+  explicit Factors(const uint16_t* p) : v((__m512bh)_mm512_loadu_si512(p)) {}
+
+  static VecF multiply_add(const Factors& a, const Factors& b, VecF sum) {
+    return (VecF)_mm512_dpbf16_ps((__m512)sum, a.v, b.v);
+  }
+
+  __m512bh v;
+};
+#endif
+
 // Columns of rows that lie `x_stride` apart, and of a few rows of a weight, kTileDepth apart.
+template <class Number>
 struct TileOperands {
-  const float* x;
+  const Number* x;
   int64_t x_stride;
-  const float* w;
+  const Number* w;
   int64_t depth;  // a multiple of kPaddedColumns
 };
 
 // Adds the products of rows m, m + 1, ... of both to `sums`.
-template <int kRows>
-LK_ALWAYS_INLINE inline void add_products(const TileOperands& t, int64_t m, VecF (&sums)[kRows][kTileColumns]) {
+template <int kRows, class Number>
+LK_ALWAYS_INLINE inline void add_products(const TileOperands<Number>& t, int64_t m, VecF (&sums)[kRows][kTileColumns]) {
+  using Vector = Factors<Number>;
   VecF acc[kRows][kTileColumns];
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kTileColumns; ++j) acc[i][j] = sums[i][j];
   }
-  const float* x = t.x + m * t.x_stride;
-  for (int64_t c = 0; c < t.depth; c += kLanes) {
-    VecF row[kTileColumns];
-    for (int j = 0; j < kTileColumns; ++j) row[j] = load(t.w + j * kTileDepth + c);
+  const Number* x = t.x + m * t.x_stride;
+  for (int64_t c = 0; c < t.depth; c += Vector::kCount) {
     for (int i = 0; i < kRows; ++i) {
-      const VecF value = load(x + i * t.x_stride + c);
-      for (int j = 0; j < kTileColumns; ++j) acc[i][j] = fma(value, row[j], acc[i][j]);
+      const Vector value(x + i * t.x_stride + c);
+      for (int j = 0; j < kTileColumns; ++j) {
+        acc[i][j] = Vector::multiply_add(value, Vector(t.w + j * kTileDepth + c), acc[i][j]);
+      }
     }
   }
   for (int i = 0; i < kRows; ++i) {
@@ -322,9 +354,9 @@ LK_ALWAYS_INLINE inline void add_products(const TileOperands& t, int64_t m, VecF
 }
 
 // y[i, j] += the products for rows m, m + 1, ... of both; written where is_first.
-template <int kRows>
-inline void multiply_tile(const TileOperands& base, const TileOperands& branch, int64_t m, bool is_first, float* y,
-                          int64_t y_stride, int64_t columns) {
+template <int kRows, class Number>
+inline void multiply_tile(const TileOperands<Number>& base, const TileOperands<float>& branch, int64_t m, bool is_first,
+                          float* y, int64_t y_stride, int64_t columns) {
   VecF acc[kRows][kTileColumns] = {};
   if (branch.depth > 0) add_products<kRows>(branch, m, acc);
   if (base.depth > 0) add_products<kRows>(base, m, acc);
@@ -350,10 +382,13 @@ inline void for_tiles(int64_t begin, int64_t end, const F& f) {
   if constexpr (kRows > 1) for_tiles<(kRows > 4 ? 4 : kRows / 2)>(begin, end, f);
 }
 
+template <class Number>
 void multiply(const PackedLinearParams& p, int64_t begin, int64_t end) {
   const PackedWeight& weight = p.weight;
-  const UnpackColumns unpack = unpack_columns_of(weight, false);
-  alignas(64) float w[kTileColumns][kTileDepth], b[kTileColumns][kTileDepth];
+  const UnpackColumns unpack = unpack_columns_of(weight, sizeof(Number) < sizeof(float));
+  const Number* x = static_cast<const Number*>(p.x);
+  alignas(64) Number w[kTileColumns][kTileDepth];
+  alignas(64) float b[kTileColumns][kTileDepth];
   for (int64_t n = begin; n < end; n += kTileColumns) {
     const int64_t columns = smaller(kTileColumns, end - n);
     float* y = p.y + n;
@@ -364,12 +399,12 @@ void multiply(const PackedLinearParams& p, int64_t begin, int64_t end) {
       for (int64_t j = 0; j < kTileColumns; ++j) {
         const int64_t column = n + smaller(j, columns - 1);  // columns that there are not repeat the last
         unpack(weight, column, c, c + depth, w[j]);
-        memset(w[j] + depth, 0, sizeof(float) * (padded(depth) - depth));
+        memset(w[j] + depth, 0, sizeof(Number) * (padded(depth) - depth));
         if (rank > 0) memcpy(b[j], p.b + column * p.b_stride + c, sizeof(float) * rank);
         memset(b[j] + rank, 0, sizeof(float) * (padded(rank) - rank));
       }
-      const TileOperands base{depth > 0 ? p.x + c : nullptr, p.x_stride, w[0], padded(depth)};
-      const TileOperands branch{rank > 0 ? p.s + c : nullptr, p.s_stride, b[0], padded(rank)};
+      const TileOperands<Number> base{depth > 0 ? x + c : nullptr, p.x_stride, w[0], padded(depth)};
+      const TileOperands<float> branch{rank > 0 ? p.s + c : nullptr, p.s_stride, b[0], padded(rank)};
       for_tiles<kTileRows>(0, p.rows, [&](auto count, int64_t m) {
         multiply_tile<decltype(count)::value>(base, branch, m, c == 0, y, weight.n, columns);
       });
@@ -388,7 +423,12 @@ const PackedWeightKernels LK_PACKED_TABLE = {
     .unpack = unpack,
     .decode = decode,
     .arrange_x = arrange_x,
-    .multiply = multiply,
+    .multiply = multiply<float>,
+#if defined(__AVX512BF16__)
+    .multiply_bf16 = multiply<uint16_t>,
+#else
+    .multiply_bf16 = nullptr,
+#endif
 };
 
 }  // namespace lk::cpu
