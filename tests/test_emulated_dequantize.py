@@ -25,9 +25,9 @@ def native():
     library._destroy()
 
 
-def make(n, k, block, dtype, *, nested=True):
+def make(n, k, block, dtype, *, nested=True, layout="codes4"):
     """Codes in no order, and scales of any sign: nothing may depend on either."""
-    packed = with_part(random_packed(n, k, block, nested).to(dtype=dtype), 2, torch.randn(16))
+    packed = with_part(random_packed(n, k, block, nested, layout=layout).to(dtype=dtype), 2, torch.randn(16))
     return with_part(packed, 5, torch.randn(())) if nested else with_part(packed, 1, torch.randn(n * k // block))
 
 
@@ -58,6 +58,7 @@ def off_16_bytes(data, by=1):
 
 
 CASES = covering_pairs(
+    layout=["codes4", "codes4_low"],
     dtype=[BF16, FP16, FP32],
     nested=[False, True],
     block=[2, 6, 16, 32, 48, 64, 256, 4096],
@@ -69,7 +70,7 @@ CASES = covering_pairs(
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_bits(native, case):
     n, k, block = case["n"], case["blocks"] * case["block"], case["block"]
-    check(make(n, k, block, case["dtype"], nested=case["nested"]))
+    check(make(n, k, block, case["dtype"], nested=case["nested"], layout=case["layout"]))
     assert native.last_launch()[0] == (block in (16, 32, 64, 256, 4096))
 
 
@@ -81,6 +82,7 @@ SCALED = covering_pairs(
     n=[1, 2, 131, 300],
     k=[1, 8, 100, 136, 1032],
 )
+SCALED.append({"layout": "int8", "dtype": BF16, "rows": "squares", "block": 12, "n": 131, "k": 8})
 
 
 @pytest.mark.parametrize("case", SCALED, ids=case_id)
@@ -228,7 +230,7 @@ def test_parts_that_do_not_fit(index, change, message):
     [
         (dict(parts=5), "has 3 parts, or 6"),
         (dict(parts=3), "scales must be"),
-        (dict(layout="int8_rows"), "layout must be codes4, int8 or e4m3"),
+        (dict(layout="int8_rows"), "layout is not known: int8_rows"),
         (dict(n=2**31), "n and k must be sizes of 32 bits"),
         (dict(n=2**31 + 4, k=-(2**33)), "n and k must be sizes of 32 bits"),
         (dict(block=0), "block must be even, and k a multiple of it"),

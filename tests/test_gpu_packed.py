@@ -16,10 +16,11 @@ pytestmark = gpu.needed
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("block", [64, 48, 4096])
+@pytest.mark.parametrize("block", [16, 64, 48, 4096])
+@pytest.mark.parametrize("layout", ["codes4", "codes4_low"])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
-def test_weights_are_decoded_to_the_bit(backend, dtype, block, nested):
-    packed = random_packed(37, 3 * block, block, nested).to(dtype=dtype)
+def test_weights_are_decoded_to_the_bit(backend, dtype, layout, block, nested):
+    packed = random_packed(37, 3 * block, block, nested, layout=layout).to(dtype=dtype)
     expected = decoded(packed)
     gpu.poison([expected.to(DEVICE)])
     weight = gpu.unless_triton_is_old(lambda: packed.to(DEVICE).dequantize())

@@ -192,6 +192,7 @@ def test_plan_of_prefix_kv(capsys, options, blocks):
         (["--block", "32", "--n", "1537"], 1537 * 576 // 16384 + 1, True),
         (["--unaligned"], 1536 * 576 // 512, False),
         (["--block", "96"], 1536 * 576 // 512, False),
+        (["--layout", "codes4_low", "--block", "16"], 1536 * 576 // 16384, True),
         (["--layout", "int8"], 1536 * 576 // 8192, True),
         (["--layout", "e4m3", "--block", "128"], 1536 * 576 // 8192, True),
         (["--layout", "e4m3", "--block", "100"], 1536 * 576 // 256, False),

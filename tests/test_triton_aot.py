@@ -194,14 +194,19 @@ def test_prefix_kv(arch, dtypes, head_dim, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("block", "dtype", "nested"), [(64, BF16, True), (64, FP32, False), (4096, FP32, True), (48, BF16, True)], ids=str
-)
+    ("layout", "block", "dtype", "nested"),
+    [
+        ("codes4", 64, BF16, True), ("codes4", 64, FP32, False), ("codes4", 4096, FP32, True),
+        ("codes4", 48, BF16, True), ("codes4_low", 32, BF16, True),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
-def test_dequantize(arch, dtype, block, nested, tmp_path):
+def test_dequantize(arch, layout, dtype, block, nested, tmp_path):
     """Kills: scales whose product and sum are one operation; weights that are read, or written, one at a time."""
     k = 3 * block
     launch = dequantize.dequantize_launch(
-        torch.empty(96, k, dtype=dtype), list(random_packed(96, k, block, nested).parts), "codes4", block
+        torch.empty(96, k, dtype=dtype), list(random_packed(96, k, block, nested).parts), layout, block
     )
     compiled = compile_for(arch, launch)
     assert stack_bytes(compiled, tmp_path) == 0

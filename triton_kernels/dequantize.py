@@ -18,7 +18,7 @@ from .launching import Launch, on_device
 
 
 class Codes4(NamedTuple):
-    """The parts of layout "codes4"; the last three are None where scales are float32."""
+    """The parts of layouts "codes4" and "codes4_low"; the last three are None where scales are float32."""
 
     data: Any
     scales: Any
@@ -39,7 +39,10 @@ def block_scales(weight, block, exists):
 
 
 @triton.jit
-def _codes4(weight, out, blocks, BLOCK_BYTES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def _codes4(
+    weight, out, blocks,
+    EVEN_IS_LOW: tl.constexpr, BLOCK_BYTES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
     """A program decodes some blocks, of which each has one scale. ``blocks`` are those of the weight, of BLOCK_BYTES
     packed bytes each; ``out`` has them one behind the other.
     """
@@ -51,9 +54,9 @@ def _codes4(weight, out, blocks, BLOCK_BYTES: tl.constexpr, BLOCK_ROWS: tl.const
     packed = tl.load(weight.data + row[:, None] * BLOCK_BYTES + column[None, :], mask=exists, other=0)
     scale = block_scales(weight, row, row < blocks)[:, None]
     # The table is one line of the L1 cache: 16 selections would be more instructions than a load.
-    first = tl.load(weight.code + (packed >> 4).to(tl.int32)) * scale
-    second = tl.load(weight.code + (packed & 15).to(tl.int32)) * scale
-    weights = tl.interleave(first, second).to(out.dtype.element_ty)
+    high = tl.load(weight.code + (packed >> 4).to(tl.int32)) * scale
+    low = tl.load(weight.code + (packed & 15).to(tl.int32)) * scale
+    weights = (tl.interleave(low, high) if EVEN_IS_LOW else tl.interleave(high, low)).to(out.dtype.element_ty)
     column = 2 * column0 + tl.arange(0, 2 * BLOCK_COLUMNS)
     exists = (row < blocks)[:, None] & (column < 2 * BLOCK_BYTES)[None, :]
     tl.store(out + row[:, None] * (2 * BLOCK_BYTES) + column[None, :], weights, mask=exists)
@@ -130,17 +133,20 @@ def dequantize_launch(out: Tensor, weight: list[Tensor], layout: str, block: int
     """How ``out`` [n, k] is filled from the parts of a layout."""
     if layout in _NUMBERS:
         return _scaled_launch(out, Scaled(*weight), layout, block)
-    return _codes4_launch(out, Codes4(*weight, *[None] * (6 - len(weight))), block)
+    return _codes4_launch(out, Codes4(*weight, *[None] * (6 - len(weight))), layout == "codes4_low", block)
 
 
 _NUMBERS = {"int8": int8_numbers, "e4m3": e4m3_numbers}
 
 
-def _codes4_launch(out: Tensor, parts: Codes4, block: int) -> Launch:
+def _codes4_launch(out: Tensor, parts: Codes4, even_is_low: bool, block: int) -> Launch:
     block_bytes, blocks = block // 2, out.numel() // block
     tile = configs.packed_tile(block_bytes)
     programs = configs.blocks(blocks, tile.rows) * configs.blocks(block_bytes, tile.columns)
-    constants = {"BLOCK_BYTES": block_bytes, "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, **NO_FUSION}
+    constants = {
+        "EVEN_IS_LOW": even_is_low, "BLOCK_BYTES": block_bytes, "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns,
+        **NO_FUSION,
+    }  # fmt: skip
     return Launch(_codes4, (programs,), (parts, out, blocks), constants, tile.num_warps, num_stages=1)
 
 

@@ -1,4 +1,4 @@
-// Weights of layout "codes4": from the parts that an op is given to what kernels take, checked.
+// Weights of layouts "codes4" and "codes4_low": from the parts that an op is given to what kernels take, checked.
 #pragma once
 
 #include <vector>

@@ -22,7 +22,7 @@ struct DequantizeConfig {
   int64_t blocks;  // of threads
 };
 
-constexpr int packed_bits(PackedLayout layout) { return layout == PackedLayout::kCodes4 ? 4 : 8; }
+constexpr int packed_bits(PackedLayout layout) { return is_codes4(layout) ? 4 : 8; }
 
 // Of a block of threads. Where it is not aligned, a thread has one byte.
 constexpr int64_t weights_per_block(PackedLayout layout, bool aligned) {
@@ -35,7 +35,7 @@ constexpr bool is_shifted(int64_t block, int64_t least, int64_t size) {
 }
 
 constexpr bool has_whole_groups(const PackedParts& w) {
-  if (w.layout == PackedLayout::kCodes4) return is_shifted(w.block, kLeastWholeBlock, INT64_MAX);
+  if (is_codes4(w.layout)) return is_shifted(w.block, kLeastWholeBlock, INT64_MAX);
   return w.k % kMostGroup == 0 && is_shifted(w.block, kMostGroup, w.k) && is_shifted(w.block_rows, 1, w.n);
 }
 

@@ -26,10 +26,10 @@ cudaError_t launch_from(int64_t first_row, const DequantizeParams& p, const Dequ
 // bf16 from parts at these addresses, as if there were `rows_before` rows of weights, and of scales, in front of them.
 void dequantize_behind(int64_t rows_before, const std::string& layout, bool aligned, uintptr_t data, uintptr_t scales,
                        uintptr_t code, uintptr_t out, int64_t n, int64_t k, int64_t block) {
-  const bool is_codes4 = layout == "codes4";
+  const bool packs_two = layout == "codes4";
   const int64_t before = rows_before * k, columns = blocks_of(k, block);
   PackedParts w{};
-  w.data = reinterpret_cast<const uint8_t*>(data - (is_codes4 ? before / 2 : before));
+  w.data = reinterpret_cast<const uint8_t*>(data - (packs_two ? before / 2 : before));
   w.scales = reinterpret_cast<const void*>(scales - rows_before * columns * sizeof(float));
   w.code = reinterpret_cast<const float*>(code);
   w.n = static_cast<int32_t>(rows_before + n);
@@ -37,7 +37,7 @@ void dequantize_behind(int64_t rows_before, const std::string& layout, bool alig
   w.block = static_cast<int32_t>(block);
   w.block_rows = 1;
   w.block_columns = static_cast<int32_t>(columns);
-  w.layout = is_codes4 ? PackedLayout::kCodes4 : PackedLayout::kE4M3;
+  w.layout = packs_two ? PackedLayout::kCodes4 : PackedLayout::kE4M3;
   const DequantizeParams p{.weight = w, .type = FloatType::kBFloat16, .out = reinterpret_cast<void*>(out - before * 2)};
   const DequantizeConfig config = dequantize_config(w, aligned);
   options = {.first_block = static_cast<int>(before / weights_per_block(w.layout, aligned))};

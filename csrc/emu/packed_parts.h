@@ -11,7 +11,7 @@ inline void add_parts(Memory& memory, const PackedParts& w, int64_t first_row) {
   const int64_t rows = w.n - first_row, first = first_row * w.k, count = rows * w.k;
   const int byte_weights = 8 / packed_bits(w.layout);
   memory.input(w.data + first / byte_weights, 1, 1, count / byte_weights, 0);
-  if (w.layout == PackedLayout::kCodes4) {
+  if (is_codes4(w.layout)) {
     const size_t scale = w.scales2 == nullptr ? sizeof(float) : 1;
     const int64_t scales = count / w.block;
     memory.input(static_cast<const char*>(w.scales) + first / w.block * scale, scale, 1, scales, 0);

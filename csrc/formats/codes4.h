@@ -1,5 +1,5 @@
-// Layout "codes4": four bits name one of 16 codes, which the scale of the weight's block multiplies. NF4 and FP4 are
-// two tables of codes.
+// Layouts "codes4" and "codes4_low": four bits name one of 16 codes, which the scale of the weight's block multiplies.
+// NF4 and FP4 are two tables of codes.
 #pragma once
 
 #include "../config/dequantize.h"
@@ -8,20 +8,22 @@
 
 namespace lk {
 
+// The scale of a block of weights. Quantised scales are decoded by two operations that each round, as whoever quantised
+// them did: one fused operation differs in the last bit of some.
+//
+// code2 is read by way of the L1 cache, which its 1 KB soon is in. Shared memory would have no fewer conflicts, since
+// the scales of a warp are 32 codes at random, and every block would have to copy the table there and wait for it.
+LK_DEVICE float codes4_scale(const PackedParts& w, int64_t block) {
+  if (w.scales2 == nullptr) return load_global(static_cast<const float*>(w.scales) + block);
+  const float code = load_global(w.code2 + load_global(static_cast<const uint8_t*>(w.scales) + block));
+  return rounded_sum(rounded_product(code, load_global(w.scales2 + block / kScalesPerScale2)), load_global(w.offset));
+}
+
+// kEvenIsLow: "codes4_low".
+template <bool kEvenIsLow>
 struct Codes4 {
   static constexpr int kBits = 4, kCodes = 16;
   static constexpr uint32_t kTableBytes = kCodes * sizeof(float);
-
-  // The scale of a block of weights. Quantised scales are decoded by two operations that each round, as whoever
-  // quantised them did: one fused operation differs in the last bit of some.
-  //
-  // code2 is read by way of the L1 cache, which its 1 KB soon is in. Shared memory would have no fewer conflicts, since
-  // the scales of a warp are 32 codes at random, and every block would have to copy the table there and wait for it.
-  LK_DEVICE static float scale(const PackedParts& w, int64_t block) {
-    if (w.scales2 == nullptr) return load_global(static_cast<const float*>(w.scales) + block);
-    const float code = load_global(w.code2 + load_global(static_cast<const uint8_t*>(w.scales) + block));
-    return rounded_sum(rounded_product(code, load_global(w.scales2 + block / kScalesPerScale2)), load_global(w.offset));
-  }
 
   // The code of weight i of the eight in a word, from the table at `codes` in shared memory, which begins at a multiple
   // of its size. 16 words lie in 16 banks, so that no two lanes ever ask one bank for different words. A weight costs a
@@ -29,17 +31,18 @@ struct Codes4 {
   // cost five operations and a half, because all four bytes of an fp32 code are wanted; a shuffle, as many as the load
   // and a register of codes.
   LK_DEVICE static float code(uint32_t codes, uint32_t word, int i) {
-    const int low = i / 2 * 8 + (i % 2 == 0 ? kBits : 0), two = 2;  // where its bits are, and of a word's bytes
+    const int low = i / 2 * 8 + (i % 2 == kEvenIsLow ? kBits : 0),
+              two = 2;  // where its bits are, and of a word's bytes
     const uint32_t offset = (low == 0 ? word << two : word >> (low - two)) & (kTableBytes - sizeof(float));
     return float_of(load_shared_4(codes | offset));
   }
 
   // The two weights of a byte, whose first is number i.
   LK_DEVICE static void decode_byte(const PackedParts& w, int64_t i, float (&weights)[2]) {
-    const float factor = scale(w, i / w.block);
+    const float factor = codes4_scale(w, i / w.block);
     const uint32_t byte = load_global(w.data + i / 2);
-    weights[0] = load_global(w.code + (byte >> kBits)) * factor;
-    weights[1] = load_global(w.code + (byte & (kCodes - 1))) * factor;
+    weights[kEvenIsLow] = load_global(w.code + (byte >> kBits)) * factor;
+    weights[!kEvenIsLow] = load_global(w.code + (byte & (kCodes - 1))) * factor;
   }
 
   // Decodes the weights of a warp, from number `first` on, with their scales and the codes in its shared memory.
@@ -55,7 +58,7 @@ struct Codes4 {
       const int blocks = ((count - 1) >> block_bits_) + 1, lane = thread_index() % kWarp;
       LK_NO_UNROLL
       for (int i = lane; i < blocks; i += kWarp)
-        store_shared_4(scales_ + i * 4, bits_of(scale(w, (first >> block_bits_) + i)));
+        store_shared_4(scales_ + i * 4, bits_of(codes4_scale(w, (first >> block_bits_) + i)));
       if (lane < kCodes) store_shared_4(codes_ + lane * 4, bits_of(load_global(w.code + lane)));
     }
 

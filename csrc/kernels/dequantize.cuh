@@ -119,8 +119,9 @@ using DequantizeLayout = Concat<DequantizeTo<kLayout, Layout, FloatType::kFloat3
                                 DequantizeTo<kLayout, Layout, FloatType::kFloat16, Float16>>;
 
 using DequantizeVariants =
-    Concat<DequantizeLayout<PackedLayout::kCodes4, Codes4>, DequantizeLayout<PackedLayout::kInt8, Scaled<Int8>>,
-           DequantizeLayout<PackedLayout::kE4M3, Scaled<E4M3>>>;
+    Concat<DequantizeLayout<PackedLayout::kCodes4, Codes4<false>>,
+           DequantizeLayout<PackedLayout::kCodes4Low, Codes4<true>>,
+           DequantizeLayout<PackedLayout::kInt8, Scaled<Int8>>, DequantizeLayout<PackedLayout::kE4M3, Scaled<E4M3>>>;
 
 template <class Variant>
 LK_KERNEL(Variant::kThreads, Variant::kMinBlocks)

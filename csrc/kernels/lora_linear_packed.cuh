@@ -285,7 +285,7 @@ struct LoraLinearPacked {
       const int row = row0 + i / kStageSteps, k = k0 + i % kStageSteps * kPackedStep;
       if (row < p.n && k < p.k) {
         const int64_t block = (static_cast<int64_t>(row) * p.k + k) >> block_bits;
-        store_shared_4(smem + i * 4, bits_of(Codes4::scale(p.weight, block)));
+        store_shared_4(smem + i * 4, bits_of(codes4_scale(p.weight, block)));
       }
     }
   }

@@ -2,6 +2,7 @@
 #include "../launch/dequantize.h"
 
 #include <algorithm>
+#include <iterator>
 #include <string>
 
 #include "plan.h"
@@ -30,11 +31,6 @@ struct DequantizeFields {
   static_assert(leaves_no_gap<Params>(kFields));
 };
 
-constexpr struct {
-  const char* name;
-  PackedLayout layout;
-} kLayouts[] = {{"codes4", PackedLayout::kCodes4}, {"int8", PackedLayout::kInt8}, {"e4m3", PackedLayout::kE4M3}};
-
 PyObject* plan_dequantize(PyObject*, PyObject* args, PyObject* keywords) {
   const char* const names[] = {"dtype", "layout", "n", "k", "block", "aligned", "sms", "shared_per_block", nullptr};
   const char *dtype, *layout;
@@ -46,10 +42,10 @@ PyObject* plan_dequantize(PyObject*, PyObject* args, PyObject* keywords) {
       !parse_type("dtype", dtype, type)) {
     return nullptr;
   }
-  const auto* const named =
-      std::ranges::find_if(kLayouts, [&](const auto& l) { return std::string(layout) == l.name; });
-  if (named == std::end(kLayouts)) return PyErr_Format(PyExc_ValueError, "layout %s is not known", layout);
-  if (named->layout == PackedLayout::kCodes4 && (block % 2 != 0 || k % block != 0)) {
+  const auto named =
+      std::ranges::find_if(kPackedLayouts, [&](const auto& known) { return std::string(layout) == known.name; });
+  if (named == std::end(kPackedLayouts)) return PyErr_Format(PyExc_ValueError, "layout %s is not known", layout);
+  if (is_codes4(named->layout) && (block % 2 != 0 || k % block != 0)) {
     return PyErr_Format(PyExc_ValueError, "block must be even, and k a multiple of it, got %lld and %lld", block, k);
   }
   PackedParts weight{};

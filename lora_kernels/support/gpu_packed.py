@@ -9,7 +9,7 @@ from ..reasons import Reason
 from ..spec import Verdict
 from . import cuda, triton
 
-LAYOUTS = ("codes4", "int8", "e4m3")
+LAYOUTS = ("codes4", "codes4_low", "int8", "e4m3")
 """That the kernels decode."""
 DECODE = Verdict("decode", "one pass over the packed weight")
 COMPOSED = Verdict("dequantize + product", "one launch decodes the weight; what multiplies by a plain one goes on")

@@ -37,8 +37,8 @@ def check(packed):
 
 
 CASES = covering_pairs(
-    dtype=[FP16, FP32], nested=[False, True], block=[2, 6, 48, 64, 256, 4096], blocks=[1, 3], n=[0, 1, 5, 33],
-    small_tiles=[False, True],
+    layout=["codes4", "codes4_low"], dtype=[FP16, FP32], nested=[False, True],
+    block=[2, 6, 16, 48, 64, 256, 4096], blocks=[1, 3], n=[0, 1, 5, 33], small_tiles=[False, True],
 )  # fmt: skip
 
 
@@ -49,7 +49,8 @@ def test_bits(case, monkeypatch):
     if case["small_tiles"]:
         monkeypatch.setattr(configs, "packed_tile", lambda block_bytes: configs.RowTile(4, 16, 4))
         n = min(n, 5)
-    check(random_packed(n, case["blocks"] * case["block"], case["block"], case["nested"]).to(dtype=case["dtype"]))
+    size = n, case["blocks"] * case["block"], case["block"], case["nested"]
+    check(random_packed(*size, layout=case["layout"]).to(dtype=case["dtype"]))
 
 
 SCALED = covering_pairs(

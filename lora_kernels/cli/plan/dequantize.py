@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ...support import gpu_packed
 from ...support.cuda import MAX_SIZE
 from .. import _arguments as arguments
 from ._planned_ops import register
@@ -14,14 +15,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     size = arguments.integer(1, MAX_SIZE)
     parser.add_argument("--n", type=size, required=True, help="output features: rows of the weight")
     parser.add_argument("--k", type=size, required=True, help="input features: columns of the weight")
-    parser.add_argument("--layout", choices=("codes4", "int8", "e4m3"), default="codes4", help="default: codes4")
+    parser.add_argument("--layout", choices=gpu_packed.LAYOUTS, default="codes4", help="default: codes4")
     parser.add_argument("--block", type=size, help="weights that share a scale (default: 64; of eight bits, a row)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), required=True, help="of the weights written")
     parser.add_argument("--unaligned", action="store_true", help="the packed weights do not begin at 16 bytes")
 
 
 def _problem(options: argparse.Namespace) -> dict[str, Any]:
-    block = options.block or (64 if options.layout == "codes4" else options.k)
+    block = options.block or (64 if options.layout.startswith("codes4") else options.k)
     sizes = {name: getattr(options, name) for name in ("layout", "n", "k", "dtype")}
     return {**sizes, "block": block, "aligned": not options.unaligned}
 
