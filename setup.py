@@ -41,10 +41,17 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x0
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 # GCC 12 sees uninitialised reads in std::optional that are not there.
 CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f"]
+# Packed weights are products that are rounded before anything is added to them.
+EXACT = ["-ffp-contract=off"]
 ISA_FLAGS = {  # of x86 alone
-    "lora_branch_avx2.cpp": ["-mavx2", "-mfma"],
-    "lora_branch_avx512.cpp": ["-mavx2", "-mfma", "-mavx512f"],
+    "lora_branch_avx2.cpp": AVX2,
+    "lora_branch_avx512.cpp": AVX512,
+    "packed_weight_avx2.cpp": [*AVX2, *EXACT],
+    "packed_weight_avx512.cpp": [*AVX512, *EXACT],
 }
+SOURCE_FLAGS = {**ISA_FLAGS, "packed_weight_portable.cpp": EXACT}
 
 
 NO_CUDA_HINT = " (set LORA_KERNELS_CUDA=0 to build without CUDA)"
@@ -271,7 +278,7 @@ class NinjaBuild(build_ext):
             rule = "nvcc" if source.endswith(".cu") else "cxx"
             objects.append(Path(source).name + ".o")
             lines.append(f"build {objects[-1]}: {rule} {str(ROOT.resolve() / source).replace(' ', '$ ')}")
-            lines.append(f"  extra = {escape(ISA_FLAGS.get(Path(source).name, []))}")
+            lines.append(f"  extra = {escape(SOURCE_FLAGS.get(Path(source).name, []))}")
         lines.append(f"build {str(target).replace(' ', '$ ')}: link {' '.join(objects)}")
         return "\n".join([*lines, ""])
 

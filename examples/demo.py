@@ -36,8 +36,11 @@ ROUNDS = 9
 DROPOUTS = (0.0, 0.1)
 PROMPT = "LAWYER, n."
 VARIANTS = ("frozen", "PEFT", "fused")
+QLORA_STEPS, QLORA_FORMAT = 10, "nf4"
 
 MAX_GRADIENT_ERROR = 2e-4
+MAX_PACKED_BYTES = 170e6
+"""Of the parameters of SmolLM2-135M with its linear layers in NF4, double quantised: 540 MB in fp32."""
 MAX_LOSS_DIFFERENCE = 2e-3
 MAX_LOGITS_ERROR = 1e-4
 
@@ -121,6 +124,17 @@ def sample(model: nn.Module, tokenizer, device: torch.device) -> str:
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)
     return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+
+
+def in_4_bits(folder: Path, device: torch.device) -> nn.Module:
+    """The model with its linear layers packed by bitsandbytes, as a QLoRA recipe loads it."""
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=QLORA_FORMAT, bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=config, device_map={"": device}
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ stages
@@ -234,25 +248,58 @@ def report_measurements(results: dict[float, tuple[Timings, dict[str, int]]]) ->
     return table(("dropout", "", "step", "/ PEFT, median [quartiles]", "saved for backward"), rows, right=(0, 2, 4))
 
 
-def plot(path: Path, stock: Trainer, fused: Trainer, held: dict[str, float], results: dict) -> None:
-    """One picture: loss curves, held-out loss, step time, saved bytes."""
+def qlora(folder: Path, blocks: Tensor, tokens: Tensor, claims: Claims) -> tuple[Trainer, Trainer, Timings]:
+    """The same adapters over a 4-bit base: stock PEFT on bitsandbytes and fused, step by step in turn."""
+    stock = with_peft(in_4_bits(folder, tokens.device))
+    fused = copy.deepcopy(stock)
+    report = lk.patch(fused)
+    claims.require(f"all {len(report.fused)} LoRA layers are fused over {QLORA_FORMAT}", not report.kept)
+    packed = sum(p.numel() * p.element_size() for p in fused.parameters() if not p.requires_grad)
+    print(f"  frozen parameters: {packed / 1e6:.0f} MB")
+    claims.require(f"they take at most {MAX_PACKED_BYTES / 1e6:.0f} MB", packed <= MAX_PACKED_BYTES)
+    claims.check("largest relative error of a gradient", compare_gradients(stock, fused, tokens), MAX_GRADIENT_ERROR)
+    trainers = [Trainer(m, blocks, batch=BATCH, lr=LR, warmup=WARMUP, seed=SEED) for m in (stock, fused)]
+    steps = train(*trainers, QLORA_STEPS)
+    claims.check("largest difference between the loss curves", largest_difference(*trainers), MAX_LOSS_DIFFERENCE)
+    print(
+        f"  training step: PEFT + bitsandbytes {steps.median('PEFT'):.3f} s, fused {steps.median('fused'):.3f} s, "
+        f"fused / PEFT {steps.ratio('fused', 'PEFT')}, median [quartiles] of {QLORA_STEPS} pairs"
+    )
+    return *trainers, steps
+
+
+def plot(
+    path: Path, stock: Trainer, fused: Trainer, held: dict[str, float], results: dict,
+    packed: tuple[Trainer, Trainer, Timings],
+) -> None:  # fmt: skip
+    """One picture: loss curves, held-out loss, step time, saved bytes; the curves and the step over a 4-bit base."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     colours = {"frozen": "#9a9a9a", "PEFT": "#4477aa", "fused": "#cc6633", "before": "#cccccc"}
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 7.5), layout="constrained")
     figure.suptitle(f"SmolLM2-135M, LoRA r={RANK} on all linear layers, {BATCH}x{SEQ} tokens, fp32")
-    curves, losses, step_time, memory = axes.flat
+    (curves, losses, packed_curves), (step_time, memory, packed_time) = axes
+    packed_stock, packed_fused, packed_steps = packed
 
-    steps = range(1, stock.done + 1)
-    curves.plot(steps, stock.losses, color=colours["PEFT"], linewidth=4, alpha=0.5, label="PEFT")
-    curves.plot(steps, fused.losses, color=colours["fused"], linewidth=1.4, label="fused")
-    curves.set(
-        title=f"training loss (largest difference {largest_difference(stock, fused):.1e})", xlabel="step", ylabel="loss"
+    for axis, what, (a, b) in (
+        (curves, "training loss", (stock, fused)),
+        (packed_curves, f"training loss over {QLORA_FORMAT}", (packed_stock, packed_fused)),
+    ):
+        steps = range(1, a.done + 1)
+        axis.plot(steps, a.losses, color=colours["PEFT"], linewidth=4, alpha=0.5, label="PEFT")
+        axis.plot(steps, b.losses, color=colours["fused"], linewidth=1.4, label="fused")
+        axis.set(title=f"{what} (largest difference {largest_difference(a, b):.1e})", xlabel="step", ylabel="loss")
+        axis.legend(frameon=False)
+    seconds = [packed_steps.median(name) for name in ("PEFT", "fused")]
+    bars = packed_time.bar(
+        ["PEFT + bitsandbytes", "fused"], seconds, color=[colours["PEFT"], colours["fused"]], width=0.6
     )
-    curves.legend(frameon=False)
+    packed_time.bar_label(bars, fmt="%.2f", padding=2)
+    packed_time.set(title=f"training step over {QLORA_FORMAT}", ylabel="seconds")
+    packed_time.margins(y=0.25)
 
     bars = losses.bar(list(held), list(held.values()), color=[colours[name] for name in held], width=0.6)
     losses.bar_label(bars, fmt="%.3f", padding=2)
@@ -367,8 +414,11 @@ def main() -> int:
         if abs(times.ratio("null", "PEFT").median - 1) > MAX_NULL:
             print(f"  dropout {p:g}: {NOISE}")
 
+    stage(f"QLoRA: the base in {QLORA_FORMAT}, {QLORA_STEPS} steps each, in turn")
+    packed = qlora(folder, blocks, tokens, claims)
+
     picture = options.png or options.cache / "demo.png"
-    plot(picture, *trainers, losses, results)
+    plot(picture, *trainers, losses, results, packed)
     stage(f"done; picture in {picture}, adapter in {adapter}")
     if claims.failed:
         print("FAILED: " + "; ".join(claims.failed), file=sys.stderr)

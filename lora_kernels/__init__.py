@@ -5,7 +5,9 @@ from ._version import __version__
 from .adapters import load_adapter, save_adapter
 from .adapters.inject import inject
 from .adapters.merging import merge_adapter, unmerge_adapter
+from .adapters.quantizing import quantize_
 from .dispatch import BACKENDS, Choice, backends, reset_stats, stats, use_backend
+from .formats import FORMATS, QuantizedWeight
 from .frozen_linears import FrozenLinear
 from .functional.dora import dora_linear
 from .functional.embedding import lora_embedding
@@ -19,6 +21,7 @@ from .modules.embedding import LoRAEmbedding
 from .modules.lora import LoRALinear
 from .modules.prefix import PrefixEncoder
 from .modules.prompt import PromptEmbedding, PromptEncoder
+from .modules.quantized import QuantizedLinear
 from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
 from .ops.prefix_kv import PrefixKVFunction
@@ -29,6 +32,7 @@ from .verification import Verification, verify
 
 __all__ = [
     "BACKENDS",
+    "FORMATS",
     "Choice",
     "FrozenLinear",
     "LoRAEmbedding",
@@ -41,6 +45,8 @@ __all__ = [
     "PromptEmbeddingFunction",
     "PromptEmbeddingOutput",
     "PromptEncoder",
+    "QuantizedLinear",
+    "QuantizedWeight",
     "Reason",
     "Report",
     "Verification",
@@ -61,6 +67,7 @@ __all__ = [
     "patch_peft",
     "prefix_kv",
     "prompt_embedding",
+    "quantize_",
     "reset_stats",
     "save_adapter",
     "stats",

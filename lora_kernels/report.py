@@ -14,6 +14,8 @@ FROZEN_UPCAST = "frozen, upcast"
 """Reason of a fused row: a frozen ``nn.Linear`` whose low-precision product goes through fp32."""
 FROZEN_PAST_MKL = "frozen, past MKL"
 """Reason of a fused row: a frozen fp32 ``nn.Linear`` that oneDNN multiplies faster than the library torch takes."""
+FROZEN_PACKED = "frozen, packed"
+"""Reason of a fused row: a frozen layer without an adapter, multiplied from its quantised weight."""
 PROMPT = "prompt_embedding"
 """Reason of a fused row: the op puts an adapter's prompt in front of the text, in PEFT's layout."""
 PROMPT_FIXED = "prompt_embedding, left padding fixed"
@@ -24,26 +26,29 @@ PROMPT_MODULE = "prompt_encoder"
 """Where PEFT's models keep what makes their prompts."""
 
 _PROMPT_ROWS = (PROMPT, PROMPT_FIXED, PREFIX)
-_FROZEN_PRODUCTS = {FROZEN_UPCAST: "upcast", FROZEN_PAST_MKL: "past MKL"}
+_FROZEN_PRODUCTS = {FROZEN_UPCAST: "upcast", FROZEN_PAST_MKL: "past MKL", FROZEN_PACKED: "packed"}
 _FROZEN_ROWS = (*_FROZEN_PRODUCTS, Reason.FAST_PRODUCT)
 
 
 @dataclass
 class Report:
-    """Result of ``patch`` and ``inject``; ``print`` it for a table.
+    """Result of ``patch``, ``inject`` and ``quantize_``; ``print`` it for a table.
 
     Attributes:
         fused: (module name, what serves it), in the model's order.
         kept: (module name, why it keeps its own forward).
+        status, done: the words for ``fused`` in the table and above it.
     """
 
     fused: list[tuple[str, str]] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
+    status: str = "fused"
+    done: str = "LoRA layers fused"
 
     def __str__(self) -> str:
         rows = [
             (status, str(count), reason, pattern)
-            for status, pairs in (("fused", self.fused), ("kept", self.kept))
+            for status, pairs in ((self.status, self.fused), ("kept", self.kept))
             for reason, names in _by_reason(pairs).items()
             for pattern, count in collapse(names)
         ]
@@ -60,7 +65,7 @@ class Report:
         layers = sum(reason not in _FROZEN_ROWS for _, reason in self.fused + self.kept) - prompts
         parts = []
         if layers:
-            parts.append(f"{len(self.fused) - frozen.total() - fused_prompts} of {layers} LoRA layers fused")
+            parts.append(f"{len(self.fused) - frozen.total() - fused_prompts} of {layers} {self.done}")
         if prompts:
             parts.append(f"{fused_prompts} of {prompts} prompt{'' if prompts == 1 else 's'} fused")
         for reason, count in frozen.items():

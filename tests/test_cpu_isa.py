@@ -25,8 +25,11 @@ def test_narrower_kernels_pass_the_numerical_tests(name):
     assert WIDEST_FIRST.index(chosen) >= WIDEST_FIRST.index(name)
     if chosen != name:
         pytest.skip(f"this CPU has no {name}")
-    tests = [str(Path(__file__).with_name(name)) for name in ("test_lora_linear.py", "test_dropout_mask.py")]
-    chosen = "values or one_token or strided or non_contiguous or definition or threads"
+    tests = [
+        str(Path(__file__).with_name(name))
+        for name in ("test_lora_linear.py", "test_dropout_mask.py", "test_packed_cpu.py")
+    ]
+    chosen = "values or bits or one_token or strided or non_contiguous or definition or threads"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *tests, "-k", chosen],
         env=environment,

@@ -69,7 +69,9 @@ ARRIVE = "BMAIs?B"
 def faults(name: str, order: str) -> list[str]:
     """What is wrong with how the blocks of a kernel learn of each other's results, from its events."""
     found = ["a" in order and "an atomic operation that other SMs need not see"]
-    if "10LoraLinearI" in name:  # tickets, and flags of s
+    if "16LoraLinearPackedI" in name:  # the last part of s, which publishes what it has summed
+        found.append(not re.search(f"{ARRIVE}.*s{PUBLISH}", order) and "s is published before its parts have arrived")
+    if "10LoraLinearI" in name or "16LoraLinearPackedI" in name:  # tickets, and flags of s
         found += [
             len(re.findall("(?<!M)A", order)) != 1 and "one addition orders nothing: drawing a ticket",
             not re.search(PUBLISH, order) and "s is not published",
@@ -95,6 +97,7 @@ def test_blocks_see_what_others_have_written(kernels):
 ORDERS = {
     "10LoraLinearI": "AlBlBsBMAIlBlLILIBlBlBsMAIs",
     "10LoraLinearIForwardRolesELb1E": "ABlBlBsBMAILILIBlBsBMSBsMAIs",
+    "16LoraLinearPackedI": "ABlBsBMAIsBlsBMAIlBLILIBls",
     "9LoraGradsI": "lBlsBMAIsBlsBs",
 }
 """As they are, shortened, by a part of the kernel's name."""
@@ -116,6 +119,11 @@ def test_the_check_knows_what_is_right(name):
         ("10LoraLinearI", "LILIBl", "LILIlB"),  # loaded before all know
         ("10LoraLinearIForwardRolesELb1E", "BMSB", "BSB"),  # st.relaxed.gpu
         ("10LoraLinearIForwardRolesELb1E", "BMSB", "BsB"),  # a plain store
+        ("16LoraLinearPackedI", "sBMAIsB", "sBAsB"),  # the last part may miss the others
+        ("16LoraLinearPackedI", "BlsBMA", "BlBsMA"),  # released before all of s is stored
+        ("16LoraLinearPackedI", "lsBMAI", "lsBA"),
+        ("16LoraLinearPackedI", "LILIBl", "LILIlB"),
+        ("16LoraLinearPackedI", "LILIB", "LLB"),
         ("9LoraGradsI", "BMAIsB", "BAsB"),
         ("9LoraGradsI", "BMAIsBl", "BMAIslB"),
         ("9LoraGradsI", "sBMAI", "BsMAI"),
@@ -139,6 +147,8 @@ def test_main_loops_wait_for_the_oldest_stage_alone(kernels):
     # As many stages as there are but two, the one in use and the one to be filled, are under way behind the wait.
     checked = 0
     for arch, name, code in kernels:
+        if "16LoraLinearPackedI" in name:
+            continue  # its warps have stages of their own: below
         bodies = [
             body
             for body in map(" ".join, sass.loops(code))
@@ -151,3 +161,69 @@ def test_main_loops_wait_for_the_oldest_stage_alone(kernels):
         assert pending == {hex(stages(name) - 2)}, (arch, name)
         checked += 1
     assert checked >= 10
+
+
+# ----------------------------------------------------------------------------------------------- packed weights
+
+
+@pytest.fixture(scope="module")
+def dequantizing():
+    """(architecture, mangled name, opcodes) of every kernel of dequantize."""
+    assert _native.cuda is not None, f"nvcc is installed, but lora_kernels._cuda: {_native.cuda_error}"
+    module = Path(_native.cuda.__file__)
+    names = [name for name in sorted(_native.cuda.kernels()) if "dequantize_kernel" in name]
+    assert len(names) == 6
+    return [
+        (arch, name, [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for _, text in code])
+        for arch in sass.architectures(module)
+        for name, code in sass.code(module, arch, *names).items()
+    ]
+
+
+def test_weights_are_read_and_written_16_bytes_at_a_time(dequantizing):
+    """Kills: stores that the compiler splits into words, as it does with what is put together in registers."""
+    checked = 0
+    for arch, name, opcodes in dequantizing:
+        if "ELb1E" in name:
+            stores = {opcode for opcode in opcodes if opcode.startswith("STG")}
+            copies = {opcode for opcode in opcodes if opcode.startswith("LDGSTS")}
+            assert stores == {"STG.E.128"}, (arch, name)
+            assert copies == {"LDGSTS.E.BYPASS.128"}, (arch, name)
+            checked += 1
+    assert checked >= 3
+
+
+def test_scales_are_not_fused(dequantizing):
+    """Kills: a product and a sum of which the compiler makes one operation, whose bits are not bitsandbytes'."""
+    for arch, name, opcodes in dequantizing:
+        assert [opcode for opcode in opcodes if opcode.startswith("FFMA")] == [], (arch, name)
+        assert "FADD" in opcodes, (arch, name)
+
+
+# What a warp's scheduler issues to the units of arithmetic, HMMA's apart: not memory, branches or uniform registers.
+NOT_ARITHMETIC = r"LD|ST|HMMA|U|B|CALL|RET|WARPSYNC|DEPBAR|NOP|EXIT"
+STAGE_WEIGHTS = 16 * 256 // 32
+"""Of a lane, in a pass of the main loop: 16 rows, 256 deep."""
+
+
+def test_few_rows_decode_in_few_instructions():
+    """Kills: weights that are scaled, or rounded, one by one. A GPU that streams packed weights has time for about six.
+
+    Everything in the loop counts: copies, scales and x, too.
+    """
+    assert _native.cuda is not None, f"nvcc is installed, but lora_kernels._cuda: {_native.cuda_error}"
+    module = Path(_native.cuda.__file__)
+    names = [name for name in sorted(_native.cuda.kernels()) if "16LoraLinearPackedI" in name]
+    assert len(names) == 4
+    for arch in sass.architectures(module):
+        for name, code in sass.code(module, arch, *names).items():
+            bodies = [
+                [re.sub(r"^@!?U?P\w+\s+", "", text) for text in loop]
+                for loop in sass.loops(code)
+                if all(any(opcode in text for text in loop) for opcode in ("PRMT", "HMMA", "LDGSTS"))
+            ]
+            body = min(bodies, key=len)
+            assert sum("LDGSTS.E.BYPASS.128" in text for text in body) == sum("LDGSTS" in text for text in body) == 4
+            assert {text for text in body if "DEPBAR.LE SB0" in text} == {"DEPBAR.LE SB0, 0x1"}, "of two stages, one"
+            arithmetic = [text for text in body if not re.match(NOT_ARITHMETIC, text)]
+            assert len(arithmetic) <= 6 * STAGE_WEIGHTS, (arch, name)

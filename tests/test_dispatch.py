@@ -133,6 +133,7 @@ def every_cuda_verdict():
         "prompt_embedding_backward": (embeds, ids, None, None, 0, 4, BF16, 0, True, False, False),
         "prefix_kv": (rows, 1, 2, 1, False, BF16),
         "prefix_kv_backward": ([kv, kv], BF16),
+        "dequantize": ([rows], "codes4", 4, 8, 8, BF16),
     }
     kernels = {name: spec.kernels["cuda"] for name, spec in dispatch.specs().items() if "cuda" in spec.kernels}
     assert {name for name, kernel in kernels.items() if kernel.run is None} == calls.keys(), "those of the extension"

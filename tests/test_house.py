@@ -14,6 +14,7 @@ FLOORS = (
     # From the bottom. What stands on a floor imports from lower floors, and within its package without circles.
     ("_version", "reasons", "precision", "philox", "architectures", "text", "class_swaps"),
     ("_native", "spec", "plain", "report", "measured"),
+    ("formats",),
     ("dispatch",),
     ("triton_kernels",),
     ("support",),

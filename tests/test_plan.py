@@ -185,6 +185,69 @@ def test_plan_of_prefix_kv(capsys, options, blocks):
 
 
 @needs_extension
+@pytest.mark.parametrize(
+    ("options", "blocks", "aligned"),
+    [
+        ([], 1536 * 576 // 16384, True),
+        (["--block", "32", "--n", "1537"], 1537 * 576 // 16384 + 1, True),
+        (["--unaligned"], 1536 * 576 // 512, False),
+        (["--block", "96"], 1536 * 576 // 512, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_plan_of_dequantize(capsys, dtype, options, blocks, aligned):
+    sizes = ["--n", "1536", "--k", "576", "--dtype", dtype, "--arch", "sm_80"]
+    assert main(["plan", "dequantize", *sizes, *options]) == 0
+    launch = json.loads(capsys.readouterr().out)
+    assert launch["grid"] == [blocks, 1, 1]
+    assert ("Lb1E" in launch["kernel"]) == aligned
+    assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
+
+
+@needs_extension
+def test_plan_of_dequantize_refuses_a_block_over_row_ends(capsys):
+    assert main(["plan", "dequantize", *["--n", "64", "--k", "96", "--dtype", "bf16", "--arch", "sm_80"]]) == 2
+    assert "block must be even, and k a multiple of it, got 64 and 96" in capsys.readouterr().err
+
+
+PACKED = {"--m": 1, "--n": 4096, "--k": 4096, "--r": 16, "--dtype": "bf16", "--arch": "sm_80"}
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changes", "blocks", "row_tile"),
+    [
+        ({}, 4 + 256, 8),
+        ({"--m": 16, "--r": 33, "--dtype": "fp16"}, 3 * 4 + 256, 16),
+        ({"--n": 4097, "--k": 128, "--m": 8}, 1 + 257, 8),
+        ({"--k": 2**20, "--block": 4096}, 8 + 256, 8),
+    ],
+    ids=str,
+)
+def test_plan_of_few_rows_by_a_packed_weight(capsys, changes, blocks, row_tile):
+    options = {**PACKED, **changes}
+    assert main(["plan", "lora_linear_packed", *(str(part) for option in options.items() for part in option)]) == 0
+    launch = json.loads(capsys.readouterr().out)
+    assert launch["schedule"] == "decode"
+    assert launch["grid"] == [blocks, 1, 1]
+    assert f"ELi{row_tile}E" in launch["kernel"]
+    assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
+    tiles_of_s = -(-options["--r"] // 16)
+    parts = (blocks - -(-options["--n"] // 16)) // tiles_of_s
+    assert launch["workspace_bytes"] == 4 * (2 + tiles_of_s + tiles_of_s * parts * 16 * row_tile)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "changes", [{"--m": 17}, {"--r": 65}, {"--block": 32}, {"--k": 4160, "--block": 4096}], ids=str
+)
+def test_plan_of_many_rows_by_a_packed_weight_is_that_of_two_ops(capsys, changes):
+    options = {**PACKED, **changes}
+    assert main(["plan", "lora_linear_packed", *(str(part) for option in options.items() for part in option)]) == 2
+    assert "others take those of dequantize and of lora_linear" in capsys.readouterr().err
+
+
+@needs_extension
 def test_no_rows_need_no_block(plan):
     assert plan(m=0)["grid"] == [0, 1, 1]
 

@@ -18,11 +18,13 @@ if find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled", allow_module_level=True)
 
+import sass
 import triton
+from packed import random_packed
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_launches import BF16, FP32, compile_for, launches, prompt_launches
 
-from lora_kernels.triton_kernels import dropout_mask, prefix_kv
+from lora_kernels.triton_kernels import dequantize, dropout_mask, prefix_kv
 
 # Matrix instructions of 16-bit tiles, by their number of rows: the wide ones need 64.
 INSTRUCTIONS = {
@@ -44,6 +46,14 @@ def stack_bytes(compiled, tmp_path):
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (stack,), (local,) = re.findall(r"STACK:(\d+)", usage), re.findall(r"LOCAL:(\d+)", usage)
     return int(stack) + int(local)
+
+
+def machine_code(compiled, arch, tmp_path):
+    """(address, instruction) of the kernel."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    (instructions,) = sass.code(cubin, arch, compiled.metadata.name).values()
+    return instructions
 
 
 PROBLEMS = {
@@ -181,6 +191,25 @@ def test_prefix_kv(arch, dtypes, head_dim, tmp_path):
             assert re.search(r"ld\.global\.v[24]\.b32", code)
             assert re.search(r"st\.global\.v[24]\.b32", code)
             assert not re.findall(r"(?:ld|st)\.global\.b16", code), "an element at a time"
+
+
+@pytest.mark.parametrize(
+    ("block", "dtype", "nested"), [(64, BF16, True), (64, FP32, False), (4096, FP32, True), (48, BF16, True)], ids=str
+)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_dequantize(arch, dtype, block, nested, tmp_path):
+    """Kills: scales whose product and sum are one operation; weights that are read, or written, one at a time."""
+    k = 3 * block
+    launch = dequantize.dequantize_launch(
+        torch.empty(96, k, dtype=dtype), list(random_packed(96, k, block, nested).parts), block
+    )
+    compiled = compile_for(arch, launch)
+    assert stack_bytes(compiled, tmp_path) == 0
+    code = compiled.asm["ptx"]
+    assert not [text for _, text in machine_code(compiled, arch, tmp_path) if "FFMA" in text]
+    assert set(re.findall(r"st\.global\.(\S+)", code)) == {"v4.b32"}
+    if block != 48:
+        assert "ld.global.v4.b32" in code
 
 
 @pytest.mark.parametrize("debug", [False, True])

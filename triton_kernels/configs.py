@@ -261,6 +261,14 @@ def sum_tile(hidden: int, element_size: int) -> RowTile:
     return _row_tile(hidden, 2048 // element_size)
 
 
+def packed_tile(block_bytes: int) -> RowTile:
+    """For packed weights: rows are blocks of them that have one scale each. 32 bytes per thread are two loads of 16, in
+    flight at a time, and up to 16 stores.
+    """
+    columns = min(1 << (block_bytes - 1).bit_length(), 4096)
+    return RowTile(4096 // columns, columns, 4)
+
+
 def most_copying_programs(batch: int, rows: int, hidden: int) -> int:
     """Bound on the programs of a launch that copies or adds up rows of a [batch, rows, hidden] tensor."""
     return batch * (1 + rows * blocks(hidden, MIN_COPY_COLUMNS))

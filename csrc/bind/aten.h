@@ -38,6 +38,7 @@ inline Tensor row_block(const Tensor& t, int64_t begin, int64_t end) {
 }
 
 inline Tensor column_block(const Tensor& t, int64_t begin, int64_t end) {
+  if (end - begin == t.size(1)) return t;
   return view2d(t, {t.size(0), end - begin}, {t.stride(0), t.stride(1)}, begin * t.stride(1));
 }
 

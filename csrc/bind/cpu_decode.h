@@ -11,11 +11,20 @@ namespace lk {
 inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 inline float* mutable_floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
+// fp32 with unit column stride, as the kernels want it.
+inline Tensor as_float_rows(const Tensor& t) {
+  const Tensor f = cast(t, ScalarType::Float);
+  return f.stride(1) == 1 ? f : torch::stable::contiguous(f);
+}
+
 // A parallel region costs some microseconds: a thread gets at least so many multiply-adds.
 constexpr int64_t kDecodeWork = 1 << 16;
 
+// Columns of y, of so many multiply-adds each, that are worth a thread.
+inline int64_t decode_grain(int64_t work) { return std::max<int64_t>(8, kDecodeWork / std::max<int64_t>(1, work)); }
+
 inline void run_decode(const LoraDecodeParams& p) {
-  const int64_t grain = std::max<int64_t>(8, kDecodeWork / std::max<int64_t>(1, p.rows * (p.k + p.rank)));
+  const int64_t grain = decode_grain(p.rows * (p.k + p.rank));
   torch::stable::parallel_for(0, p.n, grain,
                               [&](int64_t begin, int64_t end) { cpu::kernels().lora_decode(p, begin, end); });
 }

@@ -2,8 +2,8 @@
 //
 // Schedule "aten" hands the operands to the library that ATen was built with, as they are. Schedule "onednn" hands them
 // to oneDNN, which torch carries too. "native" is "aten" for 16-bit operands of a CPU that multiplies such. Schedule
-// "upcast" is for 16-bit weights on a CPU without 16-bit arithmetic: the caller passes fp32 rows, and W goes through
-// fp32 a few megabytes at a time.
+// "upcast" is for 16-bit operands on a CPU without 16-bit arithmetic: the caller passes fp32 rows, and W goes through
+// fp32 a few megabytes at a time. So does a packed weight (packed_weight.h) under every schedule, in x's dtype.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -75,51 +75,111 @@ void for_row_blocks(int64_t rows, bool converts, const F& f) {
   for (int64_t begin = 0; begin < rows; begin += step) f(begin, std::min(rows, begin + step));
 }
 
-// Calls f(fp32 rows of W, row begin, row end).
-template <class F>
-void for_weight_blocks_fp32(const Tensor& weight, const F& f) {
-  const int64_t n = weight.size(0), k = std::max<int64_t>(1, weight.size(1));
-  const int64_t step = std::max<int64_t>(64, kUpcastWeightElements / k / 64 * 64);
-  for (int64_t begin = 0; begin < n; begin += step) {
-    const int64_t end = std::min(n, begin + step);
-    f(cast(row_block(weight, begin, end), ScalarType::Float), begin, end);
+// Rows of W that are held in another form at a time.
+inline int64_t panel_rows(int64_t k) {
+  return std::max<int64_t>(64, kUpcastWeightElements / std::max<int64_t>(1, k) / 64 * 64);
+}
+
+// A weight is what has n(), k(), and for_panels(dtype, f), which calls f(rows of W in this dtype, row begin, row end)
+// for one panel after the other, at least once. This is a plain one.
+class PlainMatrix {
+ public:
+  explicit PlainMatrix(const Tensor& weight) : weight_(weight) {}
+
+  int64_t n() const { return weight_.size(0); }
+  int64_t k() const { return weight_.size(1); }
+
+  template <class F>
+  void for_panels(ScalarType dtype, const F& f) const {
+    if (weight_.scalar_type() == dtype) return f(weight_, 0, n());
+    const int64_t step = panel_rows(k());
+    int64_t begin = 0;
+    do {
+      const int64_t end = std::min(n(), begin + step);
+      f(cast(row_block(weight_, begin, end), dtype), begin, end);
+      begin = end;
+    } while (begin < n());
   }
+
+ private:
+  const Tensor& weight_;
+};
+
+inline std::optional<Tensor> elements_of(std::optional<Tensor> bias, int64_t begin, int64_t end) {
+  if (!bias || bias->size(0) == end - begin) return bias;
+  return torch::stable::narrow(*bias, 0, begin, end - begin);
 }
 
 // y = x Wᵀ + bias. `epilogue(block, column begin, column end)` may add to a block of y before it is rounded.
-template <class Epilogue>
-void linear(const Tensor& y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+template <class Weight, class Epilogue>
+void linear(const Tensor& y, const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias,
             const Epilogue& epilogue) {
-  if (x.scalar_type() == weight.scalar_type()) {
-    linear_same_dtype(y, x, weight, bias);
-    epilogue(y, 0, y.size(1));
-    return;
-  }
-  for_weight_blocks_fp32(weight, [&](const Tensor& w, int64_t begin, int64_t end) {
-    const Tensor block = new_empty_as(x, {x.size(0), end - begin});
-    std::optional<Tensor> b = bias;
-    if (b) b = cast(torch::stable::narrow(*b, 0, begin, end - begin), ScalarType::Float);
+  const bool rounds = y.scalar_type() != x.scalar_type();
+  weight.for_panels(x.scalar_type(), [&](const Tensor& w, int64_t begin, int64_t end) {
+    Tensor target = column_block(y, begin, end);
+    const Tensor block = rounds ? new_empty_as(x, {x.size(0), end - begin}) : target;
+    std::optional<Tensor> b = elements_of(bias, begin, end);
+    if (b) b = cast(*b, x.scalar_type());
     linear_same_dtype(block, x, w, b);
     epilogue(block, begin, end);
-    Tensor target = column_block(y, begin, end);
-    torch::stable::copy_(target, block);
+    if (rounds) torch::stable::copy_(target, block);
   });
 }
 
-// grad_x = grad_y W, in grad_y's dtype.
-inline void linear_backward(const Tensor& grad_x, const Tensor& grad_y, const Tensor& weight) {
-  if (grad_y.scalar_type() == weight.scalar_type()) {
-    mm_out(grad_x, grad_y, weight);
-    return;
-  }
-  if (weight.size(0) == 0) {  // no block would write
-    Tensor all = grad_x;
-    torch::stable::zero_(all);
-    return;
-  }
-  for_weight_blocks_fp32(weight, [&](const Tensor& w, int64_t begin, int64_t end) {
-    addmm_out(grad_x, grad_x, column_block(grad_y, begin, end), w, begin == 0 ? 0.0 : 1.0, 1.0);
+// x Wᵀ + bias by oneDNN.
+template <class Weight>
+Tensor onednn_linear(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias) {
+  std::optional<Tensor> y;
+  weight.for_panels(x.scalar_type(), [&](const Tensor& w, int64_t begin, int64_t end) {
+    const Tensor block = onednn_linear(x, w, elements_of(bias, begin, end));
+    if (end - begin == weight.n()) {
+      y = block;
+      return;
+    }
+    if (!y) y = new_empty_as(x, {x.size(0), weight.n()});
+    Tensor target = column_block(*y, begin, end);
+    torch::stable::copy_(target, block);
   });
+  return *y;
+}
+
+// a + b, in the wider of their dtypes.
+inline Tensor added(const Tensor& a, const Tensor& b) {
+  AtenTensorHandle sum;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_add_Tensor(a.get(), b.get(), 1.0, &sum));
+  return Tensor(sum);
+}
+
+// grad_x = grad_y W, in grad_y's dtype. A sum over panels is made in fp32.
+template <class Weight>
+void linear_backward(const Tensor& grad_x, const Tensor& grad_y, const Weight& weight) {
+  const ScalarType dtype = grad_y.scalar_type();
+  std::optional<Tensor> sum;
+  weight.for_panels(dtype, [&](const Tensor& w, int64_t begin, int64_t end) {
+    if (end - begin == weight.n()) {
+      mm_out(grad_x, grad_y, w);
+    } else if (is_fp32(grad_x)) {
+      addmm_out(grad_x, grad_x, column_block(grad_y, begin, end), w, begin == 0 ? 0.0 : 1.0, 1.0);
+    } else {
+      mm_out(grad_x, column_block(grad_y, begin, end), w);
+      sum = sum ? added(*sum, grad_x) : cast(grad_x, ScalarType::Float);
+    }
+  });
+  if (sum) {
+    Tensor target = grad_x;
+    torch::stable::copy_(target, *sum);
+  }
+}
+
+// grad_y W by oneDNN.
+template <class Weight>
+Tensor onednn_linear_backward(const Tensor& grad_y, const Weight& weight) {
+  std::optional<Tensor> sum;
+  weight.for_panels(grad_y.scalar_type(), [&](const Tensor& w, int64_t begin, int64_t end) {
+    const Tensor part = onednn_linear(column_block(grad_y, begin, end), transposed(w), std::nullopt);
+    sum = sum ? added(*sum, part) : part;
+  });
+  return *sum;
 }
 
 }  // namespace lk

@@ -1,4 +1,5 @@
-// lora_linear and its backward on the CPU. The schedules are described in cpu_gemm.h.
+// lora_linear and its backward on the CPU, by a plain and by a packed weight. The schedules are described in
+// cpu_gemm.h.
 #include <memory>
 #include <string>
 #include <tuple>
@@ -7,6 +8,8 @@
 #include "cpu_decode.h"
 #include "cpu_gemm.h"
 #include "lora_checks.h"
+#include "packed_rows.h"
+#include "packed_weight.h"
 
 namespace lk {
 namespace {
@@ -15,12 +18,6 @@ constexpr Dropout kNoDropout{0, 0, 1.0f};
 
 Dropout read_dropout(const Tensor& seed, double p) {
   return make_dropout(*static_cast<const int64_t*>(seed.const_data_ptr()), p);
-}
-
-// fp32 with unit column stride, as the kernels want it.
-Tensor as_float_rows(const Tensor& t) {
-  const Tensor f = cast(t, ScalarType::Float);
-  return f.stride(1) == 1 ? f : torch::stable::contiguous(f);
 }
 
 // The kernels' own narrow products pay from this many rows on; below, packing the other operand costs more.
@@ -152,19 +149,16 @@ Tensor lora_decode(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, std::o
   return with_leading_sizes_of(decode_rows(rows, weight, lora_A, lora_B, bias, scaling, s.get()), x);
 }
 
-std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
-                                       std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
-                                       double dropout_p, std::string schedule) {
-  check_lora_linear(x, weight, lora_A, lora_B, bias, seed);
+// By the schedules of cpu_gemm.h.
+template <class Weight>
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Weight& weight, const Tensor& lora_A, const Tensor& lora_B,
+                                   const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, double scaling,
+                                   double dropout_p, const std::string& schedule) {
   const Tensor rows = as_rows(x);
   const Tensor s = new_empty_as(x, {rows.size(0), lora_A.size(0)});
-  if (schedule == "decode") {
-    const Tensor y = decode_rows(rows, weight, lora_A, lora_B, bias, scaling, mutable_floats(s));
-    return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
-  }
   const bool upcast = schedule == "upcast", onednn = schedule == "onednn";
   const ScalarType compute = upcast ? ScalarType::Float : x.scalar_type();
-  const Tensor y = onednn ? onednn_linear(rows, weight, bias) : new_empty_as(x, {rows.size(0), weight.size(0)});
+  const Tensor y = onednn ? onednn_linear(rows, weight, bias) : new_empty_as(x, {rows.size(0), weight.n()});
   const Tensor a_transposed = transposed(cast(lora_A, compute)), b_transposed = transposed(cast(lora_B, compute));
   std::optional<Dropout> dropout;
   if (seed) dropout = read_dropout(*seed, dropout_p);
@@ -194,19 +188,64 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
   return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
 }
 
+std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
+                                       std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
+                                       double dropout_p, std::string schedule) {
+  check_lora_linear(x, weight, lora_A, lora_B, bias, seed);
+  if (schedule == "decode") {
+    const Tensor rows = as_rows(x), s = new_empty_as(x, {rows.size(0), lora_A.size(0)});
+    const Tensor y = decode_rows(rows, weight, lora_A, lora_B, bias, scaling, mutable_floats(s));
+    return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
+  }
+  return forward(x, PlainMatrix(weight), lora_A, lora_B, bias, seed, scaling, dropout_p, schedule);
+}
+
+// A few rows, without the vendor library for the base product. s is rounded to x's dtype before it is multiplied.
+std::tuple<Tensor, Tensor> packed_rows(const Tensor& x, const PackedWeight& weight, const Tensor& lora_A,
+                                       const Tensor& lora_B, const std::optional<Tensor>& bias, double scaling,
+                                       bool in_registers) {
+  const Tensor rows = as_float_rows(as_rows(x)), a = as_float_rows(lora_A), b = as_float_rows(lora_B);
+  const Tensor wide = new_empty_as(rows, {rows.size(0), a.size(0)});
+  if (in_registers) {
+    run_decode(decode_params(rows, a, mutable_floats(wide)));
+  } else {
+    mm_out(wide, rows, transposed(a));
+  }
+  const Tensor s = cast(wide, x.scalar_type());
+  const PackedBranch branch{cast(s, ScalarType::Float), b, scaling};
+  const Tensor y = cast(multiply_packed(rows, weight, bias, &branch, in_registers), x.scalar_type());
+  return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
+}
+
+std::tuple<Tensor, Tensor> lora_linear_packed(Tensor x, std::vector<Tensor> weight, std::string layout, int64_t n,
+                                              int64_t k, int64_t block, ScalarType dtype, Tensor lora_A, Tensor lora_B,
+                                              std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
+                                              double dropout_p, std::string schedule) {
+  check_packed_rows(x, k);
+  check_bias(x, n, bias);
+  check_adapter(x, n, k, lora_A, lora_B, seed);
+  const PackedWeight w = packed_weight_for({weight, layout, n, k, block, dtype}, x.scalar_type());
+  if (schedule == "decode" || schedule == "rows") {
+    STD_TORCH_CHECK(!seed, "the decode and rows schedules serve no dropout, so seed must be None");
+    return packed_rows(x, w, lora_A, lora_B, bias, scaling, schedule == "decode");
+  }
+  return forward(x, PackedMatrix(w), lora_A, lora_B, bias, seed, scaling, dropout_p, schedule);
+}
+
 // All operands 16-bit, of one dtype that the CPU multiplies itself: converting them would take longer than the
 // products. grad_s is rounded, as s is, after the scaling: fp16 may not hold it before.
+template <class Weight>
 std::tuple<Tensor, Tensor, Tensor> backward_16bit(const Tensor& grad_y, const Tensor& x, const Tensor& s,
-                                                  const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                                                  const Weight& weight, const Tensor& lora_A, const Tensor& lora_B,
                                                   double scaling, bool need_x, bool need_A, bool need_B) {
-  const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1), rank = lora_A.size(0);
+  const int64_t m = x.size(0), n = weight.n(), k = weight.k(), rank = lora_A.size(0);
   const Tensor grad_x = need_x ? new_empty_as(x, {m, k}) : new_empty_as(x, {0});
   const Tensor grad_A = need_A ? new_empty_as(x, {rank, k}) : new_empty_as(x, {0});
   const Tensor grad_B = need_B ? new_empty_as(x, {n, rank}) : new_empty_as(x, {0});
   const Tensor grad_s = new_empty_as(x, {m, rank});
   if (need_x || need_A) addmm_out(grad_s, grad_s, grad_y, lora_B, 0.0, scaling);
   if (need_x) {
-    mm_out(grad_x, grad_y, weight);
+    linear_backward(grad_x, grad_y, weight);
     addmm_out(grad_x, grad_x, grad_s, lora_A, 1.0, 1.0);
   }
   if (need_A) mm_out(grad_A, transposed(grad_s), x);
@@ -214,11 +253,11 @@ std::tuple<Tensor, Tensor, Tensor> backward_16bit(const Tensor& grad_y, const Te
   return {grad_x, grad_A, grad_B};
 }
 
-std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x, Tensor s, Tensor weight, Tensor lora_A,
-                                                        Tensor lora_B, std::optional<Tensor> seed, double scaling,
-                                                        double dropout_p, bool need_x, bool need_A, bool need_B,
-                                                        std::string schedule) {
-  check_lora_linear_backward(grad_y, x, s, weight, lora_A, lora_B, seed);
+template <class Weight>
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& x, const Tensor& s,
+                                            const Weight& weight, const Tensor& lora_A, const Tensor& lora_B,
+                                            const std::optional<Tensor>& seed, double scaling, double dropout_p,
+                                            bool need_x, bool need_A, bool need_B, const std::string& schedule) {
   // The adapters' gradients are summed in fp32 (fp64 for fp64) and rounded to the adapter's dtype once.
   const ScalarType dtype = x.scalar_type(), wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const bool onednn = schedule == "onednn", native = schedule != "upcast";
@@ -230,12 +269,12 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
     return {need_x ? with_leading_sizes_of(grad_x, x) : grad_x, grad_A, grad_B};
   }
   const Tensor a = as_rows(cast(lora_A, wide)), b = cast(lora_B, wide);
-  const int64_t m = x_rows.size(0), n = weight.size(0), k = weight.size(1), rank = a.size(0);
+  const int64_t m = x_rows.size(0), n = weight.n(), k = weight.k(), rank = a.size(0);
   std::optional<Dropout> dropout;
   if (seed) dropout = read_dropout(*seed, dropout_p);
 
-  const Tensor grad_x = onednn && need_x ? onednn_linear(grad_rows, transposed(weight), std::nullopt)
-                                         : new_empty_as(x, {need_x ? m : 0, k});
+  const Tensor grad_x =
+      onednn && need_x ? onednn_linear_backward(grad_rows, weight) : new_empty_as(x, {need_x ? m : 0, k});
   Tensor grad_A = new_empty_as(x, {need_A ? rank : 0, k}, wide), grad_B = new_empty_as(x, {need_B ? n : 0, rank}, wide);
   torch::stable::zero_(grad_A);
   torch::stable::zero_(grad_B);
@@ -285,12 +324,36 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
           need_B ? cast(grad_B, lora_B.scalar_type()) : new_empty_as(lora_B, {0})};
 }
 
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x, Tensor s, Tensor weight, Tensor lora_A,
+                                                        Tensor lora_B, std::optional<Tensor> seed, double scaling,
+                                                        double dropout_p, bool need_x, bool need_A, bool need_B,
+                                                        std::string schedule) {
+  check_lora_linear_backward(grad_y, x, s, weight, lora_A, lora_B, seed);
+  return backward(grad_y, x, s, PlainMatrix(weight), lora_A, lora_B, seed, scaling, dropout_p, need_x, need_A, need_B,
+                  schedule);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_packed_backward(Tensor grad_y, Tensor x, Tensor s,
+                                                               std::vector<Tensor> weight, std::string layout,
+                                                               int64_t n, int64_t k, int64_t block, ScalarType dtype,
+                                                               Tensor lora_A, Tensor lora_B, std::optional<Tensor> seed,
+                                                               double scaling, double dropout_p, bool need_x,
+                                                               bool need_A, bool need_B, std::string schedule) {
+  check_packed_rows(x, k);
+  check_adapter(x, n, k, lora_A, lora_B, seed);
+  check_gradient(grad_y, x, s, n, lora_A.size(0));
+  const PackedMatrix w(packed_weight_for({weight, layout, n, k, block, dtype}, x.scalar_type()));
+  return backward(grad_y, x, s, w, lora_A, lora_B, seed, scaling, dropout_p, need_x, need_A, need_B, schedule);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
   m.impl("lora_linear", TORCH_BOX(&lora_linear));
   m.impl("lora_decode", TORCH_BOX(&lora_decode));
   m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
+  m.impl("lora_linear_packed", TORCH_BOX(&lora_linear_packed));
+  m.impl("lora_linear_packed_backward", TORCH_BOX(&lora_linear_packed_backward));
 }
 
 }  // namespace lk

@@ -8,24 +8,11 @@
 #include "aten.h"
 #include "cuda_counters.h"
 #include "lora_checks.h"
+#include "lora_rows.h"
 #include "rows.h"
 
 namespace lk {
 namespace {
-
-// [..., n] -> [rows, n] as the kernels read it. Rows that lie further apart than they can reckon are copied.
-Tensor matrix_of(const Tensor& t) {
-  const Tensor rows = as_rows(t);
-  return rows.stride(0) <= kMaxRowStride ? rows : torch::stable::contiguous(rows);
-}
-
-// An adapter as the kernels read it: fp32, or x's type. One that begins between chunks, as a view of a flat buffer may,
-// is copied: it is small beside what its alignment decides.
-Tensor adapter_rows(const Tensor& adapter, const Tensor& x) {
-  const Tensor rows = matrix_of(is_fp32(adapter) ? adapter : cast(adapter, x.scalar_type()));
-  const bool begins_at_chunk = reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % kChunkBytes == 0;
-  return begins_at_chunk ? rows : torch::stable::clone(rows);
-}
 
 MatrixRef ref_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.size(0), t.size(1), float_type(t)}; }
 

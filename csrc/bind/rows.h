@@ -7,8 +7,8 @@
 
 namespace lk {
 
-inline FloatType float_type(const Tensor& t) {
-  switch (t.scalar_type()) {
+inline FloatType float_type(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float:
       return FloatType::kFloat32;
     case ScalarType::BFloat16:
@@ -21,6 +21,8 @@ inline FloatType float_type(const Tensor& t) {
       STD_TORCH_CHECK(false, "not a floating-point type of the kernels");
   }
 }
+
+inline FloatType float_type(const Tensor& t) { return float_type(t.scalar_type()); }
 
 // Any strides but the last one's.
 inline Tensor with_contiguous_rows(const Tensor& t) {

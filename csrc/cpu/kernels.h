@@ -5,6 +5,7 @@
 
 #include "../params/dropout_mask.h"
 #include "../philox.h"
+#include "packed_weight.h"
 
 namespace lk {
 
@@ -81,6 +82,8 @@ struct Kernels {
   void (*lora_grad)(const LoraGradParams&, float* scratch, int64_t begin, int64_t end);
   int64_t (*lora_grad_tile)(bool has_dropout);
   int64_t (*lora_grad_scratch_size)(int64_t rank, int64_t tiles);
+
+  const PackedWeightKernels& packed;
 };
 
 const Kernels& kernels();

@@ -1,6 +1,6 @@
 // The narrow products of a LoRA branch, with the dropout mask made in registers on the way where there is one.
 // A vendor GEMM is built for wide outputs: where one side is the rank, it reaches little more than half of its speed.
-// Included once per instruction set; LK_TABLE names the table it defines.
+// Included once per instruction set; LK_TABLE names the table it defines, LK_PACKED_TABLE that of packed_weight.inl.
 #include "kernels.h"
 #include "simd.h"
 
@@ -338,6 +338,7 @@ void lora_grad_any(const LoraGradParams& p, float* scratch, int64_t begin, int64
 
 }  // namespace
 
+extern const PackedWeightKernels LK_PACKED_TABLE;
 extern const Kernels LK_TABLE;
 const Kernels LK_TABLE = {
     .isa = LK_ISA,
@@ -349,6 +350,7 @@ const Kernels LK_TABLE = {
     .lora_grad = lora_grad_any,
     .lora_grad_tile = lora_grad_tile,
     .lora_grad_scratch_size = lora_grad_scratch_size,
+    .packed = LK_PACKED_TABLE,
 };
 
 }  // namespace lk::cpu

@@ -1,3 +1,4 @@
 #define LK_ISA "avx2"
 #define LK_TABLE kAvx2
+#define LK_PACKED_TABLE kAvx2Packed
 #include "lora_branch.inl"

@@ -46,6 +46,7 @@ struct Options {
   uint64_t seed = 0;        // of the order in which blocks start and warps take turns
   int resident_blocks = 4;  // blocks that run at the same time
   Faults faults = {};
+  int first_block = 0;         // the index of the first: a launch's blocks in front of it are not run
   bool stall_release = false;  // a releasing thread stops before its store until nobody else can go on
 };
 

@@ -169,7 +169,7 @@ class Machine {
   Report run();
 
   int thread_index() const { return current_->index; }
-  int block_index() const { return current_->block->index; }
+  int block_index() const { return options_.first_block + current_->block->index; }
   int block_count() const { return block_count_; }
 
   void sync_block(Site site);

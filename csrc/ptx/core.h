@@ -20,6 +20,18 @@ LK_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 LK_DEVICE uint32_t bits_of(float f) { return __float_as_uint(f); }
 LK_DEVICE uint32_t count_ones(uint32_t bits) { return static_cast<uint32_t>(__popc(bits)); }
 
+// Byte i of the result is, of the eight bytes of `low` and `high`, the one that four bits of the selector, from bit 4 i
+// on, say. The highest of these must be zero.
+LK_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t permuted;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(permuted) : "r"(low), "r"(high), "r"(selector));
+  return permuted;
+}
+
+// Two operations on fp32 that the compiler never makes one of (fma), so that each rounds.
+LK_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+LK_DEVICE float rounded_sum(float a, float b) { return __fadd_rn(a, b); }
+
 // The same number, in a register: the compiler does not see that it is a parameter of the kernel, which it would use
 // from where parameters are, and then, where registers are scarce, spill another one.
 LK_DEVICE float in_register(float f) {
@@ -64,9 +76,15 @@ LK_DEVICE void store_global(T* p, T value) {
   *p = value;
 }
 
-// The compiler would store the two one by one.
+// The compiler would store the words of these one by one.
 LK_DEVICE void store_global(Float2* p, Float2 value) {
   asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(value.x), "f"(value.y) : "memory");
+}
+
+LK_DEVICE void store_global(Vec16* p, Vec16 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(value.word[0]), "r"(value.word[1]),
+               "r"(value.word[2]), "r"(value.word[3])
+               : "memory");
 }
 
 LK_DEVICE Vec16 load_shared_16(uint32_t address) {
@@ -74,6 +92,12 @@ LK_DEVICE Vec16 load_shared_16(uint32_t address) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
                : "r"(address));
+  return v;
+}
+
+LK_DEVICE uint64_t load_shared_8(uint32_t address) {
+  uint64_t v;
+  asm volatile("ld.shared.b64 %0, [%1];" : "=l"(v) : "r"(address));
   return v;
 }
 

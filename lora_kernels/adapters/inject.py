@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import formats
 from ..modules.base import check_adapter_dtype, check_hyperparameters, check_plain_linear, empty_adapter
 from ..modules.lora import LoRALinear
+from ..modules.quantized import quantized_lora
 from ..plain import is_parametrized, passed_by, why_no_base
 from ..reasons import Reason
 from ..report import FUSED, Report
@@ -88,7 +90,7 @@ def inject(
     layer: Any  # of two classes, one after the other
     for name, (layer, rank, scale) in plan.items():
         # The class is swapped, as in patch: other references to the layer and its hooks stay valid.
-        layer.__class__ = LoRALinear
+        layer.__class__ = LoRALinear if formats.from_module(layer) is None else quantized_lora(type(layer))
         layer._adopt(layer.weight, layer.bias, adapters[name], rank, scale, dropout, use_rslora)
     return Report([(name, FUSED) for name in plan], kept)
 
@@ -133,7 +135,8 @@ class Targets:
                 continue
             if isinstance(reason, Reason) and reason != Reason.FAN_IN_FAN_OUT:
                 raise ValueError(f"{op}: {', '.join(names_of[layer])}: {reason}")
-            check_plain_linear(f"{op}: {name}", layer)
+            if formats.from_module(layer) is None:
+                check_plain_linear(f"{op}: {name}", layer)
             rank: Any = first_match(self.rank_pattern, name, self.r)
             alpha = first_match(self.alpha_pattern, name, self.alpha)
             check_hyperparameters(f"{op}: {name}", rank, alpha, dropout)
@@ -251,6 +254,10 @@ def _unserved(module: nn.Module, not_called: bool, shared: bool) -> str | None:
         return Reason.PARENT_READS
     if shared:  # an adapter on one would act under all of its names; PEFT puts one on the first only
         return Reason.SHARED
+    packed = formats.from_module(module)
+    if packed is not None:
+        is_replaced = "forward" in module.__dict__
+        return packed if isinstance(packed, Reason) else Reason.INSTANCE_FORWARD if is_replaced else None
     try:
         check_plain_linear("", module)
     except TypeError:

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from ..functional.merging import stays_finite
 from ..modules.embedding import LoRAEmbedding
 from ..modules.lora import LoRALinear
 
 
-def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = False, unload: bool = False) -> None:
+def merge_adapter(
+    model: nn.Module, *, keep_base: bool = False, untie: bool = False, unload: bool = False
+) -> dict[str, float]:
     """Adds the adapter of every ``LoRALinear`` and ``LoRAEmbedding`` in ``model`` to its weight; all or none.
 
     Args:
@@ -20,6 +21,10 @@ def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = Fa
         untie: give a layer whose weight another module holds too (a tied embedding) a weight of its own. By
             default such a model is refused, because merging would change the other module.
         unload: also turn the layers back into plain ones, without their adapters. Cannot be undone.
+
+    Returns:
+        For each layer with a quantised weight, which merging quantises again, what that has cost: the norm of the
+        difference between the new weight and the exact sum, in norms of the update.
 
     Raises:
         RuntimeError: a layer is already merged.
@@ -33,7 +38,7 @@ def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = Fa
         if layer.merged:
             raise RuntimeError(f"merge_adapter: {name} is already merged; call unmerge_adapter first")
         layer.check_mergeable(f"merge_adapter: {name}")
-        if not stays_finite(layer.weight, *layer.update_factors(), layer.scaling):
+        if not layer.merges_finite():
             raise ValueError(f"merge_adapter: the merged weight of {name} would not be finite; nothing was merged")
     tied = _tied(model, layers)
     if tied and not untie:
@@ -41,10 +46,14 @@ def merge_adapter(model: nn.Module, *, keep_base: bool = False, untie: bool = Fa
         raise ValueError(f"merge_adapter: tied weights: {pairs}; pass untie=True to give them their own")
     for name in tied:
         _untie(model, layers[name])
-    for layer in layers.values():
-        layer.merge(keep_base)
+    lost: dict[str, float] = {}
+    for name, layer in layers.items():
+        cost: Any = layer.merge(keep_base)
+        if cost is not None:
+            lost[name] = cost
         if unload:
             layer.discard_adapter()
+    return lost
 
 
 def unmerge_adapter(model: nn.Module) -> None:

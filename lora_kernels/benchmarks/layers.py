@@ -143,7 +143,7 @@ def make_case(
 
             calls[name] = call
     leaves = [x, *weights(stock), *weights(fused)]
-    steps = {name: _step(call, what, grad, leaves) for name, call in calls.items()}
+    steps = {name: step_of(call, what, grad, leaves) for name, call in calls.items()}
     for backend in alternatives:
         if _is_served(backend, fused, few, grad[:rows]):
             steps[f"{OURS}, {backend}"] = _by(backend, steps[OURS])
@@ -214,7 +214,7 @@ def _schedules(
     return ask
 
 
-def _step(call: Callable[[], Tensor], what: str, grad: Tensor, leaves: list[Tensor]) -> Step:
+def step_of(call: Callable[[], Tensor], what: str, grad: Tensor, leaves: list[Tensor]) -> Step:
     """Gradients are dropped, so that every call allocates them as a training step does."""
 
     def train() -> None:

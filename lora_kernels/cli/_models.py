@@ -54,17 +54,31 @@ def load_tokenizer(name: str) -> Any:
         raise CliError(f"cannot load a tokenizer from {name!r}: {_what_happened(error)}") from None
 
 
-def load_model(name: str, dtype: torch.dtype | str, device: torch.device, *, allow_missing: bool = False) -> nn.Module:
+def load_model(
+    name: str, dtype: torch.dtype | str, device: torch.device, *, allow_missing: bool = False,
+    in_4_bits: str | None = None,
+) -> nn.Module:  # fmt: skip
     """A causal language model from a directory or hub name, ready for inference; dtype "auto" keeps the stored one.
+
+    ``in_4_bits``: bitsandbytes packs the linear layers so ("nf4" or "fp4", double quantised), and they multiply in
+    ``dtype``.
 
     Weights that the model has and the files lack, that the files have and the model lacks, or of another shape, are an
     error: transformers would draw or drop them. With ``allow_missing`` they are only listed.
     """
     transformers = _transformers(name)
+    options: dict[str, Any] = {}
+    if in_4_bits is not None:
+        require("bitsandbytes", "a model that bitsandbytes packs")
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=in_4_bits, bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )  # fmt: skip
+        options["device_map"] = {"": device}
     try:
         # Other shapes are to be reported by name, as the rest: transformers' own error has none.
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except Exception as error:  # as many kinds as there are ways in which a config or a file can be wrong
         raise CliError(f"cannot load the model {name!r}: {_what_happened(error)}") from None
@@ -73,7 +87,7 @@ def load_model(name: str, dtype: torch.dtype | str, device: torch.device, *, all
         raise CliError(f"{name} does not hold this model's weights: {problems} (--allow-missing goes on all the same)")
     if problems:
         print(f"note: {name} does not hold this model's weights: {problems}", flush=True)
-    return model.to(device)
+    return model if getattr(model, "is_quantized", False) else model.to(device)
 
 
 def _misfits(found: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from . import _arguments as arguments
 from ._console import CliError, error
 from ._models import DTYPES, pick_device, require
 
-LEVELS = ("layer", "decode", "sweep", "prompt", "block", "model")
+LEVELS = ("layer", "decode", "sweep", "qlora", "prompt", "block", "model")
 ALL, MODELLED = "all", "modelled"
 
 
@@ -81,6 +81,8 @@ def run(options: argparse.Namespace) -> int:
         if options.levels == [MODELLED]:
             return 0
     require("peft", "bench, which compares with stock PEFT,")
+    if "qlora" in options.levels or ALL in options.levels:
+        require("bitsandbytes", "bench qlora, which compares with it,")
     out = None if options.out is None else arguments.output_directory(options.out, overwrite=True)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -110,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    from ..benchmarks import layers, models, prompts
+    from ..benchmarks import layers, models, prompts, quantized
 
     compiles = not options.no_compile
     if not options.levels:
@@ -124,6 +126,7 @@ def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
         "layer": lambda: layers.layer_cases(device, compiles),
         "decode": lambda: layers.decode_cases(device),
         "sweep": lambda: layers.sweep_cases(device),
+        "qlora": lambda: quantized.qlora_cases(device),
         "prompt": lambda: prompts.prompt_cases(device=device),
         "block": lambda: models.block_cases(device, compiles),
         "model": lambda: models.model_cases(device),
@@ -146,7 +149,7 @@ def _measure_all(
     results = []
     for case in cases:
         # A graph holds a layer; a model's step has an optimizer and decoding, which wait for the host.
-        graphed = device.type == "cuda" and case.level in ("layer", "decode", "ranks", "tokens")
+        graphed = device.type == "cuda" and case.level in ("layer", "decode", "ranks", "tokens", "qlora")
         timer = (EventTimer(device) if eager else GraphTimer(device)) if graphed else host
         result = measure(
             case, options.pairs, timer, device, light.seconds, options.attempts,

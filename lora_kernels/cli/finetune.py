@@ -52,6 +52,7 @@ _DEFAULTS: dict[str, Any] = {
     "seq": 128,
     "seed": 0,
     "dtype": "fp32",
+    "quantize": None,
     "device": "auto",
     "threads": None,
     "eval_every": None,
@@ -102,6 +103,11 @@ def add_parser(commands: Any) -> None:
     add("--seq", "tokens per block", type=arguments.integer(2), metavar="N")
     add("--seed", "seed of the adapter, the data order and dropout", type=arguments.integer(0, 2**31), metavar="N")
     add("--dtype", "dtype of the frozen model; the adapter is fp32", choices=("fp32", "bf16"))
+    add(
+        "--quantize",
+        "pack the frozen linear layers in this format, double quantised (QLoRA); with --peft, bitsandbytes does it",
+        choices=sorted(lk.FORMATS),
+    )
     add("--device", "cpu, cuda, cuda:1, ...; auto is the GPU where there is one")
     add("--threads", "CPU threads (default: torch's own choice)", type=arguments.threads, metavar="N")
     add("--eval-every", "also report the held-out loss every N steps", type=arguments.integer(1), metavar="N")
@@ -141,9 +147,12 @@ def run(options: argparse.Namespace) -> int:
             if header and header["extra"]["data"] != digest(blocks):
                 raise CliError(f"{settings['text']} is not the text of the saved run (or its tokenizer changed)")
             model = load_model(
-                settings["model"], DTYPES[settings["dtype"]], device, allow_missing=settings["allow_missing"]
-            )
+                settings["model"], DTYPES[settings["dtype"]], device, allow_missing=settings["allow_missing"],
+                in_4_bits=settings["quantize"] if settings["peft"] else None,
+            )  # fmt: skip
             _check_fit(model, blocks)
+            if settings["quantize"] and not settings["peft"]:
+                print(lk.quantize_(model, settings["quantize"]))
             model = add_adapter(model, settings)
             train, held = split_blocks(blocks)
             trainer = Trainer(model, train, **{name: settings[name] for name in ("batch", "lr", "warmup", "seed")})
@@ -249,7 +258,8 @@ def add_adapter(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
         unknown = [name for name in targets if name not in known]
         if unknown:
             raise CliError(f"--targets: no linear layer is called {', '.join(unknown)}; there are {', '.join(known)}")
-    largest = max((max(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear)), default=1)
+    sizes = (max(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear))
+    largest = max(sizes, default=1)
     if settings["rank"] > largest:
         raise CliError(f"--rank {settings['rank']} is larger than every layer ({largest} features at most)")
     model.requires_grad_(False)
@@ -297,9 +307,10 @@ class _Session:
         """Run to the last step or to the first Ctrl-C. Returns the exit status."""
         trainer, steps = self.trainer, self.settings["steps"]
         trained = sum(p.numel() for p in trainer.parameters.values())
+        packed = "" if self.settings["quantize"] is None else f" over {self.settings['quantize']}"
         print(
             f"{len(trainer.blocks)} training and {len(self.held)} held-out blocks of {self.settings['seq']} tokens; "
-            f"{trained:,} trainable parameters; {self.settings['dtype']} on {trainer.device}, "
+            f"{trained:,} trainable parameters; {self.settings['dtype']}{packed} on {trainer.device}, "
             f"{'stock PEFT' if self.settings['peft'] else 'lora_kernels'}"
         )
         first = trainer.done

@@ -79,18 +79,27 @@ def run(options: argparse.Namespace) -> int:
         layers = sum(isinstance(module, lk.LoRALinear) for module in model.modules())
         tokens = _check_tokens(model)
         expected = _logits(model, tokens) if options.check else None
-        lk.merge_adapter(model, untie=options.untie, unload=True)
+        lost = lk.merge_adapter(model, untie=options.untie, unload=True)
+        if lost:
+            costs = sorted(lost.values())
+            print(
+                f"{len(lost)} quantised weights were quantised again: that has changed them by "
+                f"{costs[len(costs) // 2]:.2f} (median; {costs[-1]:.2f} at most) of what the adapter adds"
+            )
+            if options.check:  # what is saved is to be what was merged
+                expected = _packed_logits(model, tokens)
     except (ValueError, OSError) as problem:
         raise CliError(str(problem).replace("pass untie=True", "pass --untie")) from None
     try:
-        _write(model, tokenizer, out, tokens, expected)
+        _write(model, tokenizer, out, tokens, expected, lost)
     except _ComputesSomethingElse:
         error("the merged model does not compute what base and adapter compute; it was not kept")
         return 1
     except OSError as problem:
         error(f"could not save to {out}: {first_sentence(problem)}")
         return 1
-    print(f"merged {layers} layers; plain {str(model.dtype).removeprefix('torch.')} model saved in {out}")
+    kind = "quantised" if lost else f"plain {str(model.dtype).removeprefix('torch.')}"
+    print(f"merged {layers} layers; {kind} model saved in {out}")
     return 0
 
 
@@ -98,15 +107,20 @@ class _ComputesSomethingElse(Exception):
     pass
 
 
-def _write(model: Any, tokenizer: Any, out: Path, tokens: Tensor, expected: Tensor | None) -> None:
+def _write(
+    model: Any, tokenizer: Any, out: Path, tokens: Tensor, expected: Tensor | None, lost: dict[str, float]
+) -> None:
     """Save beside the final place, check, then put all files there."""
     with replacing(out) as staged:
-        model.save_pretrained(staged)
+        # transformers cannot undo how it has loaded a packed checkpoint; its own names for the weights are as good.
+        options = {"save_original_format": False} if getattr(model, "is_quantized", False) else {}
+        model.save_pretrained(staged, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
         if expected is not None:
             loaded = load_model(str(staged), model.dtype, tokens.device)
-            difference = ((_logits(loaded, tokens) - expected).abs().max() / expected.abs().max()).item()
+            logits = _packed_logits(loaded, tokens) if lost else _logits(loaded, tokens)
+            difference = ((logits - expected).abs().max() / expected.abs().max()).item()
             limit = _LOGITS_LIMIT[model.dtype]
             print(f"logits, merged against base + adapter: relative difference {difference:.2e} (limit {limit:g})")
             if not difference <= limit:
@@ -123,3 +137,12 @@ def _check_tokens(model: Any) -> Tensor:
 @torch.no_grad()
 def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, use_cache=False).logits.float()
+
+
+def _packed_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits from the packed weights as they are: bitsandbytes repacks them in eval mode on some CPUs, with a loss."""
+    lk.patch(model, frozen_linears=True)
+    try:
+        return _logits(model, tokens)
+    finally:
+        lk.unpatch(model)

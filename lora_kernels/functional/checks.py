@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch
+from ..formats import QuantizedWeight
 from ..plain import FLOATS, LOW_PRECISION
 
 
@@ -23,7 +24,7 @@ def types_fit(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any) -> bool:
     return bias is None or ((type(bias) is nn.Parameter or type(bias) is Tensor) and bias.dtype == dtype)
 
 
-def sizes_fit(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
+def sizes_fit(x: Tensor, weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
     """As ``types_fit``, for sizes and devices."""
     a, b, lead = lora_A.shape, lora_B.shape, x.shape
     if len(a) != 2 or len(b) != 2 or not lead:
@@ -39,13 +40,19 @@ def sizes_fit(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: T
     return weight.device == device and lora_A.device == device and lora_B.device == device
 
 
-def check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """``TypeError`` or ``ValueError`` unless x [..., K], weight [N, K] and bias [N], of one dtype, fit together."""
+def check_base(op: str, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> None:
+    """``TypeError`` or ``ValueError`` unless x [..., K], weight [N, K] and bias [N] fit together.
+
+    They are of one dtype, but that a quantised weight is multiplied in x's.
+    """
+    is_packed = isinstance(weight, QuantizedWeight)
     for name, t in (("x", x), ("weight", weight)):
+        if isinstance(t, QuantizedWeight) and name == "weight":
+            continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
         check_dense(op, name, t)
-    if weight.dim() != 2:
+    if len(weight.shape) != 2:
         raise ValueError(f"{op}: weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -53,7 +60,8 @@ def check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if x.dtype not in FLOATS:
         raise TypeError(f"{op}: x must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    if x.dtype != weight.dtype and not dispatch.autocast_enabled(x.device.type):
+    dtype = x.dtype if is_packed else weight.dtype
+    if x.dtype != dtype and not dispatch.autocast_enabled(x.device.type):
         raise TypeError(f"{op}: weight must be {x.dtype} like x, got {weight.dtype}")
     if x.device != weight.device:
         raise ValueError(f"{op}: weight must be on {x.device} like x, got {weight.device}")
@@ -61,14 +69,14 @@ def check_base(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         return
     if not isinstance(bias, Tensor):
         raise TypeError(f"{op}: bias must be a tensor or None, got {type(bias).__name__}")
-    if bias.shape != weight.shape[:1]:
+    if bias.shape != (weight.shape[0],):
         raise ValueError(
             f"{op}: bias must be [{weight.shape[0]}] to fit weight {tuple(weight.shape)}, got shape {tuple(bias.shape)}"
         )
     if bias.device != x.device:
         raise ValueError(f"{op}: bias must be on {x.device} like x, got {bias.device}")
-    if bias.dtype != weight.dtype and not dispatch.autocast_enabled(x.device.type):
-        raise TypeError(f"{op}: bias must be {weight.dtype} like weight, got {bias.dtype}")
+    if bias.dtype != dtype and not dispatch.autocast_enabled(x.device.type):
+        raise TypeError(f"{op}: bias must be {dtype} like {'x' if is_packed else 'weight'}, got {bias.dtype}")
 
 
 def check_dense(op: str, name: str, t: Tensor) -> None:
@@ -78,7 +86,7 @@ def check_dense(op: str, name: str, t: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a dense tensor, got a {kind} one")
 
 
-def check_adapter(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+def check_adapter(op: str, weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor) -> None:
     """``TypeError`` or ``ValueError`` unless lora_A [rank, K] and lora_B [N, rank], of one dtype, fit weight [N, K]."""
     for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
         if not isinstance(t, Tensor):
@@ -99,21 +107,21 @@ def check_adapter(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> No
         raise TypeError(f"{op}: lora_B must be {lora_A.dtype} like lora_A, got {lora_B.dtype}")
 
 
-def check_adapter_dtype(op: str, weight: Tensor, lora_A: Tensor) -> None:
-    """``TypeError`` unless lora_A is of the weight's dtype, or float32 over 16 bits."""
-    if lora_A.dtype != weight.dtype and not (lora_A.dtype == torch.float32 and weight.dtype in LOW_PRECISION):
+def check_adapter_dtype(op: str, like: str, dtype: torch.dtype, lora_A: Tensor) -> None:
+    """``TypeError`` unless lora_A is of this dtype, which ``like`` has, or float32 over 16 bits."""
+    if lora_A.dtype != dtype and not (lora_A.dtype == torch.float32 and dtype in LOW_PRECISION):
         raise TypeError(
-            f"{op}: lora_A must be {weight.dtype} like weight (or float32 over a 16-bit weight), got {lora_A.dtype}"
+            f"{op}: lora_A must be {dtype} like {like} (or float32 over a 16-bit {like}), got {lora_A.dtype}"
         )
 
 
-def check_magnitude(op: str, magnitude: Tensor, weight: Tensor) -> None:
+def check_magnitude(op: str, magnitude: Tensor, weight: Tensor | QuantizedWeight) -> None:
     """``TypeError`` or ``ValueError`` unless DoRA's magnitude [N] fits weight [N, K]."""
     if not isinstance(magnitude, Tensor):
         raise TypeError(f"{op}: magnitude must be a tensor, got {type(magnitude).__name__}")
     if not magnitude.is_floating_point():
         raise TypeError(f"{op}: magnitude must be floating point, got {magnitude.dtype}")
-    if magnitude.shape != weight.shape[:1]:
+    if magnitude.shape != (weight.shape[0],):
         raise ValueError(
             f"{op}: magnitude must be [{weight.shape[0]}] to fit weight {tuple(weight.shape)}, "
             f"got shape {tuple(magnitude.shape)}"

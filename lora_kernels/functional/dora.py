@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import dispatch
+from ..formats import QuantizedWeight
 from ..ops import lora_linear as _op
 from ..ops.eager import as_rows
 from .branches import add_rows
@@ -16,12 +18,13 @@ from .checks import check_adapter, check_base, check_magnitude, check_probabilit
 from .embedding import lora_embedding
 from .lora import arguments as lora_arguments
 from .lora import frozen_linear, lora_linear
+from .packed import of_layer
 from .why import explains
 
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -73,10 +76,26 @@ def dora_linear(
         return scale_columns(y, factor, None if bias is None else bias * (1 - factor))
     check_adapter(op, weight, lora_A, lora_B)
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    linear = F.linear if trains else frozen_linear
+    linear: Callable[..., Tensor] = F.linear if trains else frozen_linear
     dropped = F.dropout(x, dropout_p, True)
     y = scale_columns(linear(dropped, weight), factor - 1, linear(x, weight, bias))
     return add_rows(y, F.linear(dropped.to(y.dtype), lora_A.to(y.dtype)), lora_B * factor[:, None], scaling)
+
+
+def dora_linear_of_layer(
+    x: Tensor, weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor,
+    bias: Tensor | None, scaling: float | Tensor, dropout_p: float, training: bool,
+) -> Tensor:  # fmt: skip
+    """``dora_linear`` for a layer that has looked at its operands; ``lora_linear_of_layer`` says what a quantised one
+    multiplies in.
+    """
+    inner = x
+    if isinstance(weight, QuantizedWeight):
+        inner, bias = of_layer(x, weight, bias)
+    y = dora_linear(
+        inner, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=dropout_p, training=training
+    )
+    return y if inner is x else y.to(x.dtype)
 
 
 @explains("dora_linear", _op.SPEC)
@@ -121,7 +140,7 @@ def dora_embedding(
 
 
 @torch.no_grad()
-def norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+def norm(weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
     """``(weight + scaling * lora_B @ lora_A).norm(dim=1)``, without that matrix.
 
     Row by row the root of ``||W||^2 + 2 s (W A^T, B) + s^2 (B A A^T, B)``, formed in float32 at least. Where W and its
@@ -141,16 +160,29 @@ def norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
     return _norm(weight, lora_A, lora_B, scaling)
 
 
-def _norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
-    wide = torch.promote_types(weight.dtype, torch.float32)
+def _norm(weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+    dtype = weight.decoded_dtype if isinstance(weight, QuantizedWeight) else weight.dtype
+    wide = torch.promote_types(dtype, torch.float32)
     A, B = lora_A.to(wide), lora_B.to(wide) * scaling
-    WA = torch.cat([rows.to(wide) @ A.t() for rows in _blocks(weight, wide)])
     # Taken anew in each call: a write through weight.data, which merging and many loaders make, leaves no trace.
-    of_weight = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
+    of_weight, WA = _norms_and_products(weight, A.t(), wide)
     update = ((2 * WA + B @ (A @ A.t())) * B).sum(1)
     # The root of a square is not always the number itself.
     total = torch.where(update == 0, of_weight, (of_weight.square() + update).clamp_min_(0).sqrt_())
-    return total.to(torch.promote_types(weight.dtype, lora_B.dtype))
+    return total.to(torch.promote_types(dtype, lora_B.dtype))
+
+
+def _norms_and_products(weight: Tensor | QuantizedWeight, At: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``weight.norm(dim=1)`` [N] and ``weight @ At`` [N, rank]."""
+    if isinstance(weight, QuantizedWeight):
+        norms, products = [], []
+        for block in weight.split(max(1, _BLOCK // max(1, weight.shape[1]))):
+            rows = block.dequantize()
+            norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=wide))
+            products.append(rows.to(wide) @ At)
+        return torch.cat(norms), torch.cat(products)
+    product = torch.cat([rows.to(wide) @ At for rows in _blocks(weight, wide)])
+    return torch.linalg.vector_norm(weight, dim=1, dtype=wide), product
 
 
 _BLOCK = 1 << 20

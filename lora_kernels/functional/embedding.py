@@ -70,7 +70,7 @@ def arguments(
     if ids.device != weight.device:
         raise ValueError(f"{op}: ids must be on {weight.device} like weight, got {ids.device}")
     check_adapter(op, weight.t(), lora_A, lora_B)
-    check_adapter_dtype(op, weight, lora_A)
+    check_adapter_dtype(op, "weight", weight.dtype, lora_A)
     if isinstance(scaling, Tensor):
         lora_B, scaling = lora_B * scaling_tensor(op, scaling, weight.device), 1.0
     check_scaling(op, scaling)

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import dispatch
+from ..formats import QuantizedWeight
 from ..ops import dropout_mask as _mask_op
 from ..ops import eager
 from ..ops import frozen_linear as _frozen_op
 from ..ops import lora_linear as _op
 from ..ops.lora_linear import LoRALinearFunction
+from . import packed
 from .checks import (
     check_adapter,
     check_adapter_dtype,
@@ -31,7 +33,7 @@ from .why import explains
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None = None,
@@ -52,7 +54,8 @@ def lora_linear(
 
     Args:
         x: [..., in_features]; float32, bfloat16, float16 or float64. Any strides.
-        weight: [out_features, in_features], dtype of x.
+        weight: [out_features, in_features], dtype of x; or a ``QuantizedWeight``, from whose packed parts forward and
+            backward are computed. It decodes to its dtype, or to x's where x has 16 bits; the product is x's.
         lora_A: [rank, in_features], dtype of x, or float32 over a bfloat16/float16 x.
         lora_B: [out_features, rank], dtype of lora_A.
         bias: [out_features], dtype of x.
@@ -70,6 +73,8 @@ def lora_linear(
         TypeError: an argument is not a tensor, is sparse or nested, or has a dtype that does not fit.
         ValueError: shapes, devices or numbers do not fit. The message names the argument.
     """
+    if isinstance(weight, QuantizedWeight):
+        return packed.lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed)
     try:
         args = _arguments(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed)
         return eager.call(_op.SPEC, LoRALinearFunction, args, inference=_op.INFERENCE)
@@ -80,13 +85,15 @@ def lora_linear(
 
 
 def lora_linear_of_layer(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float | Tensor,
-    dropout_p: float, training: bool,
+    x: Tensor, weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+    scaling: float | Tensor, dropout_p: float, training: bool,
 ) -> Tensor:  # fmt: skip
     """``lora_linear`` for a layer that has looked at types, dtypes, scaling and transforms itself.
 
     A small layer takes as long as looking twice does.
     """
+    if type(weight) is QuantizedWeight:
+        return packed.lora_linear_of_layer(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training)
     if (
         type(scaling) is float and (dropout_p == 0.0 or not training)
         and not is_compiling() and not dispatch.any_autocast() and (bias is None or bias.dtype == x.dtype)
@@ -110,7 +117,7 @@ def _arguments(
     check_base(op, x, weight, bias)
     check_adapter(op, weight, lora_A, lora_B)
     if lora_A.dtype != weight.dtype and not dispatch.autocast_enabled(x.device.type):
-        check_adapter_dtype(op, weight, lora_A)
+        check_adapter_dtype(op, "weight", weight.dtype, lora_A)
     if isinstance(scaling, Tensor):
         lora_B, scaling = lora_B * scaling_tensor(op, scaling, x.device), 1.0
     check_scaling(op, scaling)
@@ -131,12 +138,12 @@ def arguments(
     return _arguments(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, 0 if seed is None else seed)
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def frozen_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """``F.linear(x, weight, bias)`` for a weight and bias that do not train.
 
     Args:
         x: [..., in_features]; float32, bfloat16, float16 or float64.
-        weight: [out_features, in_features], dtype of x.
+        weight: [out_features, in_features], dtype of x; or a ``QuantizedWeight``, as in ``lora_linear``.
         bias: [out_features], dtype of x.
 
     Returns:
@@ -145,6 +152,8 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Raises:
         TypeError, ValueError: as ``lora_linear``; ``RuntimeError`` in backward if weight or bias require grad.
     """
+    if isinstance(weight, QuantizedWeight):
+        return packed.frozen_linear(x, weight, bias)
     return torch.ops.lora_kernels.frozen_linear.default(*_bind_frozen(x, weight, bias))
 
 

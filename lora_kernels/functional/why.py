@@ -6,16 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import dispatch
+from ..formats import QuantizedWeight
 from ..spec import OpSpec
 
-_BINDERS: dict[str, tuple[OpSpec, Callable[..., tuple]]] = {}
+_BINDERS: dict[tuple[str, bool], tuple[OpSpec, Callable[..., tuple]]] = {}
 
 
-def explains(function: str, spec: OpSpec) -> Callable[[Callable[..., tuple]], Callable[..., tuple]]:
-    """A decorator: what it decorates turns the arguments of a public function into those of its op."""
+def explains(
+    function: str, spec: OpSpec, *, is_packed: bool = False
+) -> Callable[[Callable[..., tuple]], Callable[..., tuple]]:
+    """A decorator: what it decorates turns the arguments of a public function into those of its op, which is another
+    one where the weight is quantised (``is_packed``).
+    """
 
     def register(bind: Callable[..., tuple]) -> Callable[..., tuple]:
-        _BINDERS[function] = spec, bind
+        _BINDERS[function, is_packed] = spec, bind
         return bind
 
     return register
@@ -32,7 +37,10 @@ def why(op: str, *args: Any, **kwargs: Any) -> dispatch.Choice:
     Returns:
         NamedTuple (backend, schedule, reason).
     """
-    if op not in _BINDERS:
-        raise ValueError(f"why: unknown op {op!r}, expected one of {', '.join(sorted(_BINDERS))}")
-    spec, bind = _BINDERS[op]
+    key = op, any(isinstance(given, QuantizedWeight) for given in (*args, *kwargs.values()))
+    if key not in _BINDERS:
+        known = sorted(name for name, is_packed in _BINDERS if is_packed == key[1])
+        of_what = "op over a quantised weight" if key[1] else "op"
+        raise ValueError(f"why: unknown {of_what} {op!r}, expected one of {', '.join(known)}")
+    spec, bind = _BINDERS[key]
     return dispatch.explain(spec, bind(*args, **kwargs))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..frozen_linears import FrozenLinear
-from ..functional.merging import merge_, unmerge_
+from ..functional.merging import merge_, stays_finite, unmerge_
 from ..plain import FLOATS, LOW_PRECISION, why_no_base
 
 
@@ -42,6 +42,10 @@ class LoRALayer(nn.Module):
     def update_factors(self) -> tuple[Tensor, Tensor]:
         """(lora_A, lora_B) such that the update of ``weight`` is ``scaling * lora_B @ lora_A``."""
         return self.lora_A, self.lora_B
+
+    def merges_finite(self) -> bool:
+        """Whether ``merge`` would give finite elements only."""
+        return stays_finite(self.weight, *self.update_factors(), self.scaling)
 
     def merge(self, keep_base: bool = False) -> None:
         """Adds the adapter to ``weight`` in place, so that the layer runs without it.
@@ -114,7 +118,8 @@ def empty_adapter(
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """lora_A [r, columns] and lora_B [rows, r] beside ``weight``, without values yet."""
     if adapter_dtype is None:
-        adapter_dtype = torch.float32 if weight.dtype in LOW_PRECISION else weight.dtype
+        is_wide = weight.dtype in FLOATS and weight.dtype not in LOW_PRECISION
+        adapter_dtype = weight.dtype if is_wide else torch.float32
     lora_A, lora_B = (
         nn.Parameter(torch.empty(shape, dtype=adapter_dtype, device=weight.device))
         for shape in ((r, columns), (rows, r))

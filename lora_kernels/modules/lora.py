@@ -130,8 +130,11 @@ class LoRALinear(LoRALayer):
 
     def _describe(self, r: int, alpha: float, dropout: float, use_rslora: bool) -> None:
         self._set_numbers(r, alpha, use_rslora)
-        self.out_features, self.in_features = self.weight.shape
+        self.out_features, self.in_features = self._shape()
         self.dropout_p = float(dropout)
+
+    def _shape(self) -> tuple[int, ...]:
+        return self.weight.shape
 
     def reset_adapter(self) -> None:
         """Draws lora_A anew and sets lora_B to zero."""

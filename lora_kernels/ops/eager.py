@@ -25,8 +25,8 @@ from ..support import cuda
 class EagerFunction(torch.autograd.Function):
     """What the Functions of the ops are made of."""
 
-    differentiable: ClassVar[int]
-    """How many of the leading arguments may require grad; those may be None."""
+    differentiable: ClassVar[tuple[int, ...]]
+    """Positions of the arguments that may require grad; those may be None."""
 
     @staticmethod
     def results(output: Any) -> Any:
@@ -54,7 +54,8 @@ def call(spec: OpSpec, function: type[EagerFunction], args: tuple, *, inference:
 def run(function: type[EagerFunction], args: tuple, inference: OpSpec) -> Any:
     """``call`` where nobody compiles, transforms or casts."""
     if torch.is_grad_enabled():
-        for t in args[: function.differentiable]:
+        for i in function.differentiable:
+            t = args[i]
             if t is not None and t.requires_grad:
                 return function.apply(*args)
     return function.results(dispatch.run(inference, *args))

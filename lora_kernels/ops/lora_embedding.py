@@ -188,7 +188,7 @@ class LoRAEmbeddingFunction(EagerFunction):
     the arguments.
     """
 
-    differentiable = 4
+    differentiable = (0, 1, 2, 3)
 
     @staticmethod
     def results(output: tuple[Tensor, ...]) -> Tensor:

@@ -296,7 +296,7 @@ class LoRALinearFunction(EagerFunction):
     Call it through ``lk.lora_linear``, which checks the arguments.
     """
 
-    differentiable = 5
+    differentiable = (0, 1, 2, 3, 4)
 
     @staticmethod
     def results(output: tuple[Tensor, ...]) -> Tensor:

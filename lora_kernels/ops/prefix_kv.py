@@ -177,7 +177,7 @@ class PrefixKVFunction(EagerFunction):
     ``lk.prefix_kv``, which checks the arguments.
     """
 
-    differentiable = 1
+    differentiable = (0,)
 
     @staticmethod
     def results(output: Tensor) -> tuple[Tensor, ...]:

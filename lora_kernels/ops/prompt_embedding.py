@@ -266,7 +266,7 @@ class PromptEmbeddingFunction(EagerFunction):
     never the weight, the prompt or the output. Call it through ``lk.prompt_embedding``, which checks the arguments.
     """
 
-    differentiable = 4
+    differentiable = (0, 1, 2, 3)
 
     @staticmethod
     def results(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

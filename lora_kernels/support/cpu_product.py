@@ -71,14 +71,28 @@ def choose(rows: int, a_by_rows: bool, b: Tensor, b_is_k_by_n: bool = False) -> 
         b: [n, k].
         b_is_k_by_n: b is [k, n], and the product ``a @ b``.
     """
+    settled = _settled(rows)
+    if settled is not None:
+        return settled
+    kind, sizes, is_dense = _kind(rows, a_by_rows, b, b_is_k_by_n)
+    return _of_kind(kind, sizes, _by_onednn) if is_dense else MKL  # oneDNN would have a copy of what is not
+
+
+def choose_for_decoded(rows: int, n: int, k: int, b_is_k_by_n: bool = False) -> Verdict:
+    """As ``choose``, for a b that is still to be decoded, into memory of ours, by rows of what it is stored as."""
+    settled = _settled(rows)
+    if settled is not None:
+        return settled
+    return _of_kind(_kind_of(rows, n, k, True, not b_is_k_by_n, True), (rows, n, k), _by_onednn)
+
+
+def _settled(rows: int) -> Verdict | None:
+    """What is chosen without a measurement."""
     if rows < FROM_ROWS or not _has_both() or not torch._C._get_mkldnn_enabled():
         return MKL
     if _mode != "measure":
         return _ASKED[_mode]
-    if torch.are_deterministic_algorithms_enabled():
-        return _DETERMINISTIC
-    kind, sizes, is_dense = _kind(rows, a_by_rows, b, b_is_k_by_n)
-    return _of_kind(kind, sizes, _by_onednn) if is_dense else MKL  # oneDNN would have a copy of what is not
+    return _DETERMINISTIC if torch.are_deterministic_algorithms_enabled() else None
 
 
 def choose_for_few_rows(rows: int, b: Tensor) -> Verdict:
@@ -95,11 +109,13 @@ def _kind(rows: int, a_by_rows: bool, b: Tensor, b_is_k_by_n: bool) -> tuple[Kin
     if not b_is_k_by_n:
         k, n, along_k, along_n = n, k, along_n, along_k
     by_rows = along_k == 1
-    kind = Kind(
-        (rows - 1).bit_length(), (n - 1).bit_length(), (k - 1).bit_length(), a_by_rows, by_rows,
-        b.data_ptr() % _CACHE_LINE == 0, torch.get_num_threads(),
-    )  # fmt: skip
+    kind = _kind_of(rows, n, k, a_by_rows, by_rows, b.data_ptr() % _CACHE_LINE == 0)
     return kind, (rows, n, k), along_k + along_n == 1 + (k if by_rows else n)
+
+
+def _kind_of(rows: int, n: int, k: int, a_by_rows: bool, b_by_rows: bool, is_aligned: bool) -> Kind:
+    m, n, k = ((side - 1).bit_length() for side in (rows, n, k))
+    return Kind(m, n, k, a_by_rows, b_by_rows, is_aligned, torch.get_num_threads())
 
 
 def _of_kind(kind: Kind, sizes: tuple[int, int, int], other: Callable[[Tensor, Tensor], Tensor]) -> Verdict:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formats import LAYOUTS
+
 
 def check_lora_linear(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, seed: Tensor | None
@@ -94,6 +96,13 @@ def check_prefix_kv_backward(grads: list[Tensor]) -> None:
         all(g.shape == first.shape and g.dtype == first.dtype and g.device == first.device for g in grads),
         "prefix_kv_backward: the gradients differ in shape, dtype or device",
     )
+
+
+def check_packed(parts: list[Tensor], layout: str, n: int, k: int, block: int) -> None:
+    """``RuntimeError``, ``TypeError`` or ``ValueError`` unless these are the parts of a packed [n, k] weight."""
+    LAYOUTS[layout].check(parts, n, k, block)
+    _check(all(part.is_contiguous() for part in parts), "dequantize: the parts of the weight must be contiguous")
+    _check(_are_beside(*parts), "dequantize: the parts of the weight are on several devices")
 
 
 def _check(fits: bool, message: str) -> None:

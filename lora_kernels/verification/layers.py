@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import dispatch, philox
+from .. import dispatch, formats, philox
+from ..formats import QuantizedWeight
 from ..functional.checks import draw_seed
 from ..functional.lora import dropout_mask
 from ..integrations.peft import patching as integration
@@ -26,10 +27,14 @@ def check_layer(layer: nn.Module, rows: int) -> Check:
     ours = _alone(layer)
     _fill_zeros(ours)
     base = _base_of(ours)
-    dtype = base.weight.dtype
-    original = _as_original(copy.deepcopy(ours))
+    packed = formats.from_module(base)
+    dtype = packed.decoded_dtype if isinstance(packed, QuantizedWeight) else base.weight.dtype
+    original: Any = copy.deepcopy(ours)
+    if isinstance(packed, QuantizedWeight):  # which no product in float64 can take
+        _decode(original, packed)
+    original = _as_original(original)
+    x = _input(_base_of(original), rows)
     plain, exact = copy.deepcopy(original).to(dtype), original.double()
-    x = _input(base, rows)
     worst = Check("", "", OK)
     p = _dropout_p(ours)
     for drops in (False, True) if p > 0.0 else (False,):
@@ -95,6 +100,17 @@ class _Masked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self._factor.to(x.dtype)
+
+
+def _decode(layer: Any, weight: QuantizedWeight) -> None:
+    """Gives ``layer`` a plain base: itself, or PEFT's."""
+    base = layer
+    if not isinstance(layer, LoRALinear):
+        base = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        base.bias, layer.base_layer = _base_of(layer).bias, base
+    bias = base.bias
+    base.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+    base.bias = None if bias is None else nn.Parameter(bias.detach().to(weight.decoded_dtype), requires_grad=False)
 
 
 def _base_of(layer: Any) -> Any:

@@ -59,6 +59,18 @@ def load_dropout_mask() -> ModuleType:
     return _build_over_torch("_emu_dropout_mask", "emu/bind_dropout_mask.cpp")
 
 
+@functools.cache
+def load_dequantize() -> ModuleType:
+    """The same for dequantize, in ``torch.ops.lora_kernels_emulated_dequantize``."""
+    return _build_over_torch("_emu_dequantize", "emu/bind_dequantize.cpp")
+
+
+@functools.cache
+def load_lora_linear_packed() -> ModuleType:
+    """The same for lora_linear_packed, in ``torch.ops.lora_kernels_emulated_packed``."""
+    return _build_over_torch("_emu_lora_linear_packed", "emu/bind_lora_linear_packed.cpp")
+
+
 def _build_over_torch(name: str, binding: str) -> ModuleType:
     torch_dir = Path(torch.__file__).parent
     abi = next(flag for flag in setup_script.load().STABLE_ABI if "TORCH_TARGET_VERSION" in flag)

@@ -10,11 +10,13 @@ import sys
 
 import pytest
 import torch
+from packed import random_packed
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_launches import FP32, AbsentGpu, compile_for, launches, prompt_launches
 
+from lora_kernels.triton_kernels import dequantize
 from lora_kernels.triton_kernels.launching import run_all
 
 stub = ctypes.CDLL("libcuda.so.1")
@@ -109,3 +111,10 @@ def test_lora_linear(arch, problem, monkeypatch):
 @pytest.mark.parametrize("full", [True, False])
 def test_prompt_embedding(full, monkeypatch):
     check("sm_90", prompt_launches(hidden=64, full=full), monkeypatch)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_dequantize(nested, monkeypatch):
+    weight = random_packed(48, 128, nested=nested)
+    launch = dequantize.dequantize_launch(torch.empty(48, 128, dtype=torch.bfloat16), list(weight.parts), 64)
+    check("sm_90", [("dequantize", launch)], monkeypatch)

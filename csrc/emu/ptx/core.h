@@ -32,6 +32,22 @@ inline uint32_t bits_of(float f) {
 
 inline uint32_t count_ones(uint32_t bits) { return static_cast<uint32_t>(std::popcount(bits)); }
 
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector, emu::Site site = emu::Site::current()) {
+  if ((selector & 0x8888u) != 0) emu::trap(site);  // there, prmt repeats the byte's sign
+  const uint64_t bytes = low | static_cast<uint64_t>(high) << 32;
+  uint32_t permuted = 0;
+  for (int i = 0; i < 4; ++i) permuted |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+  return permuted;
+}
+
+// What has been in memory is part of no fma, on a host that has one either.
+inline float rounded_product(float a, float b) {
+  volatile float product = a * b;
+  return product;
+}
+
+inline float rounded_sum(float a, float b) { return a + b; }
+
 inline float in_register(float f) { return f; }
 
 // ------------------------------------------------------------------------------------------------ the thread
@@ -68,6 +84,12 @@ inline void store_global(T* p, T value, emu::Site site = emu::Site::current()) {
 
 inline Vec16 load_shared_16(uint32_t address, emu::Site site = emu::Site::current()) {
   Vec16 v;
+  emu::load_shared(address, &v, sizeof v, site);
+  return v;
+}
+
+inline uint64_t load_shared_8(uint32_t address, emu::Site site = emu::Site::current()) {
+  uint64_t v;
   emu::load_shared(address, &v, sizeof v, site);
   return v;
 }

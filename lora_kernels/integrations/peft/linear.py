@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ... import dispatch, operands
 from ...class_swaps import in_place_of, our_class
-from ...functional.dora import dora_embedding, dora_linear
+from ...formats import QuantizedWeight
+from ...functional.dora import dora_embedding, dora_linear_of_layer
 from ...functional.embedding import lora_embedding
 from ...functional.lora import lora_linear_of_layer
+from ...modules.quantized import set_compute_type
 from ...reasons import Reason
 from ...report import FUSED
 from . import conv, mixed_batch, several_adapters
@@ -23,12 +28,11 @@ original_create_new_module: Any = LoraModel._create_new_module
 """What ``LoraModel`` had when ``patch_peft`` was called last."""
 
 
-@in_place_of(Linear)
-class FusedLinear(Linear):
-    """PEFT's ``lora.Linear`` with a forward of one op where that computes the same.
+class FusedForward(nn.Module):
+    """What replaces PEFT's linear layers, beside their own class: a forward of one op where that computes the same.
 
-    Where it does not (``operands.py``), PEFT's own forward serves the whole call and ``lk.stats()`` counts
-    the reason. Nothing but ``forward`` differs: parameters, merging, adapter switching and hooks are PEFT's.
+    Where it does not (``operands/``), PEFT's own forward serves the whole call and ``lk.stats()`` counts the reason.
+    Nothing but ``forward`` differs: parameters, merging, adapter switching and hooks are PEFT's.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -39,7 +43,7 @@ class FusedLinear(Linear):
             if reason is None:
                 found = mixed_batch.groups(self, x, kwargs["adapter_names"])
                 if type(found) is list:
-                    return mixed_batch.add_updates(self.base_layer(x), x, found)
+                    return mixed_batch.add_updates(mixed_batch.base_result(self.base_layer, x), x, found)
                 reason = found
         else:
             found = operands.operands(self)
@@ -49,10 +53,9 @@ class FusedLinear(Linear):
                 if reason is None and magnitude is None:
                     return lora_linear_of_layer(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training)
                 if reason is None:
-                    return dora_linear(
-                        x, weight, lora_A, lora_B, magnitude, bias,
-                        scaling=scaling, dropout_p=dropout_p, training=training,
-                    )  # fmt: skip
+                    return dora_linear_of_layer(
+                        x, weight, lora_A, lora_B, magnitude, bias, scaling, dropout_p, training
+                    )
             elif type(found) is Reason:
                 reason = found
             else:
@@ -61,6 +64,11 @@ class FusedLinear(Linear):
                     return several_adapters.forward(x, found)
         _count("lora_linear", reason)
         return super().forward(x, *args, **kwargs)
+
+
+@in_place_of(Linear)
+class FusedLinear(FusedForward, Linear):
+    """PEFT's ``lora.Linear``, over a plain base layer or a quantised one."""
 
 
 @in_place_of(Embedding)
@@ -112,10 +120,38 @@ class FusedConv3d(FusedConv, Conv3d):
     pass
 
 
-SWAPS = {
+SWAPS: dict[type, type] = {
     Linear: FusedLinear, Embedding: FusedEmbedding, Conv1d: FusedConv1d, Conv2d: FusedConv2d, Conv3d: FusedConv3d,
 }  # fmt: skip
 """PEFT's layers and what replaces them."""
+
+
+@in_place_of(TorchaoLoraLinear)
+class FusedTorchaoLinear(FusedForward, TorchaoLoraLinear):
+    """PEFT's layer over a weight of torchao's."""
+
+
+SWAPS[TorchaoLoraLinear] = FusedTorchaoLinear
+if is_bnb_available():
+    from peft.tuners.lora.bnb import Linear8bitLt
+
+    @in_place_of(Linear8bitLt)
+    class FusedLinear8bitLt(FusedForward, Linear8bitLt):
+        """PEFT's ``lora.bnb.Linear8bitLt`` in training mode; in eval mode, bitsandbytes rounds the activations."""
+
+    SWAPS[Linear8bitLt] = FusedLinear8bitLt
+if is_bnb_4bit_available():
+    from peft.tuners.lora.bnb import Linear4bit
+
+    @in_place_of(Linear4bit)
+    class FusedLinear4bit(FusedForward, Linear4bit):
+        """PEFT's ``lora.bnb.Linear4bit``: forward and gradients from the packed weight."""
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            set_compute_type(self.base_layer, x)
+            return super().forward(x, *args, **kwargs)
+
+    SWAPS[Linear4bit] = FusedLinear4bit
 
 
 def _extra_arguments(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reason | None:
@@ -183,14 +219,22 @@ def next_call(layer: Any) -> tuple[Reason | None, str]:
     found = conv.adapters(layer) if is_conv else operands.operands(layer)
     if type(found) is Reason:
         return found, ""
-    usual_input = layer.get_base_layer().weight.new_empty(0)
     if is_conv:
+        usual_input = layer.get_base_layer().weight.new_empty(0)
         return conv.call_reason(usual_input, found), "lora_conv"
+    weight, lora_A, lora_B, *_, magnitude = found if type(found) is tuple else found.first
+    usual_dtype, of_weight = weight.dtype, ""
+    if isinstance(weight, QuantizedWeight):
+        of_weight = f", {weight.format}, {weight.bits_per_weight:.2f} bits"
+        if not getattr(layer.get_base_layer(), "compute_type_is_set", True):
+            weight = replace(weight, dtype=lora_A.dtype)  # the first call will say
+        if weight.device.type == "cpu":
+            usual_dtype = lora_A.dtype
+    usual_input = torch.empty(0, dtype=usual_dtype, device=weight.device)
     if type(found) is not tuple:
-        return several_adapters.call_reason(usual_input, found), FUSED
-    weight, lora_A, lora_B, *_, magnitude = found
+        return several_adapters.call_reason(usual_input, found), FUSED + of_weight
     reason = operands.call_reason(usual_input, weight, lora_A, lora_B)
-    return reason, FUSED if magnitude is None else "dora_linear"
+    return reason, (FUSED if magnitude is None else "dora_linear") + of_weight
 
 
 def _count_not_swapped(layer: nn.Module, args: tuple[Any, ...]) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ... import dispatch, operands
+from ...formats import QuantizedWeight
+from ...functional.packed import linear_of_layer
 from ...ops.eager import as_rows
 from ...reasons import Reason
 
@@ -23,6 +25,8 @@ def groups(layer: Any, x: Tensor, names: Sequence[str]) -> list[Group] | Reason:
     samples: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         samples.setdefault(name, []).append(index)
+    base: Any = operands.base_operands(layer.base_layer)
+    weight = base[0] if type(base) is tuple else layer.get_base_layer().weight
     found: list[Group] = []
     for name, indices in samples.items():
         if name not in layer.lora_A:  # "__base__", or an adapter of other layers
@@ -33,11 +37,19 @@ def groups(layer: Any, x: Tensor, names: Sequence[str]) -> list[Group] | Reason:
         lora_A, lora_B, lora_bias, scaling, p, training, magnitude = branch
         if magnitude is not None or (p > 0.0 and training):
             return Reason.ADAPTER_NAMES  # PEFT refuses DoRA, and draws its own mask
-        reason = operands.call_reason(x, layer.get_base_layer().weight, lora_A, lora_B)
+        reason = operands.call_reason(x, weight, lora_A, lora_B)
         if reason is not None:
             return reason
         found.append((indices, lora_A, lora_B, lora_bias, scaling))
     return found
+
+
+def base_result(base: Any, x: Tensor) -> Tensor:
+    """The base layer's own result; from a quantised weight by the op, where nothing hooks the layer."""
+    found: Any = operands.base_operands(base)
+    if type(found) is tuple and type(found[0]) is QuantizedWeight and operands.why_not_called_as_is(base) is None:
+        return linear_of_layer(x, *found)
+    return base(x)
 
 
 def add_updates(y: Tensor, x: Tensor, found: list[Group]) -> Tensor:

@@ -10,16 +10,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ... import class_swaps
+from ... import class_swaps, formats
+from ...formats.int8 import exact_in_eval
 from ...frozen_linears import FrozenLinear, faster_product
 from ...modules.embedding import LoRAEmbedding
 from ...modules.lora import LoRALinear
+from ...modules.quantized import FrozenPacked, QuantizedLinear, frozen_originals, frozen_packed
 from ...plain import may_take_fast_path, passed_by
 from ...reasons import Reason
-from ...report import PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
+from ...report import FROZEN_PACKED, PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
 
 
-def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "peft") -> Report:
+def patch(
+    model: nn.Module, frozen_linears: bool = False, left_padding: str = "peft", int8_eval: str = "peft"
+) -> Report:
     """Swaps the LoRA layers and the prompts of a PEFT model for fused ones, in place; ``unpatch`` restores them.
 
     Only the class of a layer changes, so parameters, ``state_dict``, hooks, optimizers, merging and adapter
@@ -35,21 +39,27 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
         model: a PEFT model, or any module that contains PEFT layers.
         frozen_linears: also swap frozen ``nn.Linear`` layers (``lk.FrozenLinear``), whose product torch makes slowly:
             bfloat16 or float16 on a CPU without instructions for it, and fp32 where another library was measured to be
-            faster on this CPU. Works without PEFT.
+            faster on this CPU; and layers whose weight is quantised, which are multiplied from the packed bytes. Works
+            without PEFT.
         left_padding: where a prompt goes in a batch that is padded on the left. "peft": [prompt, pads, text], with
             positions that count the pads, as PEFT does. "fixed": [pads, prompt, text], with positions that do not, so
             that a text's logits do not depend on its pads; a call that cannot be served so raises. Prefixes are not
             affected.
+        int8_eval: what layers of bitsandbytes' 8-bit ``Linear8bitLt`` do in eval mode. "peft": they round activations
+            to eight bits, too, by bitsandbytes' own code. "exact": they multiply as in training mode.
 
     Returns:
         What was swapped, and what was left alone and why. ``print`` it.
 
     Raises:
         ValueError: there is no PEFT layer or prompt in ``model`` and ``frozen_linears`` is False, or left_padding is
-            neither "peft" nor "fixed", or it is "fixed" and a prompt cannot be fused. Nothing is swapped then.
+            neither "peft" nor "fixed", or it is "fixed" and a prompt cannot be fused, or int8_eval is neither "peft"
+            nor "exact". Nothing is swapped then.
     """
     if left_padding not in ("peft", "fixed"):
         raise ValueError(f'patch: left_padding must be "peft" or "fixed", got {left_padding!r}')
+    if int8_eval not in ("peft", "exact"):
+        raise ValueError(f'patch: int8_eval must be "peft" or "exact", got {int8_eval!r}')
     peft_layers = dict(tuner_layers(model))
     prompts = dict(prompt_models(model))
     if not peft_layers and not prompts and not frozen_linears:
@@ -59,6 +69,7 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
         )
     if left_padding == "fixed":
         _check_all_fusable(prompts)
+    exact_in_eval(model, int8_eval == "exact")
     report, not_called = Report(), _passed_by(model, peft_layers.values())
     for name, layer in peft_layers.items():
         is_fused, by_what_or_why_not = _fuse(layer)
@@ -79,8 +90,9 @@ def patch(model: nn.Module, frozen_linears: bool = False, left_padding: str = "p
 
 def unpatch(model: nn.Module) -> None:
     """Restores the classes that ``patch`` or ``patch_peft`` changed in ``model``; without any, does nothing."""
+    exact_in_eval(model, False)
     for module in model.modules():
-        class_swaps.give_back(module, {FrozenLinear: nn.Linear})
+        class_swaps.give_back(module, {FrozenLinear: nn.Linear, **frozen_originals()})
     if not _peft_imported():
         return
     fused = _fused_layers()
@@ -290,7 +302,11 @@ def _patch_frozen(model: nn.Module, peft_layers: dict[str, Any], report: Report)
     names = {name for name, _ in report.fused}
     fused = {layer.get_base_layer() for name, layer in peft_layers.items() if name in names}
     for name, module in model.named_modules():
-        if type(module) not in (nn.Linear, FrozenLinear) or module in adapters:
+        if type(module) not in (nn.Linear, FrozenLinear):
+            if module not in adapters and module not in fused:
+                _patch_packed(name, module, report)
+            continue
+        if module in adapters:
             continue
         own = module._parameters
         weight, bias = own.get("weight"), own.get("bias", Reason.DISPLACED)
@@ -303,3 +319,23 @@ def _patch_frozen(model: nn.Module, peft_layers: dict[str, Any], report: Report)
             module.__class__ = FrozenLinear
         if module not in fused:
             (report.kept if faster is None else report.fused).append((name, faster or Reason.FAST_PRODUCT))
+
+
+def _patch_packed(name: str, module: nn.Module, report: Report) -> None:
+    """Swaps a layer with a quantised weight and no adapter; our own needs nothing."""
+    if isinstance(module, (QuantizedLinear, LoRALinear)):
+        return
+    weight = formats.from_module(module)
+    if weight is None:
+        return
+    reason = weight if isinstance(weight, Reason) else None
+    if "forward" in module.__dict__:
+        reason = Reason.INSTANCE_FORWARD
+    elif any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+        reason = Reason.BASE_REQUIRES_GRAD
+    if reason is not None:
+        report.kept.append((name, reason))
+        return
+    if not isinstance(module, FrozenPacked):
+        module.__class__ = frozen_packed(type(module))
+    report.fused.append((name, FROZEN_PACKED))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ... import operands
 from ...functional.branches import add_rows
-from ...functional.lora import lora_linear
+from ...functional.lora import lora_linear_of_layer
 from ...reasons import Reason
 
 
@@ -26,7 +26,7 @@ def call_reason(x: Any, found: operands.SideBySide) -> Reason | None:
 def forward(x: Tensor, found: operands.SideBySide) -> Tensor:
     """The layer's output. The first adapter's mask is ``lora_linear``'s, the others' are torch's, which stores them."""
     weight, lora_A, lora_B, bias, scaling, p, training, _ = found.first
-    y = lora_linear(x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=p, training=training)
+    y = lora_linear_of_layer(x, weight, lora_A, lora_B, bias, scaling, p, training)
     for lora_A, lora_B, _, scaling, p, training, _ in found.others:
         s = F.linear(F.dropout(x, p, training).to(y.dtype), lora_A.to(y.dtype))
         y = add_rows(y, s, lora_B, scaling)

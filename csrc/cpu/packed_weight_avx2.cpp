@@ -1,0 +1,2 @@
+#define LK_PACKED_TABLE kAvx2Packed
+#include "packed_weight.inl"

@@ -1,0 +1,2 @@
+#define LK_PACKED_TABLE kPortablePacked
+#include "packed_weight.inl"

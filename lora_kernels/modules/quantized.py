@@ -1,0 +1,291 @@
+"""Linear layers whose weight is quantised: ``QuantizedLinear``, and an adapter on it or on another library's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import dispatch, formats
+from ..class_swaps import in_place_of
+from ..formats import DECODED, FORMATS, QuantizedWeight
+from ..functional.lora import lora_linear_of_layer
+from ..functional.packed import linear_of_layer
+from ..plain import FLOATS, PLAIN_TENSORS, inside_transform
+from ..reasons import Reason
+from .lora import LoRALinear
+
+_PARTS = "_part_"
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer that keeps its weight packed; ``lk.quantize_`` makes them of a model's layers.
+
+    Equivalent to ``F.linear(x, weight.dequantize(), bias)`` for the ``QuantizedWeight`` that it was made of. In
+    ``state_dict`` it has the names and the bytes of bitsandbytes' layer, which can load it, and loads its.
+
+    Moving it to a dtype changes what the weight decodes to, and none of its parts.
+
+    Args:
+        weight: the weight, which is not copied.
+        bias: [out_features] or None.
+
+    Attributes:
+        weight: the packed bytes, an integer parameter. ``quantized_weight()`` has the rest.
+        in_features, out_features, bias: as in ``nn.Linear``.
+    """
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self.keep(weight)
+
+    def keep(self, weight: QuantizedWeight) -> None:
+        """Takes over the parts of ``weight``."""
+        data, *others = weight.parts
+        self.weight = nn.Parameter(data, requires_grad=False)
+        for index, part in enumerate(others, 1):
+            self.register_buffer(f"{_PARTS}{index}", part, persistent=False)
+        self._of_weight = weight.format, weight.layout, weight.block, len(weight.parts)
+        self.compute_dtype = weight.dtype
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight; it refers to the layer's tensors."""
+        name, layout, block, count = self._of_weight
+        parts = (self.weight.data, *(self._buffers[f"{_PARTS}{index}"] for index in range(1, count)))
+        shape = self.out_features, self.in_features
+        return QuantizedWeight.of_layer(name, layout, parts, shape, block, self.compute_dtype)  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear_of_layer(input, self.quantized_weight(), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        wanted = fn(torch.empty(0, dtype=self.compute_dtype, device=self.weight.device)).dtype
+        parts = {name: part for name, part in self._buffers.items() if name.startswith(_PARTS)}
+        super()._apply(fn, recurse)
+        for name, part in parts.items():
+            moved: Any = self._buffers[name]
+            if moved.dtype != part.dtype:  # type: ignore[union-attr]
+                self._buffers[name] = part.to(moved.device)  # type: ignore[union-attr]
+        if wanted in DECODED:
+            self.compute_dtype = wanted
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self.quantized_weight()
+        for name, entry in FORMATS[weight.format].pack(weight).items():
+            destination[prefix + name] = entry
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        own = f"{prefix}weight"
+        names = {f"{prefix}{name}" for fmt in FORMATS.values() for name in fmt.entries}
+        entries = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(tuple(names))}
+        if not entries:
+            missing_keys.append(own)
+        else:
+            try:
+                self._load(entries)
+            except ValueError as error:
+                error_msgs.append(f"{prefix[:-1]}: {error}")
+                return
+        rest = {key: value for key, value in state_dict.items() if key[len(prefix) :] not in entries}
+        rest[own] = self.weight
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def _load(self, entries: Mapping[str, Tensor]) -> None:
+        found = (fmt.unpack(entries, self.compute_dtype) for fmt in FORMATS.values())
+        weight = next((weight for weight in found if weight is not None), None)
+        if weight is None:
+            raise ValueError(f"the state dict has no packed weight, but {', '.join(sorted(entries))}")
+        if weight.shape != (self.out_features, self.in_features):
+            raise ValueError(f"a weight of {weight.shape} for a layer of {(self.out_features, self.in_features)}")
+        self.keep(weight.to(self.weight.device))
+
+    def extra_repr(self) -> str:
+        weight = self.quantized_weight()
+        return f"{super().extra_repr()}, {weight.format}, {weight.bits_per_weight:.2f} bits per weight"
+
+
+class QuantizedLoRALinear(LoRALinear):
+    """``LoRALinear`` over a quantised weight. Its class has the layer's own class as its other base, so that what the
+    layer keeps, moves, saves and loads stays as it was.
+
+    Merging decodes the weight, adds the adapter and quantises again: ``merge`` returns how far the result is from the
+    exact one. ``unmerge`` restores the packed bytes, of which ``merge`` keeps a copy.
+    """
+
+    _kept_parts: tuple[Tensor, ...] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self._packed()
+        if self.merged:
+            return linear_of_layer(x, weight, self.bias)
+        return lora_linear_of_layer(
+            x, weight, self.lora_A, self.lora_B, self.bias, self.scaling, self.dropout_p, self.training
+        )
+
+    def merges_finite(self) -> bool:
+        return bool(torch.isfinite(self._packed().dequantize(torch.float32) + self._update()).all())
+
+    def _update(self) -> Tensor:
+        return self.lora_B.detach().float() @ self.lora_A.detach().float() * self.scaling
+
+    def _packed(self) -> QuantizedWeight:
+        found = formats.from_module(self)
+        if not isinstance(found, QuantizedWeight):
+            raise RuntimeError(f"the packed weight of this layer cannot be read any more: {found}")
+        return found
+
+    def _shape(self) -> tuple[int, int]:
+        return self._packed().shape
+
+    @torch.no_grad()
+    def merge(self, keep_base: bool = True) -> float:  # type: ignore[override]
+        """Adds the adapter to the packed weight.
+
+        Args:
+            keep_base: keep a copy of the packed parts, without which ``unmerge`` is refused.
+
+        Returns:
+            What quantising again costs: the norm of the difference between the new weight and the exact sum, in norms
+            of the update. Above 1, more is lost than the adapter adds.
+
+        Raises:
+            RuntimeError: already merged.
+            ValueError: the merged weight would not be finite. The weight is then unchanged.
+        """
+        if self.merged:
+            raise RuntimeError("merge: the adapter is already merged; call unmerge() first")
+        weight, update = self._packed(), self._update()
+        exact = weight.dequantize(torch.float32) + update
+        if not torch.isfinite(exact).all():
+            raise ValueError(
+                "merge: lora_A, lora_B and the merged weight must be finite; the weight was left unchanged"
+            )
+        merged = FORMATS[weight.format].again(exact, weight)
+        self._kept_parts = tuple(part.clone() for part in weight.parts) if keep_base else None
+        for part, new in zip(weight.parts, merged.parts):
+            part.copy_(new.view(part.shape))
+        self.merged = True
+        lost = torch.linalg.vector_norm(merged.dequantize(torch.float32) - exact)
+        return (lost / torch.linalg.vector_norm(update).clamp_min(torch.finfo(torch.float32).tiny)).item()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restores the packed parts as they were before ``merge``.
+
+        Raises:
+            RuntimeError: not merged, or merged with ``keep_base=False``.
+        """
+        if not self.merged or self._kept_parts is None:
+            raise RuntimeError("unmerge: the adapter is not merged" if not self.merged else "unmerge: no copy was kept")
+        for part, old in zip(self._packed().parts, self._kept_parts):
+            part.copy_(old)
+        self._kept_parts, self.merged = None, False
+
+    def check_mergeable(self, op: str) -> None:
+        self._packed()
+
+    def discard_adapter(self) -> None:
+        for name in ("lora_A", "lora_B", *self._NUMBERS):
+            delattr(self, name)
+        self.__dict__.pop("_kept_parts", None)
+        self.__class__ = type(self).__bases__[1]  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        parts: Any = super().__reduce_ex__(protocol)
+        return (_empty, (type(self).__bases__[1],), *parts[2:])
+
+
+class FrozenPacked(nn.Module):
+    """What ``patch(frozen_linears=True)`` puts in front of a packed layer's own class: its product from the packed
+    bytes, where nothing else happens in the call. Calls that it leaves to the layer are counted in ``lk.stats()``.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        set_compute_type(self, x)
+        weight = formats.from_module(self)
+        bias: Any = self.bias
+        reason = Reason.EXTRA_ARGUMENTS if args or kwargs else why_not_linear(x, weight)
+        if reason is None and bias is not None and bias.requires_grad:
+            reason = Reason.BASE_REQUIRES_GRAD
+        if reason is None:
+            return linear_of_layer(x, weight, bias)  # type: ignore[arg-type]
+        if not torch.compiler.is_compiling():
+            dispatch.count_fallback("frozen_linear", reason)
+        return super().forward(x, *args, **kwargs)
+
+
+def why_not_linear(x: Any, weight: QuantizedWeight | Reason | None) -> Reason | None:
+    """Why this input is not multiplied by what ``from_module`` has read; None if it can be."""
+    if not isinstance(weight, QuantizedWeight):
+        return weight or Reason.BASE_LAYER
+    if type(x) not in PLAIN_TENSORS:
+        return Reason.DTENSOR
+    if x.layout != torch.strided or x.is_nested:
+        return Reason.LAYOUT
+    if x.dtype not in FLOATS:
+        return Reason.DTYPE
+    if x.device != weight.device:
+        return Reason.DEVICES
+    if x.dtype != weight.dtype and not x.is_cpu and not dispatch.autocast_enabled(x.device.type):
+        return Reason.MIXED_DTYPES
+    return Reason.TRANSFORM if inside_transform() else None
+
+
+def set_compute_type(layer: Any, x: Tensor) -> None:
+    """A layer of bitsandbytes' that was not told what to multiply in decides by its first input, whoever computes."""
+    if not getattr(layer, "compute_type_is_set", True):
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+
+
+def frozen_packed(base: type[nn.Module]) -> type[nn.Module]:
+    """The class that takes the place of ``base``."""
+    if base not in _FROZEN:
+        kind = in_place_of(base)(type(f"Frozen{base.__name__}", (FrozenPacked, base), {}))
+        kind.__reduce_ex__ = _reduce_frozen  # type: ignore[method-assign, assignment]
+        _FROZEN[base] = kind
+    return _FROZEN[base]
+
+
+def _reduce_frozen(self: FrozenPacked, protocol: Any) -> Any:
+    parts: Any = nn.Module.__reduce_ex__(self, protocol)
+    return (_empty_frozen, (type(self).__bases__[1],), *parts[2:])
+
+
+def _empty_frozen(base: type[nn.Module]) -> nn.Module:
+    kind = frozen_packed(base)
+    return kind.__new__(kind)
+
+
+def frozen_originals() -> dict[type, type]:
+    """The classes that ``frozen_packed`` has made, and what they stand for."""
+    return {ours: theirs for theirs, ours in _FROZEN.items()}
+
+
+_FROZEN: dict[type, type[nn.Module]] = {}
+
+
+def quantized_lora(base: type[nn.Module]) -> type[QuantizedLoRALinear]:
+    """``QuantizedLoRALinear`` for layers of class ``base``."""
+    if base not in _CLASSES:
+        _CLASSES[base] = type(f"LoRA{base.__name__}", (QuantizedLoRALinear, base), {"__module__": __name__})
+    return _CLASSES[base]
+
+
+_CLASSES: dict[type, type[QuantizedLoRALinear]] = {}
+
+
+def _empty(base: type[nn.Module]) -> QuantizedLoRALinear:
+    kind = quantized_lora(base)
+    return kind.__new__(kind)

@@ -1,0 +1,19 @@
+"""What PEFT's layers hold, read without importing PEFT, and which of their calls are exactly one op.
+
+Which calls of PEFT's ``lora.Linear`` and ``lora.Embedding`` are exactly one op, and the reason where one is not.
+
+Asked on every call, because everything here can change between two calls: adapters are switched, hooks come and go,
+a model is sharded or offloaded. So the checks are plain dictionary reads, which torch.compile turns into guards.
+``__dict__``, ``_modules`` and ``_parameters`` are read directly: ``nn.Module.__getattr__`` costs ten times as much.
+"""
+
+from .adapters import Branch, active_adapters, branch_operands, usual_scaling, why_not_called_as_is
+from .calls import call_reason, product_dtype
+from .embedding import EmbeddingOperands, embedding_operands, ids_reason
+from .linear import Operands, SideBySide, adapter_operands, base_operands, operands, plain_adapter
+
+__all__ = [
+    "Branch", "EmbeddingOperands", "Operands", "SideBySide", "active_adapters", "adapter_operands", "base_operands",
+    "branch_operands", "call_reason", "embedding_operands", "ids_reason", "operands", "plain_adapter",
+    "product_dtype", "usual_scaling", "why_not_called_as_is",
+]  # fmt: skip

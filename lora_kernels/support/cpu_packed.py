@@ -1,0 +1,52 @@
+"""How the CPU kernels multiply by a quantised weight."""
+
+from __future__ import annotations
+
+import torch
+
+from ..reasons import Reason
+from ..spec import Verdict
+from . import cpu, cpu_product
+
+LAYOUTS = ("codes4",)
+"""That the kernels decode."""
+DECODE = Verdict("decode", "few rows: weights are decoded in registers, and never written")
+ROWS = Verdict("rows", "some rows: a few rows of the weight at a time are decoded into the nearest cache")
+FEW_ROWS = 4
+SOME_ROWS, SOME_ROWS_16BIT = 64, 15
+"""Up to so many rows; where the CPU multiplies 16 bits itself, its GEMM is worth a decoded panel sooner."""
+_DECODE_ALL = Verdict("decode", "one pass over the packed weight")
+_NO_LAYOUT = Verdict(None, Reason.FORMAT)
+
+
+def decode_verdict(layout: str) -> Verdict:
+    """Whether the kernels decode this layout."""
+    return _DECODE_ALL if layout in LAYOUTS else _NO_LAYOUT
+
+
+def product_verdict(x: torch.Tensor, layout: str, n: int, k: int, is_gradient: bool = False) -> Verdict:
+    """How ``x`` [..., K] is multiplied by a packed [N, K], or [..., N] by its transpose where ``is_gradient``."""
+    if layout not in LAYOUTS:
+        return _NO_LAYOUT
+    if x.dtype == torch.float64:
+        return cpu.REFUSED_DTYPE
+    rows = x.shape[:-1].numel()
+    if rows <= FEW_ROWS and not is_gradient:
+        return DECODE
+    if not is_gradient and rows <= (SOME_ROWS_16BIT if cpu.is_native_16bit(x.dtype) else SOME_ROWS):
+        return ROWS
+    return panels_verdict(x, n, k, is_gradient)
+
+
+def panels_verdict(x: torch.Tensor, n: int, k: int, is_gradient: bool = False) -> Verdict:
+    """How many rows are multiplied: panel by panel of the decoded weight."""
+    if x.dtype == torch.float32:
+        sides = (k, n) if is_gradient else (n, k)
+        product = cpu_product.choose_for_decoded(x.shape[:-1].numel(), *sides, is_gradient)
+        return Verdict(product.schedule, f"{_PANELS}; {product.reason}")
+    return _NATIVE if cpu.has_native_matmul(x.dtype) else _UPCAST
+
+
+_PANELS = "a few megabytes of the weight at a time are decoded for a GEMM"
+_NATIVE = Verdict("aten", f"{_PANELS} in 16 bits, which this CPU has instructions for")
+_UPCAST = Verdict("upcast", f"{_PANELS} in fp32: this CPU has no instructions for this dtype")

@@ -1,0 +1,47 @@
+"""How GPUs decode a quantised weight, and multiply by it."""
+
+from __future__ import annotations
+
+import torch
+
+from ..plain import LOW_PRECISION
+from ..reasons import Reason
+from ..spec import Verdict
+from . import cuda, triton
+
+LAYOUTS = ("codes4",)
+"""That the kernels decode."""
+DECODE = Verdict("decode", "one pass over the packed weight")
+COMPOSED = Verdict("dequantize + product", "one launch decodes the weight; what multiplies by a plain one goes on")
+"""Decoded once per call, and not by the tiles of a product: these would all decode the weights that they share. The
+memory is the allocator's, in the order of the stream: what one layer frees is the next one's.
+"""
+FEW_ROWS = Verdict("decode", "few rows: one launch streams the packed weight, which it decodes in registers")
+MAX_FEW_ROWS, MAX_RANK, LEAST_BLOCK = 16, 64, 64
+"""What that launch serves: ``serves_packed`` of csrc/config/lora_linear_packed.h."""
+_NO_LAYOUT = Verdict(None, Reason.FORMAT)
+
+
+def refusal(backend: str, device: torch.device, layout: str) -> Verdict | None:
+    """Why the kernels of "cuda" or "triton" do not decode a weight on ``device``; None where they do."""
+    if layout not in LAYOUTS:
+        return _NO_LAYOUT
+    return cuda.refusal(device) if backend == "cuda" else triton.refusal(device)
+
+
+def decode_verdict(backend: str, device: torch.device, layout: str) -> Verdict:
+    """Whether, and how, they do."""
+    return refusal(backend, device, layout) or DECODE
+
+
+def is_few_rows(x: torch.Tensor, data: torch.Tensor, block: int, rank: int, has_dropout: bool) -> bool:
+    """Whether the CUDA kernel of few rows serves ``x`` by packed weights, which ``data`` holds."""
+    return (
+        x.dtype in LOW_PRECISION
+        and 0 < x.shape[:-1].numel() <= MAX_FEW_ROWS
+        and rank <= MAX_RANK
+        and not has_dropout
+        and block >= LEAST_BLOCK
+        and block & (block - 1) == 0
+        and data.data_ptr() % 16 == 0
+    )

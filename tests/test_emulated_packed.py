@@ -1,0 +1,259 @@
+"""The ops over packed weights as the CUDA backend serves them, all of its kernels emulated."""
+
+from __future__ import annotations
+
+import types
+from unittest.mock import ANY
+
+import emulator
+import pytest
+import torch
+from covering import case_id, covering_pairs
+from numerics import assert_as_accurate
+from packed import decoded, random_packed, with_part
+from pretended_gpu import pretend_gpu
+
+import lora_kernels as lk
+from lora_kernels import _native, dispatch
+from lora_kernels.ops import dequantize, linear_packed, lora_linear, lora_linear_packed
+from lora_kernels.support import triton as _triton
+from lora_kernels.triton_kernels.launching import Device
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SCALING, SEED = 1.7, -987654321012345
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library():
+    library = torch.library.Library("lora_kernels_emulated_dequantize", "DEF")
+    arguments, returns = dequantize.SPEC.schema.split(" -> ")
+    library.define(f"{dequantize.SPEC.name}{arguments[:-1]}, str schedule) -> {returns}")
+    packed = torch.library.Library("lora_kernels_emulated_packed", "DEF")
+    arguments, returns = lora_linear_packed.SPEC.schema.split(" -> ")
+    packed.define(f"{lora_linear_packed.SPEC.name}{arguments[:-1]}, str schedule) -> {returns}")
+    emulator.load_dequantize()
+    emulator.load_lora_linear_packed()
+    yield
+    library._destroy()
+    packed._destroy()
+
+
+@pytest.fixture(autouse=True)
+def _cuda_on_the_cpu(monkeypatch):
+    """Tensors on the CPU are served by the CUDA backend, emulated; memory that nobody wrote is NaN."""
+    emulator.load_lora_linear()
+    pretend_gpu(monkeypatch)
+    monkeypatch.setattr(_native, "cuda", types.SimpleNamespace())
+    monkeypatch.setitem(dispatch._ORDER, "cpu", ("cuda", "reference"))
+    emulated = {
+        "dequantize": torch.ops.lora_kernels_emulated_dequantize.dequantize,
+        "lora_linear_packed": torch.ops.lora_kernels_emulated_packed.lora_linear_packed,
+        "lora_linear": torch.ops.lora_kernels_emulated.lora_linear,
+        "lora_linear_backward": torch.ops.lora_kernels_emulated.lora_linear_backward,
+    }
+    for name, op in emulated.items():
+        monkeypatch.setitem(dispatch._native_ops, name, op)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(m, n, k, rank, dtype, adapter=None, bias=True):
+    """(x, lora_A, lora_B, bias)."""
+    adapter = adapter or dtype
+    x, lora_A = torch.randn(2, m, k).to(dtype), (torch.randn(rank, k) / k**0.5).to(adapter)
+    lora_B = (torch.randn(n, rank) / rank**0.5).to(adapter)
+    return x, lora_A, lora_B, torch.randn(n).to(dtype) if bias else None
+
+
+def results(function, weight, operands, grad_y, p):
+    """[y, dX, dA, dB]."""
+    x, lora_A, lora_B, bias = operands
+    leaves = [t.detach().requires_grad_() for t in (x, lora_A, lora_B)]
+    y = function(leaves[0], weight, *leaves[1:], bias, scaling=SCALING, dropout_p=p, training=True, seed=SEED)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
+
+
+def unfused(x, weight, lora_A, lora_B, bias, *, scaling, dropout_p, training, seed):
+    """By separate torch calls in the dtype of x."""
+    given = torch.tensor([seed]) if dropout_p > 0 else None
+    dropped = lora_linear._dropout(x, given, dropout_p)
+    branch = torch.nn.functional.linear(torch.nn.functional.linear(dropped, lora_A), lora_B)
+    return torch.nn.functional.linear(x, weight, bias) + branch * scaling
+
+
+CASES = covering_pairs(
+    dtypes=[(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32)], nested=[False, True], block=[48, 64], p=[0.0, 0.3],
+    bias=[False, True], m=[9, 35],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_values_and_gradients(case):
+    """The decoded weight in float64 is the measure; a plain weight of its bits gives the same bits."""
+    (dtype, adapter), p, n, k = case["dtypes"], case["p"], 136, 3 * case["block"]
+    packed = random_packed(n, k, case["block"], case["nested"]).to(dtype=dtype)
+    operands = make(case["m"], n, k, 8, dtype, adapter, case["bias"])
+    grad_y = torch.randn(2, case["m"], n).to(dtype)
+    ours = results(lk.lora_linear, packed, operands, grad_y, p)
+    assert dict(lk.stats()["served"]) == {
+        (name, "cuda"): 1 + (name == "dequantize")
+        for name in (
+            "lora_linear_packed", "lora_linear_packed_backward", "lora_linear", "lora_linear_backward", "dequantize",
+        )
+    }  # fmt: skip
+    assert lk.stats()["fallback"] == {}
+    same = results(lk.lora_linear, decoded(packed), operands, grad_y, p)
+    assert all(torch.equal(a, b) for a, b in zip(ours, same, strict=True))
+    as_one = [None if t is None else t.to(dtype) for t in operands]
+    exact = [None if t is None else t.double() for t in operands]
+    theirs = results(unfused, decoded(packed), as_one, grad_y, p)
+    true = results(unfused, decoded(packed).double(), exact, grad_y.double(), p)
+    for name, a, b, c in zip(("y", "dX", "dA", "dB"), ours, theirs, true):
+        assert a.dtype == (adapter if name in ("dA", "dB") else dtype)
+        assert_as_accurate(a, b, c, name)
+
+
+@pytest.mark.parametrize("m", [1, 8])
+def test_few_rows_are_one_launch(m):
+    """Its gradients are those of many rows; what it saves is what they take."""
+    packed = random_packed(136, 192, nested=True).to(dtype=BF16)
+    operands, grad_y = make(m, 136, 192, 8, BF16), torch.randn(2, m, 136).bfloat16()
+    ours = results(lk.lora_linear, packed, operands, grad_y, 0.0)
+    assert lk.stats()["served"] == {
+        (name, "cuda"): 1
+        for name in ("lora_linear_packed", "lora_linear_packed_backward", "lora_linear_backward", "dequantize")
+    }
+    exact = [None if t is None else t.double() for t in operands]
+    theirs = results(unfused, decoded(packed), operands, grad_y, 0.0)
+    true = results(unfused, decoded(packed).double(), exact, grad_y.double(), 0.0)
+    for name, a, b, c in zip(("y", "dX", "dA", "dB"), ours, theirs, true):
+        assert_as_accurate(a, b, c, name)
+
+
+@pytest.mark.parametrize(
+    ("change", "few"),
+    [
+        (dict(), True), (dict(m=8), True), (dict(m=9), False), (dict(rank=64), True), (dict(rank=65), False),
+        (dict(block=128), True), (dict(block=48), False), (dict(block=32), False), (dict(dtype=FP16), True),
+        (dict(dtype=FP32), False), (dict(p=0.5), False), (dict(off=1), False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_who_decodes_few_rows(change, few):
+    """As the kernel's own checks have it: what dispatch sends there is served, and no other call is."""
+    given = {"m": 3, "rank": 8, "block": 64, "dtype": BF16, "p": 0.0, "off": 0, **change}
+    packed = random_packed(40, 384, given["block"]).to(dtype=given["dtype"])
+    data = torch.cat([torch.empty(given["off"], dtype=torch.uint8), packed.parts[0].view(-1)])[given["off"] :]
+    x, lora_A, lora_B, bias = make(given["m"], 40, 384, given["rank"], given["dtype"])
+    lk.lora_linear(x, with_part(packed, 0, data), lora_A, lora_B, bias, dropout_p=given["p"], training=True, seed=3)
+    assert (("dequantize", "cuda") in lk.stats()["served"]) == (not few)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_float32_rows_by_weights_of_16_bits(precision, fp32_precision):
+    """Kills: a weight that is decoded to x's dtype where its own has fewer bits; strict float32 in tf32."""
+    fp32_precision(precision)
+    packed = random_packed(136, 192).to(dtype=BF16)
+    operands, grad_y = make(9, 136, 192, 8, FP32), torch.randn(2, 9, 136)
+    ours = results(lk.lora_linear, packed, operands, grad_y, 0.0)
+    served = "cuda" if precision == "tf32" else "reference"
+    assert lk.stats()["served"]["lora_linear", served] == 1
+    assert lk.stats()["served"]["lora_linear_packed", "cuda"] == 1
+    assert lk.stats()["served"]["dequantize", "cuda"] == 2
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(ours, results(lk.lora_linear, decoded(packed).float(), operands, grad_y, 0.0), strict=True)
+    )
+
+
+def test_gradients_of_the_adapter_alone_decode_nothing():
+    """Kills: a launch for a weight that nobody reads. What stands for it is NaN."""
+    packed = random_packed(136, 192).to(dtype=BF16)
+    x, lora_A, lora_B, bias = make(9, 136, 192, 8, BF16)
+    leaves = [lora_A.requires_grad_(), lora_B.requires_grad_()]
+    y = lk.lora_linear(x, packed, *leaves, bias, scaling=SCALING)
+    grad_y = torch.randn_like(y)
+    grads = torch.autograd.grad(y, leaves, grad_y)
+    assert lk.stats()["served"]["dequantize", "cuda"] == 1
+    plain = torch.autograd.grad(lk.lora_linear(x, decoded(packed), *leaves, bias, scaling=SCALING), leaves, grad_y)
+    assert all(torch.equal(a, b) for a, b in zip(grads, plain, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_a_frozen_linear(dtype):
+    packed = random_packed(136, 192, nested=True).to(dtype=BF16)
+    x, _, _, bias = make(9, 136, 192, 8, dtype)
+    x.requires_grad_()
+    weight = decoded(packed).to(dtype)
+    y = torch.ops.lora_kernels.linear_packed(x, *packed.args, bias)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    assert torch.equal(y, expected)
+    grad_y = torch.randn_like(y)
+    assert torch.equal(*(torch.autograd.grad(t, x, grad_y)[0] for t in (y, expected)))
+    assert lk.stats()["served"] == {
+        ("linear_packed", "cuda"): 1, ("linear_packed_backward", "cuda"): 1, ("dequantize", "cuda"): 2,
+    }  # fmt: skip
+
+
+def arguments(dtype, layout="codes4"):
+    """(op, arguments) of every op over a packed weight."""
+    packed = random_packed(64, 128).to(dtype=dtype)
+    x, lora_A, lora_B, bias = make(3, 64, 128, 8, dtype)
+    parts, _, *sizes = packed.args
+    weight = parts, layout, *sizes
+    forward = (x, *weight, lora_A, lora_B, bias, None, SCALING, 0.0)
+    s, grad_y = x.new_empty(2, 3, 8), x.new_empty(2, 3, 64)
+    backward = (grad_y, x, s, *weight, lora_A, lora_B, None, SCALING, 0.0, True, True, True)
+    return [
+        (lora_linear_packed.SPEC, forward), (lora_linear_packed.BACKWARD, backward), (dequantize.SPEC, weight),
+        (linear_packed.SPEC, (x, *weight, bias)), (linear_packed.BACKWARD, (grad_y, *weight)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_what_dispatch_asks(monkeypatch, backend, fp32_precision):
+    monkeypatch.setattr(_triton, "refusal", lambda device: None)
+    monkeypatch.setattr(_triton, "device_of", lambda device: Device("sm_80", 108))
+    fp32_precision("ieee")
+    monkeypatch.setitem(dispatch._ORDER, "cpu", (backend, "reference"))
+    for dtype in (BF16, FP32):
+        for spec, args in arguments(dtype):
+            verdict = spec.kernels[backend].supports(*args)
+            in_one = backend == "cuda" and spec is lora_linear_packed.SPEC and dtype == BF16
+            decodes = spec is dequantize.SPEC or in_one
+            assert verdict.schedule == ("decode" if decodes else "dequantize + product"), spec.name
+        for spec, args in arguments(dtype, "int8_rows"):
+            assert spec.kernels[backend].supports(*args) == (None, lk.Reason.FORMAT), spec.name
+    with lk.use_backend(backend):
+        for spec, args in arguments(FP32)[:2]:
+            verdict = spec.kernels[backend].supports(*args)
+            # Triton multiplies strict float32 where it was asked for.
+            assert verdict == ((None, lk.Reason.FP32_STRICT) if backend == "cuda" else ("dequantize + product", ANY))
+    pretend_gpu(monkeypatch, (7, 0))
+    if backend == "cuda":
+        for spec, args in arguments(BF16):
+            assert spec.kernels["cuda"].supports(*args) == (None, lk.Reason.ARCHITECTURE)
+
+
+def test_why_tells_the_products_schedule(monkeypatch):
+    """The plan of a plain weight's product, which is asked for a weight that is no memory."""
+    asked = {}
+
+    def plan(**problem):
+        asked.update(problem)
+        return {"schedule": "ticketed", "reason": "several blocks per SM"}
+
+    device = types.SimpleNamespace(multi_processor_count=108, shared_memory_per_block_optin=163 << 10, major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.setattr(_native, "cuda", types.SimpleNamespace(plan_lora_linear=plan))
+    x, lora_A, lora_B, bias = make(30, 64, 128, 8, BF16)
+    choice = lk.why("lora_linear", x, random_packed(64, 128).to(dtype=BF16), lora_A, lora_B, bias)
+    few = lk.why("lora_linear", x[:, :8], random_packed(64, 128).to(dtype=BF16), lora_A, lora_B, bias)
+    assert few.schedule == "decode"
+    assert "streams the packed weight" in few.reason
+    assert choice.backend == "cuda"
+    assert choice.schedule == "dequantize + ticketed"
+    assert choice.reason.startswith("one launch decodes the weight")
+    assert choice.reason.endswith("several blocks per SM")
+    assert {"m": 60, "n": 64, "k": 128, "rank": 8, "rows_aligned": True}.items() <= asked.items()

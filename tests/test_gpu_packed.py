@@ -1,0 +1,76 @@
+"""Packed weights on a GPU, by the CUDA and by the Triton kernels: decoded to the bit, and multiplied."""
+
+from __future__ import annotations
+
+import gpu
+import pytest
+import torch
+from gpu import BF16, DEVICE, FP16, FP32
+from numerics import assert_as_accurate
+from packed import decoded, random_packed
+
+import lora_kernels as lk
+from lora_kernels.ops.lora_linear_packed import BACKWARD, SPEC
+
+pytestmark = gpu.needed
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("block", [64, 48, 4096])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_weights_are_decoded_to_the_bit(backend, dtype, block, nested):
+    packed = random_packed(37, 3 * block, block, nested).to(dtype=dtype)
+    expected = decoded(packed)
+    gpu.poison([expected.to(DEVICE)])
+    weight = gpu.unless_triton_is_old(lambda: packed.to(DEVICE).dequantize())
+    assert torch.equal(weight.cpu(), expected)
+    assert lk.stats()["served"] == {("dequantize", backend): 1}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("m", [1, 8, 13, 16, 130])
+@pytest.mark.parametrize(("n", "k", "rank"), [(1000, 4096, 16), (257, 1152, 40)])
+def test_values_and_gradients(backend, m, n, k, rank, dtype):
+    """Few rows are one launch of the CUDA backend, which computes s in its first blocks."""
+    packed = random_packed(n, k, nested=True).to(dtype=dtype)
+    q = gpu.problem(m, n, k, rank, dtype)._replace(weight=decoded(packed).to(DEVICE))
+    unfused, exact = gpu.by_torch(q), gpu.by_torch(q.double())
+    gpu.poison(unfused)
+    lk.reset_stats()
+    ours = gpu.unless_triton_is_old(lambda: gpu.fused(q._replace(weight=packed.to(DEVICE))))
+    assert {served_by for _, served_by in lk.stats()["served"]} == {backend}
+    for name, value, bound, true in zip(gpu.RESULTS, ours, unfused, exact):
+        assert_as_accurate(value, bound, true, name)
+
+
+@gpu.only
+def test_few_rows_wait_for_nothing_and_are_captured(backend):
+    """The counters of a launch are zeroed by a node of the graph: every replay gives the same bits."""
+    packed = random_packed(4096, 4096, nested=True).to(DEVICE, BF16)
+    q = gpu.problem(1, 4096, 4096, 16)._replace(weight=packed)
+    expected = gpu.unless_triton_is_old(lambda: gpu.inferred(q))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = gpu.inferred(q)
+    for _ in range(3):
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+def test_the_registered_ops(backend):
+    packed = random_packed(96, 192, nested=True).to(dtype=BF16)
+    q = gpu.problem((2, 5), 96, 192, 8)
+    weight = packed.to(DEVICE).args
+    y, s = gpu.unless_triton_is_old(
+        lambda: torch.ops.lora_kernels.lora_linear_packed(q.x, *weight, q.lora_A, q.lora_B, q.bias, None, 1.0, 0.0)
+    )
+    plain = SPEC.reference(q.x, *weight, q.lora_A, q.lora_B, q.bias, None, 1.0, 0.0)
+    exact = SPEC.reference(q.x.double(), *weight, *(t.double() for t in (q.lora_A, q.lora_B, q.bias)), None, 1.0, 0.0)
+    for ours, theirs, true in zip((y, s), plain, exact):
+        assert_as_accurate(ours, theirs, true)
+    rest = (*weight, q.lora_A, q.lora_B, None, 1.0, 0.0, True, True, True)
+    grads = torch.ops.lora_kernels.lora_linear_packed_backward(q.grad_y, q.x, s, *rest)
+    for ours, theirs in zip(grads, BACKWARD.reference(q.grad_y, q.x, s, *rest)):
+        assert ours.shape == theirs.shape
+        assert torch.allclose(ours.float(), theirs.float(), atol=0.1 * theirs.abs().max().item())
