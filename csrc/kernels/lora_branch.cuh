@@ -169,6 +169,7 @@ class ShrinkTask {
   static constexpr bool kChangesStage = false;
   static constexpr int kBytes = TileA::kBytes;
   static_assert(Base::kBytesStage - Base::kOffsetSide == kBytes, "a stage has a place for a");
+  static_assert(kRankTile <= Base::kStages * kDepth, "all of s lies in the stages, as LoraBranch wants it");
 
   LK_DEVICE ShrinkTask(const LoraLinearParams& p, int k0, int k1)
       : loader_({p.a, p.a_stride, p.rank, k1}, 0, k0, adapter_chunk<Element, kWhole>(p.adapters_are_float)) {}
