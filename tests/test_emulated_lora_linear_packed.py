@@ -61,7 +61,7 @@ def check(x, packed, lora_A, lora_B, bias, **options):
 
 
 CASES = covering_pairs(
-    dtypes=[(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32)], m=[1, 7, 8, 9, 16], n=[1, 16, 40],
+    dtypes=[(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32)], m=[1, 7, 8, 9, 16, 17, 32, 33, 64], n=[1, 16, 40],
     k=[128, 384, 2176, 4224], rank=[1, 16, 17, 64], block=[64, 128], nested=[False, True], bias=[False, True],
 )  # fmt: skip
 
@@ -72,24 +72,29 @@ def test_values(native, case):
     dtype, adapter = case["dtypes"]
     sizes = {name: case[name] for name in ("m", "n", "k", "rank", "block", "nested", "bias")}
     check(*make(dtype=dtype, adapter=adapter, **sizes))
-    assert native.last_launch()[1] == -(-case["rank"] // 16) * max(1, case["k"] // 1024) + -(-case["n"] // 16)
+    row_tiles, columns = (-(-case["m"] // 32), 32) if case["m"] > 16 else (1, 16)
+    per_row_tile = -(-case["rank"] // 16) * max(1, case["k"] // 1024) + -(-case["n"] // columns)
+    assert native.last_launch()[1] == row_tiles * per_row_tile
 
 
-def test_one_row_by_one_code():
+@pytest.mark.parametrize("m", [1, 33])
+def test_one_row_by_one_code(m):
     """Kills: a nibble, or a byte of a code, that is taken for another; a scale for another block's. Exact."""
     n, k = 16, 256
     packed = with_part(random_packed(n, k).to(dtype=BF16), 2, torch.arange(-8.0, 8.0) + 1 / 16)
     packed = with_part(packed, 1, 2.0 ** torch.randint(-3, 3, (n * k // 64,)))
     zero = torch.zeros(1, k, dtype=BF16), torch.zeros(n, 1, dtype=BF16)
     for column in torch.randint(k, (20,)).tolist():
-        x = torch.zeros(1, k, dtype=BF16)
-        x[0, column] = 1
+        x = torch.zeros(m, k, dtype=BF16)
+        x[-1, column] = 1
         y, _ = run(x, packed, *zero, None)
-        assert torch.equal(y[0], decoded(packed)[:, column])
+        assert torch.equal(y[-1], decoded(packed)[:, column])
+        assert not y[:-1].any()
 
 
-def test_the_same_bits_in_every_order():
-    operands = make(9, 40, 2176, 24)
+@pytest.mark.parametrize("m", [9, 40])
+def test_the_same_bits_in_every_order(m):
+    operands = make(m, 40, 2176, 24)
     first = run(*operands)
     for seed in range(5):
         results = run(*operands, resident_blocks=1 + seed, stall_release=seed % 2 == 1)
@@ -126,9 +131,10 @@ def fails(operands, **options):
     return not all(torch.equal(a, b) for a, b in zip((y, s), expected, strict=True))
 
 
-def test_everything_that_orders_is_needed(native):
+@pytest.mark.parametrize("m", [9, 40])
+def test_everything_that_orders_is_needed(native, m):
     """Kills: each barrier, wait, store and order between blocks, by the launch without it."""
-    operands = make(9, 40, 4224, 24)
+    operands = make(m, 40, 4224, 24)
     run(*operands)
     report = native.last_launch()[2]
     assert len(report.barrier_sites) >= 4
@@ -147,7 +153,7 @@ def test_everything_that_orders_is_needed(native):
 
 @pytest.mark.parametrize(
     "change",
-    [dict(m=17), dict(m=0), dict(k=96, block=32), dict(k=192, block=192), dict(rank=65), dict(dtype=FP32)],
+    [dict(m=65), dict(m=0), dict(k=96, block=32), dict(k=192, block=192), dict(rank=65), dict(dtype=FP32)],
     ids=str,
 )
 def test_what_is_refused(change):

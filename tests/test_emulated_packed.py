@@ -84,7 +84,7 @@ def unfused(x, weight, lora_A, lora_B, bias, *, scaling, dropout_p, training, se
 
 CASES = covering_pairs(
     dtypes=[(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32)], nested=[False, True], block=[48, 64], p=[0.0, 0.3],
-    bias=[False, True], m=[9, 35],
+    bias=[False, True], m=[33, 70],
 )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def test_eight_bits_are_decoded_for_the_product(layout, m, dtype):
     assert torch.equal(y, torch.nn.functional.linear(operands[0], decoded(packed), operands[3]))
 
 
-@pytest.mark.parametrize("m", [1, 8])
+@pytest.mark.parametrize("m", [1, 8, 32])
 def test_few_rows_are_one_launch(m):
     """Its gradients are those of many rows; what it saves is what they take."""
     packed = random_packed(136, 192, nested=True).to(dtype=BF16)
@@ -150,7 +150,7 @@ def test_few_rows_are_one_launch(m):
 @pytest.mark.parametrize(
     ("change", "few"),
     [
-        (dict(), True), (dict(m=8), True), (dict(m=9), False), (dict(rank=64), True), (dict(rank=65), False),
+        (dict(), True), (dict(m=32), True), (dict(m=33), False), (dict(rank=64), True), (dict(rank=65), False),
         (dict(block=128), True), (dict(block=48), False), (dict(block=32), False), (dict(dtype=FP16), True),
         (dict(dtype=FP32), False), (dict(p=0.5), False), (dict(off=1), False),
     ],
@@ -186,7 +186,7 @@ def test_float32_rows_by_weights_of_16_bits(precision, fp32_precision):
 def test_gradients_of_the_adapter_alone_decode_nothing():
     """Kills: a launch for a weight that nobody reads. What stands for it is NaN."""
     packed = random_packed(136, 192).to(dtype=BF16)
-    x, lora_A, lora_B, bias = make(9, 136, 192, 8, BF16)
+    x, lora_A, lora_B, bias = make(33, 136, 192, 8, BF16)
     leaves = [lora_A.requires_grad_(), lora_B.requires_grad_()]
     y = lk.lora_linear(x, packed, *leaves, bias, scaling=SCALING)
     grad_y = torch.randn_like(y)
@@ -263,7 +263,7 @@ def test_why_tells_the_products_schedule(monkeypatch):
     device = types.SimpleNamespace(multi_processor_count=108, shared_memory_per_block_optin=163 << 10, major=8, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     monkeypatch.setattr(_native, "cuda", types.SimpleNamespace(plan_lora_linear=plan))
-    x, lora_A, lora_B, bias = make(30, 64, 128, 8, BF16)
+    x, lora_A, lora_B, bias = make(33, 64, 128, 8, BF16)
     choice = lk.why("lora_linear", x, random_packed(64, 128).to(dtype=BF16), lora_A, lora_B, bias)
     few = lk.why("lora_linear", x[:, :8], random_packed(64, 128).to(dtype=BF16), lora_A, lora_B, bias)
     assert few.schedule == "decode"
@@ -272,4 +272,4 @@ def test_why_tells_the_products_schedule(monkeypatch):
     assert choice.schedule == "dequantize + ticketed"
     assert choice.reason.startswith("one launch decodes the weight")
     assert choice.reason.endswith("several blocks per SM")
-    assert {"m": 60, "n": 64, "k": 128, "rank": 8, "rows_aligned": True}.items() <= asked.items()
+    assert {"m": 66, "n": 64, "k": 128, "rank": 8, "rows_aligned": True}.items() <= asked.items()

@@ -57,7 +57,7 @@ def test_values_and_gradients_of_eight_bits(backend, layout, m):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("m", [1, 8, 13, 16, 130])
+@pytest.mark.parametrize("m", [1, 8, 13, 16, 20, 64, 130])
 @pytest.mark.parametrize(("n", "k", "rank"), [(1000, 4096, 16), (257, 1152, 40)])
 def test_values_and_gradients(backend, m, n, k, rank, dtype):
     """Few rows are one launch of the CUDA backend, which computes s in its first blocks."""

@@ -14,6 +14,7 @@ import setup_script
 from lora_kernels import _native
 from lora_kernels.cli import main
 from lora_kernels.cli.plan.architectures import ARCHITECTURES, blocks_per_sm
+from lora_kernels.support import gpu_packed
 
 needs_extension = pytest.mark.skipif(_native.cuda is None, reason=f"lora_kernels._cuda: {_native.cuda_error}")
 PROBLEM = {"--m": 8192, "--n": 4096, "--k": 4096, "--r": 16, "--dtype": "bf16", "--arch": "sm_86"}
@@ -225,6 +226,9 @@ PACKED = {"--m": 1, "--n": 4096, "--k": 4096, "--r": 16, "--dtype": "bf16", "--a
         ({"--m": 16, "--r": 33, "--dtype": "fp16"}, 3 * 4 + 256, 16),
         ({"--n": 4097, "--k": 128, "--m": 8}, 1 + 257, 8),
         ({"--k": 2**20, "--block": 4096}, 8 + 256, 8),
+        ({"--m": 17}, 4 + 128, 32),
+        ({"--m": 32, "--arch": "sm_100"}, 4 + 128, 32),
+        ({"--m": 64, "--n": 4065, "--r": 17}, 2 * 2 * 4 + 2 * 128, 32),
     ],
     ids=str,
 )
@@ -236,19 +240,32 @@ def test_plan_of_few_rows_by_a_packed_weight(capsys, changes, blocks, row_tile):
     assert launch["grid"] == [blocks, 1, 1]
     assert f"ELi{row_tile}E" in launch["kernel"]
     assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
-    tiles_of_s = -(-options["--r"] // 16)
-    parts = (blocks - -(-options["--n"] // 16)) // tiles_of_s
+    row_tiles, columns = (-(-options["--m"] // 32), 32) if row_tile == 32 else (1, 16)
+    tiles_of_s = -(-options["--r"] // 16) * row_tiles
+    parts = (blocks - -(-options["--n"] // columns) * row_tiles) // tiles_of_s
     assert launch["workspace_bytes"] == 4 * (2 + tiles_of_s + tiles_of_s * parts * 16 * row_tile)
 
 
 @needs_extension
 @pytest.mark.parametrize(
-    "changes", [{"--m": 17}, {"--r": 65}, {"--block": 32}, {"--k": 4160, "--block": 4096}], ids=str
+    "changes", [{"--m": 65}, {"--r": 65}, {"--block": 32}, {"--k": 4160, "--block": 4096}], ids=str
 )
 def test_plan_of_many_rows_by_a_packed_weight_is_that_of_two_ops(capsys, changes):
     options = {**PACKED, **changes}
     assert main(["plan", "lora_linear_packed", *(str(part) for option in options.items() for part in option)]) == 2
     assert "others take those of dequantize and of lora_linear" in capsys.readouterr().err
+
+
+@needs_extension
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_most_rows_that_are_decoded_are_what_dispatch_takes_them_for(capsys, arch):
+    """Kills: a number that was changed on one side only."""
+    most = gpu_packed.most_decoded_rows(divmod(int(arch.removeprefix("sm_")), 10))
+    for rows, status in ((most, 0), (most + 1, 2)):
+        options = {**PACKED, "--m": rows, "--arch": arch}
+        arguments = [str(part) for option in options.items() for part in option]
+        assert main(["plan", "lora_linear_packed", *arguments]) == status
+    capsys.readouterr()
 
 
 @needs_extension

@@ -1,10 +1,10 @@
 // Few rows by a packed weight, and the branch, in one launch: schedule "decode" of lora_linear_packed.
 //
-// Reading the weight is all that counts, so that it is streamed packed, once, and decoded in registers. A block has 16
-// rows of the weight, and its warps share out the depth. As the first operand of mma.m16n8k16 they have 16 rows to 8 of
-// x: a row of x alone makes an eighth of the products useful, which tensor cores have to spare. Products sum over the
-// depth in any order, as long as both operands have the same: a lane's 16 neighbours of a row, in memory eight bytes,
-// are its elements of four products.
+// Reading the weight is all that counts, so that it is streamed packed and decoded in registers, once for a tile of
+// rows of x. A block has 16 or 32 rows of the weight, and its warps share out the depth. As the first operand of
+// mma.m16n8k16 they have 16 rows to 8 of x: a row of x alone makes an eighth of the products useful, which tensor cores
+// have to spare. Products sum over the depth in any order, as long as both operands have the same: a lane's 16
+// neighbours of a row, in memory eight bytes, are its elements of four products.
 //
 // s is computed by blocks with the first tickets, which wait for nobody: 16 ranks are a tile like 16 rows of the
 // weight, but the depth is split, so that no block has more to read than another one. The others look for s when all of
@@ -26,22 +26,23 @@ struct LoraLinearPacked {
 
   LK_DEVICE static void run(const LoraLinearPackedParams& p) {
     const uint32_t smem = dynamic_shared();
-    const int tiles_of_s = ceil_div(p.rank, kTile);
     acquire_work(p.counters, smem + kWorkOffset, [&](int ticket) {
-      const int base = ticket - tiles_of_s * p.parts;
-      return base < 0 ? WorkItem{true, ticket % p.parts, ticket / p.parts} : WorkItem{false, 0, base};
+      const int base = ticket - tiles_of_s(p) * p.parts;
+      return base < 0 ? WorkItem{true, ticket / p.parts, ticket % p.parts}
+                      : WorkItem{false, base % row_tiles(p), base / row_tiles(p)};
     });
     const WorkItem work = current_work(smem + kWorkOffset);
     if (work.is_shrink) {
-      shrink(p, smem, work.column, work.row);
+      shrink(p, smem, work.row, work.column);
     } else {
-      base(p, smem, work.column, tiles_of_s);
+      base(p, smem, work.row * kRowTile, work.column * kTile);
     }
   }
 
  private:
   using Bits = typename Elements<Element>::Bits;
-  static constexpr int kTile = kPackedTile, kRowTile = kRowTile_, kGroups = kRowTile / 8;
+  static constexpr int kRowTile = kRowTile_, kGroups = kRowTile / 8;
+  static constexpr int kTile = packed_tile(kRowTile), kFragmentRows = 16, kFragments = kTile / kFragmentRows;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kStageSteps = 4, kStages = 2;    // of a warp
   static constexpr int kAhead = kStageSteps / kGroups;  // steps whose x is loaded before the first is multiplied
@@ -50,13 +51,17 @@ struct LoraLinearPacked {
   static constexpr int kStageBytes = kTile * kStageRowBytes;
   static constexpr int kScalesBytes = kTile * kStageSteps * static_cast<int>(sizeof(float));
   static constexpr int kWarpBytes = kStages * kStageBytes + kScalesBytes;
-  static constexpr int kSumsOffset = kWarps * kWarpBytes, kSums = kTile * kRowTile;  // a value of y, or s, per thread
-  static constexpr int kWorkOffset = kSumsOffset + kWarps * kSums * static_cast<int>(sizeof(float));
+  static constexpr int kWorkOffset = kWarps * kWarpBytes;
   static constexpr int kDone = 1, kFirstArrival = 2;  // counters
 
-  using Accumulator = float[kGroups][4];
+  using Accumulator = float[kGroups][4];  // of 16 rows of the weight, or ranks
   // A lane's 16 neighbours of a row, as pairs.
   using Neighbours = uint32_t[8];
+
+  LK_DEVICE static int row_tiles(const LoraLinearPackedParams& p) { return ceil_div(p.m, kRowTile); }
+  LK_DEVICE static int tiles_of_s(const LoraLinearPackedParams& p) {
+    return ceil_div(p.rank, kFragmentRows) * row_tiles(p);
+  }
 
   // ---- operands
 
@@ -83,115 +88,157 @@ struct LoraLinearPacked {
     }
   }
 
-  LK_DEVICE static void load_x(const LoraLinearPackedParams& p, int k, Neighbours (&x)[kGroups]) {
+  LK_DEVICE static void load_x(const LoraLinearPackedParams& p, int row0, int k, Neighbours (&x)[kGroups]) {
+    const int row = row0 + lane_row();
+    const Bits* source = static_cast<const Bits*>(p.x) + row * p.x_stride + k + lane_depth();
     LK_UNROLL
     for (int group = 0; group < kGroups; ++group) {
-      const int row = group * 8 + lane_row();
-      load(static_cast<const Bits*>(p.x) + row * p.x_stride + k + lane_depth(), row < p.m, x[group]);
+      load(source, row + group * 8 < p.m, x[group]);
+      source += 8 * p.x_stride;
     }
   }
 
-  // d += the products of a step: rows lane_row() and 8 below of the first operand.
-  LK_DEVICE static void multiply(const Neighbours& upper, const Neighbours& lower, const Neighbours (&x)[kGroups],
-                                 Accumulator& d) {
+  // d += products of a step: rows lane_row() and 8 below of the first operand, whose pairs are x's from `first` on.
+  template <int kPairs>
+  LK_DEVICE static void multiply(const uint32_t (&upper)[kPairs], const uint32_t (&lower)[kPairs],
+                                 const Neighbours (&x)[kGroups], int first, Accumulator& d) {
     LK_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t a[4] = {upper[2 * i], lower[2 * i], upper[2 * i + 1], lower[2 * i + 1]};
+    for (int i = 0; i < kPairs; i += 2) {
+      const uint32_t a[4] = {upper[i], lower[i], upper[i + 1], lower[i + 1]};
       LK_UNROLL
       for (int group = 0; group < kGroups; ++group)
-        Element::multiply_add(d[group], a, x[group][2 * i], x[group][2 * i + 1]);
+        Element::multiply_add(d[group], a, x[group][first + i], x[group][first + i + 1]);
     }
   }
 
   // ---- sums over the block's warps
 
-  // This thread's value of the tile: element (row_of_thread(), thread_index() % kTile) of [kRowTile, kTile].
-  LK_DEVICE static int row_of_thread() { return thread_index() / kTile; }
-  LK_DEVICE static int column_of_thread() { return thread_index() % kTile; }
+  // A tile [kRowTile, columns] of sums is a thread's at every kThreads-th place of it, row by row.
+  template <int kColumns>
+  static constexpr int kValues = (kRowTile * kColumns + kThreads - 1) / kThreads;
 
-  LK_DEVICE static float sum_over_warps(uint32_t smem, const Accumulator& acc) {
-    const uint32_t sums = smem + kSumsOffset;
+  // f(value number, row, column) for the values of this thread.
+  template <int kColumns, class F>
+  LK_DEVICE static void for_values(const F& f) {
     LK_UNROLL
-    for (int group = 0; group < kGroups; ++group) {
+    for (int i = 0; i < kValues<kColumns>; ++i) {
+      const int value = i * kThreads + thread_index();
+      if (value < kRowTile * kColumns) f(i, value / kColumns, value % kColumns);
+    }
+  }
+
+  // In the memory of the stages, which no warp needs then.
+  template <int kCount>
+  LK_DEVICE static void sum_over_warps(uint32_t smem, const Accumulator (&acc)[kCount],
+                                       float (&sums)[kValues<kCount * kFragmentRows>]) {
+    constexpr int kColumns = kCount * kFragmentRows, kSums = kRowTile * kColumns;
+    static_assert(kSums * static_cast<int>(sizeof(float)) <= kWarpBytes);
+    sync_block();
+    LK_UNROLL
+    for (int fragment = 0; fragment < kCount; ++fragment) {
       LK_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int row = group * 8 + FragmentC::column(lane_index()) + i % 2;
-        const int column = FragmentC::row(lane_index()) + i / 2 * 8;
-        store_shared_4(sums + (warp_index() * kSums + place(row, column)) * 4, bits_of(acc[group][i]));
+      for (int group = 0; group < kGroups; ++group) {
+        LK_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int row = group * 8 + FragmentC::column(lane_index()) + i % 2;
+          const int column = fragment * kFragmentRows + FragmentC::row(lane_index()) + i / 2 * 8;
+          store_shared_4(smem + (warp_index() * kSums + place<kColumns>(row, column)) * 4,
+                         bits_of(acc[fragment][group][i]));
+        }
       }
     }
     sync_block();
-    float sum = 0.0f;
-    if (row_of_thread() >= kRowTile) return sum;
-    LK_UNROLL
-    for (int warp = 0; warp < kWarps; ++warp) {
-      sum += float_of(load_shared_4(sums + (warp * kSums + place(row_of_thread(), column_of_thread())) * 4));
-    }
-    return sum;
+    for_values<kColumns>([&](int i, int row, int column) {
+      sums[i] = 0.0f;
+      LK_UNROLL
+      for (int warp = 0; warp < kWarps; ++warp) {
+        sums[i] += float_of(load_shared_4(smem + (warp * kSums + place<kColumns>(row, column)) * 4));
+      }
+    });
   }
 
-  // Two rows of 16 share the 32 banks. A warp stores halves of four rows that are two apart, and reads two neighbours.
+  // Rows of 16 share the 32 banks in pairs. A warp stores halves of four rows that are two apart, and reads neighbours.
+  template <int kColumns>
   LK_DEVICE static int place(int row, int column) {
-    return (row ^ (row >> 2 & 1)) * kTile + (column ^ (row >> 1 & 1) << 3);
+    if constexpr (kColumns == 32) return row * kColumns + (column ^ (row >> 1 & 3) << 3);
+    return (row ^ (row >> 2 & 1)) * kColumns + (column ^ (row >> 1 & 1) << 3);
   }
 
   // ---- s
 
   LK_DEVICE static void shrink(const LoraLinearPackedParams& p, uint32_t smem, int tile, int part) {
-    Accumulator acc = {};
+    constexpr int kRanks = kFragmentRows, kSums = kRowTile * kRanks;
+    const int rank0 = tile / row_tiles(p) * kRanks, row0 = tile % row_tiles(p) * kRowTile;
+    Accumulator acc[1] = {};
     if (p.adapter_type == FloatType::kFloat32) {
-      shrink_steps(p, static_cast<const float*>(p.a), tile, part, acc);
+      shrink_steps(p, static_cast<const float*>(p.a), row0, rank0, part, acc[0]);
     } else {
-      shrink_steps(p, static_cast<const Bits*>(p.a), tile, part, acc);
+      shrink_steps(p, static_cast<const Bits*>(p.a), row0, rank0, part, acc[0]);
     }
-    const float sum = sum_over_warps(smem, acc);
+    float sums[kValues<kRanks>];
+    sum_over_warps(smem, acc, sums);
     float* const partials = p.partials + static_cast<int64_t>(tile) * p.parts * kSums;
-    if (thread_index() < kSums) store_global(partials + part * kSums + thread_index(), sum);
+    for_values<kRanks>(
+        [&](int i, int row, int column) { store_global(partials + part * kSums + row * kRanks + column, sums[i]); });
     if (!arrive_last(p.counters + kFirstArrival + tile, p.parts, smem + kWorkOffset)) return;
-    const int row = row_of_thread(), rank = tile * kTile + column_of_thread();
-    if (row < p.m && rank < p.rank) {
+    for_values<kRanks>([&](int, int row, int column) {
+      if (row0 + row >= p.m || rank0 + column >= p.rank) return;
       float total[1] = {0.0f};
-      for (int i = 0; i < p.parts; ++i) total[0] += load_global(partials + i * kSums + thread_index());
-      Elements<Element>::store(static_cast<Bits*>(p.s) + row * p.rank + rank, total);
-    }
+      for (int i = 0; i < p.parts; ++i) total[0] += load_global(partials + i * kSums + row * kRanks + column);
+      Elements<Element>::store(static_cast<Bits*>(p.s) + (row0 + row) * p.rank + rank0 + column, total);
+    });
     sync_block();
     if (thread_index() == 0) atomic_add_acquire_release(p.counters + kDone, 1);
   }
 
   template <class Adapter>
-  LK_DEVICE static void shrink_steps(const LoraLinearPackedParams& p, const Adapter* a, int tile, int part,
+  LK_DEVICE static void shrink_steps(const LoraLinearPackedParams& p, const Adapter* a, int row0, int rank0, int part,
                                      Accumulator& acc) {
-    const int steps = p.k / kPackedStep, upper_row = tile * kTile + lane_row(), lower_row = upper_row + 8;
+    const int steps = p.k / kPackedStep, upper_row = rank0 + lane_row(), lower_row = upper_row + 8;
     LK_NO_UNROLL
     for (int step = part * kWarps + warp_index(); step < steps; step += p.parts * kWarps) {
       const int k = step * kPackedStep;
       Neighbours x[kGroups], upper, lower;
-      load_x(p, k, x);
+      load_x(p, row0, k, x);
       load(a + upper_row * p.a_stride + k + lane_depth(), upper_row < p.rank, upper);
       load(a + lower_row * p.a_stride + k + lane_depth(), lower_row < p.rank, lower);
-      multiply(upper, lower, x, acc);
+      multiply(upper, lower, x, 0, acc);
     }
   }
 
   // ---- y
 
-  LK_DEVICE static void base(const LoraLinearPackedParams& p, uint32_t smem, int tile, int tiles_of_s) {
-    Accumulator acc = {};
-    base_steps(p, smem + warp_index() * kWarpBytes, tile * kTile, acc);
-    const float product = sum_over_warps(smem, acc);
+  LK_DEVICE static void base(const LoraLinearPackedParams& p, uint32_t smem, int row0, int n0) {
+    Accumulator acc[kFragments] = {};
+    base_steps(p, smem + warp_index() * kWarpBytes, row0, n0, acc);
+    float products[kValues<kTile>];
+    sum_over_warps(smem, acc, products);
     if (thread_index() == 0) {
-      while (load_acquire(p.counters + kDone) < static_cast<uint32_t>(tiles_of_s)) pause();
+      while (load_acquire(p.counters + kDone) < static_cast<uint32_t>(tiles_of_s(p))) pause();
     }
     sync_block();
-    const int row = row_of_thread(), n = tile * kTile + column_of_thread();
-    if (row >= p.m || n >= p.n) return;
-    float y[1] = {product};
-    if (p.bias != nullptr) y[0] += Element::low(load_global(static_cast<const Bits*>(p.bias) + n));
-    const Bits* const s = static_cast<const Bits*>(p.s) + row * p.rank;
-    float branch = 0.0f;
-    for (int r = 0; r < p.rank; ++r) branch += Element::low(load_global(s + r)) * b_at(p, n, r);
-    y[0] += p.scaling * branch;
-    Elements<Element>::store(static_cast<Bits*>(p.y) + static_cast<int64_t>(row) * p.n + n, y);
+    store(p, current_work(smem + kWorkOffset), products);  // read again: no register has held it over the main loop
+  }
+
+  LK_DEVICE static void store(const LoraLinearPackedParams& p, const WorkItem& work,
+                              const float (&products)[kValues<kTile>]) {
+    static_assert(kThreads % kTile == 0, "a thread's values are all of one column");
+    const int row0 = work.row * kRowTile, n = work.column * kTile + thread_index() % kTile;
+    if (n >= p.n) return;
+    float branch[kValues<kTile>] = {};
+    for (int r = 0; r < p.rank; ++r) {
+      const float b = b_at(p, n, r);
+      for_values<kTile>([&](int i, int row, int) {
+        if (row0 + row >= p.m) return;
+        branch[i] += Element::low(load_global(static_cast<const Bits*>(p.s) + (row0 + row) * p.rank + r)) * b;
+      });
+    }
+    const float bias = p.bias != nullptr ? Element::low(load_global(static_cast<const Bits*>(p.bias) + n)) : 0.0f;
+    for_values<kTile>([&](int i, int row, int) {
+      if (row0 + row >= p.m) return;
+      const float y[1] = {products[i] + bias + p.scaling * branch[i]};
+      Elements<Element>::store(static_cast<Bits*>(p.y) + static_cast<int64_t>(row0 + row) * p.n + n, y);
+    });
   }
 
   LK_DEVICE static float b_at(const LoraLinearPackedParams& p, int n, int rank) {
@@ -201,28 +248,29 @@ struct LoraLinearPacked {
   }
 
   // Stages of the depth, in turn a warp's: neighbours read neighbouring bytes of a row at a time.
-  LK_DEVICE static void base_steps(const LoraLinearPackedParams& p, uint32_t smem, int row0, Accumulator& acc) {
+  LK_DEVICE static void base_steps(const LoraLinearPackedParams& p, uint32_t smem, int row0, int n0,
+                                   Accumulator (&acc)[kFragments]) {
     const uint32_t scales_smem = smem + kStages * kStageBytes;
     const CodePlanes<Element> codes(p.weight.code);
     const int stages = ceil_div(p.k, kStageSteps * kPackedStep);
     LK_UNROLL
     for (int i = 0; i < kStages; ++i) {
       const int stage = warp_index() + i * kWarps;
-      if (stage < stages) copy_stage(p, smem + i * kStageBytes, row0, stage);
+      if (stage < stages) copy_stage(p, smem + i * kStageBytes, n0, stage);
       copy_async_commit();
     }
     int slot = 0;
     LK_NO_UNROLL
     for (int stage = warp_index(); stage < stages; stage += kWarps) {
       const int k0 = stage * kStageSteps * kPackedStep;
-      store_scales(p, scales_smem, row0, k0);
-      LK_UNROLL
+      store_scales(p, scales_smem, n0, k0);
+      LK_NO_UNROLL
       for (int first = 0; first < kStageSteps; first += kAhead) {
         Neighbours x[kAhead][kGroups];
         LK_UNROLL
         for (int i = 0; i < kAhead; ++i) {
           const int k = k0 + (first + i) * kPackedStep;
-          if (k < p.k) load_x(p, k, x[i]);
+          if (k < p.k) load_x(p, row0, k, x[i]);
         }
         if (first == 0) {
           copy_async_wait<kStages - 1>();
@@ -230,29 +278,39 @@ struct LoraLinearPacked {
         }
         LK_UNROLL
         for (int i = 0; i < kAhead; ++i) {
-          if (k0 + (first + i) * kPackedStep < p.k) {
-            multiply_step(codes, smem + slot * kStageBytes, scales_smem, first + i, x[i], acc);
+          if (k0 + (first + i) * kPackedStep >= p.k) continue;
+          LK_UNROLL
+          for (int fragment = 0; fragment < kFragments; ++fragment) {
+            multiply_step(codes, smem + slot * kStageBytes, scales_smem, fragment * kFragmentRows, first + i, x[i],
+                          acc[fragment]);
           }
         }
       }
       sync_warp();
       const int next = stage + kStages * kWarps;
-      if (next < stages) copy_stage(p, smem + slot * kStageBytes, row0, next);
+      if (next < stages) copy_stage(p, smem + slot * kStageBytes, n0, next);
       copy_async_commit();
       slot = (slot + 1) % kStages;
     }
   }
 
+  // Of 16 rows of the weight, from `row` of the tile on.
   LK_DEVICE static void multiply_step(const CodePlanes<Element>& codes, uint32_t stage_smem, uint32_t scales_smem,
-                                      int step, const Neighbours (&x)[kGroups], Accumulator& acc) {
+                                      int row, int step, const Neighbours (&x)[kGroups], Accumulator& acc) {
     Accumulator products = {};
-    Neighbours upper, lower;
-    decode(codes, stage_smem, lane_row(), step, upper);
-    decode(codes, stage_smem, lane_row() + 8, step, lower);
-    multiply(upper, lower, x, products);
+    const uint64_t upper = packed(stage_smem, row + lane_row(), step),
+                   lower = packed(stage_smem, row + lane_row() + 8, step);
+    LK_UNROLL
+    for (int word = 0; word < 2; ++word) {
+      uint32_t upper_pairs[4], lower_pairs[4];
+      codes.decode(static_cast<uint32_t>(upper >> (32 * word)), upper_pairs);
+      codes.decode(static_cast<uint32_t>(lower >> (32 * word)), lower_pairs);
+      multiply(upper_pairs, lower_pairs, x, word * 4, products);
+    }
     LK_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const float scale = float_of(load_shared_4(scales_smem + ((lane_row() + half * 8) * kStageSteps + step) * 4));
+      const int scale_of = (row + lane_row() + half * 8) * kStageSteps + step;
+      const float scale = float_of(load_shared_4(scales_smem + scale_of * 4));
       LK_UNROLL
       for (int group = 0; group < kGroups; ++group) {
         acc[group][half * 2] += scale * products[group][half * 2];
@@ -263,43 +321,47 @@ struct LoraLinearPacked {
 
   // Where a row's bytes of a stage lie. A row fills all banks; eight bytes of four rows are read together, and every
   // row has its own pair of chunks for the same step.
+  static constexpr int kSwizzledRows = 4;
   LK_DEVICE static uint32_t offset(int row, int chunk) {
-    return static_cast<uint32_t>(row * kStageRowBytes + (chunk ^ (row % 4 * 2)) * kChunkBytes);
+    return static_cast<uint32_t>(row * kStageRowBytes + (chunk ^ (row % kSwizzledRows * 2)) * kChunkBytes);
   }
 
-  LK_DEVICE static void copy_stage(const LoraLinearPackedParams& p, uint32_t smem, int row0, int stage) {
+  // A row after the other from one address: addresses of all would be registers over the whole loop of stages.
+  LK_DEVICE static void copy_stage(const LoraLinearPackedParams& p, uint32_t smem, int n0, int stage) {
+    constexpr int kRows = kWarp / kStageChunks;  // that a warp copies at a time
+    const int row = lane_index() / kStageChunks, chunk = lane_index() % kStageChunks, row_bytes = p.k / 2;
+    const int byte = stage * kStageRowBytes + chunk * kChunkBytes;
+    const int rows = byte < row_bytes ? p.n - n0 - row : 0;  // that exist
+    const uint8_t* source = p.weight.data + static_cast<int64_t>(n0 + row) * row_bytes + byte;
+    static_assert(kRows % kSwizzledRows == 0);
+    smem += offset(row, chunk);
     LK_UNROLL
-    for (int i = 0; i < kTile * kStageChunks / kWarp; ++i) {
-      const int index = i * kWarp + lane_index(), row = index / kStageChunks, chunk = index % kStageChunks;
-      const int byte = stage * kStageRowBytes + chunk * kChunkBytes;
-      const bool exists = row0 + row < p.n && byte < p.k / 2;
-      const uint8_t* const source = p.weight.data + static_cast<int64_t>(row0 + row) * (p.k / 2) + byte;
-      copy_async_16(smem + offset(row, chunk), exists ? source : p.weight.data, exists ? kChunkBytes : 0);
+    for (int i = 0; i < kTile; i += kRows) {
+      copy_async_16(smem + i * kStageRowBytes, i < rows ? source : p.weight.data, i < rows ? kChunkBytes : 0);
+      source += static_cast<int64_t>(kRows) * row_bytes;
     }
   }
 
-  LK_DEVICE static void store_scales(const LoraLinearPackedParams& p, uint32_t smem, int row0, int k0) {
+  LK_DEVICE static void store_scales(const LoraLinearPackedParams& p, uint32_t smem, int n0, int k0) {
+    constexpr int kRows = kWarp / kStageSteps;
     const uint32_t block_bits = count_ones(static_cast<uint32_t>(p.weight.block - 1));
+    const int row = lane_index() / kStageSteps, k = k0 + lane_index() % kStageSteps * kPackedStep;
+    const int rows = k < p.k ? p.n - n0 - row : 0;
+    int64_t weight = static_cast<int64_t>(n0 + row) * p.k + k;
     LK_UNROLL
-    for (int i = lane_index(); i < kTile * kStageSteps; i += kWarp) {
-      const int row = row0 + i / kStageSteps, k = k0 + i % kStageSteps * kPackedStep;
-      if (row < p.n && k < p.k) {
-        const int64_t block = (static_cast<int64_t>(row) * p.k + k) >> block_bits;
-        store_shared_4(smem + i * 4, bits_of(codes4_scale(p.weight, block)));
+    for (int i = 0; i < kTile; i += kRows) {
+      if (i < rows) {
+        const float scale = codes4_scale(p.weight, weight >> block_bits);
+        store_shared_4(smem + (i * kStageSteps + lane_index()) * 4, bits_of(scale));
       }
+      weight += static_cast<int64_t>(kRows) * p.k;
     }
   }
 
-  LK_DEVICE static void decode(const CodePlanes<Element>& codes, uint32_t smem, int row, int step, Neighbours& to) {
+  // A lane's neighbours of a row of the tile.
+  LK_DEVICE static uint64_t packed(uint32_t smem, int row, int step) {
     const int lane = lane_index() % 4, chunk = step * 2 + lane / 2;
-    const uint64_t packed = load_shared_8(smem + offset(row, chunk) + lane % 2 * 8);
-    uint32_t pairs[4];
-    LK_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      codes.decode(static_cast<uint32_t>(packed >> (32 * half)), pairs);
-      LK_UNROLL
-      for (int i = 0; i < 4; ++i) to[half * 4 + i] = pairs[i];
-    }
+    return load_shared_8(smem + offset(row, chunk) + lane % 2 * 8);
   }
 
  public:
@@ -317,8 +379,10 @@ struct PackedKey {
 using LoraLinearPackedVariants =
     VariantList<Variant<PackedKey{FloatType::kBFloat16, 8}, LoraLinearPacked<BFloat16, 8>>,
                 Variant<PackedKey{FloatType::kBFloat16, 16}, LoraLinearPacked<BFloat16, 16>>,
+                Variant<PackedKey{FloatType::kBFloat16, 32}, LoraLinearPacked<BFloat16, 32>>,
                 Variant<PackedKey{FloatType::kFloat16, 8}, LoraLinearPacked<Float16, 8>>,
-                Variant<PackedKey{FloatType::kFloat16, 16}, LoraLinearPacked<Float16, 16>>>;
+                Variant<PackedKey{FloatType::kFloat16, 16}, LoraLinearPacked<Float16, 16>>,
+                Variant<PackedKey{FloatType::kFloat16, 32}, LoraLinearPacked<Float16, 32>>>;
 
 template <class Variant>
 LK_KERNEL(Variant::kThreads, Variant::kMinBlocks)

@@ -44,21 +44,23 @@ struct LoraLinearPackedFields {
 };
 
 PyObject* plan_lora_linear_packed(PyObject*, PyObject* args, PyObject* keywords) {
-  const char* const names[] = {"dtype", "m", "n", "k", "block", "rank", "sms", "shared_per_block", nullptr};
+  const char* const names[] = {"dtype",      "m",    "n", "k", "block", "rank", "sms", "shared_per_block",
+                               "capability", nullptr};
   const char* dtype;
   long long m, n, k, block, rank;
-  int sms, shared_per_block;
+  int sms, shared_per_block, capability;
   FloatType type;
-  if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLLii", const_cast<char**>(names), &dtype, &m, &n, &k, &block,
-                                   &rank, &sms, &shared_per_block) ||
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLLiii", const_cast<char**>(names), &dtype, &m, &n, &k, &block,
+                                   &rank, &sms, &shared_per_block, &capability) ||
       !parse_type("dtype", dtype, type)) {
     return nullptr;
   }
-  if (k % block != 0 || !serves_packed(m, k, block, rank, true, false) || type == FloatType::kFloat32) {
-    PyErr_SetString(
-        PyExc_ValueError,
-        "one launch serves 1 to 16 rows of bf16 or fp16, blocks of 64 weights or a larger power of two that "
-        "k is a multiple of, and ranks up to 64; others take those of dequantize and of lora_linear");
+  if (k % block != 0 || !serves_packed(m, k, block, rank, true, false) || m > most_decoded_rows(capability) ||
+      type == FloatType::kFloat32) {
+    PyErr_SetString(PyExc_ValueError,
+                    "one launch serves 1 to 64 rows (sm_100: 32) of bf16 or fp16, blocks of 64 weights or a larger "
+                    "power of two that "
+                    "k is a multiple of, and ranks up to 64; others take those of dequantize and of lora_linear");
     return nullptr;
   }
   const LoraLinearPackedConfig config = lora_linear_packed_config(m, n, k, rank);

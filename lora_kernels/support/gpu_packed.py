@@ -18,7 +18,7 @@ memory is the allocator's, in the order of the stream: what one layer frees is t
 """
 FEW_ROWS = Verdict("decode", "few rows: one launch streams the packed weight, which it decodes in registers")
 FEW_ROWS_LAYOUTS = ("codes4",)
-MAX_FEW_ROWS, MAX_RANK, LEAST_BLOCK = 16, 64, 64
+MAX_RANK, LEAST_BLOCK = 64, 64
 """What that launch serves: ``serves_packed`` of csrc/config/lora_linear_packed.h."""
 _NO_LAYOUT = Verdict(None, Reason.FORMAT)
 
@@ -35,12 +35,19 @@ def decode_verdict(backend: str, device: torch.device, layout: str) -> Verdict:
     return refusal(backend, device, layout) or DECODE
 
 
+def most_decoded_rows(capability: tuple[int, int]) -> int:
+    """Up to so many rows it is taken for faster: ``most_decoded_rows`` of csrc/config/lora_linear_packed.h, which says
+    why.
+    """
+    return 32 if capability[0] == 10 else 64
+
+
 def is_few_rows(x: torch.Tensor, data: torch.Tensor, layout: str, block: int, rank: int, has_dropout: bool) -> bool:
     """Whether the CUDA kernel of few rows serves ``x`` by packed weights, which ``data`` holds."""
     return (
         layout in FEW_ROWS_LAYOUTS
         and x.dtype in LOW_PRECISION
-        and 0 < x.shape[:-1].numel() <= MAX_FEW_ROWS
+        and 0 < x.shape[:-1].numel() <= most_decoded_rows(cuda.capability(x.device))
         and rank <= MAX_RANK
         and not has_dropout
         and block >= LEAST_BLOCK

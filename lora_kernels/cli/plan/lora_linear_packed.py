@@ -22,7 +22,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _problem(options: argparse.Namespace) -> dict[str, Any]:
     sizes = {name: getattr(options, name) for name in ("dtype", "m", "n", "k", "block")}
-    return {**sizes, "rank": options.r}
+    return {**sizes, "rank": options.r, "capability": int(options.arch.removeprefix("sm_"))}
 
 
 register("lora_linear_packed", _add_arguments, _problem)
