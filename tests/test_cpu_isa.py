@@ -9,7 +9,7 @@ import pytest
 
 from lora_kernels import _native
 
-WIDEST_FIRST = ("avx512", "avx2", "portable")
+WIDEST_FIRST = ("avx512_bf16", "avx512", "avx2", "portable")
 
 
 def isa(environment: dict[str, str]) -> str:
@@ -18,7 +18,7 @@ def isa(environment: dict[str, str]) -> str:
     return shown.stdout.strip()
 
 
-@pytest.mark.parametrize("name", ["avx2", "portable"])
+@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
 def test_narrower_kernels_pass_the_numerical_tests(name):
     environment = {**os.environ, "LORA_KERNELS_CPU_ISA": name}
     chosen = isa(environment)

@@ -245,14 +245,14 @@ def test_int8_in_eval_mode_is_bitsandbytes_unless_asked():
     trained = model(x)
     report = lk.patch(model)
     assert report.kept == []
-    torch.testing.assert_close(model(x), trained)
+    torch.testing.assert_close(model(x), trained, rtol=1e-4, atol=1e-4)
     model.eval()
     lk.reset_stats()
     rounded = model(x)
     assert lk.stats()["fallback"] == {("lora_linear", lk.Reason.INT8_EVAL): 1}
-    assert not torch.allclose(rounded, trained, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(rounded, trained, rtol=1e-3, atol=1e-3)
     lk.patch(model, int8_eval="exact")
-    torch.testing.assert_close(model(x), trained)
+    torch.testing.assert_close(model(x), trained, rtol=1e-4, atol=1e-4)
     lk.unpatch(model)
     torch.testing.assert_close(model(x), rounded)
     with pytest.raises(ValueError, match='int8_eval must be "peft" or "exact"'):
@@ -294,7 +294,12 @@ def test_own_layers(name, options):
     assert len(report.fused) == 1
     layer, x = net[0], torch.randn(5, K)
     weight = layer.quantized_weight()
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight.dequantize(), layer.bias))
+    dense, bias = weight.dequantize(), layer.bias
+    plain_y, exact = (
+        nn.functional.linear(x, dense, bias),
+        nn.functional.linear(x.double(), dense.double(), bias.double()),
+    )
+    assert_as_accurate(layer(x), plain_y, exact)
     other = nn.Sequential(nn.Linear(K, N))
     lk.quantize_(other, name, **options)
     other.load_state_dict(net.state_dict())

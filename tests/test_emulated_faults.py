@@ -37,6 +37,7 @@ def backward(problem, name="bf16", **options):
 SCENARIOS = {
     "ticketed": forward((256, 136, 272, 200), p=0.3),
     "ticketed-ranks": forward((200, 75, 272, 7), p=0.3),
+    "ticketed-halves": forward((200, 75, 272, 12), p=0.3),
     "ticketed-tf32": forward((200, 132, 76, 72), "tf32", p=0.3),
     "column-0": forward((256, 136, 272, 40)),
     "dual": forward((150, 64, 424, 24)),

@@ -106,6 +106,20 @@ def test_few_rows_split_the_depth_where_sms_are_idle(m, schedule):
     assert one["splits"] == 1
 
 
+@pytest.mark.parametrize(("begin", "stride"), [(0, 12), (4, 16), (2, 16), (0, 14), (1, 13)])
+@pytest.mark.parametrize("rank", [4, 12])
+@pytest.mark.parametrize(("m", "sms", "schedule"), [(140, 1, "ticketed"), (140, MANY, "ticketed"), (5, 40, "decode")])
+def test_ranks_short_of_a_chunk_by_half(m, sms, schedule, rank, begin, stride):
+    """Rows of b that begin between halves of chunks are gathered. Kills: no look at where they begin, or at strides; a
+    half past the rank that is not zero."""
+    x, weight, lora_A, lora_B, _ = matrices(m, 75, 264, rank, "bf16")
+    wide = torch.full((75, begin + max(stride, rank)), float("nan"), dtype=torch.bfloat16).flatten()
+    rows = wide[begin:].as_strided((75, rank), (max(stride, rank), 1))
+    rows.copy_(lora_B)
+    *_, launched, _ = check_forward((x, weight, lora_A, rows, None), sms=sms)
+    assert launched == schedule
+
+
 def test_dual_takes_many_rows_of_a_narrow_y():
     check_forward(matrices(150, 64, 264, 24, "bf16"))
     assert run_forward(*matrices(150, 64, 264, 24, "bf16"))[2] == "dual"

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_as_accurate
-from packed import decoded, random_packed
+from packed import decoded, random_packed, random_scaled
 
 from lora_kernels import _native, philox
 from lora_kernels.formats import rounded_to
-from lora_kernels.support import cpu
+from lora_kernels.support import cpu, cpu_packed
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 BITS = {FP32: torch.int32, BF16: torch.int16, FP16: torch.int16}
@@ -115,14 +115,53 @@ def test_bits_are_those_of_bitsandbytes(code, nested, dtype):
         assert_same_bits(ours, bnb.dequantize_4bit(data, state))
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+def test_bits_of_codes_in_low_halves_first(nested, dtype):
+    """Kills: the order of layout "codes4"."""
+    for block in BLOCKS:
+        for n, blocks_per_row in ((1, 1), (5, 3), (0, 2), (7, 2)):
+            w = random_packed(n, block * blocks_per_row, block, nested, layout="codes4_low").to(dtype=dtype)
+            assert_same_bits(native.dequantize(*w.args, ""), decoded(w))
+
+
+def scale_rows(n, block):
+    """One row of scales per row, per square, and for all."""
+    return dict.fromkeys((n, -(-n // block), 1))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("layout", ["int8", "e4m3"])
+def test_bits_of_numbers_of_8_bits(layout, dtype):
+    """Kills: a scale of a neighbouring row or column of squares, a block that ends within a run."""
+    for n, k in ((1, 1), (5, 37), (0, 64), (70, 300), (9, 0), (3, 4096)):
+        for block in (1, 3, 32, 64, 100, 128, max(1, k), k + 5):
+            for rows in scale_rows(n, block):
+                w = random_scaled(n, k, layout, block, rows).to(dtype=dtype)
+                assert_same_bits(native.dequantize(*w.args, ""), decoded(w))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("layout", ["int8", "e4m3"])
+def test_bits_of_every_number_of_8_bits(layout, dtype):
+    """Kills: a subnormal of e4m3 that is flushed, a NaN that is a number, -128; at scales that over- and underflow."""
+    w = random_scaled(96, 256, layout, 32).to(dtype=dtype)
+    data, scales = w.parts
+    data[:] = torch.arange(256, dtype=torch.uint8)
+    scales[:] = torch.logspace(-12, 37, scales.numel()).view_as(scales)
+    scales[::2] *= -1
+    scales[5], scales[6], scales[7] = math.inf, -math.inf, math.nan
+    assert_same_bits(native.dequantize(*w.args, ""), decoded(w))
+
+
 # --------------------------------------------------------------------------------------------------- products
 
 
-def make_problem(m, n, k, block, rank, x_dtype, dtype, adapter_dtype=None):
+def make_problem(m, n, k, block, rank, x_dtype, dtype, adapter_dtype=None, weight=None):
     adapter_dtype = adapter_dtype or x_dtype
     return {
         "x": torch.randn(m, k).to(x_dtype),
-        "weight": random_packed(n, k, block, nested=rank % 2 == 0).to(dtype=dtype),
+        "weight": (weight or random_packed(n, k, block, nested=rank % 2 == 0)).to(dtype=dtype),
         "lora_A": (torch.randn(rank, k) / math.sqrt(k)).to(adapter_dtype),
         "lora_B": (torch.randn(n, rank) / math.sqrt(rank)).to(adapter_dtype),
         "bias": torch.randn(n).to(x_dtype),
@@ -225,6 +264,82 @@ def test_every_weight_of_few_rows(schedule, x_dtype, dtype):
         w, x = random_packed(7, k, block, nested=True).to(dtype=dtype), torch.eye(k, dtype=x_dtype)
         y = torch.cat([native.linear_packed(rows, *w.args, None, schedule) for rows in x.split(3)])
         assert torch.equal(y, product_weight(w, x).t())
+
+
+# (n, k, block, rows of scales): a scale per row and for all, squares that do not divide n or k, blocks that end within
+# a run of lanes; several parts of a row.
+SCALED = [
+    (37, 576, 576, 37),
+    (40, 300, 300, 1),
+    (70, 200, 32, 3),
+    (66, 2048 + 161, 128, 66),
+    (35, 150, 100, 1),
+    (9, 4500, 4500, 9),
+    (0, 64, 64, 0),
+]
+OTHER_LAYOUTS = {
+    "codes4_low": [random_packed(37, 576, layout="codes4_low"), random_packed(23, 34, 34, True, layout="codes4_low")],
+    **{
+        layout: [random_scaled(n, k, layout, block, rows) for n, k, block, rows in SCALED]
+        for layout in ("int8", "e4m3")
+    },
+}
+
+
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+@pytest.mark.parametrize(("schedule", "x_dtype", "dtype"), FEW_ROWS, ids=str)
+def test_values_of_few_rows_of_other_layouts(schedule, x_dtype, dtype, layout):
+    """Kills: what is read behind a row's end, a scale that is applied to another block's sum."""
+    for weight in OTHER_LAYOUTS[layout]:
+        n, k = weight.shape
+        for m, bias in ((1, False), (2, True), (3, True), (4, False), (13, True), (64, False)):
+            problem = make_problem(m, n, k, weight.block, 9, x_dtype, dtype, FP32 if bias else x_dtype, weight)
+            x, w, A, B = (problem[name] for name in ("x", "weight", "lora_A", "lora_B"))
+            row = problem["bias"] if bias else None
+            y, s = native.lora_linear_packed(x, *w.args, A, B, row, None, SCALING, 0.0, schedule)
+            plain, exact = (torch_code(problem, accuracy, 0.0, bias) for accuracy in (x_dtype, FP64))
+            for name, a, b, c in zip("ys", (y, s), plain, exact):
+                assert_as_accurate(a, b, c, f"{name} of {m} rows by {tuple(weight.shape)}")
+
+
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+@pytest.mark.parametrize(("schedule", "x_dtype", "dtype"), FEW_ROWS, ids=str)
+def test_values_are_every_weight_of_other_layouts(schedule, x_dtype, dtype, layout):
+    """As above, to the bit where weights were rounded."""
+    for weight in OTHER_LAYOUTS[layout]:
+        w = weight.to(dtype=dtype)
+        x = torch.eye(w.shape[1], dtype=x_dtype)[:400]
+        y = torch.cat([native.linear_packed(rows, *w.args, None, schedule) for rows in x.split(7)])
+        assert torch.equal(y, product_weight(w, x).t()[:400])
+
+
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+@pytest.mark.parametrize(("schedule", "x_dtype", "dtype"), PRODUCTS, ids=str)
+def test_values_by_panels_of_other_layouts(schedule, x_dtype, dtype, layout):
+    """Kills: rows of scales that are counted from a panel's first row."""
+    skip_unless_possible(schedule, x_dtype)
+    makers = {"codes4_low": lambda: random_packed(1100, 1024, layout=layout)}
+    large = makers.get(layout, lambda: random_scaled(1100, 1100, layout, 128, 9))()
+    for weight in (*OTHER_LAYOUTS[layout], large):
+        problem = make_problem(33, *weight.shape, weight.block, 6, x_dtype, dtype, weight=weight)
+        assert_products(ours(problem, schedule), problem)
+
+
+def test_gradients_of_16_bits_stay_in_16_bits_where_the_cpu_multiplies_them():
+    """Kills: the adapter's gradients by way of fp32."""
+    for dtype in (BF16, FP16):
+        verdict = cpu_packed.product_verdict(torch.ones(70, 24, dtype=dtype), "codes4", 24, 64, is_gradient=True)
+        assert verdict.schedule == ("native" if cpu.has_native_matmul(dtype) else "upcast")
+    assert cpu_packed.product_verdict(torch.ones(70, 24), "codes4", 24, 64, is_gradient=True).schedule != "native"
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_values_of_native_gradients(dtype):
+    """Kills: panels of a 16-bit gradient that are not summed, an unscaled one."""
+    skip_unless_possible("native", dtype)
+    for shape in SHAPES:
+        problem = make_problem(*shape, dtype, dtype)
+        assert_products(ours(problem, "aten", backward="native"), problem)
 
 
 @pytest.mark.parametrize(("schedule", "x_dtype", "dtype"), PRODUCTS, ids=str)
@@ -349,15 +464,40 @@ def misfits(nested):
     yield "float64 weights", (parts, layout, n, k, block, FP64)
 
 
+def scaled_misfits(layout):
+    parts, layout, n, k, block, dtype = random_scaled(24, 128, layout, 16, 2).args
+    data, scales = parts
+    yield "one part", ([data], layout, n, k, block, dtype)
+    yield "three parts", ([*parts, scales], layout, n, k, block, dtype)
+    yield "short data", ([data[:-1], scales], layout, n, k, block, dtype)
+    yield "data of int8", ([data.view(torch.int8), scales], layout, n, k, block, dtype)
+    yield "data that is not contiguous", ([data.t().contiguous().t(), scales], layout, n, k, block, dtype)
+    yield "scales of another dtype", ([data, scales.double()], layout, n, k, block, dtype)
+    yield "scales of one dimension", ([data, scales.view(-1)], layout, n, k, block, dtype)
+    yield "scales of three dimensions", ([data, scales[None]], layout, n, k, block, dtype)
+    yield "scales of another number of rows", ([data, torch.ones(3, 8)], layout, n, k, block, dtype)
+    yield "scales of another number of columns", ([data, torch.ones(2, 9)], layout, n, k, block, dtype)
+    yield "scales that are not contiguous", ([data, torch.ones(8, 2).t()], layout, n, k, block, dtype)
+    yield "no block", (parts, layout, n, k, 0, dtype)
+    yield "a negative block", (parts, layout, n, k, -16, dtype)
+    yield "a block that no sum holds", ([data, torch.ones(1, 1)], layout, n, k, 2**63 - 1, dtype)
+    yield "another block", (parts, layout, n, k, 32, dtype)
+    yield "more rows", (parts, layout, n + 1, k, block, dtype)
+    yield "negative sizes", (parts, layout, -n, -k, block, dtype)
+    yield "float64 weights", (parts, layout, n, k, block, FP64)
+
+
 REFUSALS = {"no parts": "packed weight|no tensor arguments"}
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_misfits_are_refused(nested):
+@pytest.mark.parametrize(
+    ("found", "of"), [(misfits, False), (misfits, True), (scaled_misfits, "int8"), (scaled_misfits, "e4m3")]
+)
+def test_misfits_are_refused(found, of):
     """Kills each check: what does not fit is never read."""
     x, grad_y, s = torch.randn(7, 128), torch.randn(7, 24), torch.randn(7, 2)
     A, B = torch.randn(2, 128), torch.randn(24, 2)
-    for wrong, args in misfits(nested):
+    for wrong, args in found(of):
         calls = [
             lambda args=args: native.dequantize(*args, ""),
             lambda args=args: native.linear_packed(x, *args, None, "aten"),

@@ -130,6 +130,7 @@ MEANINGS = {
     "load_matrix_x4": LDMATRIX.format(""),
     "load_matrix_x4_transposed": LDMATRIX.format(".trans"),
     "copy_async_16": "cp.async.cg.shared.global [address], [source], 16, bytes;",
+    "copy_async_8": "cp.async.ca.shared.global [address], [source], 8, bytes;",
     "copy_async_commit": "cp.async.commit_group;",
     "copy_async_wait": "cp.async.wait_group kPending;",
     "load_shared_16": "ld.shared.v4.b32 {v.word[0], v.word[1], v.word[2], v.word[3]}, [address];",

@@ -73,7 +73,7 @@ Tensor linear_packed(Tensor x, std::vector<Tensor> weight, std::string layout, i
   check_bias(x, n, bias);
   const PackedWeight w = packed_weight_for({weight, layout, n, k, block, dtype}, x.scalar_type());
   if (schedule == "decode" || schedule == "rows") {
-    const Tensor y = multiply_packed(as_float_rows(as_rows(x)), w, bias, nullptr, schedule == "decode");
+    const Tensor y = multiply_packed(as_rows(x), w, bias, nullptr, schedule == "decode");
     return with_leading_sizes_of(cast(y, x.scalar_type()), x);
   }
   return forward(x, PackedMatrix(w), bias, schedule);

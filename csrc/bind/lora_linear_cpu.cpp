@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
 std::tuple<Tensor, Tensor> packed_rows(const Tensor& x, const PackedWeight& weight, const Tensor& lora_A,
                                        const Tensor& lora_B, const std::optional<Tensor>& bias, double scaling,
                                        bool in_registers) {
-  const Tensor rows = as_float_rows(as_rows(x)), a = as_float_rows(lora_A), b = as_float_rows(lora_B);
+  const Tensor x_rows = as_rows(x), rows = as_float_rows(x_rows), a = as_float_rows(lora_A), b = as_float_rows(lora_B);
   const Tensor wide = new_empty_as(rows, {rows.size(0), a.size(0)});
   if (in_registers) {
     run_decode(decode_params(rows, a, mutable_floats(wide)));
@@ -213,7 +213,8 @@ std::tuple<Tensor, Tensor> packed_rows(const Tensor& x, const PackedWeight& weig
   }
   const Tensor s = cast(wide, x.scalar_type());
   const PackedBranch branch{cast(s, ScalarType::Float), b, scaling};
-  const Tensor y = cast(multiply_packed(rows, weight, bias, &branch, in_registers), x.scalar_type());
+  const Tensor y =
+      cast(multiply_packed(in_registers ? rows : x_rows, weight, bias, &branch, in_registers), x.scalar_type());
   return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
 }
 

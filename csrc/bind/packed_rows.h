@@ -1,4 +1,4 @@
-// The product of a few fp32 rows with a packed weight, without the vendor library.
+// The product of a few rows with a packed weight, without the vendor library.
 #pragma once
 
 #include <cstring>
@@ -24,12 +24,26 @@ inline void copy_padded(const Tensor& rows, float factor, float* out, int64_t wi
   }
 }
 
-// y = x Wᵀ + bias + the branch, in fp32. Weights are decoded in registers where that is asked for and their blocks
-// allow it, else a few rows at a time.
-inline Tensor multiply_packed(const Tensor& x, const PackedWeight& weight, const std::optional<Tensor>& bias,
+// The same with rows of bf16 as they are.
+inline void copy_padded(const Tensor& rows, uint16_t* out, int64_t width) {
+  const int64_t columns = rows.size(1);
+  for (int64_t m = 0; m < rows.size(0); ++m, out += width) {
+    const uint16_t* row = static_cast<const uint16_t*>(rows.const_data_ptr()) + m * rows.stride(0);
+    std::memcpy(out, row, sizeof(uint16_t) * columns);
+    std::memset(out + columns, 0, sizeof(uint16_t) * (width - columns));
+  }
+}
+
+// y = x Wᵀ + bias + the branch, in fp32; x is fp32 or 16-bit. Weights are decoded in registers where that is asked for
+// and their blocks allow it, else a few rows at a time.
+inline Tensor multiply_packed(const Tensor& x_rows, const PackedWeight& weight, const std::optional<Tensor>& bias,
                               const PackedBranch* branch, bool in_registers) {
-  const cpu::PackedWeightKernels& kernels = cpu::kernels().packed;
+  const cpu::PackedWeightKernels& kernels = *cpu::kernels().packed;
   const bool decodes = in_registers && decodes_in_registers(weight);
+  const bool is_bf16 = !decodes && kernels.multiply_bf16 != nullptr && x_rows.scalar_type() == ScalarType::BFloat16;
+  const Tensor x = !is_bf16                ? as_float_rows(x_rows)
+                   : x_rows.stride(1) == 1 ? x_rows
+                                           : torch::stable::contiguous(x_rows);
   const int64_t rows = x.size(0), rank = branch != nullptr ? branch->b.size(1) : 0;
   const bool copies = decodes || weight.k % kPaddedColumns != 0;
   const int64_t width = copies ? padded(weight.k) : 0;
@@ -38,16 +52,18 @@ inline Tensor multiply_packed(const Tensor& x, const PackedWeight& weight, const
   float* s_copy = x_copy + rows * width;
   if (decodes) {
     for (int64_t m = 0; m < rows; ++m) kernels.arrange_x(weight, floats(x) + m * x.stride(0), x_copy + m * width);
+  } else if (copies && is_bf16) {
+    copy_padded(x, reinterpret_cast<uint16_t*>(x_copy), width);
   } else if (copies) {
     copy_padded(x, 1.0f, x_copy, width);
   }
 
-  const Tensor y = new_empty_as(x, {rows, weight.n});
+  const Tensor y = new_empty_as(x, {rows, weight.n}, ScalarType::Float);
   std::optional<Tensor> bias_row;
   if (bias) bias_row = torch::stable::contiguous(cast(*bias, ScalarType::Float));
   PackedLinearParams p{};
   p.weight = weight;
-  p.x = copies ? x_copy : floats(x);
+  p.x = copies ? x_copy : x.const_data_ptr();
   p.x_stride = copies ? width : x.stride(0);
   p.bias = bias_row ? floats(*bias_row) : nullptr;
   p.y = mutable_floats(y);
@@ -61,7 +77,7 @@ inline Tensor multiply_packed(const Tensor& x, const PackedWeight& weight, const
     p.rank = rank;
   }
   torch::stable::parallel_for(0, weight.n, decode_grain(rows * (weight.k + rank)), [&](int64_t begin, int64_t end) {
-    (decodes ? kernels.decode : kernels.multiply)(p, begin, end);
+    (decodes ? kernels.decode : is_bf16 ? kernels.multiply_bf16 : kernels.multiply)(p, begin, end);
   });
   return y;
 }

@@ -83,7 +83,7 @@ struct Kernels {
   int64_t (*lora_grad_tile)(bool has_dropout);
   int64_t (*lora_grad_scratch_size)(int64_t rank, int64_t tiles);
 
-  const PackedWeightKernels& packed;
+  const PackedWeightKernels* packed;
 };
 
 const Kernels& kernels();

@@ -350,7 +350,7 @@ const Kernels LK_TABLE = {
     .lora_grad = lora_grad_any,
     .lora_grad_tile = lora_grad_tile,
     .lora_grad_scratch_size = lora_grad_scratch_size,
-    .packed = LK_PACKED_TABLE,
+    .packed = &LK_PACKED_TABLE,
 };
 
 }  // namespace lk::cpu

@@ -126,7 +126,7 @@ class Codes4Run<kLowFirst, kRounding, float> {
   }
 
   template <class F>
-  inline void in_any_order(const uint8_t* bytes, const F& f) const {
+  LK_ALWAYS_INLINE inline void in_any_order(const uint8_t* bytes, const F& f) const {
     const __m512i words = _mm512_broadcast_i32x4(load_16_bytes(bytes));
     const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
     const __m512i second = _mm512_setr_epi32(16, 16, 16, 16, 20, 20, 20, 20, 24, 24, 24, 24, 28, 28, 28, 28);
@@ -216,14 +216,14 @@ class Codes4Run<kLowFirst, kRounding, float> {
   }
 
   template <class F>
-  inline void in_any_order(const uint8_t* bytes, const F& f) const {
+  LK_ALWAYS_INLINE inline void in_any_order(const uint8_t* bytes, const F& f) const {
     look_up(split_nibbles<kLowFirst>(bytes), f);
   }
 
  private:
   // Vector j is of bytes 4j to 4j + 3 of either half.
   template <class F>
-  inline void look_up(__m256i index, const F& f) const {
+  LK_ALWAYS_INLINE inline void look_up(__m256i index, const F& f) const {
     const __m256i p2 = _mm256_shuffle_epi8(planes_[2], index), p3 = _mm256_shuffle_epi8(planes_[3], index);
     __m256i a = _mm256_setzero_si256(), c = a;
     if constexpr (kRounding != FloatType::kBFloat16) {
@@ -292,7 +292,7 @@ class Codes4Run {
   }
 
   template <class F>
-  inline void in_any_order(const uint8_t* bytes, const F& f) const {
+  LK_ALWAYS_INLINE inline void in_any_order(const uint8_t* bytes, const F& f) const {
     float w[kRun];
     in_order(bytes, w);
     for (int v = 0; v < kRunVectors; ++v) f(v, load(w + v * kLanes));

@@ -44,7 +44,7 @@ struct UnpackParams {
 // kPaddedColumns.
 struct PackedLinearParams {
   PackedWeight weight;
-  const float* x;  // [rows, k]; for `decode` as arrange_x lays it out
+  const void* x;  // [rows, k] in fp32; for `decode` as arrange_x lays it out, for `multiply_bf16` in bf16
   int64_t x_stride;
   const float* bias;
   const float* s;  // [rows, rank]; scaled
@@ -78,6 +78,10 @@ struct PackedWeightKernels {
 
   // Columns [begin, end) of y, with weights that are decoded into the nearest cache a few rows at a time.
   void (*multiply)(const PackedLinearParams&, int64_t begin, int64_t end);
+
+  // The same with an x and weights of bf16, which the CPU multiplies without widening them; null where it does not. It
+  // takes subnormal numbers for zeros.
+  void (*multiply_bf16)(const PackedLinearParams&, int64_t begin, int64_t end);
 };
 
 }  // namespace lk::cpu

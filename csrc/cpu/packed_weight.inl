@@ -149,67 +149,75 @@ void arrange_x(const PackedWeight& w, const float* x, float* arranged) {
   });
 }
 
-// A part of a row of W: so many columns from `begin` on.
+// A part of a row of W: `depth` columns, of which the first `lead` have the first scale, and then `block` each the
+// next.
 struct RowPart {
   const uint8_t* bytes;
-  const float* scales;  // from that of column `begin` on
-  int64_t begin, depth, block;
+  const float* scales;
+  int64_t depth, lead, block;
 };
 
-// Adds kRows rows of x, from column `begin` on, times a part of a row of W to `sums`, lane by lane.
+// Adds kRows rows of x times a part of a row of W to `sums`, lane by lane.
 template <class Layout, FloatType kRounding, int kRows>
 inline void decode_row(const Layout& layout, const RowPart& part, const float* x, int64_t x_stride, VecF* sums) {
   using Run = typename Layout::template Run<kRounding, float>;
   constexpr int kChains = kRows == 1 ? 4 : 2;  // several chains hide more of an addition's latency than one
   constexpr int64_t kRunBytes = kRun * Layout::kBits / 8;
-  VecF chains[kRows][kChains] = {};
-  const auto add_run = [&](const Run& run, const uint8_t* bytes, int64_t c, int first) {
-    run.in_any_order(bytes, [&](int v, VecF w) {
+  VecF chains[kRows][kChains] = {}, total[kRows] = {};
+  const uint8_t* bytes = part.bytes;
+  const auto add_run = [&](const Run& run, const uint8_t* from, int first) LK_ALWAYS_INLINE {
+    run.in_any_order(from, [&](int v, VecF w) LK_ALWAYS_INLINE {
       for (int i = 0; i < kRows; ++i) {
         VecF& chain = chains[i][(first + v) % kChains];
-        chain = fma(w, load(x + i * x_stride + c + v * kLanes), chain);
+        chain = fma(w, load(x + i * x_stride + v * kLanes), chain);
       }
     });
+    x += kRun;
+  };
+  const auto add_pairs = [&](const Run& run, int64_t count) LK_ALWAYS_INLINE {
+    for (; count > 0; --count, bytes += 2 * kRunBytes) {
+      add_run(run, bytes, 0);
+      add_run(run, bytes + kRunBytes, kRunVectors);
+    }
+  };
+  const auto end_chains = [&](VecF scale) LK_ALWAYS_INLINE {
+    for (int i = 0; i < kRows; ++i) {
+      VecF sum = chains[i][0];
+      for (int j = 1; j < kChains; ++j) sum += chains[i][j];
+      for (int j = 0; j < kChains; ++j) chains[i][j] = VecF{};
+      total[i] = fma(scale, sum, total[i]);
+    }
   };
 
   const float* scale = part.scales;
-  const uint8_t* bytes = part.bytes;
-  int64_t block_end = part.block - part.begin % part.block;
-  for (int64_t c = 0; c < part.depth; ++scale, block_end += part.block) {
-    const Run run(layout, *scale);
-    const int64_t end = smaller(block_end, part.depth);
-    for (; c + 2 * kRun <= end; c += 2 * kRun, bytes += 2 * kRunBytes) {
-      add_run(run, bytes, c, 0);
-      add_run(run, bytes + kRunBytes, c + kRun, kRunVectors);
+  if (part.lead == part.block && part.block % (2 * kRun) == 0 && part.depth % part.block == 0) {
+    const int64_t pairs = part.block / (2 * kRun);
+    for (int64_t blocks = part.depth / part.block; blocks > 0; --blocks, ++scale) {
+      add_pairs(Run(layout, *scale), pairs);
+      if constexpr (Run::kLacksScale) end_chains(broadcast(*scale));
     }
-    if (c + kRun <= end) {
-      add_run(run, bytes, c, 0);
-      c += kRun;
-      bytes += kRunBytes;
-    }
-    if (c < end) {  // the end of W's row
-      uint8_t last[kRunBytes] = {};
-      memcpy(last, bytes, (end - c) * Layout::kBits / 8);
-      add_run(run, last, c, 0);
-      c = end;
-    }
-    if constexpr (Run::kLacksScale) {
-      for (int i = 0; i < kRows; ++i) {
-        VecF sum = {};
-        for (int j = 0; j < kChains; ++j) {
-          sum += chains[i][j];
-          chains[i][j] = VecF{};
-        }
-        sums[i] = fma(broadcast(*scale), sum, sums[i]);
+  } else {
+    int64_t end = part.lead;
+    for (int64_t c = 0; c < part.depth; c = end, end = smaller(end + part.block, part.depth), ++scale) {
+      const Run run(layout, *scale);
+      int64_t left = end - c;
+      add_pairs(run, left / (2 * kRun));
+      left %= 2 * kRun;
+      if (left >= kRun) {
+        add_run(run, bytes, 0);
+        bytes += kRunBytes;
+        left -= kRun;
       }
+      if (left > 0) {  // the end of W's row
+        uint8_t last[kRunBytes] = {};
+        memcpy(last, bytes, left * Layout::kBits / 8);
+        add_run(run, last, 0);
+      }
+      if constexpr (Run::kLacksScale) end_chains(broadcast(*scale));
     }
   }
-  if constexpr (Run::kLacksScale) return;
-  for (int i = 0; i < kRows; ++i) {
-    VecF sum = chains[i][0];
-    for (int j = 1; j < kChains; ++j) sum += chains[i][j];
-    sums[i] += sum;
-  }
+  if constexpr (!Run::kLacksScale) end_chains(broadcast(1.0f));
+  for (int i = 0; i < kRows; ++i) sums[i] += total[i];
 }
 
 template <class Layout, FloatType kRounding, int kRows>
@@ -217,7 +225,7 @@ void decode_rows(const PackedLinearParams& p, int64_t m, int64_t begin, int64_t 
   constexpr int64_t kDepth = 2048;  // columns that are summed on their own: the rounding error grows with their number
   const PackedWeight& w = p.weight;
   const Layout layout(w);
-  const float* x = p.x + m * p.x_stride;
+  const float* x = static_cast<const float*>(p.x) + m * p.x_stride;
   float scales[4][kDepth / kRun + 1 + kLanes];
   for (int64_t n0 = begin; n0 < end; n0 += 4) {
     const int64_t columns = smaller(4, end - n0);
@@ -225,10 +233,14 @@ void decode_rows(const PackedLinearParams& p, int64_t m, int64_t begin, int64_t 
     for (int64_t k0 = 0; k0 < w.k; k0 += kDepth) {
       const int64_t depth = smaller(kDepth, w.k - k0), first = k0 / w.block;
       for (int64_t j = 0; j < columns; ++j) {
-        read_scales(w, first_scale(w, n0 + j) + first, (k0 + depth + w.block - 1) / w.block - first, scales[j]);
+        read_scales(w, first_scale(w, n0 + j) + first, (k0 + depth - 1) / w.block - first + 1, scales[j]);
       }
       for (int64_t j = 0; j < columns; ++j) {
-        const RowPart part{w.data + ((n0 + j) * w.k + k0) * Layout::kBits / 8, scales[j], k0, depth, w.block};
+        const RowPart part{.bytes = w.data + ((n0 + j) * w.k + k0) * Layout::kBits / 8,
+                           .scales = scales[j],
+                           .depth = depth,
+                           .lead = smaller(w.block - k0 % w.block, depth),
+                           .block = smaller(w.block, depth)};
         decode_row<Layout, kRounding, kRows>(layout, part, x + k0, p.x_stride, sums[j]);
       }
     }
@@ -280,35 +292,74 @@ constexpr int kTileRows = 4, kTileColumns = 3;
 #endif
 constexpr int64_t kTileDepth = 1024;  // columns: at most 16 KB of W in fp32
 
+// A vector of the numbers that a product is of, which are added up in fp32.
+template <class Number>
+struct Factors;
+
+template <>
+struct Factors<float> {
+  static constexpr int kCount = kLanes;
+
+  explicit Factors(const float* p) : v(load(p)) {}
+
+  static VecF multiply_add(const Factors& a, const Factors& b, VecF sum) { return fma(a.v, b.v, sum); }
+
+  VecF v;
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Factors<uint16_t> {
+  static constexpr int kCount = 2 * kLanes;
+
+  explicit Factors(const uint16_t* p) : v((__m512bh)_mm512_loadu_si512(p)) {}
+
+  static VecF multiply_add(const Factors& a, const Factors& b, VecF sum) {
+    return (VecF)_mm512_dpbf16_ps((__m512)sum, a.v, b.v);
+  }
+
+  __m512bh v;
+};
+#endif
+
 // Columns of rows that lie `x_stride` apart, and of a few rows of a weight, kTileDepth apart.
+template <class Number>
 struct TileOperands {
-  const float* x;
+  const Number* x;
   int64_t x_stride;
-  const float* w;
+  const Number* w;
   int64_t depth;  // a multiple of kPaddedColumns
 };
 
-template <int kRows>
-inline void add_products(const TileOperands& t, int64_t m, VecF (&acc)[kRows][kTileColumns]) {
-  if (t.depth == 0) return;
-  const float* x = t.x + m * t.x_stride;
-  for (int64_t c = 0; c < t.depth; c += kLanes) {
-    VecF row[kTileColumns];
-    for (int j = 0; j < kTileColumns; ++j) row[j] = load(t.w + j * kTileDepth + c);
+// Adds the products of rows m, m + 1, ... of both to `sums`.
+template <int kRows, class Number>
+LK_ALWAYS_INLINE inline void add_products(const TileOperands<Number>& t, int64_t m, VecF (&sums)[kRows][kTileColumns]) {
+  using Vector = Factors<Number>;
+  VecF acc[kRows][kTileColumns];
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kTileColumns; ++j) acc[i][j] = sums[i][j];
+  }
+  const Number* x = t.x + m * t.x_stride;
+  for (int64_t c = 0; c < t.depth; c += Vector::kCount) {
     for (int i = 0; i < kRows; ++i) {
-      const VecF value = load(x + i * t.x_stride + c);
-      for (int j = 0; j < kTileColumns; ++j) acc[i][j] = fma(value, row[j], acc[i][j]);
+      const Vector value(x + i * t.x_stride + c);
+      for (int j = 0; j < kTileColumns; ++j) {
+        acc[i][j] = Vector::multiply_add(value, Vector(t.w + j * kTileDepth + c), acc[i][j]);
+      }
     }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kTileColumns; ++j) sums[i][j] = acc[i][j];
   }
 }
 
 // y[i, j] += the products for rows m, m + 1, ... of both; written where is_first.
-template <int kRows>
-inline void multiply_tile(const TileOperands& base, const TileOperands& branch, int64_t m, bool is_first, float* y,
-                          int64_t y_stride, int64_t columns) {
+template <int kRows, class Number>
+inline void multiply_tile(const TileOperands<Number>& base, const TileOperands<float>& branch, int64_t m, bool is_first,
+                          float* y, int64_t y_stride, int64_t columns) {
   VecF acc[kRows][kTileColumns] = {};
-  add_products<kRows>(branch, m, acc);
-  add_products<kRows>(base, m, acc);
+  if (branch.depth > 0) add_products<kRows>(branch, m, acc);
+  if (base.depth > 0) add_products<kRows>(base, m, acc);
   for (int i = 0; i < kRows; ++i) {
     VecF last[4] = {};
     for (int j = 0; j < kTileColumns; ++j) last[j] = acc[i][j];
@@ -331,10 +382,13 @@ inline void for_tiles(int64_t begin, int64_t end, const F& f) {
   if constexpr (kRows > 1) for_tiles<(kRows > 4 ? 4 : kRows / 2)>(begin, end, f);
 }
 
+template <class Number>
 void multiply(const PackedLinearParams& p, int64_t begin, int64_t end) {
   const PackedWeight& weight = p.weight;
-  const UnpackColumns unpack = unpack_columns_of(weight, false);
-  alignas(64) float w[kTileColumns][kTileDepth], b[kTileColumns][kTileDepth];
+  const UnpackColumns unpack = unpack_columns_of(weight, sizeof(Number) < sizeof(float));
+  const Number* x = static_cast<const Number*>(p.x);
+  alignas(64) Number w[kTileColumns][kTileDepth];
+  alignas(64) float b[kTileColumns][kTileDepth];
   for (int64_t n = begin; n < end; n += kTileColumns) {
     const int64_t columns = smaller(kTileColumns, end - n);
     float* y = p.y + n;
@@ -345,12 +399,12 @@ void multiply(const PackedLinearParams& p, int64_t begin, int64_t end) {
       for (int64_t j = 0; j < kTileColumns; ++j) {
         const int64_t column = n + smaller(j, columns - 1);  // columns that there are not repeat the last
         unpack(weight, column, c, c + depth, w[j]);
-        memset(w[j] + depth, 0, sizeof(float) * (padded(depth) - depth));
+        memset(w[j] + depth, 0, sizeof(Number) * (padded(depth) - depth));
         if (rank > 0) memcpy(b[j], p.b + column * p.b_stride + c, sizeof(float) * rank);
         memset(b[j] + rank, 0, sizeof(float) * (padded(rank) - rank));
       }
-      const TileOperands base{depth > 0 ? p.x + c : nullptr, p.x_stride, w[0], padded(depth)};
-      const TileOperands branch{rank > 0 ? p.s + c : nullptr, p.s_stride, b[0], padded(rank)};
+      const TileOperands<Number> base{depth > 0 ? x + c : nullptr, p.x_stride, w[0], padded(depth)};
+      const TileOperands<float> branch{rank > 0 ? p.s + c : nullptr, p.s_stride, b[0], padded(rank)};
       for_tiles<kTileRows>(0, p.rows, [&](auto count, int64_t m) {
         multiply_tile<decltype(count)::value>(base, branch, m, c == 0, y, weight.n, columns);
       });
@@ -369,7 +423,12 @@ const PackedWeightKernels LK_PACKED_TABLE = {
     .unpack = unpack,
     .decode = decode,
     .arrange_x = arrange_x,
-    .multiply = multiply,
+    .multiply = multiply<float>,
+#if defined(__AVX512BF16__)
+    .multiply_bf16 = multiply<uint16_t>,
+#else
+    .multiply_bf16 = nullptr,
+#endif
 };
 
 }  // namespace lk::cpu

@@ -16,6 +16,9 @@
 #define LK_VECTOR_BYTES 16
 #endif
 
+// Of what is given an array of vectors: where it is not inlined early, compilers keep the array in memory.
+#define LK_ALWAYS_INLINE __attribute__((always_inline))
+
 namespace lk::cpu {
 namespace {
 

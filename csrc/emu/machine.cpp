@@ -390,8 +390,8 @@ void store_shared(uint32_t address, const void* source, size_t bytes, Site site)
   running().store_shared(address, source, bytes, site);
 }
 
-void copy_async(uint32_t address, const void* source, int bytes, Site site) {
-  running().copy_async(address, source, bytes, site);
+void copy_async(uint32_t address, const void* source, int size, int bytes, Site site) {
+  running().copy_async(address, source, size, bytes, site);
 }
 
 void copy_async_commit() { running().copy_async_commit(); }

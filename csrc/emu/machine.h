@@ -39,7 +39,7 @@ struct Faults {
   bool drop_acquire = false;        // load_acquire orders nothing
   bool drop_release_order = false;  // store_release and atomic_add_acquire_release publish nothing
   bool early_release = false;       // they publish what they would before the last barrier
-  bool ignore_copy_size = false;    // copy_async_16 always copies 16 bytes: no tail is zero
+  bool ignore_copy_size = false;    // asynchronous copies are always whole: no tail is zero
 };
 
 struct Options {
@@ -53,7 +53,7 @@ struct Options {
 struct Report {
   uint64_t barriers = 0;        // block barriers completed
   uint64_t mma = 0;             // multiply_add, once per warp
-  uint64_t async_copies = 0;    // copy_async_16, once per thread
+  uint64_t async_copies = 0;    // asynchronous copies, once per thread
   size_t groups_under_way = 0;  // of a thread's copies, at most, when it has waited: how far loads are ahead of use
   int load_matrix_turns = 0;    // that a load_matrix took for 8x8 elements, at most: 1 where no bank is asked twice
   std::vector<std::string> barrier_sites, async_wait_sites, global_store_sites;  // in Faults' order
@@ -89,7 +89,7 @@ bool write_global(const void* p, size_t bytes, size_t alignment, Site site);
 
 void load_shared(uint32_t address, void* target, size_t bytes, Site site);
 void store_shared(uint32_t address, const void* source, size_t bytes, Site site);
-void copy_async(uint32_t address, const void* source, int bytes, Site site);
+void copy_async(uint32_t address, const void* source, int size, int bytes, Site site);
 void copy_async_commit();
 void copy_async_wait(int pending, Site site);
 

@@ -18,8 +18,7 @@ namespace lk::emu {
 
 constexpr int kLanes = 32;
 constexpr uint32_t kAllLanes = ~0u;
-constexpr uint32_t kSharedBase = 1024;  // not 0, so that a forgotten dynamic_shared() is out of bounds
-constexpr size_t kCopyBytes = 16;
+constexpr uint32_t kSharedBase = 1024;   // not 0, so that a forgotten dynamic_shared() is out of bounds
 constexpr unsigned char kPoison = 0xFF;  // NaN in every format
 
 inline bool same_site(const Site& a, const Site& b) {
@@ -87,7 +86,7 @@ struct SharedWord {
 struct AsyncCopy {
   uint32_t address;
   const void* source;
-  int bytes;
+  int size, bytes;  // of the target; of the source
   Site site;
 };
 
@@ -182,7 +181,7 @@ class Machine {
   void load_shared(uint32_t address, void* target, size_t bytes, Site site);
   void store_shared(uint32_t address, const void* source, size_t bytes, Site site);
 
-  void copy_async(uint32_t address, const void* source, int bytes, Site site);
+  void copy_async(uint32_t address, const void* source, int size, int bytes, Site site);
   void copy_async_commit();
   void copy_async_wait(size_t pending, Site site);
 

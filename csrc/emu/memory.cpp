@@ -94,21 +94,21 @@ void Machine::store_shared(uint32_t address, const void* source, size_t bytes, S
 
 // ---- asynchronous copies
 
-void Machine::copy_async(uint32_t address, const void* source, int bytes, Site site) {
+void Machine::copy_async(uint32_t address, const void* source, int size, int bytes, Site site) {
   Thread& t = *current_;
-  if (options_.faults.ignore_copy_size) bytes = kCopyBytes;
-  if (bytes < 0 || bytes > static_cast<int>(kCopyBytes)) fail(t, site, concatenate("copies ", bytes, " of 16 bytes"));
-  check_shared(t, address, kCopyBytes, kCopyBytes, site);
+  if (options_.faults.ignore_copy_size) bytes = size;
+  if (bytes < 0 || bytes > size) fail(t, site, concatenate("copies ", bytes, " of ", size, " bytes"));
+  check_shared(t, address, size, size, site);
   if (bytes > 0) {
-    GlobalRange& range = range_of(t, source, bytes, kCopyBytes, "copies", site);
+    GlobalRange& range = range_of(t, source, bytes, size, "copies", site);
     check_known(range, t, source, bytes, false, "unordered read of", site);
   }
-  note_write(t, address, kCopyBytes, site);
-  for (uint32_t at = address; at < address + kCopyBytes; at += 4) {
+  note_write(t, address, size, site);
+  for (uint32_t at = address; at < address + size; at += 4) {
     t.block->words[(at - kSharedBase) / 4].copier = static_cast<int16_t>(t.index);
   }
-  std::memset(t.block->shared.data() + (address - kSharedBase), kPoison, kCopyBytes);
-  t.copies.push_back({address, source, bytes, site});
+  std::memset(t.block->shared.data() + (address - kSharedBase), kPoison, size);
+  t.copies.push_back({address, source, size, bytes, site});
   ++t.open_copies;
   ++report_.async_copies;
 }
@@ -127,12 +127,12 @@ void Machine::copy_async_wait(size_t pending, Site site) {
   const auto last_copy =
       t.copies.begin() + static_cast<ptrdiff_t>(std::accumulate(t.groups.begin(), last_group, size_t{0}));
   for (auto copy = t.copies.begin(); copy != last_copy; ++copy) {
-    for (uint32_t at = copy->address; at < copy->address + kCopyBytes; at += 4) {
+    for (uint32_t at = copy->address; at < copy->address + copy->size; at += 4) {
       t.block->words[(at - kSharedBase) / 4].copier = kNobody;
     }
-    note_write(t, copy->address, kCopyBytes, copy->site);
+    note_write(t, copy->address, copy->size, copy->site);
     unsigned char* target = t.block->shared.data() + (copy->address - kSharedBase);
-    std::memset(target, 0, kCopyBytes);
+    std::memset(target, 0, copy->size);
     if (copy->bytes > 0) std::memcpy(target, copy->source, static_cast<size_t>(copy->bytes));
   }
   t.copies.erase(t.copies.begin(), last_copy);

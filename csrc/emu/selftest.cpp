@@ -417,6 +417,14 @@ void test_global_bounds() {
   copy_from(0, 15, 0);
   require_caught("out of bounds", [&](uint64_t seed) { copy_from(seed, 8, 10); });
   require_caught("misaligned", [&](uint64_t seed) { copy_from(seed, 4, 16); });
+  const auto copy_half_from = [&](uint64_t seed, int first, int bytes) {
+    emu::launch(1, 32, 256, {{row.data(), 24}}, {.seed = seed},
+                [&] { copy_async_8(dynamic_shared() + thread_index() * 8, row.data() + first, bytes); });
+  };
+  copy_half_from(0, 4, 8);
+  require_caught("out of bounds", [&](uint64_t seed) { copy_half_from(seed, 12, 8); });
+  require_caught("misaligned", [&](uint64_t seed) { copy_half_from(seed, 2, 8); });
+  require_caught("copies 16 of 8 bytes", [&](uint64_t seed) { copy_half_from(seed, 0, 16); });
 }
 
 // ----------------------------------------------------------------------------------------------------- deadlocks

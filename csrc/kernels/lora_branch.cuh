@@ -21,6 +21,15 @@ LK_DEVICE void with_adapter_chunk(bool adapters_are_float, const F& f) {
   f(PlainChunk<Element, kAligned>{});
 }
 
+// The same of s, or of b where it lies as s does: in rows of `rank` elements, which may be short of a chunk by half.
+template <class Element, bool kAligned, class F>
+LK_DEVICE void with_rank_chunk(const Operand& m, bool is_float, const F& f) {
+  if constexpr (!kAligned) {
+    if (!is_float && HalvesChunk<Element>::fits(m)) return f(HalvesChunk<Element>{});
+  }
+  with_adapter_chunk<Element, kAligned>(is_float, f);
+}
+
 // A chunk that chooses itself, within a loop that is not to be there twice.
 template <class Element, bool kAligned>
 LK_DEVICE auto adapter_chunk(bool adapters_are_float) {
@@ -69,7 +78,6 @@ struct MaskedSum {
 template <class Base, Access kAccess>
 struct LoraBranch {
   using Element = typename Base::Element;
-  using Chunk = PlainChunk<Element, is_s_whole(kAccess)>;
   // As many ranks at a time as the stages hold; s lies where a stage has P, b where it has Q.
   static constexpr int kThreads = Base::kThreads, kM = Base::kM, kDepth = Base::kDepth;
   static constexpr int kBatch = Base::kStages * kDepth;
@@ -91,9 +99,7 @@ struct LoraBranch {
         }
         sync_block();
       }
-      typename Base::template LoaderP<Chunk> load_s(s, row0, batch);
-      LK_NO_UNROLL
-      for (int r = batch; r < end; r += kDepth) load_s.load(stage_of(smem, r - batch));
+      load_s(s, smem, row0, batch, end);
       copy_async_commit();
       copy_async_wait<0>();
       sync_block();
@@ -126,10 +132,19 @@ struct LoraBranch {
   }
 
  private:
+  LK_DEVICE static void load_s(const Operand& s, uint32_t smem, int row0, int begin, int end) {
+    with_rank_chunk<Element, is_s_whole(kAccess)>(s, false, [&](auto chunk) {
+      typename Base::template LoaderP<decltype(chunk)> load(s, row0, begin);
+      LK_NO_UNROLL
+      for (int r = begin; r < end; r += kDepth) load.load(stage_of(smem, r - begin));
+    });
+  }
+
   LK_DEVICE static void load_b(const LoraLinearParams& p, uint32_t smem, int column0, int begin, int end) {
+    const Operand b{p.b, p.b_stride, p.n, p.rank};
     // The choice lies outside of the loop: within, it costs the large tile a register too many on sm_90.
-    with_adapter_chunk<Element, is_b_whole(kAccess, Base::kFactors)>(p.adapters_are_float, [&](auto chunk) {
-      typename Base::template LoaderQ<decltype(chunk)> load({p.b, p.b_stride, p.n, p.rank}, column0, begin);
+    with_rank_chunk<Element, is_b_whole(kAccess, Base::kFactors)>(b, p.adapters_are_float, [&](auto chunk) {
+      typename Base::template LoaderQ<decltype(chunk)> load(b, column0, begin);
       LK_NO_UNROLL
       for (int r = begin; r < end; r += kDepth) load.load(stage_of(smem, r - begin) + Base::kOffsetQ);
     });
@@ -169,6 +184,7 @@ class ShrinkTask {
   static constexpr bool kChangesStage = false;
   static constexpr int kBytes = TileA::kBytes;
   static_assert(Base::kBytesStage - Base::kOffsetSide == kBytes, "a stage has a place for a");
+  static_assert(kRankTile <= Base::kStages * kDepth, "all of s lies in the stages, as LoraBranch wants it");
 
   LK_DEVICE ShrinkTask(const LoraLinearParams& p, int k0, int k1)
       : loader_({p.a, p.a_stride, p.rank, k1}, 0, k0, adapter_chunk<Element, kWhole>(p.adapters_are_float)) {}

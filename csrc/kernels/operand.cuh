@@ -75,6 +75,24 @@ struct AsyncChunk {
   }
 };
 
+// The same in halves, where rows of a Layout::kRows operand begin and end between those of chunks.
+template <class Element>
+struct HalvesChunk {
+  static constexpr bool kAligned = false;
+  static constexpr int kHalf = kChunkBytes / 2;
+
+  LK_DEVICE static constexpr int element_bytes() { return sizeof(typename Element::Storage); }
+  LK_DEVICE static bool fits(const Operand& m) {
+    const int64_t stride = m.stride * element_bytes(), length = m.depth * element_bytes();
+    return reinterpret_cast<uintptr_t>(m.data) % kHalf == 0 && stride % kHalf == 0 && length % kHalf == 0;
+  }
+  LK_DEVICE static void load(uint32_t smem, const unsigned char* source, bool inside, int elements) {
+    const int valid = inside ? elements : 0;
+    copy_async_8(smem, source, valid > 0 ? kHalf : 0);
+    copy_async_8(smem + kHalf, source + kHalf, valid > kHalf / element_bytes() ? kHalf : 0);
+  }
+};
+
 // At any address, element by element.
 template <class Element>
 struct GatheredChunk {

@@ -127,6 +127,11 @@ LK_DEVICE void copy_async_16(uint32_t address, const void* source, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes) : "memory");
 }
 
+// The same of 8 bytes, which only a copy by way of the L1 cache can be.
+LK_DEVICE void copy_async_8(uint32_t address, const void* source, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(source), "r"(bytes) : "memory");
+}
+
 LK_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of this thread's groups are under way.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..formats import FORMATS
@@ -137,6 +136,8 @@ def _take_packed(model: nn.Module, entries: dict[str, Tensor], dtype: torch.dtyp
 
 def _entries(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of all the files of a checkpoint."""
+    from safetensors import SafetensorError, safe_open  # only who has files needs the package
+
     names = [_SINGLE]
     try:
         if (directory / _INDEX).is_file():

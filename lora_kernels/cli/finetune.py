@@ -109,17 +109,11 @@ def add_parser(commands: Any) -> None:
     add("--eval-every", "also report the held-out loss every N steps", type=arguments.integer(1), metavar="N")
     add("--save-every", "also save every N steps, not only at the end", type=arguments.integer(1), metavar="N")
     add("--backend", "run the fused ops on this backend only", choices=("auto", *lk.BACKENDS))
-    add(
-        "--frozen-linears",
-        "also serve linear layers without an adapter (for bf16 on a CPU without it)",
-        action="store_true",
-    )
+    add("--frozen-linears", "also serve linear layers without an adapter (for bf16 on a CPU without it)",
+        action="store_true")  # fmt: skip
     add("--peft", "train with stock PEFT instead, for comparison", action="store_true")
-    add(
-        "--allow-missing",
-        "train even if the model's files lack some of its weights, or have others",
-        action="store_true",
-    )
+    add("--allow-missing", "train even if the model's files lack some of its weights, or have others",
+        action="store_true")  # fmt: skip
     add("--resume", "continue the run saved in DIR; its settings are taken over", type=arguments.path, metavar="DIR")
     parser.add_argument("--overwrite", action="store_true", help="write into --out even if it holds files already")
     parser.set_defaults(run=run)
@@ -134,6 +128,8 @@ def run(options: argparse.Namespace) -> int:
     for name in ("frozen_linears", "backend"):
         if settings["peft"] and settings[name] != _DEFAULTS[name]:
             raise CliError(f"--{name.replace('_', '-')} has no meaning with --peft, which runs PEFT's own code")
+    if settings["peft"] and settings["quantize"] not in (None, "nf4", "fp4"):
+        raise CliError(f"--quantize {settings['quantize']} with --peft: bitsandbytes has nf4 and fp4 in four bits")
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     device = pick_device(settings["device"])

@@ -8,13 +8,16 @@ from ..reasons import Reason
 from ..spec import Verdict
 from . import cpu, cpu_product
 
-LAYOUTS = ("codes4",)
+LAYOUTS = ("codes4", "codes4_low", "int8", "e4m3")
 """That the kernels decode."""
 DECODE = Verdict("decode", "few rows: weights are decoded in registers, and never written")
 ROWS = Verdict("rows", "some rows: a few rows of the weight at a time are decoded into the nearest cache")
 FEW_ROWS = 4
-SOME_ROWS, SOME_ROWS_16BIT = 64, 15
-"""Up to so many rows; where the CPU multiplies 16 bits itself, its GEMM is worth a decoded panel sooner."""
+SOME_ROWS = 64
+SOME_ROWS_16BIT = {torch.bfloat16: 24, torch.float16: 8}
+"""Up to so many rows; where the CPU multiplies 16 bits itself, its GEMM is worth a decoded panel sooner. bf16 is
+multiplied as it is, where there are instructions for it, but fp16 in fp32.
+"""
 _DECODE_ALL = Verdict("decode", "one pass over the packed weight")
 _NO_LAYOUT = Verdict(None, Reason.FORMAT)
 
@@ -33,7 +36,7 @@ def product_verdict(x: torch.Tensor, layout: str, n: int, k: int, is_gradient: b
     rows = x.shape[:-1].numel()
     if rows <= FEW_ROWS and not is_gradient:
         return DECODE
-    if not is_gradient and rows <= (SOME_ROWS_16BIT if cpu.is_native_16bit(x.dtype) else SOME_ROWS):
+    if not is_gradient and rows <= (SOME_ROWS_16BIT[x.dtype] if cpu.is_native_16bit(x.dtype) else SOME_ROWS):
         return ROWS
     return panels_verdict(x, n, k, is_gradient)
 
@@ -44,9 +47,13 @@ def panels_verdict(x: torch.Tensor, n: int, k: int, is_gradient: bool = False) -
         sides = (k, n) if is_gradient else (n, k)
         product = cpu_product.choose_for_decoded(x.shape[:-1].numel(), *sides, is_gradient)
         return Verdict(product.schedule, f"{_PANELS}; {product.reason}")
-    return _NATIVE if cpu.has_native_matmul(x.dtype) else _UPCAST
+    if not cpu.has_native_matmul(x.dtype):
+        return _UPCAST
+    return _NATIVE_GRADIENT if is_gradient else _NATIVE
 
 
 _PANELS = "a few megabytes of the weight at a time are decoded for a GEMM"
 _NATIVE = Verdict("aten", f"{_PANELS} in 16 bits, which this CPU has instructions for")
+_NATIVE_GRADIENT = Verdict(cpu.NATIVE.schedule, _NATIVE.reason)
+"""The gradients of an adapter of the same dtype, too, without going through fp32."""
 _UPCAST = Verdict("upcast", f"{_PANELS} in fp32: this CPU has no instructions for this dtype")

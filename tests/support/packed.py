@@ -24,17 +24,18 @@ def random_packed(
 
 
 def random_scaled(
-    n: int, k: int, layout: str = "int8", block: int | None = None, rows: str = "each", special: bool = False
+    n: int, k: int, layout: str = "int8", block: int | None = None, rows: str | int = "each", special: bool = False
 ) -> QuantizedWeight:
     """Layout "int8" or "e4m3": every byte can occur, but that numbers that are none only do where ``special``. Scales
-    are for "each" row, for "squares" of ``block``, or for "all" rows.
+    are for "each" row, for "squares" of ``block``, for "all" rows, or in so many rows.
     """
     block = block or max(1, k)
     data = torch.randint(256, (n, k), dtype=torch.uint8)
     if layout == "e4m3" and not special:
         data[data & 127 == 127] = 0
     largest = 128.0 if layout == "int8" else 448.0
-    scales = torch.rand({"each": n, "squares": -(-n // block), "all": 1}[rows], -(-k // block)) + 0.5
+    rows_of_scales = {"each": n, "squares": -(-n // block), "all": 1}.get(rows, rows)
+    scales = torch.rand(rows_of_scales, -(-k // block)) + 0.5
     parts = data, scales * 2 * max(k, 1) ** -0.5 / largest
     return QuantizedWeight("int8" if layout == "int8" else "float8", layout, parts, (n, k), block)
 

@@ -113,7 +113,11 @@ inline void store_shared_4(uint32_t address, uint32_t v, emu::Site site = emu::S
 }
 
 inline void copy_async_16(uint32_t address, const void* source, int bytes, emu::Site site = emu::Site::current()) {
-  emu::copy_async(address, source, bytes, site);
+  emu::copy_async(address, source, 16, bytes, site);
+}
+
+inline void copy_async_8(uint32_t address, const void* source, int bytes, emu::Site site = emu::Site::current()) {
+  emu::copy_async(address, source, 8, bytes, site);
 }
 
 inline void copy_async_commit() { emu::copy_async_commit(); }
