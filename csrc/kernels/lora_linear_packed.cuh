@@ -43,6 +43,7 @@ struct LoraLinearPacked {
   using Bits = typename Elements<Element>::Bits;
   static constexpr int kRowTile = kRowTile_, kGroups = kRowTile / 8;
   static constexpr int kTile = packed_tile(kRowTile), kFragmentRows = 16, kFragments = kTile / kFragmentRows;
+  static_assert(kPackedRanks == kFragmentRows);
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kStageSteps = 4, kStages = 2;    // of a warp
   static constexpr int kAhead = kStageSteps / kGroups;  // steps whose x is loaded before the first is multiplied
@@ -113,7 +114,7 @@ struct LoraLinearPacked {
 
   // ---- sums over the block's warps
 
-  // A tile [kRowTile, columns] of sums is a thread's at every kThreads-th place of it, row by row.
+  // Of a tile [kRowTile, kColumns] of sums, counted row by row, a thread has every kThreads-th.
   template <int kColumns>
   static constexpr int kValues = (kRowTile * kColumns + kThreads - 1) / kThreads;
 
@@ -157,7 +158,8 @@ struct LoraLinearPacked {
     });
   }
 
-  // Rows of 16 share the 32 banks in pairs. A warp stores halves of four rows that are two apart, and reads neighbours.
+  // A warp stores eight neighbours in each of four rows that are two apart, and reads neighbouring rows. A row of 32
+  // has all banks, so that its neighbours by eight are moved; rows of 16 share them in pairs, too.
   template <int kColumns>
   LK_DEVICE static int place(int row, int column) {
     if constexpr (kColumns == 32) return row * kColumns + (column ^ (row >> 1 & 3) << 3);
