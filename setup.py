@@ -50,7 +50,7 @@ ISA_FLAGS = {  # of x86 alone
     "lora_branch_avx512.cpp": AVX512,
     "packed_weight_avx2.cpp": [*AVX2, "-mf16c", *EXACT],
     "packed_weight_avx512.cpp": [*AVX512, "-mavx512bw", *EXACT],
-    "packed_weight_avx512_bf16.cpp": [*AVX512, "-mavx512bw", "-mavx512bf16", *EXACT],
+    "packed_weight_avx512_bf16.cpp": [*AVX512, "-mavx512bw", "-mavx512dq", "-mavx512bf16", *EXACT],
 }
 SOURCE_FLAGS = {**ISA_FLAGS, "packed_weight_portable.cpp": EXACT}
 

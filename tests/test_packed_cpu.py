@@ -93,6 +93,7 @@ def test_bits_of_extreme_scales(dtype):
     scales[::2] *= -1
     scales[5], scales[6], scales[7] = math.inf, -math.inf, math.nan
     scales[100:164] = torch.logspace(-8, -4, 64)
+    scales[200:264] = torch.logspace(-41, -36, 64)
     assert_same_bits(native.dequantize(*w.args, ""), decoded(w))
 
 
@@ -144,11 +145,12 @@ def test_bits_of_numbers_of_8_bits(layout, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("layout", ["int8", "e4m3"])
 def test_bits_of_every_number_of_8_bits(layout, dtype):
-    """Kills: a subnormal of e4m3 that is flushed, a NaN that is a number, -128; at scales that over- and underflow."""
+    """Kills: a subnormal of e4m3 or bf16 that is flushed, a NaN that is a number, -128 as 128, an overflow that is not."""
     w = random_scaled(96, 256, layout, 32).to(dtype=dtype)
     data, scales = w.parts
     data[:] = torch.arange(256, dtype=torch.uint8)
     scales[:] = torch.logspace(-12, 37, scales.numel()).view_as(scales)
+    scales[10:20] = torch.logspace(-41, -35, 80).view(10, 8)  # weights that are subnormal in bf16
     scales[::2] *= -1
     scales[5], scales[6], scales[7] = math.inf, -math.inf, math.nan
     assert_same_bits(native.dequantize(*w.args, ""), decoded(w))

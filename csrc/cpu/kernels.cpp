@@ -33,7 +33,8 @@ static const Kernels& choose() {
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-  if (allowed("avx512_bf16") && has_avx512 && __builtin_cpu_supports("avx512bf16")) return avx512_bf16();
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+  if (allowed("avx512_bf16") && has_bf16) return avx512_bf16();
   if (allowed("avx512") && has_avx512) return kAvx512;
   if (allowed("avx2") && has_avx2) return kAvx2;
 #endif

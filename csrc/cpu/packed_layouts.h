@@ -24,10 +24,20 @@ typedef uint16_t VecH __attribute__((vector_size(LK_VECTOR_BYTES / 2)));
 typedef uint16_t VecW __attribute__((vector_size(LK_VECTOR_BYTES)));
 typedef int32_t VecI __attribute__((vector_size(LK_VECTOR_BYTES)));
 
-// To bf16, as an fp32 number.
+// To bf16, as an fp32 number: narrowing and widening take longer.
 inline VecF rounded_to_bf16(VecF v) {
   const VecU bits = (VecU)v, nearest = (bits + 0x7FFFu + (bits >> 16 & 1u)) & 0xFFFF0000u;
   return (VecF)(v != v ? broadcast(0x7FC00000u) : nearest);
+}
+
+inline VecH narrow_to_bf16(VecF v) {
+#if defined(__AVX512BF16__)
+  constexpr int kSubnormal = 0x20;  // which the instruction takes for zero
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, kSubnormal) == 0, 1)) {
+    return (VecH)_mm512_cvtneps_pbh((__m512)v);
+  }
+#endif
+  return __builtin_convertvector((VecU)rounded_to_bf16(v) >> 16, VecH);
 }
 
 // To fp16 and back, subnormals included, whatever the thread flushes to zero.
@@ -74,7 +84,7 @@ inline VecF rounded(VecF v) {
 template <FloatType kRounding>
 inline VecH narrow(VecF v) {
   if constexpr (kRounding == FloatType::kFloat16) return narrow_to_fp16(v);
-  return __builtin_convertvector((VecU)rounded_to_bf16(v) >> 16, VecH);
+  return narrow_to_bf16(v);
 }
 
 template <FloatType kRounding>
@@ -97,6 +107,16 @@ constexpr int kCodes = 16, kCodeVectors = kCodes / kLanes;
 template <bool kLowFirst, FloatType kRounding, class Out>
 class Codes4Run;
 
+#if defined(__AVX512F__) || !defined(__AVX2__)
+struct Codes {
+  explicit Codes(const float* code) {
+    for (int v = 0; v < kCodeVectors; ++v) vector[v] = load(code + v * kLanes);
+  }
+
+  VecF vector[kCodeVectors];
+};
+#endif
+
 #if defined(__AVX512F__)
 // Of eight weights to a word, and four words: each quarter of a vector holds other weights of theirs.
 template <bool kLowFirst>
@@ -113,9 +133,9 @@ class Codes4Run<kLowFirst, kRounding, float> {
  public:
   static constexpr bool kLacksScale = false;
 
-  Codes4Run(const VecF* code, VecF scale) : table_((__m512)rounded<kRounding>(code[0] * scale)) {}
+  Codes4Run(const Codes& codes, VecF scale) : table_((__m512)rounded<kRounding>(codes.vector[0] * scale)) {}
 
-  inline void in_order(const uint8_t* bytes, float* out) const {
+  LK_ALWAYS_INLINE inline void in_order(const uint8_t* bytes, float* out) const {
     const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     const __m512i low = _mm512_cvtepu8_epi32(load_16_bytes(bytes)), high = _mm512_srli_epi32(low, 4);
@@ -142,10 +162,12 @@ class Codes4Run<kLowFirst, kRounding, float> {
 template <bool kLowFirst, FloatType kRounding>
 class Codes4Run<kLowFirst, kRounding, uint16_t> {
  public:
-  Codes4Run(const VecF* code, VecF scale)
-      : table_(_mm512_broadcast_i64x4((__m256i)narrow<kRounding>(code[0] * scale))) {}
+  Codes4Run(const Codes& codes, VecF scale)
+      : table_(_mm512_broadcast_i64x4((__m256i)narrow<kRounding>(codes.vector[0] * scale))) {}
 
-  inline void in_order(const uint8_t* bytes, uint16_t* out) const { _mm512_storeu_si512(out, in_order(bytes)); }
+  LK_ALWAYS_INLINE inline void in_order(const uint8_t* bytes, uint16_t* out) const {
+    _mm512_storeu_si512(out, in_order(bytes));
+  }
 
   inline __m512i in_order(const uint8_t* bytes) const {
     const __m512i wide = _mm512_cvtepu8_epi32(load_16_bytes(bytes));
@@ -186,19 +208,15 @@ inline void ordered_nibbles(const uint8_t* bytes, __m128i& lower, __m128i& upper
   upper = _mm_unpackhi_epi8(even, odd);
 }
 
-// pshufb looks up 16 entries of one byte: a weight is put together from its four bytes. The lower ones of weights that
+// pshufb looks up 16 entries of one byte: a number is put together from its four bytes. The lower ones of numbers that
 // are rounded to 16 bits are zero.
-template <bool kLowFirst, FloatType kRounding>
-class Codes4Run<kLowFirst, kRounding, float> {
+class BytePlanes {
  public:
-  static constexpr bool kLacksScale = false;
-
-  Codes4Run(const VecF* code, VecF scale) {
+  BytePlanes(VecF lower, VecF upper) {
     const __m256i by_byte =
         _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const __m256i even = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5), odd = _mm256_setr_epi32(2, 6, 3, 7, 2, 6, 3, 7);
-    const __m256i a = _mm256_shuffle_epi8((__m256i)rounded<kRounding>(code[0] * scale), by_byte);
-    const __m256i b = _mm256_shuffle_epi8((__m256i)rounded<kRounding>(code[1] * scale), by_byte);
+    const __m256i a = _mm256_shuffle_epi8((__m256i)lower, by_byte), b = _mm256_shuffle_epi8((__m256i)upper, by_byte);
     const __m256i low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);
     planes_[0] = _mm256_permutevar8x32_epi32(low, even);
     planes_[1] = _mm256_permutevar8x32_epi32(low, odd);
@@ -206,23 +224,8 @@ class Codes4Run<kLowFirst, kRounding, float> {
     planes_[3] = _mm256_permutevar8x32_epi32(high, odd);
   }
 
-  inline void in_order(const uint8_t* bytes, float* out) const {
-    __m128i lower, upper;
-    ordered_nibbles<kLowFirst>(bytes, lower, upper);
-    // unpack works within halves: fours of weights that are to lie in the lower half of a vector go into that half.
-    const __m128 a = _mm_castsi128_ps(lower), b = _mm_castsi128_ps(upper);
-    look_up(joined(_mm_castps_si128(_mm_shuffle_ps(a, b, 0x88)), _mm_castps_si128(_mm_shuffle_ps(a, b, 0xDD))),
-            [&](int v, VecF w) { store(out + v * kLanes, w); });
-  }
-
-  template <class F>
-  LK_ALWAYS_INLINE inline void in_any_order(const uint8_t* bytes, const F& f) const {
-    look_up(split_nibbles<kLowFirst>(bytes), f);
-  }
-
- private:
-  // Vector j is of bytes 4j to 4j + 3 of either half.
-  template <class F>
+  // Calls f(vector, numbers): vector j is of bytes 4j to 4j + 3 of either half.
+  template <FloatType kRounding, class F>
   LK_ALWAYS_INLINE inline void look_up(__m256i index, const F& f) const {
     const __m256i p2 = _mm256_shuffle_epi8(planes_[2], index), p3 = _mm256_shuffle_epi8(planes_[3], index);
     __m256i a = _mm256_setzero_si256(), c = a;
@@ -239,23 +242,78 @@ class Codes4Run<kLowFirst, kRounding, float> {
     f(3, (VecF)_mm256_unpackhi_epi16(c, d));
   }
 
+ private:
   __m256i planes_[4];
+};
+
+struct Codes {
+  explicit Codes(const float* code) : vector{load(code), load(code + kLanes)}, planes(vector[0], vector[1]) {}
+
+  VecF vector[kCodeVectors];
+  BytePlanes planes;
+};
+
+// Planes take about as long as multiplying 64 weights: they are made per scale where that saves the rounding, too.
+template <FloatType kRounding>
+struct ScaledPlanes {
+  static constexpr bool kLacksScale = false;
+
+  ScaledPlanes(const Codes& codes, VecF scale)
+      : planes(rounded<kRounding>(codes.vector[0] * scale), rounded<kRounding>(codes.vector[1] * scale)) {}
+
+  BytePlanes planes;
+};
+
+template <>
+struct ScaledPlanes<FloatType::kFloat32> {
+  static constexpr bool kLacksScale = true;
+
+  ScaledPlanes(const Codes& codes, VecF) : planes(codes.planes) {}
+
+  const BytePlanes& planes;
+};
+
+template <bool kLowFirst, FloatType kRounding>
+class Codes4Run<kLowFirst, kRounding, float> {
+ public:
+  static constexpr bool kLacksScale = ScaledPlanes<kRounding>::kLacksScale;
+
+  Codes4Run(const Codes& codes, VecF scale) : table_(codes, scale), scale_(scale) {}
+
+  LK_ALWAYS_INLINE inline void in_order(const uint8_t* bytes, float* out) const {
+    __m128i lower, upper;
+    ordered_nibbles<kLowFirst>(bytes, lower, upper);
+    // unpack works within halves: fours of weights that are to lie in the lower half of a vector go into that half.
+    const __m128 a = _mm_castsi128_ps(lower), b = _mm_castsi128_ps(upper);
+    table_.planes.template look_up<kRounding>(
+        joined(_mm_castps_si128(_mm_shuffle_ps(a, b, 0x88)), _mm_castps_si128(_mm_shuffle_ps(a, b, 0xDD))),
+        [&](int v, VecF w) LK_ALWAYS_INLINE { store(out + v * kLanes, kLacksScale ? w * scale_ : w); });
+  }
+
+  template <class F>
+  LK_ALWAYS_INLINE inline void in_any_order(const uint8_t* bytes, const F& f) const {
+    table_.planes.template look_up<kRounding>(split_nibbles<kLowFirst>(bytes), f);
+  }
+
+ private:
+  ScaledPlanes<kRounding> table_;
+  VecF scale_;
 };
 
 template <bool kLowFirst, FloatType kRounding>
 class Codes4Run<kLowFirst, kRounding, uint16_t> {
  public:
-  Codes4Run(const VecF* code, VecF scale) {
+  Codes4Run(const Codes& codes, VecF scale) {
     const __m256i by_byte =
         _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
-    const __m256i table =
-        joined((__m128i)narrow<kRounding>(code[0] * scale), (__m128i)narrow<kRounding>(code[1] * scale));
+    const __m256i table = joined((__m128i)narrow<kRounding>(codes.vector[0] * scale),
+                                 (__m128i)narrow<kRounding>(codes.vector[1] * scale));
     const __m256i split = _mm256_shuffle_epi8(table, by_byte);
     low_ = _mm256_permute4x64_epi64(split, 0x88);
     high_ = _mm256_permute4x64_epi64(split, 0xDD);
   }
 
-  inline void in_order(const uint8_t* bytes, uint16_t* out) const {
+  LK_ALWAYS_INLINE inline void in_order(const uint8_t* bytes, uint16_t* out) const {
     __m128i lower, upper;
     ordered_nibbles<kLowFirst>(bytes, lower, upper);
     // Here, eights of weights.
@@ -279,11 +337,11 @@ class Codes4Run {
  public:
   static constexpr bool kLacksScale = false;
 
-  Codes4Run(const VecF* code, VecF scale) {
-    for (int v = 0; v < kCodeVectors; ++v) store_rounded<kRounding>(table_ + v * kLanes, code[v] * scale);
+  Codes4Run(const Codes& codes, VecF scale) {
+    for (int v = 0; v < kCodeVectors; ++v) store_rounded<kRounding>(table_ + v * kLanes, codes.vector[v] * scale);
   }
 
-  inline void in_order(const uint8_t* bytes, Out* out) const {
+  LK_ALWAYS_INLINE inline void in_order(const uint8_t* bytes, Out* out) const {
     for (int i = 0; i < kRun / 2; ++i) {
       const Out high = table_[bytes[i] >> 4], low = table_[bytes[i] & 15];
       out[2 * i] = kLowFirst ? low : high;
@@ -310,18 +368,16 @@ class Codes4 {
 
   static constexpr int weight_of(int vector, int lane) { return codes4_weight_of<kLowFirst>(vector, lane); }
 
-  explicit Codes4(const PackedWeight& w) {
-    for (int v = 0; v < kCodeVectors; ++v) code_[v] = load(w.code + v * kLanes);
-  }
+  explicit Codes4(const PackedWeight& w) : codes_(w.code) {}
 
   template <FloatType kRounding, class Out>
   class Run : public Codes4Run<kLowFirst, kRounding, Out> {
    public:
-    Run(const Codes4& layout, float scale) : Codes4Run<kLowFirst, kRounding, Out>(layout.code_, broadcast(scale)) {}
+    Run(const Codes4& layout, float scale) : Codes4Run<kLowFirst, kRounding, Out>(layout.codes_, broadcast(scale)) {}
   };
 
  private:
-  VecF code_[kCodeVectors];
+  Codes codes_;
 };
 
 // -------------------------------------------------------------------------------------------- int8, e4m3

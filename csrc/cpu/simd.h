@@ -16,7 +16,7 @@
 #define LK_VECTOR_BYTES 16
 #endif
 
-// Of what is given an array of vectors: where it is not inlined early, compilers keep the array in memory.
+// Of inner loops, and of what is given an array of vectors, which compilers keep in memory unless it is inlined early.
 #define LK_ALWAYS_INLINE __attribute__((always_inline))
 
 namespace lk::cpu {
