@@ -145,7 +145,7 @@ def test_bits_of_numbers_of_8_bits(layout, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("layout", ["int8", "e4m3"])
 def test_bits_of_every_number_of_8_bits(layout, dtype):
-    """Kills: a subnormal of e4m3 or bf16 that is flushed, a NaN that is a number, -128 as 128, an overflow that is not."""
+    """Kills: a subnormal of e4m3 or bf16 that is flushed, a NaN that is a number, -128 as 128, no overflow."""
     w = random_scaled(96, 256, layout, 32).to(dtype=dtype)
     data, scales = w.parts
     data[:] = torch.arange(256, dtype=torch.uint8)
