@@ -49,7 +49,7 @@ class Reason(str, enum.Enum):
     BASE_REQUIRES_GRAD = "base weight requires grad"
     DTENSOR = "DTensor or tensor subclass"
     ACTIVATIONS = "activations are quantised, too"
-    INT8_EVAL = "bitsandbytes rounds activations in eval mode"
+    INT8_EVAL = "bitsandbytes rounds activations here"
     REPACKED = "weight repacked by bitsandbytes for this CPU"
     FORMAT = "quantised in a format that is not served"
     BLOCKS = "blocks of scales run over row ends, or are of an odd size"

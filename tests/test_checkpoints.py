@@ -36,8 +36,11 @@ def test_there_and_back(tmp_path, name, options, tie):
     expected = logits(model)
     lk.save_pretrained(model, tmp_path)
     assert not hasattr(model.config, "quantization_config")
+    model.generation_config.eos_token_id = 17
+    model.generation_config.save_pretrained(tmp_path)
     again = lk.load_pretrained(tmp_path)
     assert torch.equal(logits(again), expected)
+    assert again.generation_config.eos_token_id == 17
     if tie:
         assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
     half = lk.load_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -82,6 +85,11 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     lk.quantize_(mixed, "fp4", modules=["k_proj"])
     with pytest.raises(ValueError, match="got fp4, nf4"):
         lk.save_pretrained(mixed, tmp_path)
+    adapted = tiny()
+    lk.quantize_(adapted)
+    lk.inject(adapted, ["q_proj"], r=2, alpha=4)
+    with pytest.raises(ValueError, match=r"save those with lk\.save_adapter"):
+        lk.save_pretrained(adapted, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

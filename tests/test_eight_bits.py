@@ -255,6 +255,9 @@ def test_int8_in_eval_mode_is_bitsandbytes_unless_asked():
     torch.testing.assert_close(model(x), trained, rtol=1e-4, atol=1e-4)
     lk.unpatch(model)
     torch.testing.assert_close(model(x), rounded)
+    fused = make(in_bitsandbytes())
+    lk.patch(fused)
+    assert "1 ok" in str(lk.verify(fused)), "held to what it computes in training"
     with pytest.raises(ValueError, match='int8_eval must be "peft" or "exact"'):
         lk.patch(model, int8_eval="both")
 
@@ -307,9 +310,28 @@ def test_own_layers(name, options):
     lk.inject(net, ["0"], r=3, alpha=6)
     nn.init.normal_(layer.lora_B, std=0.1)
     before = layer(x)
-    assert 0 < layer.merge() < 1
+    assert 0 < layer.merge(keep_base=True) < 1
     layer.unmerge()
     assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize(("shape", "square"), [((192, 192), 96), ((200, 100), 128), ((256, 64), 128)], ids=str)
+def test_squares_survive_a_state_dict(shape, square):
+    """Kills: a side that is guessed from how many squares there are."""
+    layers = [nn.Sequential(nn.Linear(shape[1], shape[0], bias=False)) for _ in range(2)]
+    layers[0][0].weight.data *= torch.logspace(-2, 2, shape[0])[:, None] * torch.logspace(-2, 2, shape[1])
+    for layer in layers:
+        lk.quantize_(layer, "float8", square=square)
+    layers[1].load_state_dict(layers[0].state_dict())
+    first, second = (layer[0].quantized_weight().dequantize() for layer in layers)
+    assert torch.equal(first, second)
+
+
+def test_scales_of_torchao_survive_a_state_dict():
+    weight = formats.from_module(LAYERS["torchao int8"]())
+    layer, other = lk.QuantizedLinear(weight), lk.QuantizedLinear(FORMATS["int8"].quantize(some_weight()))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.quantized_weight().dequantize(torch.float32), weight.dequantize())
 
 
 def test_int8_state_is_bitsandbytes():

@@ -444,9 +444,9 @@ def test_merging_a_packed_layer():
     lk.inject(net, ["0"], r=4, alpha=8)
     layer, x = net[0], torch.randn(6, K)
     nn.init.normal_(layer.lora_B, std=0.02)
-    before = layer(x)
+    before, unmerged = layer(x), copy.deepcopy(net)
     exact_weight = layer.quantized_weight().dequantize() + 2 * layer.lora_B @ layer.lora_A
-    lost = layer.merge()
+    lost = layer.merge(keep_base=True)
     weight = layer.quantized_weight().dequantize()
     expected_loss = (weight - exact_weight).norm() / (2 * layer.lora_B @ layer.lora_A).norm()
     assert lost == pytest.approx(expected_loss.item(), rel=1e-3)
@@ -455,6 +455,11 @@ def test_merging_a_packed_layer():
         layer.merge()
     layer.unmerge()
     assert torch.equal(layer(x), before)
+    lk.merge_adapter(net)
+    with pytest.raises(RuntimeError, match="without keep_base=True"):
+        lk.unmerge_adapter(net)
+    assert layer.merged
+    net = unmerged
     lk.merge_adapter(net, unload=True)
     assert type(net[0]) is lk.QuantizedLinear
     torch.testing.assert_close(net(x), torch.nn.functional.linear(x, weight, layer.bias))
@@ -515,3 +520,106 @@ def test_frozen_packed_layers_beside_adapters():
     assert dict(report.fused) == {
         "base_model.model.lin": "lora_linear, nf4, 4.84 bits", "base_model.model.other": "frozen, packed",
     }  # fmt: skip
+
+
+# ------------------------------------------------------------------------- what a reader of the first version has found
+
+
+def test_merging_where_the_weight_is_kept_in_another_form():
+    """bitsandbytes' 8 bits keep a magnitude, of which a scale is made: written there, it would be lost."""
+    net = nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)).to("cpu")
+    lk.inject(net, ["0"], r=4, alpha=32)
+    nn.init.normal_(net[0].lora_B)
+    x = torch.randn(5, 64)
+    before = net(x)
+    with pytest.raises(ValueError, match="keeps its int8 in another form"):
+        lk.merge_adapter(net)
+    assert torch.equal(net(x), before)
+    assert torch.equal(net.eval()(x), before), "exact in both modes"
+
+
+def test_peft_does_not_take_bytes_for_numbers():
+    net = nn.Sequential(nn.Linear(64, 64))
+    lk.quantize_(net, "int8")
+    with pytest.raises(RuntimeError):
+        peft.get_peft_model(copy.deepcopy(net), peft.LoraConfig(r=4, target_modules=["0"], use_dora=True))
+    model = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    with pytest.raises(RuntimeError):
+        model.merge_and_unload(safe_merge=True)
+
+
+def test_a_loaded_state_is_a_copy():
+    a, b = (nn.Sequential(nn.Linear(64, 64)) for _ in range(2))
+    for net in (a, b):
+        lk.quantize_(net)
+    x = torch.randn(3, 64)
+    expected = a(x)
+    b.load_state_dict(a.state_dict())
+    lk.inject(b, ["0"], r=4, alpha=32)
+    nn.init.normal_(b[0].lora_B)
+    lk.merge_adapter(b)
+    assert torch.equal(a(x), expected)
+    shell = copy.deepcopy(a).to("meta")
+    shell.load_state_dict(a.state_dict(), assign=True)
+    assert torch.equal(shell(x), expected)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "float8"])
+def test_a_merge_that_overflows_changes_nothing(name):
+    net = nn.Sequential(nn.Linear(64, 64, bias=False, dtype=FP16))
+    net[0].weight.data[3, 5] = 6e4
+    lk.quantize_(net, name)
+    lk.inject(net, ["0"], r=1, alpha=1)
+    layer = net[0]
+    layer.lora_A.data.fill_(1.0)
+    before = layer.quantized_weight().dequantize()
+    assert layer.merge() == 0.0, "nothing to add"
+    layer.merged = False
+    layer.lora_B.data.fill_(1e4)
+    with pytest.raises(ValueError, match="finite"):
+        layer.merge()
+    assert torch.equal(layer.quantized_weight().dequantize(), before)
+
+
+def test_trained_biases_over_packed_weights():
+    model = make(Net(bias=True), use_dora=True, lora_dropout=0.1, bias="all").train()
+    ours = patched(model)
+    lin(ours)(torch.randn(5, K)).square().sum().backward()
+    assert lin(ours).base_layer.bias.grad.any()
+    model = make(Net(bias=True), bias="all")
+    ours, x, names = patched(model), torch.randn(2, K), ["default", "__base__"]
+    for layer in (lin(ours), lin(model)):
+        layer(x, adapter_names=names).square().sum().backward()
+    torch.testing.assert_close(lin(ours).base_layer.bias.grad, lin(model).base_layer.bias.grad)
+
+
+def test_dtypes_as_bitsandbytes_has_them():
+    """Under autocast a 4-bit layer answers in x's dtype; lora_bias is not rounded to the compute dtype."""
+    model = make(Net(BF16), lora_bias=True)
+    nn.init.constant_(lin(model).lora_B["default"].bias, 200.6 / (12 / 5))
+    ours, x = patched(model), torch.zeros(1, K)
+    for layer in (lin(model), lin(ours)):
+        layer.base_layer.bias.data.zero_()
+    torch.testing.assert_close(lin(ours)(x), lin(model)(x), rtol=1e-6, atol=0)
+    with torch.autocast("cpu", dtype=BF16):
+        assert lin(ours)(torch.randn(3, K)).dtype == lin(model)(torch.randn(3, K)).dtype == FP32
+
+
+def test_unpatch_reaches_beneath_a_hook():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    net = nn.Sequential(bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=FP32)).to("cpu").requires_grad_(False)
+    x = torch.randn(4, K)
+    expected = net(x)
+    lk.patch(net, frozen_linears=True)
+    add_hook_to_module(net[0], ModelHook())
+    lk.unpatch(net)
+    assert type(net[0]) is bnb.nn.Linear4bit
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_inject_on_a_frozen_packed_layer():
+    net = nn.Sequential(bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=FP32)).to("cpu").requires_grad_(False)
+    lk.patch(net, frozen_linears=True)
+    lk.inject(net, ["0"], r=2, alpha=4)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(torch.ones(1, K)), net(torch.ones(1, K)))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import FORMATS
+from ..modules.lora import LoRALinear
 from ..modules.quantized import QuantizedLinear
 from .files import replacing
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_INDEX, _SINGLE, _GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
 _FOUR_BITS, _EIGHT_BITS = ("nf4", "fp4"), "int8"
 
 
@@ -30,11 +31,13 @@ def save_pretrained(model: Any, directory: str | Path) -> None:
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: no packed layer, several formats, or one that bitsandbytes does not know.
+        ValueError: an adapter, no packed layer, several formats, or one that bitsandbytes does not know.
     """
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise TypeError(f"save_pretrained: expected a transformers model, got {type(model).__name__}")
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("save_pretrained: the model has adapters; save those with lk.save_adapter, or merge them")
     kinds = {layer.quantized_weight().format for layer in layers.values()}
     if len(kinds) != 1 or not kinds <= {*_FOUR_BITS, _EIGHT_BITS}:
         known = ", ".join((*_FOUR_BITS, _EIGHT_BITS))
@@ -105,6 +108,8 @@ def load_pretrained(directory: str | Path, *, dtype: torch.dtype = torch.float32
     if absent or unexpected:
         what = ", ".join([*absent, *unexpected][:4])
         raise ValueError(f"load_pretrained: {directory} does not hold this model's weights: {what}")
+    if (directory / _GENERATION).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     return model.eval()
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .. import formats
+from ..formats.int8 import exact_in_eval
 from ..modules.base import check_adapter_dtype, check_hyperparameters, check_plain_linear, empty_adapter
 from ..modules.lora import LoRALinear
 from ..modules.quantized import quantized_lora
@@ -39,7 +40,8 @@ def inject(
     layers_pattern: str | Sequence[str] | None = None,
     adapter_dtype: torch.dtype | None = None,
 ) -> Report:
-    """Turns the chosen ``nn.Linear`` layers of ``model`` into ``LoRALinear``, in place, and freezes the rest.
+    """Turns the chosen linear layers of ``model`` into ``LoRALinear``, in place, and freezes the rest. They are
+    ``nn.Linear``, or keep a quantised weight in a format of ``lora_kernels.formats``.
 
     Choosing follows PEFT's ``LoraConfig``. Parameters, names and hooks of the layers stay; only ``lora_A``
     and ``lora_B`` are added. Nothing is changed if an error is raised. A pattern that chooses nothing while others do
@@ -65,8 +67,8 @@ def inject(
     Raises:
         TypeError, ValueError: bad numbers; nothing matches; the model already has adapters, or is wrapped in DDP, FSDP
             or DeepSpeed, which would not train parameters that are added later; a chosen module is no plain
-            ``nn.Linear``, its weight or bias is not a floating-point parameter of its own (pruned, parametrized,
-            quantised), its forward was replaced, it has several names, or torch's own parent of it
+            ``nn.Linear`` and not packed, its weight or bias is not a floating-point parameter of its own (pruned,
+            parametrized), its forward was replaced, it has several names, or torch's own parent of it
             (``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer`` in eval mode) multiplies by its weight without
             calling it.
     """
@@ -90,7 +92,9 @@ def inject(
     layer: Any  # of two classes, one after the other
     for name, (layer, rank, scale) in plan.items():
         # The class is swapped, as in patch: other references to the layer and its hooks stay valid.
-        layer.__class__ = LoRALinear if formats.from_module(layer) is None else quantized_lora(type(layer))
+        is_packed = formats.from_module(layer) is not None
+        layer.__class__ = quantized_lora(type(layer)) if is_packed else LoRALinear
+        exact_in_eval(layer, is_packed)
         layer._adopt(layer.weight, layer.bias, adapters[name], rank, scale, dropout, use_rslora)
     return Report([(name, FUSED) for name in plan], kept)
 
@@ -256,8 +260,11 @@ def _unserved(module: nn.Module, not_called: bool, shared: bool) -> str | None:
         return Reason.SHARED
     packed = formats.from_module(module)
     if packed is not None:
-        is_replaced = "forward" in module.__dict__
-        return packed if isinstance(packed, Reason) else Reason.INSTANCE_FORWARD if is_replaced else None
+        if "forward" in module.__dict__:
+            return Reason.INSTANCE_FORWARD
+        if module._parameters.get("weight") is None:
+            return Reason.DISPLACED
+        return packed if isinstance(packed, Reason) and packed is not Reason.INT8_EVAL else None
     try:
         check_plain_linear("", module)
     except TypeError:

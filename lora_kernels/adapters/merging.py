@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..modules.embedding import LoRAEmbedding
 from ..modules.lora import LoRALinear
@@ -60,13 +60,12 @@ def unmerge_adapter(model: nn.Module) -> None:
     """Calls ``unmerge`` on every ``LoRALinear`` and ``LoRAEmbedding`` of ``model``. Weights that were untied stay so.
 
     Raises:
-        RuntimeError: a layer is not merged; nothing is changed then.
+        RuntimeError: a layer is not merged, or is packed and was merged without ``keep_base``; nothing is changed then.
         ValueError: no such layer, or a weight that is not the layer's own parameter; nothing is changed then.
     """
     layers = _lora_layers("unmerge_adapter", model)
     for name, layer in layers.items():
-        if not layer.merged:
-            raise RuntimeError(f"unmerge_adapter: {name} is not merged")
+        layer.check_unmergeable(f"unmerge_adapter: {name}")
         layer.check_mergeable(f"unmerge_adapter: {name}")
     for layer in layers.values():
         layer.unmerge()
@@ -93,7 +92,9 @@ def _tied(model: nn.Module, layers: dict[str, LoRALinear | LoRAEmbedding]) -> di
 
 
 def _memory(parameter: nn.Parameter) -> object:
-    return id(parameter) if parameter.is_meta else (parameter.device, parameter.untyped_storage().data_ptr())
+    if parameter.is_meta or type(parameter.data) is not Tensor:  # a subclass of others' may have no memory of its own
+        return id(parameter)
+    return parameter.device, parameter.untyped_storage().data_ptr()
 
 
 def _untie(model: Any, layer: LoRALinear | LoRAEmbedding) -> None:

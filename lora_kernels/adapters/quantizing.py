@@ -24,16 +24,18 @@ def quantize_(
 ) -> Report:
     """Turns linear layers of ``model`` into ``QuantizedLinear``, in place: the base of QLoRA (Dettmers et al., 2023).
 
-    The bits are bitsandbytes' own, which is not needed. Nothing is changed if an error is raised. ``lk.inject`` puts
-    adapters on the result; so does PEFT, for ``lk.patch``.
+    The bits are those of the format's own library, which is not needed. Nothing is changed if an error is raised.
+    ``lk.inject`` puts adapters on the result; so does PEFT, for ``lk.patch``, but for DoRA and merging, where it reads
+    weights itself.
 
     Args:
         model: any module without adapters.
-        format: "nf4" or "fp4".
+        format: "nf4", "fp4", "int8", "float8", "mxfp4" or "nvfp4".
         modules, exclude_modules: which layers, as ``target_modules`` and ``exclude_modules`` of ``lk.inject``; by
             default every linear layer except the output embedding.
         **options: of the format. For "nf4" and "fp4": ``block`` (64), how many weights share a scale, and
-            ``double_quant`` (True), whether the scales are kept in eight bits, too.
+            ``double_quant`` (True), whether the scales are kept in eight bits, too. For "float8": ``square``, the side
+            of the squares that share one, e.g. 128; None for rows.
 
     Returns:
         The layers that were quantised, and, for "all-linear", those left alone and why. Layers whose in_features are no

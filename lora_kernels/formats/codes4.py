@@ -156,7 +156,7 @@ class FourBit(Format):
         }  # fmt: skip
         if len(weight.parts) == 6:
             state |= {
-                "nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": weight.parts[5].item(),
+                "nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": _number(weight.parts[5]),
             }  # fmt: skip
         entries[_STATE + self.name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
         return entries
@@ -184,6 +184,10 @@ class FourBit(Format):
         code, order = self.code.to(blocks.device).sort(stable=True)
         indices = order[torch.bucketize(shares, (code[:-1] + code[1:]) / 2, out_int32=True)].to(torch.uint8)
         return indices[::2] << 4 | indices[1::2], largest
+
+
+def _number(offset: Tensor) -> float:
+    return 0.0 if offset.is_meta else offset.item()
 
 
 def _nearest_of_256(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,6 +241,8 @@ def from_module(module: nn.Module) -> QuantizedWeight | Reason | None:
     state: Any = getattr(weight, "quant_state", None) or module.__dict__.get("quant_state")
     if state is None or not hasattr(state, "absmax"):
         return None
+    if weight is None:
+        return Reason.DISPLACED
     if getattr(state, "packing_format_for_cpu", False):
         return Reason.REPACKED
     if state.quant_type not in _NAMES:

@@ -18,6 +18,7 @@ from .scaled import E4M3
 from .weight import DECODED, Format, QuantizedWeight
 
 _NUMBER = torch.float8_e4m3fn
+_USUAL_SQUARE = 128
 
 
 class Float8(Format):
@@ -69,14 +70,19 @@ class Float8(Format):
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         data, scales = weight.parts
-        return {"weight": data.view(_NUMBER).view(weight.shape), "weight_scale": scales}
+        return {
+            "weight": data.view(_NUMBER).view(weight.shape), "weight_scale": scales,
+            "weight_block": torch.tensor(weight.block),
+        }  # fmt: skip
 
     def unpack(self, entries: Mapping[str, Tensor], dtype: torch.dtype | None) -> QuantizedWeight | None:
         data, scales = entries.get("weight"), entries.get("weight_scale")
         if data is None or scales is None or data.dtype != _NUMBER:
             return None
         try:
-            return _weight(data.contiguous(), scales, _block(data, scales), dtype, is_checked=True)
+            block = entries.get("weight_block")
+            columns = _block(data, scales) if block is None else int(block)
+            return _weight(data.contiguous(), scales.to(torch.float32), columns, dtype, is_checked=True)
         except (TypeError, ValueError) as error:
             raise ValueError(f"float8: the entries of a packed weight do not fit together: {error!r}") from error
 
@@ -85,9 +91,8 @@ FORMATS = (Float8(),)
 
 
 def _block(data: Tensor, scales: Tensor) -> int:
-    """Columns per scale, where a power of two is as good as any other that gives so many scales."""
-    k, columns = data.shape[1], scales.shape[1]
-    return max(1, k) if columns == 1 else 1 << (-(-k // columns) - 1).bit_length()
+    """Columns per scale where nobody says: all, or as in DeepSeek-V3's squares."""
+    return max(1, data.shape[1]) if scales.shape[1] == 1 else _USUAL_SQUARE
 
 
 def _weight(
@@ -111,11 +116,11 @@ def from_torchao(module: nn.Module) -> QuantizedWeight | Reason | None:
     data, scales = weight.qdata, weight.scale
     if data.dtype != _NUMBER or data.dim() != 2 or scales.dim() != 2:
         return Reason.FORMAT
-    n, k = data.shape
+    n = data.shape[0]
     rows, columns = weight.block_size
     if rows not in (1, n) and rows != columns:
         return Reason.BLOCKS
-    return _weight(data, scales.to(torch.float32), min(columns, max(1, k)), None)
+    return _weight(data, scales.to(torch.float32), max(1, columns), None)
 
 
 def from_scale_inv(module: nn.Module) -> QuantizedWeight | Reason | None:

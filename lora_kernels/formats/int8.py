@@ -1,7 +1,7 @@
 """Format "int8": a scale per row. Reads bitsandbytes' ``Linear8bitLt`` and torchao's weight-only int8.
 
-From Dettmers et al., "LLM.int8()", NeurIPS 2022, whose layers train on the weight as it is and round the activations in
-eval mode only.
+From Dettmers et al., "LLM.int8()", NeurIPS 2022, whose layers train on the weight as it is on a CPU, and round the
+activations in eval mode and on CUDA.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Int8(Format):
             )
         half = weight.detach().half()
         largest = half.abs().amax(dim=1).float()
+        if not weight.is_meta and not torch.isfinite(largest).all():
+            raise ValueError("int8: weight must be finite in float16, which bitsandbytes rounds it to")
         data = torch.round(half * (127.0 / largest[:, None])).nan_to_num_(0.0).to(torch.int8)
         return _of_rows("int8", data, largest, weight.dtype)
 
@@ -55,17 +57,23 @@ class Int8(Format):
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         data, scales = weight.parts
-        # bitsandbytes keeps the magnitudes, of which a scale is the 127th part, rounded; so they are found again.
-        return {
-            "weight": data.view(torch.int8).view(weight.shape),
-            "SCB": _magnitudes(scales.view(-1)),
-            "weight_format": torch.tensor(0, dtype=torch.uint8),
-        }
+        entries = {"weight": data.view(torch.int8).view(weight.shape)}
+        # bitsandbytes keeps the magnitudes, of which a scale is the 127th part, rounded; so they are found again. A
+        # scale of torchao's need not be one.
+        largest = _magnitudes(scales.view(-1))
+        if scales.is_meta or torch.equal(largest.mul(1.0 / 127.0), scales.view(-1)):
+            return entries | {"SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        return entries | {"weight_scale": scales}
 
     def unpack(self, entries: Mapping[str, Tensor], dtype: torch.dtype | None) -> QuantizedWeight | None:
-        if "SCB" not in entries:
-            return None
+        data, scales = entries.get("weight"), entries.get("weight_scale")
         try:
+            if data is not None and scales is not None and data.dtype == torch.int8:
+                parts = data.contiguous().view(torch.uint8), scales.contiguous()
+                n, k = data.shape
+                return QuantizedWeight("int8", INT8.name, parts, (n, k), max(1, k), dtype)
+            if "SCB" not in entries:
+                return None
             return _of_rows("int8", entries["weight"].contiguous(), entries["SCB"], dtype, is_checked=True)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"int8: the entries of a packed weight do not fit together: {error!r}") from error
@@ -104,7 +112,8 @@ def from_bitsandbytes(module: nn.Module) -> QuantizedWeight | Reason | None:
         data, largest = state.CB, state.SCB
     if data is None or largest is None or type(data) is not Tensor or data.dim() != 2:
         return Reason.DISPLACED  # sharded, or not quantised yet
-    if not module.training and not module.__dict__.get(_EXACT_IN_EVAL, False):
+    as_it_is = module.training and data.device.type in ("cpu", "xpu", "meta")
+    if not as_it_is and not module.__dict__.get(_EXACT_IN_EVAL, False):
         return Reason.INT8_EVAL
     if largest.device != data.device:
         return Reason.DEVICES
@@ -112,7 +121,9 @@ def from_bitsandbytes(module: nn.Module) -> QuantizedWeight | Reason | None:
 
 
 def exact_in_eval(model: nn.Module, wanted: bool) -> None:
-    """Whether the layers of bitsandbytes in ``model`` are multiplied in eval mode as in training."""
+    """Whether the layers of bitsandbytes in ``model`` are multiplied without rounding activations, whatever their mode
+    and device.
+    """
     for module in model.modules():
         if wanted and hasattr(module.__dict__.get("state"), "SCB"):
             module.__dict__[_EXACT_IN_EVAL] = True

@@ -18,7 +18,7 @@ from .checks import check_adapter, check_base, check_magnitude, check_probabilit
 from .embedding import lora_embedding
 from .lora import arguments as lora_arguments
 from .lora import frozen_linear, lora_linear
-from .packed import of_layer
+from .packed import as_layer_gives, of_layer
 from .why import explains
 
 
@@ -75,10 +75,14 @@ def dora_linear(
         y = lora_linear(x, weight, lora_A, lora_B, bias, scaling=scaling)
         return scale_columns(y, factor, None if bias is None else bias * (1 - factor))
     check_adapter(op, weight, lora_A, lora_B)
-    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    linear: Callable[..., Tensor] = F.linear if trains else frozen_linear
+    is_packed, bias_trains = isinstance(weight, QuantizedWeight), bias is not None and bias.requires_grad
+    linear: Callable[..., Tensor] = frozen_linear
+    if not is_packed and (weight.requires_grad or bias_trains):
+        linear = F.linear
     dropped = F.dropout(x, dropout_p, True)
-    y = scale_columns(linear(dropped, weight), factor - 1, linear(x, weight, bias))
+    outside = bias if is_packed and bias_trains else None  # a packed product has no gradient of its bias
+    base = linear(x, weight, None if outside is not None else bias)
+    y = scale_columns(linear(dropped, weight), factor - 1, base if outside is None else base + outside)
     return add_rows(y, F.linear(dropped.to(y.dtype), lora_A.to(y.dtype)), lora_B * factor[:, None], scaling)
 
 
@@ -95,7 +99,7 @@ def dora_linear_of_layer(
     y = dora_linear(
         inner, weight, lora_A, lora_B, magnitude, bias, scaling=scaling, dropout_p=dropout_p, training=training
     )
-    return y if inner is x else y.to(x.dtype)
+    return as_layer_gives(y, x, weight) if isinstance(weight, QuantizedWeight) else y
 
 
 @explains("dora_linear", _op.SPEC)

@@ -80,13 +80,18 @@ def lora_linear_of_layer(
         y = eager.run(PackedLoRALinearFunction, args, _op.SPEC)
     else:
         y = lora_linear(inner, weight, lora_A, lora_B, bias, scaling, dropout_p, training, None)
-    return y if inner is x else y.to(x.dtype)
+    return as_layer_gives(y, x, weight)
 
 
 def linear_of_layer(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """``frozen_linear`` as ``lora_linear_of_layer``."""
     inner, bias = of_layer(x, weight, bias)
-    return frozen_linear(inner, weight, bias).to(x.dtype)
+    return as_layer_gives(frozen_linear(inner, weight, bias), x, weight)
+
+
+def as_layer_gives(y: Tensor, x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """A layer with a compute dtype answers in x's dtype, under autocast, too; others in what they multiply in."""
+    return y if y.dtype == x.dtype or weight.dtype is None else y.to(x.dtype)
 
 
 def of_layer(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +104,7 @@ def of_layer(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> tuple[T
         return x, bias
     inner = x if weight.dtype in (x.dtype, None) or x.dtype == torch.float32 else x.float()
     if bias is not None and bias.dtype != inner.dtype:
-        bias = bias.to(weight.dtype or inner.dtype).to(inner.dtype)
+        bias = bias.to(inner.dtype)
     return inner, bias
 
 

@@ -75,6 +75,11 @@ class LoRALayer(nn.Module):
             if self._parameters.get(name) is None and not computed:
                 raise ValueError(f"{op}: {name} is not a parameter of its module (pruned, parametrized or sharded)")
 
+    def check_unmergeable(self, op: str) -> None:
+        """``RuntimeError`` if there is nothing that ``unmerge`` could take out."""
+        if not self.merged:
+            raise RuntimeError(f"{op}: the adapter is not merged")
+
     def unmerge(self) -> None:
         """Takes the adapter out of ``weight`` again.
 
@@ -84,8 +89,7 @@ class LoRALayer(nn.Module):
         Raises:
             RuntimeError: not merged.
         """
-        if not self.merged:
-            raise RuntimeError("unmerge: the adapter is not merged")
+        self.check_unmergeable("unmerge")
         self.check_mergeable("unmerge")
         if self._base_copy is None:
             unmerge_(self.weight, *self.update_factors(), self.scaling)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import dispatch, formats
-from ..class_swaps import in_place_of
+from ..class_swaps import give_back, in_place_of
 from ..formats import DECODED, FORMATS, QuantizedWeight
 from ..functional.lora import lora_linear_of_layer
 from ..functional.packed import linear_of_layer
@@ -24,7 +25,8 @@ class QuantizedLinear(nn.Linear):
     """A frozen linear layer that keeps its weight packed; ``lk.quantize_`` makes them of a model's layers.
 
     Equivalent to ``F.linear(x, weight.dequantize(), bias)`` for the ``QuantizedWeight`` that it was made of. In
-    ``state_dict`` it has the names and the bytes of bitsandbytes' layer, which can load it, and loads its.
+    ``state_dict`` an "nf4", "fp4" or "int8" has the names and the bytes of bitsandbytes' layer, which can load it, and
+    loads its.
 
     Moving it to a dtype changes what the weight decodes to, and none of its parts.
 
@@ -46,7 +48,8 @@ class QuantizedLinear(nn.Linear):
     def keep(self, weight: QuantizedWeight) -> None:
         """Takes over the parts of ``weight``."""
         data, *others = weight.parts
-        self.weight = nn.Parameter(data, requires_grad=False)
+        # Of a shape that no other matrix can be added to: who takes bytes for numbers is to fail.
+        self.weight = nn.Parameter(data.view(-1, 1), requires_grad=False)
         for index, part in enumerate(others, 1):
             self.register_buffer(f"{_PARTS}{index}", part, persistent=False)
         self._of_weight = weight.format, weight.layout, weight.block, len(weight.parts)
@@ -77,6 +80,7 @@ class QuantizedLinear(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self.quantized_weight()
+        del destination[f"{prefix}weight"]
         for name, entry in FORMATS[weight.format].pack(weight).items():
             destination[prefix + name] = entry
 
@@ -91,7 +95,7 @@ class QuantizedLinear(nn.Linear):
             missing_keys.append(own)
         else:
             try:
-                self._load(entries)
+                self._load(entries, local_metadata.get("assign_to_params_buffers", False))
             except ValueError as error:
                 error_msgs.append(f"{prefix[:-1]}: {error}")
                 return
@@ -101,14 +105,17 @@ class QuantizedLinear(nn.Linear):
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def _load(self, entries: Mapping[str, Tensor]) -> None:
+    def _load(self, entries: Mapping[str, Tensor], assign: bool) -> None:
         found = (fmt.unpack(entries, self.compute_dtype) for fmt in FORMATS.values())
         weight = next((weight for weight in found if weight is not None), None)
         if weight is None:
             raise ValueError(f"the state dict has no packed weight, but {', '.join(sorted(entries))}")
         if weight.shape != (self.out_features, self.in_features):
             raise ValueError(f"a weight of {weight.shape} for a layer of {(self.out_features, self.in_features)}")
-        self.keep(weight.to(self.weight.device))
+        if not assign:  # the entries stay who gave them
+            device = self.weight.device
+            weight = replace(weight, parts=tuple(part.to(device, copy=True) for part in weight.parts))
+        self.keep(weight)
 
     def extra_repr(self) -> str:
         weight = self.quantized_weight()
@@ -126,6 +133,7 @@ class QuantizedLoRALinear(LoRALinear):
     _kept_parts: tuple[Tensor, ...] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        set_compute_type(self, x)
         weight = self._packed()
         if self.merged:
             return linear_of_layer(x, weight, self.bias)
@@ -134,7 +142,16 @@ class QuantizedLoRALinear(LoRALinear):
         )
 
     def merges_finite(self) -> bool:
-        return bool(torch.isfinite(self._packed().dequantize(torch.float32) + self._update()).all())
+        weight = self._packed()
+        return _all_finite(self._merged(weight)[0])
+
+    @torch.no_grad()
+    def _merged(self, weight: QuantizedWeight) -> tuple[QuantizedWeight, Tensor]:
+        """The sum quantised as ``weight`` is, and the exact sum."""
+        exact = weight.dequantize(torch.float32) + self._update()
+        if not torch.isfinite(exact).all():
+            return weight, exact
+        return FORMATS[weight.format].again(exact, weight), exact
 
     def _update(self) -> Tensor:
         return self.lora_B.detach().float() @ self.lora_A.detach().float() * self.scaling
@@ -149,7 +166,7 @@ class QuantizedLoRALinear(LoRALinear):
         return self._packed().shape
 
     @torch.no_grad()
-    def merge(self, keep_base: bool = True) -> float:  # type: ignore[override]
+    def merge(self, keep_base: bool = False) -> float:  # type: ignore[override]
         """Adds the adapter to the packed weight.
 
         Args:
@@ -157,49 +174,59 @@ class QuantizedLoRALinear(LoRALinear):
 
         Returns:
             What quantising again costs: the norm of the difference between the new weight and the exact sum, in norms
-            of the update. Above 1, more is lost than the adapter adds.
+            of the update. Above 1, more is lost than the adapter adds. 0 where there is nothing to add.
 
         Raises:
             RuntimeError: already merged.
-            ValueError: the merged weight would not be finite. The weight is then unchanged.
+            ValueError: the merged weight would not be finite, or the layer keeps its weight in another form than it is
+                read in. The weight is then unchanged.
         """
         if self.merged:
             raise RuntimeError("merge: the adapter is already merged; call unmerge() first")
+        self.check_mergeable("merge")
         weight, update = self._packed(), self._update()
-        exact = weight.dequantize(torch.float32) + update
-        if not torch.isfinite(exact).all():
-            raise ValueError(
-                "merge: lora_A, lora_B and the merged weight must be finite; the weight was left unchanged"
-            )
-        merged = FORMATS[weight.format].again(exact, weight)
+        size, lost = torch.linalg.vector_norm(update), 0.0
+        if size != 0:  # NaN is not
+            merged, exact = self._merged(weight)
+            if not torch.isfinite(exact).all() or not _all_finite(merged):
+                raise ValueError("merge: lora_A, lora_B and the merged weight must be finite; nothing was changed")
+            lost = (torch.linalg.vector_norm(merged.dequantize(torch.float32) - exact) / size).item()
         self._kept_parts = tuple(part.clone() for part in weight.parts) if keep_base else None
-        for part, new in zip(weight.parts, merged.parts):
-            part.copy_(new.view(part.shape))
+        if size != 0:
+            for part, new in zip(weight.parts, merged.parts):
+                part.copy_(new.view(part.shape))
         self.merged = True
-        lost = torch.linalg.vector_norm(merged.dequantize(torch.float32) - exact)
-        return (lost / torch.linalg.vector_norm(update).clamp_min(torch.finfo(torch.float32).tiny)).item()
+        return lost
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restores the packed parts as they were before ``merge``.
+        """Restores the packed parts as they were before ``merge(keep_base=True)``.
 
         Raises:
-            RuntimeError: not merged, or merged with ``keep_base=False``.
+            RuntimeError: not merged, or merged without a copy.
         """
-        if not self.merged or self._kept_parts is None:
-            raise RuntimeError("unmerge: the adapter is not merged" if not self.merged else "unmerge: no copy was kept")
-        for part, old in zip(self._packed().parts, self._kept_parts):
+        self.check_unmergeable("unmerge")
+        parts: Any = self._kept_parts
+        for part, old in zip(self._packed().parts, parts):
             part.copy_(old)
         self._kept_parts, self.merged = None, False
 
     def check_mergeable(self, op: str) -> None:
-        self._packed()
+        """``ValueError`` where what is read is computed from what the layer keeps, so that it cannot be written."""
+        first, again = self._packed(), self._packed()
+        if any(a.data_ptr() != b.data_ptr() for a, b in zip(first.parts, again.parts)):
+            raise ValueError(f"{op}: this layer keeps its {first.format} in another form than it is read in")
+
+    def check_unmergeable(self, op: str) -> None:
+        super().check_unmergeable(op)
+        if self._kept_parts is None:
+            raise RuntimeError(f"{op}: the packed weight was merged without keep_base=True")
 
     def discard_adapter(self) -> None:
         for name in ("lora_A", "lora_B", *self._NUMBERS):
             delattr(self, name)
         self.__dict__.pop("_kept_parts", None)
-        self.__class__ = type(self).__bases__[1]  # type: ignore[assignment]
+        give_back(self, {ours: theirs for theirs, ours in _CLASSES.items()})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         parts: Any = super().__reduce_ex__(protocol)
@@ -237,7 +264,7 @@ def why_not_linear(x: Any, weight: QuantizedWeight | Reason | None) -> Reason | 
         return Reason.DTYPE
     if x.device != weight.device:
         return Reason.DEVICES
-    if x.dtype != weight.dtype and not x.is_cpu and not dispatch.autocast_enabled(x.device.type):
+    if weight.dtype not in (None, x.dtype) and not x.is_cpu and not dispatch.autocast_enabled(x.device.type):
         return Reason.MIXED_DTYPES
     return Reason.TRANSFORM if inside_transform() else None
 
@@ -276,8 +303,13 @@ def frozen_originals() -> dict[type, type]:
 _FROZEN: dict[type, type[nn.Module]] = {}
 
 
+def _all_finite(weight: QuantizedWeight) -> bool:
+    return bool(torch.isfinite(weight.dequantize()).all())
+
+
 def quantized_lora(base: type[nn.Module]) -> type[QuantizedLoRALinear]:
-    """``QuantizedLoRALinear`` for layers of class ``base``."""
+    """``QuantizedLoRALinear`` for layers of class ``base``, or of what ``frozen_packed`` has made of one."""
+    base = frozen_originals().get(base, base)
     if base not in _CLASSES:
         _CLASSES[base] = type(f"LoRA{base.__name__}", (QuantizedLoRALinear, base), {"__module__": __name__})
     return _CLASSES[base]

@@ -26,7 +26,7 @@ def call_reason(x: Any, weight: Tensor | QuantizedWeight, weight_A: Tensor, weig
         return Reason.DTYPE
     if _any_autocast() and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        if weight.dtype not in FLOATS:
+        if weight.dtype is not None and weight.dtype not in FLOATS:
             return Reason.MIXED_DTYPES
     elif dtype != weight.dtype:
         if type(weight) is not QuantizedWeight or (weight.dtype is not None and not x.is_cpu):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .. import formats
@@ -54,7 +53,7 @@ def adapter_operands(layer: Any, name: str) -> Operands | Reason:
     weight, bias = base
     lora_A, lora_B, lora_bias, scaling, p, training, magnitude = branch
     if lora_bias is not None:
-        bias = _add_lora_bias(bias, lora_bias, scaling, weight.dtype)
+        bias = _add_lora_bias(bias, lora_bias, scaling, weight)
     return weight, lora_A, lora_B, bias, scaling, p, training, magnitude
 
 
@@ -71,7 +70,11 @@ def base_operands(base: nn.Module) -> tuple[Tensor | QuantizedWeight, Tensor | N
         if not isinstance(packed, QuantizedWeight):
             return packed or Reason.BASE_LAYER
         bias = parameters.get("bias", _DISPLACED)
-        return (packed, bias) if bias is None or type(bias) in PLAIN_TENSORS else not_plain(bias)
+        if bias is not None and type(bias) not in PLAIN_TENSORS:
+            return not_plain(bias)
+        if bias is not None and packed.dtype is not None and bias.dtype != packed.dtype:
+            bias = bias.to(packed.dtype)  # as bitsandbytes rounds it
+        return packed, bias
     weight, bias = parameters.get("weight", _DISPLACED), parameters.get("bias", _DISPLACED)
     reason = why_not_frozen(weight)
     if reason is not None:
@@ -102,7 +105,7 @@ def _several_adapters(layer: Any, names: list[str]) -> Operands | SideBySide | R
             return Reason.DORA
         drops = drops or (p > 0.0 and training)
         if lora_bias is not None:
-            bias = _add_lora_bias(bias, lora_bias, scaling, weight.dtype)
+            bias = _add_lora_bias(bias, lora_bias, scaling, weight)
         branches.append(branch)
     if drops:
         (lora_A, lora_B, _, scaling, p, training, _), *others = branches
@@ -114,9 +117,12 @@ def _several_adapters(layer: Any, names: list[str]) -> Operands | SideBySide | R
     return weight, lora_A, lora_B, bias, scaling, 0.0, False, None
 
 
-def _add_lora_bias(bias: Tensor | None, lora_bias: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
+def _add_lora_bias(
+    bias: Tensor | None, lora_bias: Tensor, scaling: float | Tensor, weight: Tensor | QuantizedWeight
+) -> Tensor:
     scaled = lora_bias * scaling
-    return (scaled if bias is None else bias + scaled).to(dtype)
+    total = scaled if bias is None else bias + scaled
+    return total if isinstance(weight, QuantizedWeight) else total.to(weight.dtype)
 
 
 def _is_conv1d(base: nn.Module) -> bool:

@@ -38,6 +38,7 @@ class FusedForward(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found: Any
         reason: Reason | None
+        set_compute_type(self.__dict__["_modules"]["base_layer"], x)
         if args or kwargs:
             reason = _extra_arguments(self, args, kwargs)
             if reason is None:
@@ -137,7 +138,7 @@ if is_bnb_available():
 
     @in_place_of(Linear8bitLt)
     class FusedLinear8bitLt(FusedForward, Linear8bitLt):
-        """PEFT's ``lora.bnb.Linear8bitLt`` in training mode; in eval mode, bitsandbytes rounds the activations."""
+        """PEFT's ``lora.bnb.Linear8bitLt`` where bitsandbytes does not round the activations: in training on a CPU."""
 
     SWAPS[Linear8bitLt] = FusedLinear8bitLt
 if is_bnb_4bit_available():
@@ -146,10 +147,6 @@ if is_bnb_4bit_available():
     @in_place_of(Linear4bit)
     class FusedLinear4bit(FusedForward, Linear4bit):
         """PEFT's ``lora.bnb.Linear4bit``: forward and gradients from the packed weight."""
-
-        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            set_compute_type(self.base_layer, x)
-            return super().forward(x, *args, **kwargs)
 
     SWAPS[Linear4bit] = FusedLinear4bit
 

@@ -48,7 +48,9 @@ def base_result(base: Any, x: Tensor) -> Tensor:
     """The base layer's own result; from a quantised weight by the op, where nothing hooks the layer."""
     found: Any = operands.base_operands(base)
     if type(found) is tuple and type(found[0]) is QuantizedWeight and operands.why_not_called_as_is(base) is None:
-        return linear_of_layer(x, *found)
+        weight, bias = found
+        if bias is None or not bias.requires_grad:
+            return linear_of_layer(x, weight, bias)
     return base(x)
 
 

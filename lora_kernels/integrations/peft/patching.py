@@ -45,8 +45,8 @@ def patch(
             positions that count the pads, as PEFT does. "fixed": [pads, prompt, text], with positions that do not, so
             that a text's logits do not depend on its pads; a call that cannot be served so raises. Prefixes are not
             affected.
-        int8_eval: what layers of bitsandbytes' 8-bit ``Linear8bitLt`` do in eval mode. "peft": they round activations
-            to eight bits, too, by bitsandbytes' own code. "exact": they multiply as in training mode.
+        int8_eval: what layers of bitsandbytes' 8-bit ``Linear8bitLt`` do in eval mode, and on CUDA in training, too.
+            "peft": they round activations to eight bits, by bitsandbytes' own code. "exact": they do not.
 
     Returns:
         What was swapped, and what was left alone and why. ``print`` it.
@@ -92,24 +92,29 @@ def unpatch(model: nn.Module) -> None:
     """Restores the classes that ``patch`` or ``patch_peft`` changed in ``model``; without any, does nothing."""
     exact_in_eval(model, False)
     for module in model.modules():
-        class_swaps.give_back(module, {FrozenLinear: nn.Linear, **frozen_originals()})
+        _give_back(module, {FrozenLinear: nn.Linear, **frozen_originals()})
     if not _peft_imported():
         return
     fused = _fused_layers()
     originals = {ours: theirs for theirs, ours in fused.SWAPS.items()}
     for module in model.modules():
-        swapped = class_swaps.give_back(module, originals)
-        if swapped is not None:
-            ours, theirs = swapped
-            for name, value in list(module.__dict__.items()):
-                # An accelerate hook keeps the method that it wraps on the instance.
-                if getattr(value, "__func__", None) is ours.forward:
-                    module.__dict__[name] = MethodType(theirs.forward, module)
+        _give_back(module, originals)
         fused.stop_counting(module)
         if module.__dict__.get("_create_new_module") is fused.create_in_patched_model:
             del module.__dict__["_create_new_module"]
     for _, peft_model in prompt_models(model):
         _fused_prompts().unfuse(peft_model)
+
+
+def _give_back(module: nn.Module, originals: Mapping[Any, type]) -> None:
+    swapped = class_swaps.give_back(module, originals)
+    if swapped is None:
+        return
+    ours, theirs = swapped
+    for name, value in list(module.__dict__.items()):
+        # An accelerate hook keeps the method that it wraps on the instance.
+        if getattr(value, "__func__", None) is ours.forward:
+            module.__dict__[name] = MethodType(theirs.forward, module)
 
 
 def patch_peft() -> None:
