@@ -262,7 +262,19 @@ def test_what_else_is_refused(change, message):
         (dict(scales=lambda scales: scales.t().contiguous().t()), "scales must be contiguous float32"),
         (dict(data=lambda data: data.to("meta")), "must be on one device"),
     ],
-    ids=str,
+    ids=[
+        "one part",
+        "no block",
+        "blocks that do not divide",
+        "rows",
+        "int8",
+        "strided",
+        "flat",
+        "few rows of scales",
+        "float64",
+        "scales in columns",
+        "devices",
+    ],
 )
 @pytest.mark.parametrize("layout", ["int8", "e4m3"])
 def test_eight_bit_parts_that_do_not_fit(layout, change, message):
