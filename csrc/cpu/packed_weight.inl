@@ -222,7 +222,7 @@ inline void decode_row(const Layout& layout, const RowPart& part, const float* x
 
 template <class Layout, FloatType kRounding, int kRows>
 void decode_rows(const PackedLinearParams& p, int64_t m, int64_t begin, int64_t end) {
-  constexpr int64_t kDepth = 2048;  // columns that are summed on their own: the rounding error grows with their number
+  constexpr int64_t kDepth = 128 * kLanes;  // summed on their own: the rounding error grows with a lane's terms
   const PackedWeight& w = p.weight;
   const Layout layout(w);
   const float* x = static_cast<const float*>(p.x) + m * p.x_stride;

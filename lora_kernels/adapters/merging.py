@@ -65,6 +65,8 @@ def unmerge_adapter(model: nn.Module) -> None:
     """
     layers = _lora_layers("unmerge_adapter", model)
     for name, layer in layers.items():
+        if not layer.merged:
+            raise RuntimeError(f"unmerge_adapter: {name} is not merged")
         layer.check_unmergeable(f"unmerge_adapter: {name}")
         layer.check_mergeable(f"unmerge_adapter: {name}")
     for layer in layers.values():

@@ -404,7 +404,7 @@ def test_agrees_with_the_cuda_kernel(p, pretend):
     t = {name: v.half() for name, v in problem.items() if name != "grad_y"}
     seed = torch.tensor([SEED]) if p > 0 else None
     emulator.load_lora_linear()
-    cuda = torch.ops.lora_kernels_emulated.lora_linear(*t.values(), seed, SCALING, p, "")
+    cuda = torch.ops.lora_kernels_emulated.lora_linear(*t.values(), seed, SCALING, p, "auto")
     ours = lora_linear.forward("ticketed", *t.values(), seed, SCALING, p)
     for a, b in zip(ours, cuda):
         assert (a - b).abs().max() <= 2 * torch.finfo(FP16).eps * b.abs().max()
