@@ -4,7 +4,7 @@
 import pytest
 import torch
 import transformers
-from cli_runs import TRAIN, log, text_file  # noqa: F401
+from cli_runs import finetune, log, text_file, write_model  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels.cli import main
@@ -15,29 +15,7 @@ bnb = pytest.importorskip("bitsandbytes", reason="--peft packs by it, and merge 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     """As ``cli_runs.model_dir``, of whole blocks of 64."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("model")
-    characters = ["<unk>", *"abcdefghijklmnopqrstuvwxyz .\n"]
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def finetune(model_dir, text_file, tmp_path):
-    def run(name, *extra):
-        out = str(tmp_path / name)
-        return main(["finetune", "--model", str(model_dir), "--text", str(text_file), "--out", out, *TRAIN, *extra])
-
-    return run
+    return write_model(tmp_path_factory.mktemp("model"), 64, 128)
 
 
 def test_training_over_a_packed_base(finetune, tmp_path, capsys):

@@ -42,11 +42,9 @@ def test_weights_of_eight_bits_are_decoded_to_the_bit(backend, dtype, layout, bl
     assert lk.stats()["served"] == {("dequantize", backend): 1}
 
 
-@pytest.mark.parametrize("m", [8, 130])
-@pytest.mark.parametrize("layout", ["int8", "e4m3"])
-def test_values_and_gradients_of_eight_bits(backend, layout, m):
-    packed = random_scaled(257, 1152, layout, 128, "squares").to(dtype=BF16)
-    q = gpu.problem(m, 257, 1152, 16, BF16)._replace(weight=decoded(packed).to(DEVICE))
+def assert_values_and_gradients(backend, packed, problem):
+    """Of ``problem`` with this weight in place of its own, against the decoded one in float64."""
+    q = problem._replace(weight=decoded(packed).to(DEVICE))
     unfused, exact = gpu.by_torch(q), gpu.by_torch(q.double())
     gpu.poison(unfused)
     lk.reset_stats()
@@ -54,6 +52,13 @@ def test_values_and_gradients_of_eight_bits(backend, layout, m):
     assert {served_by for _, served_by in lk.stats()["served"]} == {backend}
     for name, value, bound, true in zip(gpu.RESULTS, ours, unfused, exact):
         assert_as_accurate(value, bound, true, name)
+
+
+@pytest.mark.parametrize("m", [8, 130])
+@pytest.mark.parametrize("layout", ["int8", "e4m3"])
+def test_values_and_gradients_of_eight_bits(backend, layout, m):
+    packed = random_scaled(257, 1152, layout, 128, "squares").to(dtype=BF16)
+    assert_values_and_gradients(backend, packed, gpu.problem(m, 257, 1152, 16, BF16))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
@@ -62,14 +67,7 @@ def test_values_and_gradients_of_eight_bits(backend, layout, m):
 def test_values_and_gradients(backend, m, n, k, rank, dtype):
     """Few rows are one launch of the CUDA backend, which computes s in its first blocks."""
     packed = random_packed(n, k, nested=True).to(dtype=dtype)
-    q = gpu.problem(m, n, k, rank, dtype)._replace(weight=decoded(packed).to(DEVICE))
-    unfused, exact = gpu.by_torch(q), gpu.by_torch(q.double())
-    gpu.poison(unfused)
-    lk.reset_stats()
-    ours = gpu.unless_triton_is_old(lambda: gpu.fused(q._replace(weight=packed.to(DEVICE))))
-    assert {served_by for _, served_by in lk.stats()["served"]} == {backend}
-    for name, value, bound, true in zip(gpu.RESULTS, ours, unfused, exact):
-        assert_as_accurate(value, bound, true, name)
+    assert_values_and_gradients(backend, packed, gpu.problem(m, n, k, rank, dtype))
 
 
 @gpu.only
@@ -98,8 +96,13 @@ def test_the_registered_ops(backend):
     exact = SPEC.reference(q.x.double(), *weight, *(t.double() for t in (q.lora_A, q.lora_B, q.bias)), None, 1.0, 0.0)
     for ours, theirs, true in zip((y, s), plain, exact):
         assert_as_accurate(ours, theirs, true)
-    rest = (*weight, q.lora_A, q.lora_B, None, 1.0, 0.0, True, True, True)
-    grads = torch.ops.lora_kernels.lora_linear_packed_backward(q.grad_y, q.x, s, *rest)
-    for ours, theirs in zip(grads, BACKWARD.reference(q.grad_y, q.x, s, *rest)):
-        assert ours.shape == theirs.shape
-        assert torch.allclose(ours.float(), theirs.float(), atol=0.1 * theirs.abs().max().item())
+    given, factors = (q.grad_y, q.x, s, q.lora_A, q.lora_B), (None, 1.0, 0.0, True, True, True)
+
+    def gradients(op, dtype=None):
+        grad_y, x, s, A, B = given if dtype is None else (t.to(dtype) for t in given)
+        return op(grad_y, x, s, *weight, A, B, *factors)
+
+    ours = gradients(torch.ops.lora_kernels.lora_linear_packed_backward)
+    plain, exact = gradients(BACKWARD.reference), gradients(BACKWARD.reference, torch.float64)
+    for value, bound, true in zip(ours, plain, exact, strict=True):
+        assert_as_accurate(value, bound, true)

@@ -101,7 +101,7 @@ def test_bits_of_extreme_scales(dtype):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("code", ["nf4", "fp4"])
 def test_bits_are_those_of_bitsandbytes(code, nested, dtype):
-    bnb = pytest.importorskip("bitsandbytes.functional")
+    bnb = pytest.importorskip("bitsandbytes.functional", reason="the bits are bitsandbytes'")
     for block in (32, 64, 128, 256, 512, 1024, 2048, 4096):
         n, k = 48, max(192, block)
         k -= k % block

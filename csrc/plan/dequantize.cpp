@@ -5,7 +5,7 @@
 #include <iterator>
 #include <string>
 
-#include "plan.h"
+#include "packed_weight.h"
 
 namespace lk {
 namespace {
@@ -13,18 +13,7 @@ namespace {
 struct DequantizeFields {
   using Params = DequantizeParams;
   static constexpr std::array kFields = {
-      LK_FIELD(weight.data),
-      LK_FIELD(weight.scales),
-      LK_FIELD(weight.code),
-      LK_FIELD(weight.scales2),
-      LK_FIELD(weight.code2),
-      LK_FIELD(weight.offset),
-      LK_FIELD(weight.n),
-      LK_FIELD(weight.k),
-      LK_FIELD(weight.block),
-      LK_FIELD(weight.block_rows),
-      LK_FIELD(weight.block_columns),
-      LK_FIELD(weight.layout),
+      LK_PACKED_WEIGHT_FIELDS,
       LK_FIELD(type),
       LK_FIELD(out),
   };

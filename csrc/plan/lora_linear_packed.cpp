@@ -1,7 +1,7 @@
 // Plans of lora_linear_packed, for few rows.
 #include "../launch/lora_linear_packed.h"
 
-#include "plan.h"
+#include "packed_weight.h"
 
 namespace lk {
 namespace {
@@ -9,18 +9,7 @@ namespace {
 struct LoraLinearPackedFields {
   using Params = LoraLinearPackedParams;
   static constexpr std::array kFields = {
-      LK_FIELD(weight.data),
-      LK_FIELD(weight.scales),
-      LK_FIELD(weight.code),
-      LK_FIELD(weight.scales2),
-      LK_FIELD(weight.code2),
-      LK_FIELD(weight.offset),
-      LK_FIELD(weight.n),
-      LK_FIELD(weight.k),
-      LK_FIELD(weight.block),
-      LK_FIELD(weight.block_rows),
-      LK_FIELD(weight.block_columns),
-      LK_FIELD(weight.layout),
+      LK_PACKED_WEIGHT_FIELDS,
       LK_FIELD(x),
       LK_FIELD(x_stride),
       LK_FIELD(a),
@@ -59,8 +48,8 @@ PyObject* plan_lora_linear_packed(PyObject*, PyObject* args, PyObject* keywords)
       type == FloatType::kFloat32) {
     PyErr_SetString(PyExc_ValueError,
                     "one launch serves 1 to 64 rows (sm_100: 32) of bf16 or fp16, blocks of 64 weights or a larger "
-                    "power of two that "
-                    "k is a multiple of, and ranks up to 64; others take those of dequantize and of lora_linear");
+                    "power of two that k is a multiple of, and ranks up to 64; others take those of dequantize and of "
+                    "lora_linear");
     return nullptr;
   }
   const LoraLinearPackedConfig config = lora_linear_packed_config(m, n, k, rank);

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..plain import PLAIN_TENSORS
 from ..reasons import Reason
+from . import torchao
 from .scaled import E4M3
 from .weight import DECODED, Format, QuantizedWeight
 
@@ -108,11 +109,9 @@ def _weight(
 
 def from_torchao(module: nn.Module) -> QuantizedWeight | Reason | None:
     """What a linear layer holds whose weight torchao's weight-only Float8 has replaced."""
-    weight: Any = module.__dict__["_parameters"].get("weight")
-    if type(weight).__name__ != "Float8Tensor" or not type(weight).__module__.startswith("torchao."):
-        return None
-    if getattr(weight, "act_quant_kwargs", None) is not None:
-        return Reason.ACTIVATIONS
+    weight = torchao.weight_of(module, "Float8Tensor")
+    if weight is None or isinstance(weight, Reason):
+        return weight
     data, scales = weight.qdata, weight.scale
     if data.dtype != _NUMBER or data.dim() != 2 or scales.dim() != 2:
         return Reason.FORMAT

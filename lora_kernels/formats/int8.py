@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reasons import Reason
+from . import torchao
 from .scaled import INT8
 from .weight import DECODED, Format, QuantizedWeight
 
@@ -133,11 +134,9 @@ def exact_in_eval(model: nn.Module, wanted: bool) -> None:
 
 def from_torchao(module: nn.Module) -> QuantizedWeight | Reason | None:
     """What a linear layer holds whose weight torchao's weight-only int8 has replaced."""
-    weight: Any = module.__dict__["_parameters"].get("weight")
-    if type(weight).__name__ != "Int8Tensor" or not type(weight).__module__.startswith("torchao."):
-        return None
-    if getattr(weight, "act_quant_kwargs", None) is not None:
-        return Reason.ACTIVATIONS
+    weight = torchao.weight_of(module, "Int8Tensor")
+    if weight is None or isinstance(weight, Reason):
+        return weight
     n, k = weight.shape
     if tuple(weight.block_size) != (1, k) or getattr(weight, "act_pre_scale", None) is not None:
         return Reason.FORMAT

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..plain import PLAIN_TENSORS
 from ..reasons import Reason
+from . import torchao
 from .codes4 import LOW
 from .weight import DECODED, Format, QuantizedWeight
 
@@ -196,16 +197,13 @@ def _checked_fit(fmt: _Mx, data: Tensor, scales: Tensor, table: Tensor, dtype: t
 
 def from_torchao(module: nn.Module) -> QuantizedWeight | Reason | None:
     """What a linear layer holds whose weight torchao's ``MXTensor`` or ``NVFP4Tensor`` has replaced."""
-    weight: Any = module.__dict__["_parameters"].get("weight")
-    kind = type(weight).__name__
-    if kind not in ("MXTensor", "NVFP4Tensor") or not type(weight).__module__.startswith("torchao."):
-        return None
-    if getattr(weight, "act_quant_kwargs", None) is not None:
-        return Reason.ACTIVATIONS
+    weight = torchao.weight_of(module, "MXTensor", "NVFP4Tensor")
+    if weight is None or isinstance(weight, Reason):
+        return weight
     data, scales = weight.qdata, weight.scale
     if weight.is_swizzled_scales or data.dim() != 2 or not data.is_contiguous():
         return Reason.LAYOUT
-    if kind == "NVFP4Tensor":
+    if type(weight).__name__ == "NVFP4Tensor":
         table, factor = _numbers(data.device), weight.per_tensor_scale
         if factor is not None:
             if factor.numel() != 1:

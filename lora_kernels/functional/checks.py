@@ -142,6 +142,22 @@ def scaling_tensor(op: str, scaling: Tensor, device: torch.device) -> Tensor:
     return scaling.reshape(())
 
 
+def check_branch(
+    op: str, x: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float | Tensor, dropout_p: float, training: bool,
+    seed: int | Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, float, float]:  # fmt: skip
+    """lora_B, bias, seed, scaling and dropout_p as the ops take them, checked: a scaling in a tensor is multiplied into
+    lora_B, and a seed is drawn where dropout is active.
+    """
+    if isinstance(scaling, Tensor):
+        lora_B, scaling = lora_B * scaling_tensor(op, scaling, x.device), 1.0
+    check_scaling(op, scaling)
+    check_probability(op, "dropout_p", dropout_p)
+    if not training or dropout_p == 0.0:
+        return lora_B, bias, None, float(scaling), 0.0
+    return lora_B, bias, seed_tensor(op, seed, x.device), float(scaling), float(dropout_p)
+
+
 def check_scaling(op: str, scaling: float) -> None:
     """``TypeError`` or ``ValueError`` unless ``scaling`` is a finite number."""
     if not isinstance(scaling, (int, float)):

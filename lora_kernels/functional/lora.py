@@ -20,10 +20,9 @@ from .checks import (
     check_adapter,
     check_adapter_dtype,
     check_base,
+    check_branch,
     check_dense,
     check_probability,
-    check_scaling,
-    scaling_tensor,
     seed_tensor,
     sizes_fit,
     types_fit,
@@ -118,15 +117,7 @@ def _arguments(
     check_adapter(op, weight, lora_A, lora_B)
     if lora_A.dtype != weight.dtype and not dispatch.autocast_enabled(x.device.type):
         check_adapter_dtype(op, "weight", weight.dtype, lora_A)
-    if isinstance(scaling, Tensor):
-        lora_B, scaling = lora_B * scaling_tensor(op, scaling, x.device), 1.0
-    check_scaling(op, scaling)
-    check_probability(op, "dropout_p", dropout_p)
-    drops = training and dropout_p > 0.0
-    return (
-        x, weight, lora_A, lora_B, bias, seed_tensor(op, seed, x.device) if drops else None,
-        float(scaling), float(dropout_p) if drops else 0.0,
-    )  # fmt: skip
+    return x, weight, lora_A, *check_branch(op, x, lora_B, bias, scaling, dropout_p, training, seed)
 
 
 @explains("lora_linear", _op.SPEC)

@@ -17,12 +17,9 @@ from .checks import (
     check_adapter,
     check_adapter_dtype,
     check_base,
-    check_probability,
-    check_scaling,
-    scaling_tensor,
-    seed_tensor,
+    check_branch,
     sizes_fit,
-)  # fmt: skip
+)
 from .why import explains
 
 
@@ -45,15 +42,7 @@ def arguments(
     check_adapter(op, weight, lora_A, lora_B)
     if lora_A.dtype != x.dtype and not dispatch.autocast_enabled(x.device.type):
         check_adapter_dtype(op, "x", x.dtype, lora_A)
-    if isinstance(scaling, Tensor):
-        lora_B, scaling = lora_B * scaling_tensor(op, scaling, x.device), 1.0
-    check_scaling(op, scaling)
-    check_probability(op, "dropout_p", dropout_p)
-    drops = training and dropout_p > 0.0
-    return (
-        x, *weight.args, lora_A, lora_B, bias, seed_tensor(op, seed, x.device) if drops else None,
-        float(scaling), float(dropout_p) if drops else 0.0,
-    )  # fmt: skip
+    return x, *weight.args, lora_A, *check_branch(op, x, lora_B, bias, scaling, dropout_p, training, seed)
 
 
 @explains("lora_linear", _op.SPEC, is_packed=True)

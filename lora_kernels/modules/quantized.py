@@ -127,7 +127,7 @@ class QuantizedLoRALinear(LoRALinear):
     layer keeps, moves, saves and loads stays as it was.
 
     Merging decodes the weight, adds the adapter and quantises again: ``merge`` returns how far the result is from the
-    exact one. ``unmerge`` restores the packed bytes, of which ``merge`` keeps a copy.
+    exact one. ``unmerge`` restores the packed bytes, of which ``merge(keep_base=True)`` keeps a copy.
     """
 
     _kept_parts: tuple[Tensor, ...] | None = None
@@ -242,7 +242,7 @@ class FrozenPacked(nn.Module):
         set_compute_type(self, x)
         weight = formats.from_module(self)
         bias: Any = self.bias
-        reason = Reason.EXTRA_ARGUMENTS if args or kwargs else why_not_linear(x, weight)
+        reason = Reason.EXTRA_ARGUMENTS if args or kwargs else _why_not_linear(x, weight)
         if reason is None and bias is not None and bias.requires_grad:
             reason = Reason.BASE_REQUIRES_GRAD
         if reason is None:
@@ -252,7 +252,7 @@ class FrozenPacked(nn.Module):
         return super().forward(x, *args, **kwargs)
 
 
-def why_not_linear(x: Any, weight: QuantizedWeight | Reason | None) -> Reason | None:
+def _why_not_linear(x: Any, weight: QuantizedWeight | Reason | None) -> Reason | None:
     """Why this input is not multiplied by what ``from_module`` has read; None if it can be."""
     if not isinstance(weight, QuantizedWeight):
         return weight or Reason.BASE_LAYER

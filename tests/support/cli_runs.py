@@ -16,16 +16,20 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     """A Llama with tied embeddings, and a character-level tokenizer."""
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def write_model(folder, hidden_size=32, intermediate_size=48):
+    """Into ``folder``, which is returned."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    folder = tmp_path_factory.mktemp("model")
     characters = ["<unk>", *"abcdefghijklmnopqrstuvwxyz .\n"]
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
+        vocab_size=32, hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
