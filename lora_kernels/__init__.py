@@ -12,6 +12,7 @@ from .formats import FORMATS, QuantizedWeight
 from .frozen_linears import FrozenLinear
 from .functional.dora import dora_linear
 from .functional.embedding import lora_embedding
+from .functional.grouped import grouped_lora_linear
 from .functional.lora import dropout_mask, frozen_linear, lora_linear
 from .functional.merging import merge_, unmerge_
 from .functional.prefix import prefix_kv
@@ -23,6 +24,7 @@ from .modules.lora import LoRALinear
 from .modules.prefix import PrefixEncoder
 from .modules.prompt import PromptEmbedding, PromptEncoder
 from .modules.quantized import QuantizedLinear
+from .ops.grouped_lora_linear import GroupedLoRALinearFunction
 from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
 from .ops.prefix_kv import PrefixKVFunction
@@ -36,6 +38,7 @@ __all__ = [
     "FORMATS",
     "Choice",
     "FrozenLinear",
+    "GroupedLoRALinearFunction",
     "LoRAEmbedding",
     "LoRAEmbeddingFunction",
     "LoRALinear",
@@ -57,6 +60,7 @@ __all__ = [
     "dora_linear",
     "dropout_mask",
     "frozen_linear",
+    "grouped_lora_linear",
     "inject",
     "is_fused",
     "load_adapter",

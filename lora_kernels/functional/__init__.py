@@ -2,6 +2,7 @@
 
 from .dora import dora_embedding, dora_linear
 from .embedding import lora_embedding
+from .grouped import grouped_lora_linear
 from .lora import dropout_mask, frozen_linear, lora_linear
 from .merging import merge_, unmerge_
 from .prefix import prefix_kv
@@ -14,6 +15,7 @@ __all__ = [
     "dora_linear",
     "dropout_mask",
     "frozen_linear",
+    "grouped_lora_linear",
     "lora_embedding",
     "lora_linear",
     "merge_",
