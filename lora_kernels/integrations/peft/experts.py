@@ -29,7 +29,7 @@ def is_of_linear(wrapper: Any) -> bool:
 
 def why_not_swapped(wrapper: Any) -> Reason | None:
     """Why every call of a wrapper is PEFT's own; None if ours may serve it."""
-    is_served = is_of_linear(wrapper) or _experts.is_declared(wrapper.get_base_layer())
+    is_served = is_of_linear(wrapper) or operands.is_experts(wrapper.get_base_layer())
     return None if is_served else Reason.TARGET_PARAMETERS
 
 
@@ -37,10 +37,10 @@ def experts_operands(outermost: Any) -> Experts | Reason:
     """What a call of wrappers around one another computes with, around the experts inside."""
     found: dict[str, ExpertsBranch] = {}
     base: Any = outermost.get_base_layer()
-    reason = _experts.why_not(base)
+    reason = operands.why_not_experts(base)
     if reason is not None:
         return reason
-    names = _experts.projections(base)
+    names = operands.projections(base)
     wrapper = outermost
     while wrapper is not base:
         if not isinstance(wrapper, ParamWrapper) or wrapper.parameter_name not in names:
