@@ -110,14 +110,17 @@ void decode_panel(const Tensor& y, const Tensor& s, const Tensor& x, const Tenso
 Tensor by_rows(const Tensor& pool, const Panels& panels) {
   const int64_t rows = pool.size(1), columns = pool.size(2);
   if (pool.stride(2) == 1 || !is_fp32(pool)) return pool;
+  const int64_t of_group = pool.stride(0), of_row = pool.stride(1), of_column = pool.stride(2);
   const Tensor out = new_empty_as(pool, {pool.size(0), rows, columns});
+  const float* const from = floats(pool);
+  float* const to = mutable_floats(out);
   torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (const Panel& p : panels.all) {
         if (p.part != 0) continue;
-        const float* from = floats(pool) + p.group * pool.stride(0) + i * pool.stride(1);
-        float* to = mutable_floats(out) + (p.group * rows + i) * columns;
-        for (int64_t c = 0; c < columns; ++c) to[c] = from[c * pool.stride(2)];
+        const float* from_row = from + p.group * of_group + i * of_row;
+        float* to_row = to + (p.group * rows + i) * columns;
+        for (int64_t c = 0; c < columns; ++c) to_row[c] = from_row[c * of_column];
       }
     }
   });

@@ -276,9 +276,17 @@ void lora_grad(const LoraGradParams& p, float* scratch, int64_t begin, int64_t e
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t k0 = tile * kColumns;
     const float* grad_tile = grad_tiles + (tile - begin) * tile_size;
-    for (int64_t c = 0; c < smaller(kColumns, p.k - k0); ++c) {
+    const int64_t valid = smaller(kColumns, p.k - k0);
+    const auto add = [&](int64_t j, int64_t c) {
+      p.grad[j * p.grad_stride_j + (k0 + c) * p.grad_stride_c] += p.alpha * grad_tile[j * kColumns + c];
+    };
+    if (p.grad_stride_c == 1) {
       for (int64_t j = 0; j < p.rank; ++j) {
-        p.grad[j * p.grad_stride_j + (k0 + c) * p.grad_stride_c] += p.alpha * grad_tile[j * kColumns + c];
+        for (int64_t c = 0; c < valid; ++c) add(j, c);
+      }
+    } else {
+      for (int64_t c = 0; c < valid; ++c) {
+        for (int64_t j = 0; j < p.rank; ++j) add(j, c);
       }
     }
   }
