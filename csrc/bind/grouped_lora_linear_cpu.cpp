@@ -33,7 +33,8 @@ std::vector<int64_t> ends_of(const Tensor& offsets, int64_t rows) {
   int64_t last = 0;
   for (size_t g = 0; g < ends.size(); ++g) {
     ends[g] = data[static_cast<int64_t>(g) * offsets.stride(0)];
-    STD_TORCH_CHECK(ends[g] >= last && ends[g] <= rows, "offsets must not decrease, nor exceed x's rows");
+    STD_TORCH_CHECK(ends[g] >= last && ends[g] <= rows,
+                    "offsets must be ends that do not decrease, nor exceed x's rows");
     last = ends[g];
   }
   return ends;

@@ -2,10 +2,9 @@
 
 A group's product is the vendor's. In fp32 it is made in one of two ways:
 
-- spread: rows are cut into panels of at most ``PANEL_ROWS`` that share a group, and each panel is computed by one thread
-  from beginning to end. Every number is the same on any number of threads, and threads wait for each other once.
-- one group after the other, each by all threads: for fewer rows than give every thread something to do, if the groups
-  do not either.
+- spread: rows are cut into panels of at most ``PANEL_ROWS`` that share a group, and a thread computes a panel from
+  beginning to end. Every number is the same on any number of threads, and threads wait for each other once.
+- one group after the other, each by all threads: where neither rows nor groups give every thread something to do.
 
 That is decided by sizes, not by where groups end: a large group has several panels. Other dtypes go group by group.
 """
