@@ -15,8 +15,8 @@ SCHEDULES = [
     (schedule, *dtypes)
     for schedules, dtypes in (
         (("spread aten", "spread onednn", "aten", "onednn"), (FP32, FP32)),
-        (("aten", "upcast", "native"), (BF16, BF16)),
-        (("aten", "upcast", "native"), (BF16, FP32)),
+        (("aten", "upcast", "native", "spread aten"), (BF16, BF16)),
+        (("aten", "upcast", "native", "spread aten"), (BF16, FP32)),
         (("upcast",), (FP16, FP16)),
     )
     for schedule in schedules
@@ -95,6 +95,27 @@ def results_of(forward, grad_y, schedule, needs=(True, True, True)):
     return [y, s, *native.grouped_lora_linear_backward(grad_y, x, s, *rest)]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "dtype"), [("aten", FP32), ("spread aten", FP32), ("upcast", BF16), ("spread aten", BF16)], ids=str
+)
+def test_factors_lie_anyhow(schedule, dtype):
+    """PEFT's lora_B is [n, rank, groups] in memory; both are views of the middle of larger ones here."""
+    if schedule == "spread aten" and not cpu.has_native_matmul(dtype):
+        pytest.skip(f"this CPU has no instructions for {dtype}")
+    forward, grad_y = problem_of(Sizes((30, 0, 21, 2), 24, 40, 5, behind=2))
+    x, weight, lora_A, lora_B, offsets, *rest = (
+        t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in forward
+    )
+    wide_A, wide_B = torch.randn(24, 6, 4).to(dtype), torch.randn(40, 5, 6).to(dtype)
+    wide_A[:, :5], wide_B[..., 1:5] = lora_A.permute(2, 1, 0), lora_B.permute(1, 2, 0)
+    strided = wide_A[:, :5].permute(2, 1, 0), wide_B[..., 1:5].permute(2, 0, 1)
+    for a, b in zip(
+        results_of((x, weight, *strided, offsets, *rest), grad_y.to(dtype), schedule),
+        results_of((x, weight, lora_A, lora_B, offsets, *rest), grad_y.to(dtype), schedule),
+    ):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_bits_do_not_depend_on_threads(p):
     """Kills: gradients of a group's panels added as threads finish; panels cut by the number of threads."""
@@ -156,7 +177,10 @@ def test_the_schedule_is_decided_by_sizes(monkeypatch):
     assert "panels of up to 256 rows" in chosen((1,) * 8).reason
     assert "one group after the other" in chosen((1,) * 7).reason
     assert chosen((500, 500), dtype=FP64).backend == "reference"
-    assert chosen((500, 500), dtype=BF16).schedule in ("aten", "upcast")
+    monkeypatch.setattr(cpu, "has_native_matmul", lambda dtype: dtype == BF16)
+    assert chosen((500, 500), dtype=BF16).schedule == "spread aten"
+    assert chosen((500, 500), dtype=FP16).schedule == "upcast"
+    assert chosen((500, 500), shared=True, dtype=FP16).schedule == "spread upcast"
 
 
 def operands():

@@ -85,23 +85,16 @@ inline const char* address(const Tensor& t, int64_t element) {
   return static_cast<const char*>(t.const_data_ptr()) + element * static_cast<int64_t>(t.element_size());
 }
 
-// One adapter's factor [rows, columns] of a pool.
+// One adapter's factor [rows, columns] of a pool, which is fp32 or has unit column stride.
 inline FloatMatrix factor_of(const Tensor& pool, int64_t group, int64_t rows, int64_t columns) {
   const int64_t first = group * pool.stride(0), down = pool.stride(1), along = pool.stride(2);
   if (is_fp32(pool)) return {floats(pool) + first, down, along};
   FloatMatrix out{nullptr, columns, 1, std::unique_ptr<float[]>(new float[rows * columns])};
+  out.data = out.copy.get();
   const FloatType type = float_type(pool);
   for (int64_t i = 0; i < rows; ++i) {
-    float* row = out.copy.get() + i * columns;
-    if (along == 1) {
-      cpu::copy_row(row, FloatType::kFloat32, address(pool, first + i * down), type, columns);
-      continue;
-    }
-    for (int64_t c = 0; c < columns; ++c) {
-      cpu::copy_row(row + c, FloatType::kFloat32, address(pool, first + i * down + c * along), type, 1);
-    }
+    cpu::copy_row(out.copy.get() + i * columns, FloatType::kFloat32, address(pool, first + i * down), type, columns);
   }
-  out.data = out.copy.get();
   return out;
 }
 
