@@ -15,6 +15,7 @@ from .functional.embedding import lora_embedding
 from .functional.grouped import grouped_lora_linear
 from .functional.lora import dropout_mask, frozen_linear, lora_linear
 from .functional.merging import merge_, unmerge_
+from .functional.multi import multi_lora_linear
 from .functional.prefix import prefix_kv
 from .functional.prompt import PromptEmbeddingOutput, prompt_embedding
 from .functional.why import why
@@ -27,6 +28,7 @@ from .modules.quantized import QuantizedLinear
 from .ops.grouped_lora_linear import GroupedLoRALinearFunction
 from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
+from .ops.multi_lora_linear import MultiLoRALinearFunction
 from .ops.prefix_kv import PrefixKVFunction
 from .ops.prompt_embedding import PromptEmbeddingFunction
 from .reasons import Reason
@@ -43,6 +45,7 @@ __all__ = [
     "LoRAEmbeddingFunction",
     "LoRALinear",
     "LoRALinearFunction",
+    "MultiLoRALinearFunction",
     "PrefixEncoder",
     "PrefixKVFunction",
     "PromptEmbedding",
@@ -69,6 +72,7 @@ __all__ = [
     "lora_linear",
     "merge_",
     "merge_adapter",
+    "multi_lora_linear",
     "patch",
     "patch_peft",
     "prefix_kv",
