@@ -22,6 +22,7 @@ from .functional.why import why
 from .integrations.peft.patching import is_fused, patch, patch_peft, unpatch, unpatch_peft
 from .modules.embedding import LoRAEmbedding
 from .modules.lora import LoRALinear
+from .modules.multi import MultiLoRALinear
 from .modules.prefix import PrefixEncoder
 from .modules.prompt import PromptEmbedding, PromptEncoder
 from .modules.quantized import QuantizedLinear
@@ -45,6 +46,7 @@ __all__ = [
     "LoRAEmbeddingFunction",
     "LoRALinear",
     "LoRALinearFunction",
+    "MultiLoRALinear",
     "MultiLoRALinearFunction",
     "PrefixEncoder",
     "PrefixKVFunction",
