@@ -19,7 +19,9 @@ from .functional.multi import multi_lora_linear
 from .functional.prefix import prefix_kv
 from .functional.prompt import PromptEmbeddingOutput, prompt_embedding
 from .functional.why import why
+from .integrations.experts import register as register_experts
 from .integrations.peft.patching import is_fused, patch, patch_peft, unpatch, unpatch_peft
+from .integrations.routing import route_adapters
 from .modules.embedding import LoRAEmbedding
 from .modules.lora import LoRALinear
 from .modules.multi import MultiLoRALinear
@@ -80,7 +82,9 @@ __all__ = [
     "prefix_kv",
     "prompt_embedding",
     "quantize_",
+    "register_experts",
     "reset_stats",
+    "route_adapters",
     "save_adapter",
     "save_pretrained",
     "stats",

@@ -34,7 +34,6 @@ class MultiLoRALinear(nn.Module):
         weight [out_features, in_features], bias [out_features] or None: frozen parameters.
         lora_A [adapters, r, in_features], lora_B [adapters, out_features, r]: trained parameters.
         adapters, rank, alpha, scaling, dropout_p, use_rslora: the numbers above.
-        routed_ids: int64 tensor, what ``lk.route_adapters`` has given for the calls within it, else None.
 
     Raises:
         TypeError, ValueError: ``linear`` is no plain ``nn.Linear``, or its parameters are not its own (pruned,
@@ -79,7 +78,6 @@ class MultiLoRALinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.adapters, self.rank, self.alpha, self.use_rslora = len(self.lora_A), int(r), float(alpha), use_rslora
         self.scaling, self.dropout_p = scaling_of(r, alpha, use_rslora), float(dropout)
-        self.routed_ids: Tensor | None = None
         self.reset_adapters()
 
     def reset_adapters(self) -> None:
@@ -90,11 +88,10 @@ class MultiLoRALinear(nn.Module):
 
     def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
         """``adapter_ids``: as ``lk.multi_lora_linear`` takes them."""
-        ids = self.routed_ids if adapter_ids is None else adapter_ids
-        if ids is None:
+        if adapter_ids is None:
             return linear(x, self.weight, self.bias)
         return multi_lora_linear(
-            x, self.weight, self.lora_A, self.lora_B, ids, self.bias,
+            x, self.weight, self.lora_A, self.lora_B, adapter_ids, self.bias,
             scaling=self.scaling, dropout_p=self.dropout_p, training=self.training,
         )  # fmt: skip
 
