@@ -289,7 +289,7 @@ def test_opcheck(dropout):
     torch.library.opcheck(torch.ops.lora_kernels.multi_lora_linear.default, args)
 
 
-def test_bad_arguments():
+def test_bad_arguments(backend):
     t = {k: None if v is None else v.detach() for k, v in small().items()}
 
     def refused(error, message, **changed):

@@ -69,9 +69,11 @@ def multi_lora_linear(
     try:
         args = _arguments(x, weight, lora_A, lora_B, adapter_ids, bias, scaling, ranks, dropout_p, training, seed)
         return eager.call(_op.SPEC, MultiLoRALinearFunction, args)
-    except RuntimeError:  # asking every call for its layouts is felt in a small layer
+    except RuntimeError:  # asking every call for its layouts and numbers is felt in a small layer
         for name, t in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
             check_dense(_NAME, name, t)
+        _check_range("adapter_ids", adapter_ids, -1, lora_A.shape[0] - 1)
+        _check_range("ranks", ranks, 0, lora_A.shape[1])
         raise
 
 
@@ -95,12 +97,10 @@ def _arguments(
         _check_pools(x, weight, lora_A, lora_B)
     adapters = lora_A.shape[0]
     ids = _ids_of_rows(x, adapter_ids)
-    _check_range("adapter_ids", ids, -1, adapters - 1)
     if ranks is not None:
         _check_integers("ranks", ranks, x.device)
         if ranks.shape != (adapters,):
             raise ValueError(f"{_NAME}: ranks must be [{adapters}] to fit lora_A, got shape {tuple(ranks.shape)}")
-        _check_range("ranks", ranks, 0, lora_A.shape[1])
     scalings = None
     if isinstance(scaling, Tensor):
         lora_B, scalings = _scalings(scaling, lora_B)
@@ -163,6 +163,8 @@ def _ids_of_rows(x: Tensor, adapter_ids: Tensor) -> Tensor:
     """One id for each row of x."""
     _check_integers("adapter_ids", adapter_ids, x.device)
     lead, given = x.shape[:-1], adapter_ids.shape
+    if len(lead) == 2 and lead[1] == 1 and given == lead[:1]:
+        return adapter_ids
     if given == lead:
         return adapter_ids.reshape(lead.numel()) if len(lead) != 1 else adapter_ids
     if len(lead) > 1 and given == lead[:1]:
@@ -173,9 +175,9 @@ def _ids_of_rows(x: Tensor, adapter_ids: Tensor) -> Tensor:
     )
 
 
-def _check_range(name: str, t: Tensor, least: int, most: int) -> None:
+def _check_range(name: str, t: Tensor | None, least: int, most: int) -> None:
     """``ValueError`` unless the numbers are in range; not on other devices, where a look would wait for them."""
-    if not t.is_cpu or is_compiling() or t.numel() == 0:
+    if t is None or not t.is_cpu or is_compiling() or t.numel() == 0:
         return
     low, high = t.aminmax()
     if low < least or high > most:
