@@ -45,6 +45,7 @@ class Reason(str, enum.Enum):
     ADAPTER_HOOKS = "hooks on lora_A, lora_B, dropout or the base layer"
     ADAPTER_MODULES = "lora_A, lora_B or dropout is not the plain module"
     TARGET_PARAMETERS = "target_parameters of a module that is neither a plain nn.Linear nor declared experts"
+    PROXY_REPLACED = "somebody has replaced what makes PEFT's target_parameters"
     EXPERTS_IMPLEMENTATION = "experts_implementation is not one of transformers' own"
     BASE_LAYER = "base layer is not a plain nn.Linear or nn.Embedding"
     BASE_REQUIRES_GRAD = "base weight requires grad"

@@ -1,8 +1,7 @@
 """The experts of a mixture as transformers declares them: one 3-D parameter per projection, whichever the family.
 
-``transformers.integrations.use_experts_implementation`` gives an experts module its layout (``is_transposed``,
-``has_bias``, ``has_gate``) and lets ``config._experts_implementation`` choose the code that serves it. All of them
-compute the same function; here it is computed with LoRA on either projection, by ``grouped_lora_linear``.
+Whatever ``config._experts_implementation`` chooses computes the same function; here it is computed with LoRA on either
+projection, by ``grouped_lora_linear``.
 """
 
 from __future__ import annotations
@@ -11,62 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..functional.grouped import grouped_lora_linear
 from ..functional.routing import Routing, combine, permute, route
-from ..operands import ExpertsBranch, why_not_called_as_is, why_not_frozen
+from ..operands import ExpertsBranch
+from ..operands.experts import IMPLEMENTATION, projections
 from ..ops.grouped_lora_linear import groups, of_group
-from ..plain import FLOATS, is_parametrized
-from ..reasons import Reason
-
-IMPLEMENTATION = "lora_kernels"
-"""The name under which ``register`` makes this code known to transformers."""
-
-
-def _interface(module: nn.Module) -> Any:
-    """What experts that transformers' decorator has made look their implementations up in; None for other modules."""
-    forward = type(module).forward
-    code, closure = getattr(forward, "__code__", None), getattr(forward, "__closure__", None)
-    if code is None or not closure or "experts_interface" not in code.co_freevars:
-        return None
-    return closure[code.co_freevars.index("experts_interface")].cell_contents
-
-
-def is_declared(module: nn.Module) -> bool:
-    """Whether ``module`` holds experts whose layout transformers' decorator declares."""
-    return _interface(module) is not None
-
-
-def why_not(experts: Any) -> Reason | None:
-    """Why the experts' own forward must serve a call; None if ``forward`` computes the same."""
-    interface = _interface(experts)
-    if interface is None:
-        return Reason.TARGET_PARAMETERS
-    if is_parametrized(experts):
-        return Reason.PARAMETRIZED
-    chosen = experts.config._experts_implementation
-    if chosen not in (None, "eager", IMPLEMENTATION):
-        chosen = interface.get(chosen)
-        if not getattr(chosen, "__module__", "").startswith("transformers."):
-            return Reason.EXPERTS_IMPLEMENTATION
-    parameters = experts.__dict__["_parameters"]
-    for name in projections(experts):
-        weight = parameters.get(name, Reason.DISPLACED)
-        reason = why_not_frozen(weight)
-        if reason is not None:
-            return reason
-        if weight.dim() != 3:
-            return Reason.DISPLACED  # an empty shard of ZeRO-3
-        if weight.dtype not in FLOATS:
-            return Reason.DTYPE
-    return why_not_called_as_is(experts)
-
-
-def projections(experts: Any) -> tuple[str, str]:
-    """The names of the two parameters."""
-    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
 
 
 def forward(
@@ -75,7 +26,7 @@ def forward(
     """What the experts compute, with LoRA.
 
     Args:
-        experts: for which ``why_not`` is None.
+        experts: for which ``why_not_experts`` is None.
         hidden_states: [tokens, features].
         expert_ids: integer [tokens, top_k]. weights: [tokens, top_k]. The router's choices.
         branches: of the projections that have an adapter, by the parameter's name.

@@ -15,10 +15,10 @@ from ..formats import QuantizedWeight
 from ..formats.int8 import exact_in_eval
 from ..functional.checks import draw_seed
 from ..functional.lora import dropout_mask
-from ..integrations import experts
 from ..integrations.peft import patching as integration
 from ..modules.embedding import LoRAEmbedding
 from ..modules.lora import LoRALinear
+from ..operands import is_experts, projections
 from .results import DIFFERS, KEPT, OK, SEED, UNCOUNTED, Check, Results, badness, max_error
 
 _EMBEDDINGS = (nn.Embedding, LoRAEmbedding)
@@ -76,7 +76,7 @@ def _as_original(layer: nn.Module) -> nn.Module:
         layer.__class__ = _UnfusedLinear if isinstance(layer, LoRALinear) else _UnfusedEmbedding
     else:
         integration.unpatch(layer)
-    if experts.is_declared(_base_of(layer)):
+    if is_experts(_base_of(layer)):
         _base_of(layer).config._experts_implementation = "eager"  # the one that multiplies float64
     return layer
 
@@ -162,7 +162,7 @@ def _mask(x: Tensor, p: float) -> Tensor:
 
 
 def _weight_of(base: Any) -> Tensor:
-    return getattr(base, experts.projections(base)[0] if experts.is_declared(base) else "weight")
+    return getattr(base, projections(base)[0] if is_experts(base) else "weight")
 
 
 def _inputs(base: Any, rows: int) -> tuple[Tensor, ...]:
@@ -173,7 +173,7 @@ def _inputs(base: Any, rows: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(SEED)
     if isinstance(base, _EMBEDDINGS):
         return (torch.randint(weight.shape[0], (rows,), generator=generator).to(weight.device),)
-    if experts.is_declared(base):
+    if is_experts(base):
         x = torch.randn((rows, weight.shape[1 if base.is_transposed else 2]), generator=generator)
         shares, expert_ids = torch.rand((rows, base.num_experts), generator=generator).topk(min(2, base.num_experts))
         return x.to(weight), expert_ids.to(weight.device), shares.to(weight)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.tuners.lora import layer as _peft
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
@@ -21,6 +22,13 @@ from .. import experts as _experts
 Experts = tuple[nn.Module, dict[str, ExpertsBranch]]
 """The experts, and what the adapters add to each parameter."""
 
+_FORWARDS = [
+    (kind, kind.forward)
+    for kind in (getattr(_peft, name, None) for name in ("_LoraParameterProxy", "_LoraFactorsProxy"))
+    if kind is not None
+]
+"""What makes PEFT's W + s B A, as it was when this module was imported."""
+
 
 def is_of_linear(wrapper: Any) -> bool:
     """Whether the wrapper's parameter is the weight of the linear layer right below it."""
@@ -29,7 +37,7 @@ def is_of_linear(wrapper: Any) -> bool:
 
 def why_not_swapped(wrapper: Any) -> Reason | None:
     """Why every call of a wrapper is PEFT's own; None if ours may serve it."""
-    is_served = is_of_linear(wrapper) or _experts.is_declared(wrapper.get_base_layer())
+    is_served = is_of_linear(wrapper) or operands.is_experts(wrapper.get_base_layer())
     return None if is_served else Reason.TARGET_PARAMETERS
 
 
@@ -37,10 +45,10 @@ def experts_operands(outermost: Any) -> Experts | Reason:
     """What a call of wrappers around one another computes with, around the experts inside."""
     found: dict[str, ExpertsBranch] = {}
     base: Any = outermost.get_base_layer()
-    reason = _experts.why_not(base)
+    reason = operands.why_not_experts(base)
     if reason is not None:
         return reason
-    names = _experts.projections(base)
+    names = operands.projections(base)
     wrapper = outermost
     while wrapper is not base:
         if not isinstance(wrapper, ParamWrapper) or wrapper.parameter_name not in names:
@@ -74,6 +82,8 @@ def _misfit(weight: Tensor, is_transposed: bool, branch: ExpertsBranch) -> Reaso
 
 def call(wrapper: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The result of a call, or why it is PEFT's own."""
+    if any(kind.forward is not forward for kind, forward in _FORWARDS):
+        return Reason.PROXY_REPLACED
     if is_of_linear(wrapper):
         return Reason.EXTRA_ARGUMENTS if args or kwargs else _call_linear(wrapper, x)
     found: Any = _why_not_routed(x, args, kwargs) or experts_operands(wrapper)
