@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -75,6 +76,33 @@ def multi_lora_linear(
         _check_range("adapter_ids", adapter_ids, -1, lora_A.shape[0] - 1)
         _check_range("ranks", ranks, 0, lora_A.shape[1])
         raise
+
+
+def multi_lora_linear_of_layer(
+    x: Tensor, weight: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scalings: list[float | Tensor],
+    adapter_ids: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``multi_lora_linear`` of adapters of any ranks that lie each by itself, for a layer that has looked at types and
+    dtypes; ``adapter_ids`` are one for each row.
+    """
+    trains = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, *lora_A, *lora_B)
+    )
+    floats = all(type(scaling) is float for scaling in scalings)
+    if floats and not trains and not is_compiling() and not dispatch.any_autocast():
+        return dispatch.run(_op.APART, x, weight, lora_A, lora_B, adapter_ids, bias, scalings)
+    factors = [B if type(s) is float else B * s for B, s in zip(lora_B, scalings)]
+    numbers = [s if type(s) is float else 1.0 for s in scalings]
+    each = [len(A) for A in lora_A]
+    most = max(each)
+    ranks = None
+    if min(each) < most:
+        ranks = torch.tensor(each, device=x.device)
+        lora_A = [F.pad(A, (0, 0, 0, most - len(A))) for A in lora_A]
+        factors = [F.pad(B, (0, most - B.shape[1])) for B in factors]
+    scaling: Any = torch.tensor(numbers, device=x.device) if min(numbers) < max(numbers) else numbers[0]
+    pools = torch.stack(lora_A), torch.stack(factors)
+    return multi_lora_linear(x, weight, *pools, adapter_ids.view(x.shape[:-1]), bias, scaling=scaling, ranks=ranks)
 
 
 @explains(_NAME, _op.SPEC)

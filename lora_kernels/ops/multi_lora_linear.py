@@ -229,6 +229,37 @@ SPEC = dispatch.register(
     )
 )
 
+_apart = dispatch.define_native(
+    "multi_lora_apart",
+    "(Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor adapter_ids, Tensor? bias, float[] scalings, "
+    "str schedule) -> Tensor",
+    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+
+
+def _reference_apart(
+    x: Tensor, weight: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], adapter_ids: Tensor, bias: Tensor | None,
+    scalings: list[float],
+) -> Tensor:  # fmt: skip
+    y = torch.nn.functional.linear(x, weight, bias)
+    x_rows, y_rows, ids = as_rows(x), as_rows(y), adapter_ids.tolist()
+    for slot, (A, B, scaling) in enumerate(zip(lora_A, lora_B, scalings)):
+        rows = torch.tensor([row for row, i in enumerate(ids) if i == slot], device=x.device, dtype=torch.int64)
+        y_rows[rows] += (x_rows[rows] @ A.to(x.dtype).t()) @ B.to(x.dtype).t() * scaling
+    return y
+
+
+APART = OpSpec(
+    name=SPEC.name,
+    schema="",
+    reference=_reference_apart,
+    fake=SPEC.fake,
+    kernels={"cpu": Kernel(_cpu_supports, native=_apart)},
+)
+"""``multi_lora_linear`` without gradients and dropout, of adapters that lie each by itself, as PEFT has them: stacking
+them into pools would take as long as a few rows do. Arguments as ``_reference_apart``'s; the result is y.
+"""
+
 
 class MultiLoRALinearFunction(EagerFunction):
     """``multi_lora_linear`` for eager autograd: one dispatch forward, one backward.

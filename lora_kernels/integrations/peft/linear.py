@@ -44,7 +44,7 @@ class FusedForward(nn.Module):
             if reason is None:
                 found = mixed_batch.groups(self, x, kwargs["adapter_names"])
                 if type(found) is list:
-                    return mixed_batch.add_updates(mixed_batch.base_result(self.base_layer, x), x, found)
+                    return mixed_batch.forward(self, x, found)
                 reason = found
         else:
             found = operands.operands(self)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import dispatch, operands
 from ...formats import QuantizedWeight
+from ...functional.multi import multi_lora_linear_of_layer
 from ...functional.packed import linear_of_layer
 from ...ops.eager import as_rows
 from ...reasons import Reason
@@ -42,6 +43,38 @@ def groups(layer: Any, x: Tensor, names: Sequence[str]) -> list[Group] | Reason:
             return reason
         found.append((indices, lora_A, lora_B, lora_bias, scaling))
     return found
+
+
+def forward(layer: Any, x: Tensor, found: list[Group]) -> Tensor:
+    """What the layer computes: by ``multi_lora_linear`` where its base is a plain one that nothing hooks."""
+    base = layer.base_layer
+    weight = _weight_of_one_op(base, x, found)
+    if weight is None:
+        return add_updates(base_result(base, x), x, found)
+    ids = [-1] * len(x)
+    for slot, (samples, *_) in enumerate(found):
+        for sample in samples:
+            ids[sample] = slot
+    rows_each = x.shape[1:-1].numel()
+    if rows_each != 1:
+        ids = [slot for slot in ids for _ in range(rows_each)]
+    _, lora_A, lora_B, _, scalings = (list(of_all) for of_all in zip(*found))
+    adapter_ids = torch.tensor(ids, device=x.device)
+    return multi_lora_linear_of_layer(x, weight[0], lora_A, lora_B, scalings, adapter_ids, weight[1])
+
+
+def _weight_of_one_op(base: Any, x: Tensor, found: list[Group]) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a base that the op multiplies with, None where ``add_updates`` has to serve."""
+    if not found or x.dim() < 2:
+        return None
+    operands_of_base: Any = operands.base_operands(base)
+    if type(operands_of_base) is not tuple or operands.why_not_called_as_is(base) is not None:
+        return None
+    weight, bias = operands_of_base
+    dtype = found[0][1].dtype
+    if type(weight) is QuantizedWeight or any(A.dtype != dtype or b is not None for _, A, _, b, _ in found):
+        return None
+    return weight, bias
 
 
 def base_result(base: Any, x: Tensor) -> Tensor:
