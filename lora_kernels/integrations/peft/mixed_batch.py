@@ -29,8 +29,9 @@ def groups(layer: Any, x: Tensor, names: Sequence[str]) -> list[Group] | Reason:
     base: Any = operands.base_operands(layer.base_layer)
     weight = base[0] if type(base) is tuple else layer.get_base_layer().weight
     found: list[Group] = []
+    dtypes, adapters = None, layer.lora_A._modules
     for name, indices in samples.items():
-        if name not in layer.lora_A:  # "__base__", or an adapter of other layers
+        if name not in adapters:  # "__base__", or an adapter of other layers
             continue
         branch: Any = operands.branch_operands(layer, name)
         if type(branch) is not tuple:
@@ -38,9 +39,11 @@ def groups(layer: Any, x: Tensor, names: Sequence[str]) -> list[Group] | Reason:
         lora_A, lora_B, lora_bias, scaling, p, training, magnitude = branch
         if magnitude is not None or (p > 0.0 and training):
             return Reason.ADAPTER_NAMES  # PEFT refuses DoRA, and draws its own mask
-        reason = operands.call_reason(x, weight, lora_A, lora_B)
-        if reason is not None:
-            return reason
+        if (lora_A.dtype, lora_B.dtype) != dtypes:
+            reason = operands.call_reason(x, weight, lora_A, lora_B)
+            if reason is not None:
+                return reason
+            dtypes = lora_A.dtype, lora_B.dtype
         found.append((indices, lora_A, lora_B, lora_bias, scaling))
     return found
 
@@ -55,11 +58,11 @@ def forward(layer: Any, x: Tensor, found: list[Group]) -> Tensor:
     for slot, (samples, *_) in enumerate(found):
         for sample in samples:
             ids[sample] = slot
+    adapter_ids = torch.tensor(ids, device=x.device)
     rows_each = x.shape[1:-1].numel()
     if rows_each != 1:
-        ids = [slot for slot in ids for _ in range(rows_each)]
+        adapter_ids = adapter_ids.repeat_interleave(rows_each)
     _, lora_A, lora_B, _, scalings = (list(of_all) for of_all in zip(*found))
-    adapter_ids = torch.tensor(ids, device=x.device)
     return multi_lora_linear_of_layer(x, weight[0], lora_A, lora_B, scalings, adapter_ids, weight[1])
 
 
