@@ -20,6 +20,7 @@ from .functional.prefix import prefix_kv
 from .functional.prompt import PromptEmbeddingOutput, prompt_embedding
 from .functional.why import why
 from .integrations.peft.patching import is_fused, patch, patch_peft, unpatch, unpatch_peft
+from .integrations.peft.routing import route_adapters
 from .modules.embedding import LoRAEmbedding
 from .modules.lora import LoRALinear
 from .modules.prefix import PrefixEncoder
@@ -79,6 +80,7 @@ __all__ = [
     "prompt_embedding",
     "quantize_",
     "reset_stats",
+    "route_adapters",
     "save_adapter",
     "save_pretrained",
     "stats",

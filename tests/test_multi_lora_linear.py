@@ -89,7 +89,10 @@ def test_every_schedule_of_the_base(batch, schedule, monkeypatch):
 
 def small(batch=BATCHES[0], dtype=FP32, bias=True):
     """Arguments of the op, leaves that require grad; pools hold numbers everywhere."""
-    t = {k: None if v is None else v.nan_to_num(0.5).to(dtype) for k, v in make_problem(batch, dtype, dtype, bias).items()}
+    t = {
+        k: None if v is None else v.nan_to_num(0.5).to(dtype)
+        for k, v in make_problem(batch, dtype, dtype, bias).items()
+    }
     del t["grad_y"]
     for name in ("x", "lora_A", "lora_B"):
         t[name].requires_grad_()
@@ -237,7 +240,7 @@ def test_operands_lie_anyhow(backend):
 def test_scaling(backend):
     t = small()
     factors = torch.tensor(SCALINGS[:4], requires_grad=True)
-    y, *grads = grads_of(t, scaling=factors.detach())
+    y, *_ = grads_of(t, scaling=factors.detach())
     y2 = lk.multi_lora_linear(**t, scaling=factors)
     torch.testing.assert_close(y2, y)
     (grad,) = torch.autograd.grad(y2.sum(), factors)

@@ -42,10 +42,14 @@ class FusedForward(nn.Module):
         if args or kwargs:
             reason = _extra_arguments(self, args, kwargs)
             if reason is None:
-                found = mixed_batch.groups(self, x, kwargs["adapter_names"])
-                if type(found) is list:
+                names = kwargs["adapter_names"]
+                found = mixed_batch.batch_of(self, x, names)
+                if type(found) is mixed_batch.Batch:
                     return mixed_batch.forward(self, x, found)
                 reason = found
+                if type(names) is mixed_batch.Routed and found is not Reason.ADAPTER_NAMES:
+                    _count("multi_lora_linear", found)
+                    return mixed_batch.one_by_one(self, x, names)
         else:
             found = operands.operands(self)
             if type(found) is tuple:
