@@ -89,8 +89,10 @@ def test_every_schedule_of_the_base(batch, schedule, monkeypatch):
 
 def small(batch=BATCHES[0], dtype=FP32, bias=True):
     """Arguments of the op, leaves that require grad; pools hold numbers everywhere."""
-    problem = make_problem(batch, dtype, dtype, bias)
-    t = {k: None if v is None else v.nan_to_num(0.5).to(dtype) for k, v in problem.items()}
+    t = {
+        k: None if v is None else v.nan_to_num(0.5).to(dtype)
+        for k, v in make_problem(batch, dtype, dtype, bias).items()
+    }
     del t["grad_y"]
     for name in ("x", "lora_A", "lora_B"):
         t[name].requires_grad_()
@@ -290,7 +292,7 @@ def test_opcheck(dropout):
     torch.library.opcheck(torch.ops.lora_kernels.multi_lora_linear.default, args)
 
 
-def test_bad_arguments():
+def test_bad_arguments(backend):
     t = {k: None if v is None else v.detach() for k, v in small().items()}
 
     def refused(error, message, **changed):

@@ -85,15 +85,15 @@ inline const char* address(const Tensor& t, int64_t element) {
   return static_cast<const char*>(t.const_data_ptr()) + element * static_cast<int64_t>(t.element_size());
 }
 
-// One adapter's factor [rows, columns] of a pool, which is fp32 or has unit column stride.
-inline FloatMatrix factor_of(const Tensor& pool, int64_t group, int64_t rows, int64_t columns) {
-  const int64_t first = group * pool.stride(0), down = pool.stride(1), along = pool.stride(2);
-  if (is_fp32(pool)) return {floats(pool) + first, down, along};
+// rows x columns of t from element `first` on. t is fp32 or has unit column stride.
+inline FloatMatrix factor_of(const Tensor& t, int64_t first, int64_t rows, int64_t columns) {
+  const int64_t down = t.stride(t.dim() - 2), along = t.stride(t.dim() - 1);
+  if (is_fp32(t)) return {floats(t) + first, down, along};
   FloatMatrix out{nullptr, columns, 1, std::unique_ptr<float[]>(new float[rows * columns])};
   out.data = out.copy.get();
-  const FloatType type = float_type(pool);
+  const FloatType type = float_type(t);
   for (int64_t i = 0; i < rows; ++i) {
-    cpu::copy_row(out.copy.get() + i * columns, FloatType::kFloat32, address(pool, first + i * down), type, columns);
+    cpu::copy_row(out.copy.get() + i * columns, FloatType::kFloat32, address(t, first + i * down), type, columns);
   }
   return out;
 }
@@ -144,23 +144,29 @@ class PanelRows {
   FloatType type_;
 };
 
-// The adapters of all groups: pools lora_A [groups, rank, k] and lora_B [groups, n, rank], of which a group may use
-// fewer ranks and scale by a factor of its own.
+// The adapters of all groups, each with a factor of its own for its update. They lie in pools lora_A [groups, rank, k]
+// and lora_B [groups, n, rank], of which a group may use fewer ranks, or are a pair of matrices each.
 struct Adapters {
-  Tensor lora_A, lora_B;
+  std::vector<Tensor> lora_A, lora_B;  // one pool, or a matrix for each group
   double scaling;
   std::vector<int64_t> ranks = {};
   std::vector<float> scalings = {};
   std::optional<Dropout> dropout = {};
 
-  int64_t groups() const { return lora_A.size(0); }
-  int64_t n() const { return lora_B.size(1); }
-  int64_t k() const { return lora_A.size(2); }
-  int64_t rank() const { return lora_A.size(1); }
+  bool pooled() const { return lora_A[0].dim() == 3; }
+  int64_t groups() const { return pooled() ? lora_A[0].size(0) : static_cast<int64_t>(lora_A.size()); }
+  int64_t n() const { return lora_B[0].size(lora_B[0].dim() - 2); }
+  int64_t k() const { return lora_A[0].size(lora_A[0].dim() - 1); }
+  int64_t rank() const { return pooled() ? lora_A[0].size(1) : *std::max_element(ranks.begin(), ranks.end()); }
   int64_t rank(int64_t group) const { return ranks.empty() ? rank() : ranks[group]; }
   float alpha(int64_t group) const { return static_cast<float>(scaling) * (scalings.empty() ? 1.0f : scalings[group]); }
-  FloatMatrix a(int64_t group) const { return factor_of(lora_A, group, rank(group), k()); }
-  FloatMatrix b(int64_t group) const { return factor_of(lora_B, group, n(), rank(group)); }
+  FloatMatrix a(int64_t group) const { return of(lora_A, group, rank(group), k()); }
+  FloatMatrix b(int64_t group) const { return of(lora_B, group, n(), rank(group)); }
+
+  FloatMatrix of(const std::vector<Tensor>& factors, int64_t group, int64_t rows, int64_t columns) const {
+    return pooled() ? factor_of(factors[0], group * factors[0].stride(0), rows, columns)
+                    : factor_of(factors[group], 0, rows, columns);
+  }
 };
 
 // out [rows, rank] = rows · Wᵀ, W [rank, k] by its strides.

@@ -158,8 +158,8 @@ void forward_each(const Tensor& y, const Tensor& s, const Tensor& x, const Tenso
   for (const Panel& p : panels.all) {
     const Tensor w = of_group(weight, p.group);
     const auto [y_rows, s_rows] =
-        lora_forward(row_block(x, p.begin, p.end), PlainMatrix(w), of_group(adapters.lora_A, p.group),
-                     of_group(adapters.lora_B, p.group), bias_of(bias, p.group), seed, adapters.scaling, dropout_p,
+        lora_forward(row_block(x, p.begin, p.end), PlainMatrix(w), of_group(adapters.lora_A[0], p.group),
+                     of_group(adapters.lora_B[0], p.group), bias_of(bias, p.group), seed, adapters.scaling, dropout_p,
                      schedule, p.begin);
     put(y, p, y_rows);
     put(s, p, s_rows);
@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor> grouped_lora_linear(Tensor x, Tensor weight, Tensor l
   const std::vector<int64_t> ends = ends_of(offsets, rows.size(0));
   const Panels panels = panels_of(ends, is_spread(schedule));
   const std::string product = product_of(schedule);
-  Adapters adapters{by_rows(lora_A, panels), by_rows(lora_B, panels), scaling};
+  Adapters adapters{{by_rows(lora_A, panels)}, {by_rows(lora_B, panels)}, scaling};
   if (seed) adapters.dropout = read_dropout(*seed, dropout_p);
 
   std::optional<Tensor> y;
@@ -223,16 +223,16 @@ Gradient backward_each(const Tensor& grad_y, const Tensor& x, const Tensor& s, c
                        bool need_A, bool need_B, const Panels& panels, const std::string& schedule) {
   const int64_t m = x.size(0), groups = adapters.groups(), rank = adapters.rank(), n = adapters.n(), k = adapters.k();
   const Tensor grad_x = new_empty_as(x, {need_x ? m : 0, k});
-  Tensor grad_A = new_empty_as(adapters.lora_A, {need_A ? groups : 0, rank, k});
-  Tensor grad_B = new_empty_as(adapters.lora_B, {need_B ? groups : 0, n, rank});
+  Tensor grad_A = new_empty_as(adapters.lora_A[0], {need_A ? groups : 0, rank, k});
+  Tensor grad_B = new_empty_as(adapters.lora_B[0], {need_B ? groups : 0, n, rank});
   torch::stable::zero_(grad_A);
   torch::stable::zero_(grad_B);
   for (const Panel& p : panels.all) {
     const Tensor w = of_group(weight, p.group);
     const auto [of_x, of_A, of_B] =
         lora_backward(row_block(grad_y, p.begin, p.end), row_block(x, p.begin, p.end), row_block(s, p.begin, p.end),
-                      PlainMatrix(w), of_group(adapters.lora_A, p.group), of_group(adapters.lora_B, p.group), seed,
-                      adapters.scaling, dropout_p, need_x, need_A, need_B, schedule, p.begin);
+                      PlainMatrix(w), of_group(adapters.lora_A[0], p.group), of_group(adapters.lora_B[0], p.group),
+                      seed, adapters.scaling, dropout_p, need_x, need_A, need_B, schedule, p.begin);
     if (need_x) put(grad_x, p, of_x);
     Tensor a = of_group(grad_A, p.group), b = of_group(grad_B, p.group);
     if (need_A) torch::stable::copy_(a, of_A);
@@ -257,7 +257,7 @@ Gradient backward_panels(const Tensor& grad_y, const Tensor& x, const Tensor& s,
                         grads, need_A, need_B);
   });
   grads.sum();
-  return {grad_x, cast(grads.grad_A, adapters.lora_A.scalar_type()), cast(grads.grad_B, adapters.lora_B.scalar_type())};
+  return {grad_x, grads.grad_A, grads.grad_B};
 }
 
 Gradient grouped_lora_linear_backward(Tensor grad_y, Tensor x, Tensor s, Tensor weight, Tensor lora_A, Tensor lora_B,
@@ -268,7 +268,7 @@ Gradient grouped_lora_linear_backward(Tensor grad_y, Tensor x, Tensor s, Tensor 
   const std::vector<int64_t> ends = ends_of(offsets, x_rows.size(0));
   const Panels panels = panels_of(ends, is_spread(schedule));
   const std::string product = product_of(schedule);
-  Adapters adapters{by_rows(lora_A, panels), by_rows(lora_B, panels), scaling};
+  Adapters adapters{{by_rows(lora_A, panels)}, {by_rows(lora_B, panels)}, scaling};
   if (seed) adapters.dropout = read_dropout(*seed, dropout_p);
   const auto [grad_x, grad_A, grad_B] =
       weight.dim() == 2 || is_fp32(x) || is_spread(schedule)

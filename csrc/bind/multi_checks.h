@@ -10,6 +10,11 @@ inline bool is_integer(const Tensor& t) {
   return t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long;
 }
 
+inline void check_ids(const Tensor& adapter_ids, int64_t rows) {
+  STD_TORCH_CHECK(adapter_ids.dim() == 1 && adapter_ids.size(0) == rows && is_integer(adapter_ids),
+                  "adapter_ids must be one integer for each row of x");
+}
+
 inline void check_multi_lora_linear(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                     const Tensor& adapter_ids, const std::optional<Tensor>& ranks,
                                     const std::optional<Tensor>& scalings, const std::optional<Tensor>& bias,
@@ -27,8 +32,7 @@ inline void check_multi_lora_linear(const Tensor& x, const Tensor& weight, const
   STD_TORCH_CHECK(is_beside(x, lora_B), "lora_B must be on x's device");
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
-  STD_TORCH_CHECK(adapter_ids.dim() == 1 && adapter_ids.size(0) == rows && is_integer(adapter_ids),
-                  "adapter_ids must be one integer for each row of x");
+  check_ids(adapter_ids, rows);
   STD_TORCH_CHECK(is_beside(x, adapter_ids), "adapter_ids must be on x's device");
   STD_TORCH_CHECK(!ranks || (ranks->dim() == 1 && ranks->size(0) == adapters && is_integer(*ranks)),
                   "ranks must be one integer for each adapter");

@@ -70,13 +70,13 @@ class Slots {
 };
 
 Tensor by_rows(const Tensor& pool) {
-  return is_fp32(pool) || pool.stride(2) == 1 ? pool : torch::stable::contiguous(pool);
+  return is_fp32(pool) || pool.stride(pool.dim() - 1) == 1 ? pool : torch::stable::contiguous(pool);
 }
 
 Adapters adapters_of(const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& ranks,
                      const std::optional<Tensor>& scalings, const std::optional<Tensor>& seed, double scaling,
                      double dropout_p) {
-  Adapters adapters{by_rows(lora_A), by_rows(lora_B), scaling};
+  Adapters adapters{{by_rows(lora_A)}, {by_rows(lora_B)}, scaling};
   if (ranks) {
     adapters.ranks.resize(ranks->size(0));
     for_each_integer(*ranks, [&](int64_t slot, int64_t rank) {
@@ -92,14 +92,11 @@ Adapters adapters_of(const Tensor& lora_A, const Tensor& lora_B, const std::opti
   return adapters;
 }
 
-std::tuple<Tensor, Tensor> multi_lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor adapter_ids,
-                                             std::optional<Tensor> ranks, std::optional<Tensor> scalings,
-                                             std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
-                                             double dropout_p, std::string schedule) {
-  check_multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, ranks, scalings, bias, seed);
-  const Tensor rows = as_rows(x), s = new_empty_as(x, {rows.size(0), lora_A.size(1)});
-  const Slots slots(adapter_ids, lora_A.size(0));
-  const Adapters adapters = adapters_of(lora_A, lora_B, ranks, scalings, seed, scaling, dropout_p);
+// y and s of rows of x.
+std::tuple<Tensor, Tensor> forward(const Tensor& rows, const Tensor& weight, const Adapters& adapters,
+                                   const Tensor& ids, const std::optional<Tensor>& bias, const std::string& schedule) {
+  const Tensor s = new_empty_as(rows, {rows.size(0), adapters.rank()});
+  const Slots slots(ids, adapters.groups());
   const Tensor y = schedule == "decode" ? decode_product(rows, weight, bias)
                                         : base_forward(rows, PlainMatrix(weight), bias, schedule);
   slots.clear_rest(s, adapters);
@@ -109,7 +106,37 @@ std::tuple<Tensor, Tensor> multi_lora_linear(Tensor x, Tensor weight, Tensor lor
     expand_panel(PanelRows(y, slots.order()), y, p, nullptr, nullptr, panel_s.data(), b.data, b.column_stride,
                  b.row_stride, adapters.rank(p.group), adapters.alpha(p.group));
   });
+  return {y, s};
+}
+
+std::tuple<Tensor, Tensor> multi_lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor adapter_ids,
+                                             std::optional<Tensor> ranks, std::optional<Tensor> scalings,
+                                             std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
+                                             double dropout_p, std::string schedule) {
+  check_multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, ranks, scalings, bias, seed);
+  const Adapters adapters = adapters_of(lora_A, lora_B, ranks, scalings, seed, scaling, dropout_p);
+  const auto [y, s] = forward(as_rows(x), weight, adapters, adapter_ids, bias, schedule);
   return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
+}
+
+// y alone, with adapters that are matrices of their own, of any ranks; a factor each.
+Tensor multi_lora_apart(Tensor x, Tensor weight, std::vector<Tensor> lora_A, std::vector<Tensor> lora_B,
+                        Tensor adapter_ids, std::optional<Tensor> bias, std::vector<double> scalings,
+                        std::string schedule) {
+  STD_TORCH_CHECK(!lora_A.empty() && lora_A.size() == lora_B.size() && lora_A.size() == scalings.size(),
+                  "lora_A, lora_B and scalings must be of as many adapters, at least one");
+  check_frozen_linear(x, weight, bias);
+  Adapters adapters{{}, {}, 1.0};
+  for (size_t i = 0; i < lora_A.size(); ++i) {
+    check_adapter(x, weight.size(0), weight.size(1), lora_A[i], lora_B[i], std::nullopt);
+    adapters.lora_A.push_back(by_rows(lora_A[i]));
+    adapters.lora_B.push_back(by_rows(lora_B[i]));
+    adapters.ranks.push_back(lora_A[i].size(0));
+    adapters.scalings.push_back(static_cast<float>(scalings[i]));
+  }
+  const Tensor rows = as_rows(x);
+  check_ids(adapter_ids, rows.size(0));
+  return with_leading_sizes_of(std::get<0>(forward(rows, weight, adapters, adapter_ids, bias, schedule)), x);
 }
 
 std::tuple<Tensor, Tensor, Tensor> multi_lora_linear_backward(
@@ -139,6 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_linear_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
   m.impl("multi_lora_linear", TORCH_BOX(&multi_lora_linear));
+  m.impl("multi_lora_apart", TORCH_BOX(&multi_lora_apart));
   m.impl("multi_lora_linear_backward", TORCH_BOX(&multi_lora_linear_backward));
 }
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -69,10 +70,40 @@ def multi_lora_linear(
     try:
         args = _arguments(x, weight, lora_A, lora_B, adapter_ids, bias, scaling, ranks, dropout_p, training, seed)
         return eager.call(_op.SPEC, MultiLoRALinearFunction, args)
-    except RuntimeError:  # asking every call for its layouts is felt in a small layer
+    except RuntimeError:  # asking every call for its layouts and numbers is felt in a small layer
         for name, t in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
             check_dense(_NAME, name, t)
+        _check_range("adapter_ids", adapter_ids, -1, lora_A.shape[0] - 1)
+        _check_range("ranks", ranks, 0, lora_A.shape[1])
         raise
+
+
+def multi_lora_linear_of_layer(
+    x: Tensor, weight: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scalings: list[float | Tensor],
+    adapter_ids: Tensor, bias: Tensor | None, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """``multi_lora_linear`` of adapters of any ranks that lie each by itself, for a layer that has looked at types and
+    dtypes; ``adapter_ids`` are one for each row. An active dropout is one with ``dropout_p``.
+    """
+    trains = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, *lora_A, *lora_B)
+    )
+    floats = all(type(scaling) is float for scaling in scalings)
+    if floats and not trains and dropout_p == 0.0 and not is_compiling() and not dispatch.any_autocast():
+        return dispatch.run(_op.APART, x, weight, lora_A, lora_B, adapter_ids, bias, scalings)
+    factors = [B if type(s) is float else B * s for B, s in zip(lora_B, scalings)]
+    numbers = [s if type(s) is float else 1.0 for s in scalings]
+    each = [len(A) for A in lora_A]
+    most = max(each)
+    ranks = None
+    if min(each) < most:
+        ranks = torch.tensor(each, device=x.device)
+        lora_A = [F.pad(A, (0, 0, 0, most - len(A))) for A in lora_A]
+        factors = [F.pad(B, (0, most - B.shape[1])) for B in factors]
+    scaling: Any = torch.tensor(numbers, device=x.device) if min(numbers) < max(numbers) else numbers[0]
+    pools = torch.stack(lora_A), torch.stack(factors)
+    how: dict[str, Any] = {"scaling": scaling, "ranks": ranks, "dropout_p": dropout_p, "training": True}
+    return multi_lora_linear(x, weight, *pools, adapter_ids.view(x.shape[:-1]), bias, **how)
 
 
 @explains(_NAME, _op.SPEC)
@@ -95,12 +126,10 @@ def _arguments(
         _check_pools(x, weight, lora_A, lora_B)
     adapters = lora_A.shape[0]
     ids = _ids_of_rows(x, adapter_ids)
-    _check_range("adapter_ids", ids, -1, adapters - 1)
     if ranks is not None:
         _check_integers("ranks", ranks, x.device)
         if ranks.shape != (adapters,):
             raise ValueError(f"{_NAME}: ranks must be [{adapters}] to fit lora_A, got shape {tuple(ranks.shape)}")
-        _check_range("ranks", ranks, 0, lora_A.shape[1])
     scalings = None
     if isinstance(scaling, Tensor):
         lora_B, scalings = _scalings(scaling, lora_B)
@@ -163,6 +192,8 @@ def _ids_of_rows(x: Tensor, adapter_ids: Tensor) -> Tensor:
     """One id for each row of x."""
     _check_integers("adapter_ids", adapter_ids, x.device)
     lead, given = x.shape[:-1], adapter_ids.shape
+    if len(lead) == 2 and lead[1] == 1 and given == lead[:1]:
+        return adapter_ids
     if given == lead:
         return adapter_ids.reshape(lead.numel()) if len(lead) != 1 else adapter_ids
     if len(lead) > 1 and given == lead[:1]:
@@ -173,9 +204,9 @@ def _ids_of_rows(x: Tensor, adapter_ids: Tensor) -> Tensor:
     )
 
 
-def _check_range(name: str, t: Tensor, least: int, most: int) -> None:
+def _check_range(name: str, t: Tensor | None, least: int, most: int) -> None:
     """``ValueError`` unless the numbers are in range; not on other devices, where a look would wait for them."""
-    if not t.is_cpu or is_compiling() or t.numel() == 0:
+    if t is None or not t.is_cpu or is_compiling() or t.numel() == 0:
         return
     low, high = t.aminmax()
     if low < least or high > most:

@@ -68,6 +68,10 @@ class FusedForward(nn.Module):
             if type(found) is not Reason:
                 return mixed_batch.forward(self, x, found)
             reason = found
+            names = kwargs.get("adapter_names")
+            if type(names) is mixed_batch.Routed and reason is not Reason.ADAPTER_NAMES:
+                _count("multi_lora_linear", reason)
+                return mixed_batch.one_by_one(self, x, names)
         _count("lora_linear", reason)
         return super().forward(x, *args, **kwargs)
 
