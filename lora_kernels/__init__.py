@@ -19,10 +19,12 @@ from .functional.multi import multi_lora_linear
 from .functional.prefix import prefix_kv
 from .functional.prompt import PromptEmbeddingOutput, prompt_embedding
 from .functional.why import why
+from .integrations.experts import register as register_experts
 from .integrations.peft.patching import is_fused, patch, patch_peft, unpatch, unpatch_peft
-from .integrations.peft.routing import route_adapters
+from .integrations.routing import route_adapters
 from .modules.embedding import LoRAEmbedding
 from .modules.lora import LoRALinear
+from .modules.multi import MultiLoRALinear
 from .modules.prefix import PrefixEncoder
 from .modules.prompt import PromptEmbedding, PromptEncoder
 from .modules.quantized import QuantizedLinear
@@ -46,6 +48,7 @@ __all__ = [
     "LoRAEmbeddingFunction",
     "LoRALinear",
     "LoRALinearFunction",
+    "MultiLoRALinear",
     "MultiLoRALinearFunction",
     "PrefixEncoder",
     "PrefixKVFunction",
@@ -79,6 +82,7 @@ __all__ = [
     "prefix_kv",
     "prompt_embedding",
     "quantize_",
+    "register_experts",
     "reset_stats",
     "route_adapters",
     "save_adapter",

@@ -42,7 +42,6 @@ class Reason(str, enum.Enum):
     SCALING = "scaling is not finite"
     INFERENCE_TENSOR = "base weight made in inference mode"
     ADAPTER_NAMES = "adapter_names (mixed batch) in a form that is not served"
-    DROPOUTS = "adapters of one batch drop in different ways"
     ADAPTER_HOOKS = "hooks on lora_A, lora_B, dropout or the base layer"
     ADAPTER_MODULES = "lora_A, lora_B or dropout is not the plain module"
     TARGET_PARAMETERS = "target_parameters of a module that is neither a plain nn.Linear nor declared experts"

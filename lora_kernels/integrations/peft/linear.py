@@ -21,7 +21,7 @@ from ...functional.embedding import lora_embedding
 from ...functional.lora import lora_linear_of_layer
 from ...modules.quantized import set_compute_type
 from ...reasons import Reason
-from ...report import FUSED
+from ...report import FUSED, FUSED_POOL
 from . import conv, experts, mixed_batch, several_adapters
 
 original_create_new_module: Any = LoraModel._create_new_module
@@ -37,20 +37,15 @@ class FusedForward(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found: Any
-        reason: Reason | None
+        reason: Any = None
+        mixes = False  # some rows use another adapter than others
         set_compute_type(self.__dict__["_modules"]["base_layer"], x)
         if args or kwargs:
-            reason = _extra_arguments(self, args, kwargs)
-            if reason is None:
-                names = kwargs["adapter_names"]
-                found = mixed_batch.batch_of(self, x, names)
-                if type(found) is mixed_batch.Batch:
-                    return mixed_batch.forward(self, x, found)
-                reason = found
-                if type(names) is mixed_batch.Routed and found is not Reason.ADAPTER_NAMES:
-                    _count("multi_lora_linear", found)
-                    return mixed_batch.one_by_one(self, x, names)
-        else:
+            reason = Reason.DISABLED if self._disable_adapters else mixed_batch.extra_arguments(args, kwargs)
+            mixes = reason is None and (
+                kwargs.get("adapter_names") is not None or mixed_batch.acts_on_some_tokens(self)
+            )
+        if reason is None and not mixes:
             found = operands.operands(self)
             if type(found) is tuple:
                 weight, lora_A, lora_B, bias, scaling, dropout_p, training, magnitude = found
@@ -62,11 +57,17 @@ class FusedForward(nn.Module):
                         x, weight, lora_A, lora_B, magnitude, bias, scaling, dropout_p, training
                     )
             elif type(found) is Reason:
-                reason = found
+                mixes = found is Reason.VARIANT and mixed_batch.acts_on_some_tokens(self)
+                reason = None if mixes else found
             else:
                 reason = several_adapters.call_reason(x, found)
                 if reason is None:
                     return several_adapters.forward(x, found)
+        if mixes:
+            found = mixed_batch.mixed(self, x, kwargs)
+            if type(found) is not Reason:
+                return mixed_batch.forward(self, x, found)
+            reason = found
         _count("lora_linear", reason)
         return super().forward(x, *args, **kwargs)
 
@@ -234,6 +235,8 @@ def next_call(layer: Any) -> tuple[Reason | None, str]:
         return (found, "") if type(found) is Reason else (None, "grouped_lora_linear")
     is_conv = isinstance(layer, FusedConv)
     found = conv.adapters(layer) if is_conv else operands.operands(layer)
+    if found is Reason.VARIANT and isinstance(layer, FusedForward) and mixed_batch.acts_on_some_tokens(layer):
+        return None, FUSED_POOL
     if type(found) is Reason:
         return found, ""
     if is_conv:
