@@ -73,12 +73,13 @@ def acts_on_some_tokens(layer: Any) -> bool:
 
 
 def _found(layer: Any, x: Tensor, names: tuple[str, ...], offsets: Offsets) -> Mixed | Reason:
-    used = tuple(name for name in dict.fromkeys(names) if name in layer.lora_A)  # not "__base__", nor other layers'
+    known = layer.lora_A._modules
+    used = tuple(name for name in dict.fromkeys(names) if name in known)  # not "__base__", nor other layers'
     base: Any = operands.base_operands(layer.base_layer)
     weight: Any = base[0] if type(base) is tuple else getattr(layer.get_base_layer(), "weight", None)
     if not isinstance(weight, (Tensor, QuantizedWeight)):
         return base
-    branches = []
+    branches, dtypes = [], None
     for name in used:
         branch: Any = operands.branch_operands(layer, name, some_tokens=True)
         if type(branch) is Reason:
@@ -86,9 +87,11 @@ def _found(layer: Any, x: Tensor, names: tuple[str, ...], offsets: Offsets) -> M
         lora_A, lora_B, lora_bias, scaling, p, training, magnitude = branch
         if magnitude is not None:
             return Reason.ADAPTER_NAMES  # PEFT refuses DoRA
-        reason = operands.call_reason(x, weight, lora_A, lora_B)
-        if reason is not None:
-            return reason
+        if (lora_A.dtype, lora_B.dtype) != dtypes:  # all else that is asked is alike for all of them
+            reason = operands.call_reason(x, weight, lora_A, lora_B)
+            if reason is not None:
+                return reason
+            dtypes = lora_A.dtype, lora_B.dtype
         branches.append((lora_A, lora_B, scaling, lora_bias, p if training else 0.0))
     dropouts = {p for *_, p in branches} or {0.0}
     if len(dropouts) > 1:
