@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
 from lora_kernels import _native
+from lora_kernels.functional.multi import multi_lora_linear_apart
 from lora_kernels.spec import Verdict
 from lora_kernels.support import cpu
 
@@ -89,10 +90,8 @@ def test_every_schedule_of_the_base(batch, schedule, monkeypatch):
 
 def small(batch=BATCHES[0], dtype=FP32, bias=True):
     """Arguments of the op, leaves that require grad; pools hold numbers everywhere."""
-    t = {
-        k: None if v is None else v.nan_to_num(0.5).to(dtype)
-        for k, v in make_problem(batch, dtype, dtype, bias).items()
-    }
+    problem = make_problem(batch, dtype, dtype, bias)
+    t = {k: None if v is None else v.nan_to_num(0.5).to(dtype) for k, v in problem.items()}
     del t["grad_y"]
     for name in ("x", "lora_A", "lora_B"):
         t[name].requires_grad_()
@@ -281,6 +280,45 @@ def test_checkpointing_and_autocast_and_compile():
         y4 = lk.multi_lora_linear(**t)
     assert y4.dtype == BF16
     torch.testing.assert_close(y4.float(), y, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtypes", [*DTYPES, (FP64, FP64)], ids=str)
+def test_adapters_that_lie_apart_are_not_stacked(dtypes, backend):
+    """The same numbers as of pools; without gradients alone. Kills: an adapter's factor or rank taken of another."""
+    batch = BATCHES[0]
+    ranks, factors = (4, 1, 3, 7), list(SCALINGS[:4])
+    t = {k: v.to(dtypes[1] if "lora" in k else dtypes[0]) for k, v in small(batch).items() if k != "adapter_ids"}
+    A = [t["lora_A"][i, :r].detach() for i, r in enumerate(ranks)]
+    B = [t["lora_B"][i, :, :r].detach().t().contiguous().t() for i, r in enumerate(ranks)]
+    ids = batch.ids_tensor()
+    apart = multi_lora_linear_apart(t["x"].detach(), t["weight"], A, B, factors, ids, t["bias"])
+    with torch.no_grad():
+        rest = {"adapter_ids": ids, "scaling": torch.tensor(factors), "ranks": torch.tensor(ranks)}
+        pooled = lk.multi_lora_linear(**t, **rest)
+    torch.testing.assert_close(apart, pooled)
+    if lk.why("multi_lora_linear", **t, **rest).backend == "cpu":
+        assert torch.equal(apart, pooled)
+    assert multi_lora_linear_apart(t["x"], t["weight"], [t["lora_A"][0]], [t["lora_B"][0]], [1.0], ids, None) is None
+    assert multi_lora_linear_apart(t["x"].detach(), t["weight"], A, B, [ids.sum()] * 4, ids, None) is None
+
+
+@ON_CPU
+def test_misfits_of_adapters_that_lie_apart():
+    x, W, A, B = torch.randn(3, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    apart = torch.ops.lora_kernels_native.multi_lora_apart
+    for args, message in (
+        ((x, W, [A], [B, B], torch.zeros(3).int(), None, [1.0]), "must be of as many adapters"),
+        ((x, W, [], [], torch.zeros(3).int(), None, []), "must be of as many adapters"),
+        ((x, W, [A], [B], torch.zeros(3).int(), None, [1.0, 2.0]), "must be of as many adapters"),
+        ((x, W, [A[:, 1:]], [B], torch.zeros(3).int(), None, [1.0]), "lora_A must be"),
+        ((x, W, [A], [B[1:]], torch.zeros(3).int(), None, [1.0]), "lora_B must be"),
+        ((x, W, [A], [B], torch.ones(3).int(), None, [1.0]), "adapter_ids must be"),
+        ((x, W, [A], [B], torch.zeros(2).int(), None, [1.0]), "adapter_ids must be"),
+        ((x, W[:, 1:], [A], [B], torch.zeros(3).int(), None, [1.0]), "x must be"),
+        ((x, W, [A], [B], torch.zeros(3).int(), B[0], [1.0]), "bias must be"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            apart(*args, "aten")
 
 
 @pytest.mark.parametrize("dropout", [False, True])

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -78,32 +77,23 @@ def multi_lora_linear(
         raise
 
 
-def multi_lora_linear_of_layer(
+def multi_lora_linear_apart(
     x: Tensor, weight: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scalings: list[float | Tensor],
-    adapter_ids: Tensor, bias: Tensor | None, dropout_p: float,
-) -> Tensor:  # fmt: skip
-    """``multi_lora_linear`` of adapters of any ranks that lie each by itself, for a layer that has looked at types and
-    dtypes; ``adapter_ids`` are one for each row. An active dropout is one with ``dropout_p``.
+    adapter_ids: Tensor, bias: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """``multi_lora_linear`` of adapters of any ranks that lie each by itself, without gradients, on a CPU; for a layer
+    that has looked at types, dtypes and sizes. None where pools have to be made.
     """
-    trains = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, *lora_A, *lora_B)
-    )
-    floats = all(type(scaling) is float for scaling in scalings)
-    if floats and not trains and dropout_p == 0.0 and not is_compiling() and not dispatch.any_autocast():
-        return dispatch.run(_op.APART, x, weight, lora_A, lora_B, adapter_ids, bias, scalings)
-    factors = [B if type(s) is float else B * s for B, s in zip(lora_B, scalings)]
-    numbers = [s if type(s) is float else 1.0 for s in scalings]
-    each = [len(A) for A in lora_A]
-    most = max(each)
-    ranks = None
-    if min(each) < most:
-        ranks = torch.tensor(each, device=x.device)
-        lora_A = [F.pad(A, (0, 0, 0, most - len(A))) for A in lora_A]
-        factors = [F.pad(B, (0, most - B.shape[1])) for B in factors]
-    scaling: Any = torch.tensor(numbers, device=x.device) if min(numbers) < max(numbers) else numbers[0]
-    pools = torch.stack(lora_A), torch.stack(factors)
-    how: dict[str, Any] = {"scaling": scaling, "ranks": ranks, "dropout_p": dropout_p, "training": True}
-    return multi_lora_linear(x, weight, *pools, adapter_ids.view(x.shape[:-1]), bias, **how)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, *lora_A, *lora_B)):
+        return None
+    if (
+        not x.is_cpu
+        or is_compiling()
+        or dispatch.any_autocast()
+        or not all(type(scaling) is float for scaling in scalings)
+    ):
+        return None
+    return dispatch.run(_op.APART, x, weight, lora_A, lora_B, _ids_of_rows(x, adapter_ids), bias, scalings)
 
 
 @explains(_NAME, _op.SPEC)

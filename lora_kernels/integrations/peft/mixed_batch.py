@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ... import dispatch, operands
 from ...formats import QuantizedWeight
-from ...functional.multi import multi_lora_linear_of_layer
+from ...functional.multi import multi_lora_linear, multi_lora_linear_apart
 from ...functional.packed import linear_of_layer
 from ...ops.eager import as_rows
 from ...plain import inside_transform
@@ -81,12 +81,13 @@ def acts_on_some_tokens(layer: Any) -> bool:
 
 
 def _found(layer: Any, x: Tensor, names: tuple[str, ...], offsets: Offsets) -> Mixed | Reason:
-    used = tuple(name for name in dict.fromkeys(names) if name in layer.lora_A)  # not "__base__", nor other layers'
+    known = layer.lora_A._modules
+    used = tuple(name for name in dict.fromkeys(names) if name in known)  # not "__base__", nor other layers'
     base: Any = operands.base_operands(layer.base_layer)
     weight: Any = base[0] if type(base) is tuple else getattr(layer.get_base_layer(), "weight", None)
     if not isinstance(weight, (Tensor, QuantizedWeight)):
         return base
-    branches = []
+    branches, dtypes = [], None
     for name in used:
         branch: Any = operands.branch_operands(layer, name, some_tokens=True)
         if type(branch) is Reason:
@@ -94,9 +95,11 @@ def _found(layer: Any, x: Tensor, names: tuple[str, ...], offsets: Offsets) -> M
         lora_A, lora_B, lora_bias, scaling, p, training, magnitude = branch
         if magnitude is not None:
             return Reason.DORA
-        reason = operands.call_reason(x, weight, lora_A, lora_B)
-        if reason is not None:
-            return reason
+        if (lora_A.dtype, lora_B.dtype) != dtypes:  # all else that is asked is alike for all of them
+            reason = operands.call_reason(x, weight, lora_A, lora_B)
+            if reason is not None:
+                return reason
+            dtypes = lora_A.dtype, lora_B.dtype
         branches.append((lora_A, lora_B, scaling, lora_bias, p if training else 0.0))
     dropouts = {p for *_, p in branches} or {0.0}
     if len(dropouts) > 1:
@@ -163,10 +166,36 @@ def forward(layer: Any, x: Tensor, found: Mixed) -> Tensor:
     if found.base is None:
         return _add_updates(_base_result(layer.base_layer, x), x, found)
     weight, bias = found.base
-    y = multi_lora_linear_of_layer(
-        x, weight, found.lora_As, found.lora_Bs, found.scalings, found.ids, bias, found.dropout_p
-    )
+    ids, y = found.ids.view(x.shape[:-1]), None
+    if found.dropout_p == 0.0:
+        y = multi_lora_linear_apart(x, weight, found.lora_As, found.lora_Bs, found.scalings, ids, bias)
+    if y is None:
+        y = _by_pools(x, weight, bias, ids, found)
     return _add_biases(y, found) if any(b is not None for b in found.lora_biases) else y
+
+
+def _by_pools(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, found: Mixed) -> Tensor:
+    lora_A, lora_B, ranks = _pools(found.lora_As, found.lora_Bs)
+    scaling = found.scalings[0]
+    if not all(type(s) is float and s == scaling for s in found.scalings):
+        scaling = torch.stack([torch.as_tensor(s, dtype=torch.float32, device=x.device) for s in found.scalings])
+    return multi_lora_linear(
+        x, weight, lora_A, lora_B, ids, bias,
+        scaling=scaling, ranks=ranks, dropout_p=found.dropout_p, training=found.dropout_p > 0.0,
+    )  # fmt: skip
+
+
+def _pools(lora_As: list[Tensor], lora_Bs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """lora_A [adapters, rank, K], lora_B [adapters, N, rank] and, where they differ, the ranks."""
+    if len(lora_As) == 1:
+        return lora_As[0].unsqueeze(0), lora_Bs[0].unsqueeze(0), None
+    own = [len(A) for A in lora_As]
+    most = max(own)
+    if min(own) == most:
+        return torch.stack(lora_As), torch.stack(lora_Bs), None
+    wide_As = [F.pad(A, (0, 0, 0, most - len(A))) for A in lora_As]
+    wide_Bs = [F.pad(B, (0, most - B.shape[1])) for B in lora_Bs]
+    return torch.stack(wide_As), torch.stack(wide_Bs), torch.tensor(own, device=lora_As[0].device)
 
 
 def _add_biases(y: Tensor, found: Mixed) -> Tensor:
