@@ -9,12 +9,14 @@ import emulator
 import pytest
 import torch
 from covering import case_id, covering_pairs
+from grouped import Stub
 from numerics import assert_as_accurate
 from packed import decoded, random_packed, random_scaled, with_part
 from pretended_gpu import pretend_gpu
 
 import lora_kernels as lk
 from lora_kernels import _native, dispatch
+from lora_kernels.formats import from_module
 from lora_kernels.ops import dequantize, linear_packed, lora_linear, lora_linear_packed
 from lora_kernels.support import triton as _triton
 from lora_kernels.triton_kernels.launching import Device
@@ -130,6 +132,26 @@ def test_eight_bits_are_decoded_for_the_product(layout, m, dtype):
     assert torch.equal(y, torch.nn.functional.linear(operands[0], decoded(packed), operands[3]))
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("m", [2, 33])
+def test_what_no_kernel_decodes_is_decoded_for_the_product(m, method):
+    """By torch; the product's kernels are ours. Kills: a kernel that is asked to decode it."""
+    packed = from_module(Stub(136, 192, method))
+    operands, grad_y = make(m, 136, 192, 8, FP16, FP32), torch.randn(2, m, 136).half()
+    ours = results(lk.lora_linear, packed, operands, grad_y, 0.3)
+    assert lk.stats() == {
+        "served": {
+            (name, "cuda"): 1
+            for name in ("lora_linear_packed", "lora_linear_packed_backward", "lora_linear", "lora_linear_backward")
+        },
+        "fallback": {},
+    }
+    same = results(lk.lora_linear, decoded(packed, FP16), operands, grad_y, 0.3)
+    assert all(torch.equal(a, b) for a, b in zip(ours, same, strict=True))
+    with lk.use_backend("cuda"):
+        assert torch.equal(results(lk.lora_linear, packed, operands, grad_y, 0.3)[1], ours[1])
+
+
 @pytest.mark.parametrize("m", [1, 8, 32])
 def test_few_rows_are_one_launch(m):
     """Its gradients are those of many rows; what it saves is what they take."""
@@ -239,8 +261,9 @@ def test_what_dispatch_asks(monkeypatch, backend, fp32_precision):
             in_one = backend == "cuda" and spec is lora_linear_packed.SPEC and dtype == BF16
             decodes = spec is dequantize.SPEC or in_one
             assert verdict.schedule == ("decode" if decodes else "dequantize + product"), spec.name
-        for spec, args in arguments(dtype, "int8_rows"):
-            assert spec.kernels[backend].supports(*args) == (None, lk.Reason.FORMAT), spec.name
+        for spec, args in arguments(dtype, "gptq"):
+            no_kernel, composed = (None, lk.Reason.TORCH_DECODE), ("dequantize + product", ANY)
+            assert spec.kernels[backend].supports(*args) == (no_kernel if spec is dequantize.SPEC else composed)
     with lk.use_backend(backend):
         for spec, args in arguments(FP32)[:2]:
             verdict = spec.kernels[backend].supports(*args)

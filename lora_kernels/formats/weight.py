@@ -29,6 +29,8 @@ class Layout(ABC):
     """
 
     name: ClassVar[str]
+    row_step: ClassVar[int] = 1
+    """Only at multiples of so many can rows be taken apart."""
 
     @abstractmethod
     def check(self, parts: Sequence[Tensor], n: int, k: int, block: int) -> None:
@@ -150,9 +152,12 @@ class QuantizedWeight:
         return torch.ops.lora_kernels.dequantize.default(*weight.args)
 
     def split(self, rows: int) -> list[QuantizedWeight]:
-        """Blocks of so many rows, the last of which may have fewer; as ``Tensor.split``."""
+        """Blocks of so many rows, or of a few more where the layout asks for it; the last may have fewer. As
+        ``Tensor.split``.
+        """
         n, k = self.shape
         layout = LAYOUTS[self.layout]
+        rows += -rows % layout.row_step
         blocks = []
         for begin in range(0, n, rows):
             end = min(n, begin + rows)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .. import dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from ..support import cpu_packed, gpu_packed
+from ..support.packed import TORCH_DECODED
 from .dequantize import WEIGHT, WEIGHT_ARGS, decoded_for_product, for_product, nbytes
 
 
@@ -30,11 +31,11 @@ def _cpu_supports_backward(grad_y: Tensor, weight: list[Tensor], layout: str, n:
 
 
 def _cuda_supports(x: Tensor, weight: list[Tensor], layout: str, *_: Any) -> Verdict:
-    return gpu_packed.refusal("cuda", x.device, layout) or gpu_packed.COMPOSED
+    return gpu_packed.composed_verdict("cuda", x.device, layout)
 
 
 def _triton_supports(x: Tensor, weight: list[Tensor], layout: str, *_: Any) -> Verdict:
-    return gpu_packed.refusal("triton", x.device, layout) or gpu_packed.COMPOSED
+    return gpu_packed.composed_verdict("triton", x.device, layout)
 
 
 def _run(schedule: str, x: Tensor, *rest: Any) -> Tensor:
@@ -63,7 +64,7 @@ BACKWARD = dispatch.register(
         kernels={
             "cuda": Kernel(_cuda_supports, _run_backward),
             "triton": Kernel(_triton_supports, _run_backward),
-            "cpu": Kernel(_cpu_supports_backward),
+            "cpu": Kernel(_cpu_supports_backward, _run_backward, run_schedule=TORCH_DECODED.schedule),
         },
         flops=_flops,
         bytes=_bytes,
@@ -97,7 +98,7 @@ SPEC = dispatch.register(
         kernels={
             "cuda": Kernel(_cuda_supports, _run),
             "triton": Kernel(_triton_supports, _run),
-            "cpu": Kernel(_cpu_supports),
+            "cpu": Kernel(_cpu_supports, _run, run_schedule=TORCH_DECODED.schedule),
         },
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 1 + WEIGHT_ARGS),

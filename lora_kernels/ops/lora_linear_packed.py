@@ -15,6 +15,8 @@ from torch import Tensor
 from .. import dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from ..support import cpu_packed, gpu_packed
+from ..support.gpu_packed import COMPOSED
+from ..support.packed import TORCH_DECODED
 from . import eager, lora_linear
 from .dequantize import WEIGHT, WEIGHT_ARGS, decoded_for_product, for_product, nbytes
 from .eager import EagerFunction, as_rows, not_a_view
@@ -52,25 +54,18 @@ def _composed(backend: str, spec: OpSpec, args: tuple, first: int) -> Verdict:
     """A backend that decodes the weight, which is at ``first``, serves a call; whoever multiplies, as ``spec`` does.
     Where it was asked for, it must do both.
     """
-    refused = gpu_packed.refusal(backend, args[0].device, args[first + 1])
-    if refused is None and dispatch.forced_backend() == backend:
+    verdict = gpu_packed.composed_verdict(backend, args[0].device, args[first + 1])
+    if verdict.schedule is not None and dispatch.forced_backend() == backend:
         product = spec.kernels[backend].supports(*_plain(args, first))
-        refused = product if product.schedule is None else None
-    return refused or gpu_packed.COMPOSED
+        return product if product.schedule is None else verdict
+    return verdict
 
 
 def _cuda_supports(*args: Any) -> Verdict:
     x, parts, layout, _, _, block, _, lora_A, _, _, seed, *_ = args
-    refused = gpu_packed.refusal("cuda", x.device, layout)
-    if refused is None and gpu_packed.is_few_rows(x, parts[0], layout, block, lora_A.shape[0], seed is not None):
-        return gpu_packed.FEW_ROWS
-    return refused or _composed("cuda", lora_linear.SPEC, args, 1)
-
-
-def _cuda_run(schedule: str, *args: Any) -> tuple[Tensor, Tensor]:
-    if schedule == gpu_packed.FEW_ROWS.schedule:
-        return dispatch.native(SPEC)(*args, schedule)
-    return _run_composed(schedule, *args)
+    if gpu_packed.is_few_rows(x, parts[0], layout, block, lora_A.shape[0], seed is not None):
+        return gpu_packed.refusal("cuda", x.device) or gpu_packed.FEW_ROWS
+    return _composed("cuda", lora_linear.SPEC, args, 1)
 
 
 def _cuda_explain(*args: Any) -> Verdict:
@@ -183,7 +178,7 @@ BACKWARD = dispatch.register(
         kernels={
             "cuda": Kernel(_cuda_supports_backward, _run_composed_backward),
             "triton": Kernel(_triton_supports_backward, _run_composed_backward),
-            "cpu": Kernel(_cpu_supports_backward),
+            "cpu": Kernel(_cpu_supports_backward, _run_composed_backward, run_schedule=TORCH_DECODED.schedule),
         },
         flops=_flops_backward,
         bytes=_bytes_backward,
@@ -241,9 +236,9 @@ SPEC = dispatch.register(
         reference=_reference,
         fake=_fake,
         kernels={
-            "cuda": Kernel(_cuda_supports, _cuda_run, explain=_cuda_explain),
+            "cuda": Kernel(_cuda_supports, _run_composed, run_schedule=COMPOSED.schedule, explain=_cuda_explain),
             "triton": Kernel(_triton_supports, _run_composed, explain=_explain),
-            "cpu": Kernel(_cpu_supports),
+            "cpu": Kernel(_cpu_supports, _run_composed, run_schedule=TORCH_DECODED.schedule),
         },
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 3 + WEIGHT_ARGS),

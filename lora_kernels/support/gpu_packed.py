@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..plain import LOW_PRECISION
-from ..reasons import Reason
 from ..spec import Verdict
 from . import cuda, triton
+from .packed import LAYOUTS, NO_KERNEL, TORCH_DECODED
 
-LAYOUTS = ("codes4", "codes4_low", "int8", "e4m3")
-"""That the kernels decode."""
 DECODE = Verdict("decode", "one pass over the packed weight")
 COMPOSED = Verdict("dequantize + product", "one launch decodes the weight; what multiplies by a plain one goes on")
 """Decoded once per call, and not by the tiles of a product: these would all decode the weights that they share. The
@@ -20,19 +18,21 @@ FEW_ROWS = Verdict("decode", "few rows: one launch streams the packed weight, wh
 FEW_ROWS_LAYOUTS = ("codes4",)
 MAX_RANK, LEAST_BLOCK = 64, 64
 """What that launch serves: ``serves_packed`` of csrc/config/lora_linear_packed.h."""
-_NO_LAYOUT = Verdict(None, Reason.FORMAT)
 
 
-def refusal(backend: str, device: torch.device, layout: str) -> Verdict | None:
-    """Why the kernels of "cuda" or "triton" do not decode a weight on ``device``; None where they do."""
-    if layout not in LAYOUTS:
-        return _NO_LAYOUT
+def refusal(backend: str, device: torch.device) -> Verdict | None:
+    """Why no kernel of "cuda" or "triton" runs on ``device``; None where one does."""
     return cuda.refusal(device) if backend == "cuda" else triton.refusal(device)
 
 
 def decode_verdict(backend: str, device: torch.device, layout: str) -> Verdict:
-    """Whether, and how, they do."""
-    return refusal(backend, device, layout) or DECODE
+    """Whether, and how, these decode a weight."""
+    return (refusal(backend, device) or DECODE) if layout in LAYOUTS else NO_KERNEL
+
+
+def composed_verdict(backend: str, device: torch.device, layout: str) -> Verdict:
+    """Whether, and how, they multiply by a weight that is decoded before."""
+    return refusal(backend, device) or (COMPOSED if layout in LAYOUTS else TORCH_DECODED)
 
 
 def most_decoded_rows(capability: tuple[int, int]) -> int:

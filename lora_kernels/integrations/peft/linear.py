@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -132,7 +134,19 @@ class FusedTorchaoLinear(FusedForward, TorchaoLoraLinear):
     """PEFT's layer over a weight of torchao's."""
 
 
-SWAPS[TorchaoLoraLinear] = FusedTorchaoLinear
+@in_place_of(GPTQLoraLinear)
+class FusedGPTQLinear(FusedForward, GPTQLoraLinear):
+    """PEFT's layer over GPTQModel's, in GPTQ's format: nothing decoded is kept for backward."""
+
+
+@in_place_of(AwqLoraLinear)
+class FusedAwqLinear(FusedForward, AwqLoraLinear):
+    """The same in AWQ's format."""
+
+
+SWAPS |= {
+    TorchaoLoraLinear: FusedTorchaoLinear, GPTQLoraLinear: FusedGPTQLinear, AwqLoraLinear: FusedAwqLinear,
+}  # fmt: skip
 if is_bnb_available():
     from peft.tuners.lora.bnb import Linear8bitLt
 

@@ -26,7 +26,9 @@ def groups(layer: Any, x: Tensor, names: Sequence[str]) -> list[Group] | Reason:
     for index, name in enumerate(names):
         samples.setdefault(name, []).append(index)
     base: Any = operands.base_operands(layer.base_layer)
-    weight = base[0] if type(base) is tuple else layer.get_base_layer().weight
+    weight = base[0] if type(base) is tuple else getattr(layer.get_base_layer(), "weight", None)
+    if not isinstance(weight, (Tensor, QuantizedWeight)):
+        return base
     found: list[Group] = []
     for name, indices in samples.items():
         if name not in layer.lora_A:  # "__base__", or an adapter of other layers
