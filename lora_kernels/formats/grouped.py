@@ -101,7 +101,7 @@ class _Gptq(_Grouped):
         weights = _numbers(data, bits, 0, scales.dtype)
         weights -= zero.to(scales.dtype)[groups]
         weights *= scales[groups]
-        return torch.empty((n, k), dtype=dtype, device=data.device).copy_(weights.t())
+        return weights.t().contiguous().to(dtype)
 
 
 class _Awq(_Grouped):
@@ -133,7 +133,7 @@ class _Awq(_Grouped):
         zero = _numbers(zeros, _AWQ_BITS, 1, scales.dtype, _AWQ_ORDER)
         weights -= zero.repeat_interleave(block, 0)[:k]
         weights *= scales.repeat_interleave(block, 0)[:k]
-        return torch.empty((n, k), dtype=dtype, device=data.device).copy_(weights.t())
+        return weights.t().contiguous().to(dtype)
 
 
 GPTQ = register(_Gptq("gptq", zeros_less_one=False))
