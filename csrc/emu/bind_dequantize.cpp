@@ -45,9 +45,7 @@ Tensor decode_runs(std::vector<Tensor> weight, std::string layout, int64_t n, in
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lora_kernels_emulated_dequantize, CPU, m) {
-  m.impl("decode_runs", TORCH_BOX(&decode_runs));
-}
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_emulated_dequantize, CPU, m) { m.impl("decode_runs", TORCH_BOX(&decode_runs)); }
 
 }  // namespace
 }  // namespace lk

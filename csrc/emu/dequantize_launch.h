@@ -1,6 +1,9 @@
 // The launch of dequantize, emulated.
 #pragma once
 
+#include <utility>
+#include <vector>
+
 #include "../kernels/dequantize.cuh"
 #include "../launch/dequantize.h"
 #include "launch_over_torch.h"
@@ -22,7 +25,11 @@ inline cudaError_t launch_from(int64_t first_row, const DequantizeParams& p, con
   });
 }
 
-cudaError_t launch_dequantize(const DequantizeParams& p, const DequantizeConfig& config, cudaStream_t stream) {
+// Since the test last asked, with their streams.
+inline std::vector<std::pair<WeightRuns, cudaStream_t>> decoded_runs;
+
+inline cudaError_t launch_dequantize(const DequantizeParams& p, const DequantizeConfig& config, cudaStream_t stream) {
+  decoded_runs.emplace_back(p.runs, stream);
   return launch_from(0, p, config, stream);
 }
 

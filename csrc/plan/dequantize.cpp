@@ -13,13 +13,8 @@ namespace {
 struct DequantizeFields {
   using Params = DequantizeParams;
   static constexpr std::array kFields = {
-      LK_PACKED_WEIGHT_FIELDS,
-      LK_FIELD(runs.first),
-      LK_FIELD(runs.count),
-      LK_FIELD(runs.length),
-      LK_FIELD(runs.stride),
-      LK_FIELD(type),
-      LK_FIELD(out),
+      LK_PACKED_WEIGHT_FIELDS, LK_FIELD(runs.first), LK_FIELD(runs.count), LK_FIELD(runs.length),
+      LK_FIELD(runs.stride),   LK_FIELD(type),       LK_FIELD(out),
   };
   static_assert(leaves_no_gap<Params>(kFields));
 };

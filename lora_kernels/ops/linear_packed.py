@@ -64,7 +64,7 @@ BACKWARD = dispatch.register(
         kernels={
             "cuda": Kernel(_cuda_supports, _run_backward),
             "triton": Kernel(_triton_supports, _run_backward),
-            "cpu": Kernel(_cpu_supports_backward, _run_backward, run_schedule=TORCH_DECODED.schedule),
+            "cpu": Kernel(_cpu_supports_backward, _run_backward, run_schedules=(TORCH_DECODED.schedule,)),
         },
         flops=_flops,
         bytes=_bytes,
@@ -98,7 +98,7 @@ SPEC = dispatch.register(
         kernels={
             "cuda": Kernel(_cuda_supports, _run),
             "triton": Kernel(_triton_supports, _run),
-            "cpu": Kernel(_cpu_supports, _run, run_schedule=TORCH_DECODED.schedule),
+            "cpu": Kernel(_cpu_supports, _run, run_schedules=(TORCH_DECODED.schedule,)),
         },
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 1 + WEIGHT_ARGS),
