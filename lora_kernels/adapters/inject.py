@@ -16,7 +16,7 @@ from .. import formats
 from ..formats.int8 import exact_in_eval
 from ..modules.base import check_adapter_dtype, check_hyperparameters, check_plain_linear, empty_adapter
 from ..modules.lora import LoRALinear
-from ..modules.quantized import quantized_lora
+from ..modules.quantized import quantized_lora, why_no_packed_base
 from ..plain import is_parametrized, passed_by, why_no_base
 from ..reasons import Reason
 from ..report import FUSED, Report
@@ -260,11 +260,7 @@ def _unserved(module: nn.Module, not_called: bool, shared: bool) -> str | None:
         return Reason.SHARED
     packed = formats.from_module(module)
     if packed is not None:
-        if "forward" in module.__dict__:
-            return Reason.INSTANCE_FORWARD
-        if module._parameters.get("weight") is None:
-            return Reason.DISPLACED
-        return packed if isinstance(packed, Reason) and packed is not Reason.INT8_EVAL else None
+        return why_no_packed_base(module, packed)
     try:
         check_plain_linear("", module)
     except TypeError:

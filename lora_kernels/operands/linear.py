@@ -141,6 +141,11 @@ def _is_conv1d(base: nn.Module) -> bool:
 
 def plain_adapter(layer: Any, adapter: str | None) -> tuple[Any, ...]:
     """What ``LoRALinear.from_peft`` needs: weight, bias, lora_A, lora_B, alpha, scaling, dropout, use_rslora."""
+    base = getattr(layer, "base_layer", None)
+    packed = None if base is None else formats.from_module(base)
+    if packed is not None:
+        what = packed.format if isinstance(packed, QuantizedWeight) else packed
+        raise ValueError(f"from_peft: the weight under this adapter is packed ({what}); lk.patch serves it as it is")
     linear = getattr(sys.modules.get("peft.tuners.lora.layer"), "Linear", None)
     if linear is None or not isinstance(layer, linear):
         kind = type(layer)

@@ -21,10 +21,10 @@ from ...formats import QuantizedWeight
 from ...functional.dora import dora_embedding, dora_linear_of_layer
 from ...functional.embedding import lora_embedding
 from ...functional.lora import lora_linear_of_layer
-from ...modules.quantized import set_compute_type
+from ...modules.quantized import QuantizedLinear, set_compute_type
 from ...reasons import Reason
 from ...report import FUSED
-from . import conv, mixed_batch, several_adapters
+from . import conv, mixed_batch, packed_merging, several_adapters
 
 original_create_new_module: Any = LoraModel._create_new_module
 """What ``LoraModel`` had when ``patch_peft`` was called last."""
@@ -72,6 +72,23 @@ class FusedForward(nn.Module):
 @in_place_of(Linear)
 class FusedLinear(FusedForward, Linear):
     """PEFT's ``lora.Linear``, over a plain base layer or a quantised one."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        base = _packed_base(self)
+        if base is not None:
+            return packed_merging.merge(self, base, adapter_names)
+        return super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        base = _packed_base(self)
+        if base is not None:
+            return packed_merging.unmerge(self, base)
+        return super().unmerge()
+
+
+def _packed_base(layer: Any) -> QuantizedLinear | None:
+    base = layer.get_base_layer()
+    return base if isinstance(base, QuantizedLinear) else None
 
 
 @in_place_of(Embedding)
