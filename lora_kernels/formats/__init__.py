@@ -29,9 +29,9 @@ def from_module(module: nn.Module) -> QuantizedWeight | Reason | None:
     The result is [out_features, in_features] and decodes to the dtype that the layer computes in. It refers to the
     layer's tensors and is not to be kept: merging and moving replace them.
     """
-    own = getattr(module, "quantized_weight", None)
-    if callable(own):
-        return own()
+    own = getattr(type(module), "quantized_weight", None)  # an instance takes eight times as long to say no
+    if own is not None:
+        return own(module)
     for read in _READERS:
         found = read(module)
         if found is not None:

@@ -22,6 +22,14 @@ def rounded_to(dtype: torch.dtype, x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype in LOW_PRECISION else dtype
 
 
+def are_together(parts: Sequence[Tensor]) -> bool:
+    """Whether all are on one device. Layers are asked on every call, and ``is_cpu`` is the quickest to answer."""
+    first = parts[0]
+    if first.is_cpu:
+        return all([part.is_cpu for part in parts])
+    return all([part.device == first.device for part in parts])
+
+
 class Layout(ABC):
     """How the parts of a weight lie in memory, and what they stand for.
 
