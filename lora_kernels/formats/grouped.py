@@ -20,6 +20,8 @@ from .weight import DECODED, Layout, QuantizedWeight, register
 
 _WORD = 32
 _AWQ_BITS = 4
+_AT_ONCE, _AT_ONCE_IN_CACHE = 1 << 24, 1 << 20
+"""Weights that are decoded at a time: on a GPU, so many that it has work for longer than it takes to tell it so."""
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight neighbours each four bits of a word are."""
 
@@ -33,7 +35,8 @@ class _Grouped(Layout):
         if len(parts) != self.count:
             raise ValueError(f"{self.name}: {self.count} parts are expected, got {len(parts)}")
         bits = self.bits(parts, k)
-        if block < 1 or bits not in self.known_bits:
+        ends_in_word = bits > 0 and (_WORD % bits == 0 or n % _WORD == k % _WORD == 0)
+        if block < 1 or bits not in self.known_bits or not ends_in_word:
             raise ValueError(
                 f"{self.name}: the sizes of data are not those of a weight of {n}x{k} in groups of {block}"
             )
@@ -50,6 +53,22 @@ class _Grouped(Layout):
                     f"{self.name}: {name} must be {' or '.join(map(str, dtypes))} {shape} for a weight of {n}x{k} in "
                     f"groups of {block}, got {part.dtype} {tuple(part.shape)}"
                 )
+
+    def decode(self, parts: Sequence[Tensor], n: int, k: int, block: int, dtype: torch.dtype) -> Tensor:
+        at_once = _AT_ONCE_IN_CACHE if parts[0].is_cpu else _AT_ONCE
+        rows = max(1, at_once // max(1, k))
+        rows += -rows % self.row_step
+        if n <= rows:
+            return self.decode_rows(parts, k, block).to(dtype)
+        weights = torch.empty((n, k), dtype=dtype, device=parts[0].device)
+        for begin in range(0, n, rows):
+            end = min(n, begin + rows)
+            weights[begin:end] = self.decode_rows(self.rows(parts, n, k, block, begin, end), k, block)
+        return weights
+
+    def decode_rows(self, parts: Sequence[Tensor], k: int, block: int) -> Tensor:
+        """All of the weight, in the dtype of the scales; it takes four times as much memory."""
+        raise NotImplementedError
 
     count: ClassVar[int]
     """Of parts."""
@@ -92,16 +111,16 @@ class _Gptq(_Grouped):
         zeros = zeros[:, begin * bits // _WORD : -(-end * bits // _WORD)]
         return data[:, begin:end].contiguous(), zeros.contiguous(), scales[:, begin:end].contiguous(), groups
 
-    def decode(self, parts: Sequence[Tensor], n: int, k: int, block: int, dtype: torch.dtype) -> Tensor:
+    def decode_rows(self, parts: Sequence[Tensor], k: int, block: int) -> Tensor:
         data, zeros, scales, groups = parts
         bits = self.bits(parts, k)
-        zero = _numbers(zeros, bits, 1, torch.int32)[:, :n]
+        zero = _numbers(zeros, bits, 1, torch.int32)[:, : scales.shape[1]]
         if self.zeros_less_one:
             zero = (zero + 1) & ((1 << bits) - 1)
         weights = _numbers(data, bits, 0, scales.dtype)
         weights -= zero.to(scales.dtype)[groups]
         weights *= scales[groups]
-        return weights.t().contiguous().to(dtype)
+        return weights.t().contiguous()
 
 
 class _Awq(_Grouped):
@@ -127,13 +146,13 @@ class _Awq(_Grouped):
         words = slice(begin * _AWQ_BITS // _WORD, end * _AWQ_BITS // _WORD)
         return data[:, words].contiguous(), zeros[:, words].contiguous(), scales[:, begin:end].contiguous()
 
-    def decode(self, parts: Sequence[Tensor], n: int, k: int, block: int, dtype: torch.dtype) -> Tensor:
+    def decode_rows(self, parts: Sequence[Tensor], k: int, block: int) -> Tensor:
         data, zeros, scales = parts
         weights = _numbers(data, _AWQ_BITS, 1, scales.dtype, _AWQ_ORDER)
         zero = _numbers(zeros, _AWQ_BITS, 1, scales.dtype, _AWQ_ORDER)
         weights -= zero.repeat_interleave(block, 0)[:k]
         weights *= scales.repeat_interleave(block, 0)[:k]
-        return weights.t().contiguous().to(dtype)
+        return weights.t().contiguous()
 
 
 GPTQ = register(_Gptq("gptq", zeros_less_one=False))
