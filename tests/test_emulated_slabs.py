@@ -134,6 +134,49 @@ def test_who_is_served_so(monkeypatch, change, slabs):
     assert_as_accurate(y, unfused(*plain, **none), unfused(*exact, **none))
 
 
+@pytest.mark.parametrize("layout", ["codes4", "int8"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_a_frozen_linear(dtype, bias, layout):
+    """Kills: a bias of other rows, or of the first slab's."""
+    packed = weight_of(layout, dtype)
+    x, _, _, addend = make(M, N, K, RANK, dtype, bias=bias)
+    grad_y, results = torch.randn(2, M, N).to(dtype), []
+    for weight, as_type in ((packed, dtype), (None, dtype), (None, torch.float64)):
+        leaf = x.to(as_type).requires_grad_()
+        given = None if addend is None else addend.to(as_type)
+        if weight is None:
+            y = torch.nn.functional.linear(leaf, decoded(packed).to(as_type), given)
+        else:
+            y = torch.ops.lora_kernels.linear_packed(leaf, *weight.args, given)
+        results.append([y.detach(), *torch.autograd.grad(y, leaf, grad_y.to(as_type))])
+    names = "linear_packed", "linear_packed_backward"
+    assert lk.stats() == {"served": {(name, "cuda"): 1 for name in names}, "fallback": {}}
+    for ours, theirs, true in zip(*results):
+        assert_as_accurate(ours, theirs, true)
+
+
+def test_what_the_binding_of_a_frozen_linear_refuses():
+    packed, (x, *_, bias) = weight_of("int8", BF16), make(M, N, K, RANK, BF16)
+    weight, native = packed.args[:-1], torch.ops.lora_kernels_emulated
+    for args, message in (
+        ((x[..., :-1], *weight, bias, SLAB), r"x must be \[..., k\]"),
+        ((x, *weight, bias[:-1], SLAB), r"bias must be \[n\]"),
+        ((x, *weight, bias, 0), "a slab must have at least one row or column"),
+        ((x.double(), *weight, bias.double(), SLAB), "the CUDA kernels serve bfloat16"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            native.linear_slabs(*args)
+    with pytest.raises(RuntimeError, match=r"x must be \[..., k\]"):
+        native.linear_slabs_backward(x, *weight, SLAB)
+    assert native.linear_slabs(x[:0], *weight, bias, SLAB).shape == (0, M, N)
+    fake = torch.ops.lora_kernels_native
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = fake.linear_slabs(mode.from_tensor(x), *weight, bias, SLAB)
+        assert y.shape == (2, M, N)
+        assert fake.linear_slabs_backward(y, *weight, SLAB).shape == (2, M, K)
+
+
 def test_gradients_of_the_adapter_alone_decode_nothing():
     packed = weight_of("int8", BF16)
     x, lora_A, lora_B, bias = make(M, N, K, RANK, BF16)

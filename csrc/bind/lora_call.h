@@ -76,6 +76,18 @@ inline void product(const Tensor& out, const Tensor& a, const Tensor& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
 }
 
+// out = a b + the elements of addend from `begin` on, as many as out has columns; without them, where there are none.
+inline void product(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& addend,
+                    int64_t begin) {
+  if (!addend) return product(out, a, b);
+  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "this torch has no aoti_torch_cuda_addmm_out");
+  const int64_t count = out.size(1), one = 1;
+  AtenTensorHandle part;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(addend->get(), 1, &count, &one, begin, &part));
+  const Tensor row(part);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), row.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
 // out += a b, likewise.
 inline void accumulate_product(const Tensor& out, const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "this torch has no aoti_torch_cuda_addmm_out");

@@ -1,60 +1,9 @@
-// lora_linear_packed and its gradients on CUDA, for many rows: a slab of the weight at a time is decoded for the
-// vendor's GEMM, into memory that all slabs of a call share, in the order of its stream.
-#include <algorithm>
-#include <string>
-#include <vector>
-
-#include "decode.h"
+// lora_linear_packed and linear_packed and their gradients on CUDA, for many rows: slab by slab.
 #include "lora_call.h"
+#include "packed_slabs.h"
 
 namespace lk {
 namespace {
-
-class PackedSlabs {
- public:
-  PackedSlabs(const Tensor& x, const std::vector<Tensor>& parts, const std::string& layout, int64_t n, int64_t k,
-              int64_t block, int64_t length)
-      : x_(x), packed_(packed_parts(parts, layout, n, k, block)), n_(n), k_(k), length_(length) {
-    STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == k, "x must be [..., k]");
-    STD_TORCH_CHECK(is_beside(x, parts[0]), "weight must be on x's device");
-    STD_TORCH_CHECK(length > 0, "a slab must have at least one row or column");
-  }
-
-  // What stands for the weight where only its sizes are asked for.
-  MatrixRef ref() const { return {nullptr, k_, n_, k_, float_type(x_)}; }
-
-  // f(slab, begin, end) for rows of the weight, of which a slab has `length`.
-  template <class F>
-  void by_rows(const CudaCall& call, const F& f) const {
-    by(
-        call, n_, k_, [&](int64_t begin, int64_t end) { return rows_of(packed_, begin, end); },
-        [&](const Tensor& memory, int64_t count) { return view2d(memory, {count, k_}, {k_, 1}); }, f);
-  }
-
-  // For columns. Rows would each add to all of dX, which rounds every sum.
-  template <class F>
-  void by_columns(const CudaCall& call, const F& f) const {
-    by(
-        call, k_, n_, [&](int64_t begin, int64_t end) { return columns_of(packed_, begin, end); },
-        [&](const Tensor& memory, int64_t count) { return view2d(memory, {n_, count}, {count, 1}); }, f);
-  }
-
- private:
-  template <class Runs, class View, class F>
-  void by(const CudaCall& call, int64_t size, int64_t other, const Runs& runs, const View& view, const F& f) const {
-    const Tensor memory = new_empty_as(x_, {std::min(length_, size) * other});
-    for (int64_t begin = 0; begin < size; begin += length_) {
-      const int64_t end = std::min(begin + length_, size);
-      const Tensor slab = view(memory, end - begin);
-      decode(packed_, runs(begin, end), slab, call.stream);
-      f(slab, begin, end);
-    }
-  }
-
-  const Tensor& x_;
-  const PackedParts packed_;
-  const int64_t n_, k_, length_;
-};
 
 std::tuple<Tensor, Tensor> lora_linear_slabs(Tensor x, std::vector<Tensor> weight, std::string layout, int64_t n,
                                              int64_t k, int64_t block, Tensor lora_A, Tensor lora_B,
@@ -94,11 +43,42 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_slabs_backward(Tensor grad_y, Ten
                        });
 }
 
+// Frozen: y = x wT + bias.
+Tensor linear_slabs(Tensor x, std::vector<Tensor> weight, std::string layout, int64_t n, int64_t k, int64_t block,
+                    std::optional<Tensor> bias, int64_t rows) {
+  const PackedSlabs slabs(x, weight, layout, n, k, block, rows);
+  check_bias(x, n, bias);
+  check_type(x);
+  const CudaCall call(x);
+  const Tensor matrix = matrix_of(x);
+  const std::optional<Tensor> addend = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  const Tensor y = new_empty_as(x, {matrix.size(0), n});
+  slabs.by_rows(call, [&](const Tensor& slab, int64_t begin, int64_t end) {
+    product(column_block(y, begin, end), matrix, transposed(slab), addend, begin);
+  });
+  return with_leading_sizes_of(y, x);
+}
+
+// Its dX. grad_y: [..., n].
+Tensor linear_slabs_backward(Tensor grad_y, std::vector<Tensor> weight, std::string layout, int64_t n, int64_t k,
+                             int64_t block, int64_t columns) {
+  const PackedSlabs slabs(grad_y, weight, layout, n, k, block, columns, n);
+  check_type(grad_y);
+  const CudaCall call(grad_y);
+  const Tensor gy = matrix_of(grad_y), grad_x = new_empty_as(grad_y, {gy.size(0), k});
+  slabs.by_columns(call, [&](const Tensor& slab, int64_t begin, int64_t end) {
+    product(column_block(grad_x, begin, end), gy, slab);
+  });
+  return with_leading_sizes_of(grad_x, grad_y);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CUDA, m) {
   m.impl("lora_linear_slabs", TORCH_BOX(&lora_linear_slabs));
   m.impl("lora_linear_slabs_backward", TORCH_BOX(&lora_linear_slabs_backward));
+  m.impl("linear_slabs", TORCH_BOX(&linear_slabs));
+  m.impl("linear_slabs_backward", TORCH_BOX(&linear_slabs_backward));
 }
 
 }  // namespace lk

@@ -15,6 +15,8 @@ from ..support.packed import LAYOUTS as LAYOUTS_OF_KERNELS
 
 WEIGHT = "Tensor[] weight, str layout, int n, int k, int block, ScalarType dtype"
 """What stands for a quantised weight in a schema: ``QuantizedWeight.args``."""
+PARTS = WEIGHT.rpartition(",")[0]
+"""The same for a weight that is decoded to x's dtype."""
 WEIGHT_ARGS = 6
 """How many arguments these are."""
 

@@ -18,7 +18,7 @@ from ..support import cpu_packed, gpu_packed
 from ..support.gpu_packed import COMPOSED, FEW_ROWS, SLABS
 from ..support.packed import TORCH_DECODED
 from . import eager, lora_linear
-from .dequantize import WEIGHT, WEIGHT_ARGS, decoded_for_product, for_product, nbytes
+from .dequantize import PARTS, WEIGHT, WEIGHT_ARGS, decoded_for_product, for_product, nbytes
 from .eager import EagerFunction, as_rows, not_a_view
 
 # ---------------------------------------------------------------------------------------------------- forward
@@ -72,11 +72,9 @@ def _cuda_supports(*args: Any) -> Verdict:
 
 
 _IN_PYTHON = COMPOSED.schedule, SLABS.schedule
-_PARTS = WEIGHT.rpartition(",")[0]
-"""What stands for a weight that is decoded to x's dtype."""
 _slabs = dispatch.define_native(
     "lora_linear_slabs",
-    f"(Tensor x, {_PARTS}, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, float scaling, float dropout_p, "
+    f"(Tensor x, {PARTS}, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, float scaling, float dropout_p, "
     "int rows) -> (Tensor, Tensor)",
     lambda *args: _fake(*args[:6], args[0].dtype, *args[6:]),
 )
@@ -158,7 +156,7 @@ def _cuda_supports_backward(*args: Any) -> Verdict:
 
 _slabs_backward = dispatch.define_native(
     "lora_linear_slabs_backward",
-    f"(Tensor grad_y, Tensor x, Tensor s, {_PARTS}, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, "
+    f"(Tensor grad_y, Tensor x, Tensor s, {PARTS}, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, "
     "float dropout_p, bool need_x, bool need_A, bool need_B, int columns) -> (Tensor, Tensor, Tensor)",
     lambda *args: _fake_backward(*(*args[:8], args[0].dtype, *args[8:-1])),
 )

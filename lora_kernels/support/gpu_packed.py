@@ -76,18 +76,25 @@ def slab(rows: int, length: int) -> int:
     return size if 2 * size <= length else length
 
 
-def is_slabs(
-    x: torch.Tensor, length: int, depth: int, layout: str, lora_A: torch.Tensor, has_dropout: bool, *, backward: bool
-) -> bool:  # fmt: skip
-    """Whether the rows of ``x`` are multiplied by slabs of the weight.
-
-    Args:
-        length, depth: N and K in the forward, K and N in the backward.
+def has_slabs(x: torch.Tensor, length: int, depth: int, layout: str) -> bool:
+    """Whether the kernels decode slabs for a product with the rows of ``x`` which torch forms; arguments of
+    ``is_slabs``.
     """
     rows = x.shape[:-1].numel()
     if layout not in LAYOUTS or x.dtype not in LOW_PRECISION or rows == 0 or length % 8 or depth % 8:
         return False
-    if slab(rows, length) == length:
+    return slab(rows, length) < length
+
+
+def is_slabs(
+    x: torch.Tensor, length: int, depth: int, layout: str, lora_A: torch.Tensor, has_dropout: bool, *, backward: bool
+) -> bool:  # fmt: skip
+    """Whether the rows of ``x`` are multiplied by slabs of the weight, with an adapter.
+
+    Args:
+        length, depth: N and K in the forward, K and N in the backward.
+    """
+    if not has_slabs(x, length, depth, layout):
         return False
     product = cuda_or_triton.cuda_or_triton(x, length, depth, lora_A, has_dropout, backward=backward).schedule
     major, minor = cuda.capability(x.device)

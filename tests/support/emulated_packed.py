@@ -10,7 +10,7 @@ import torch
 from pretended_gpu import pretend_gpu
 
 from lora_kernels import _native, dispatch
-from lora_kernels.ops import dequantize, lora_linear, lora_linear_packed
+from lora_kernels.ops import dequantize, linear_packed, lora_linear, lora_linear_packed
 
 SCALING, SEED = 1.7, -987654321012345
 
@@ -46,10 +46,9 @@ def cuda_on_the_cpu(monkeypatch):
     }
     for name, op in emulated.items():
         monkeypatch.setitem(dispatch._native_ops, name, op)
-    for name in ("slabs", "slabs_backward"):
-        monkeypatch.setattr(
-            lora_linear_packed, f"_{name}", getattr(torch.ops.lora_kernels_emulated, f"lora_linear_{name}")
-        )
+    for op, prefix in ((lora_linear_packed, "lora_linear"), (linear_packed, "linear")):
+        for name in ("slabs", "slabs_backward"):
+            monkeypatch.setattr(op, f"_{name}", getattr(torch.ops.lora_kernels_emulated, f"{prefix}_{name}"))
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
