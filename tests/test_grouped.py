@@ -16,6 +16,7 @@ import lora_kernels as lk
 from lora_kernels import formats
 from lora_kernels.formats import grouped
 
+pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT does not know the stub
 K, N = 192, 96
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = {

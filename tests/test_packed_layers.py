@@ -163,7 +163,8 @@ def test_merging_what_is_not_finite():
         model.merge_adapter()
     assert not layer.merged
     assert torch.equal(layer.base_layer.quantized_weight().dequantize(), before)
-    model = peft_model(quantised(bias=False), lora_bias=True)
+    with pytest.warns(UserWarning, match="has no bias"):
+        model = peft_model(quantised(bias=False), lora_bias=True)
     lk.patch(model)
     with pytest.raises(RuntimeError, match="lora_bias=True needs a bias"):
         model.merge_adapter()
