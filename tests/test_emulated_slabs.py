@@ -7,7 +7,7 @@ import pytest
 import torch
 from covering import case_id, covering_pairs
 from emulated_packed import SCALING, SEED, cuda_on_the_cpu, library, make, results, unfused  # noqa: F401
-from grouped import Stub
+from gptq_layers import Stub
 from numerics import assert_as_accurate
 from packed import decoded, random_packed, random_scaled, with_part
 from pretended_gpu import pretend_gpu

@@ -6,7 +6,7 @@ import pickle
 import peft
 import pytest
 import torch
-from grouped import Stub
+from gptq_layers import Stub
 from torch import nn
 
 import lora_kernels as lk

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..reasons import Reason
-from . import codes4, float8, grouped, int8, mx
+from . import codes4, float8, int8, mx, zero_points
 from .weight import DECODED, LAYOUTS, Format, Layout, QuantizedWeight, rounded_to
 
 FORMATS: dict[str, Format] = {fmt.name: fmt for module in (codes4, int8, float8, mx) for fmt in module.FORMATS}
@@ -18,7 +18,7 @@ FORMATS: dict[str, Format] = {fmt.name: fmt for module in (codes4, int8, float8,
 _READERS = (
     codes4.from_module, int8.from_bitsandbytes, int8.from_torchao, float8.from_torchao, float8.from_scale_inv,
     float8.from_compressed_tensors, mx.from_torchao, mx.from_compressed_tensors,
-    grouped.from_gptq, grouped.from_awq,
+    zero_points.from_gptq, zero_points.from_awq,
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from grouped import Stub, packed
+from gptq_layers import Stub, packed
 from numerics import ResultSizes, assert_as_accurate
 from packed import decoded
 from peft.tuners.lora.awq import AwqLoraLinear
@@ -14,7 +14,7 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels import formats
-from lora_kernels.formats import grouped
+from lora_kernels.formats import zero_points
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT does not know the stub
 K, N = 192, 96
@@ -72,7 +72,7 @@ def test_rows_that_fill_no_word(method, bits, n):
 def test_a_large_weight_is_decoded_some_rows_at_a_time(monkeypatch, kind):
     """Kills: temporaries as large as the weight; rows that are decoded with the zeros of the first ones."""
     layer = stub(kind, n=N + (32 if "3 bits" in kind else 8))
-    monkeypatch.setattr(grouped, "_AT_ONCE_IN_CACHE", 1)
+    monkeypatch.setattr(zero_points, "_AT_ONCE_IN_CACHE", 1)
     weight = formats.from_module(layer)
     with ResultSizes(weight.parts[0]) as results:
         got = decoded(weight)

@@ -26,7 +26,7 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight neighbours each four bits of a word are."""
 
 
-class _Grouped(Layout):
+class _ZeroPoints(Layout):
     """What the layouts have in common. A weight is ``scale * (number - zero)``, rounded to the dtype of the scales, in
     which the libraries have it, and from there to the dtype asked for.
     """
@@ -82,7 +82,7 @@ class _Grouped(Layout):
         raise NotImplementedError
 
 
-class _Gptq(_Grouped):
+class _Gptq(_ZeroPoints):
     """Parts, for a weight [N, K] in numbers of 2, 3, 4 or 8 bits and groups of ``block`` columns:
 
     0. data: int32 [K*bits/32, N]. The numbers of a row lie one behind the other, from the lowest bit of a word on.
@@ -123,7 +123,7 @@ class _Gptq(_Grouped):
         return weights.t().contiguous()
 
 
-class _Awq(_Grouped):
+class _Awq(_ZeroPoints):
     """Parts, for a weight [N, K] in numbers of four bits and groups of ``block`` columns:
 
     0. data: int32 [K, N/8]. Of eight neighbours in a column, the even ones are in the lower half of a word.
