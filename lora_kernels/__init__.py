@@ -12,19 +12,26 @@ from .formats import FORMATS, QuantizedWeight
 from .frozen_linears import FrozenLinear
 from .functional.dora import dora_linear
 from .functional.embedding import lora_embedding
+from .functional.grouped import grouped_lora_linear
 from .functional.lora import dropout_mask, frozen_linear, lora_linear
 from .functional.merging import merge_, unmerge_
+from .functional.multi import multi_lora_linear
 from .functional.prefix import prefix_kv
 from .functional.prompt import PromptEmbeddingOutput, prompt_embedding
 from .functional.why import why
+from .integrations.experts import register as register_experts
 from .integrations.peft.patching import is_fused, patch, patch_peft, unpatch, unpatch_peft
+from .integrations.routing import route_adapters
 from .modules.embedding import LoRAEmbedding
 from .modules.lora import LoRALinear
+from .modules.multi import MultiLoRALinear
 from .modules.prefix import PrefixEncoder
 from .modules.prompt import PromptEmbedding, PromptEncoder
 from .modules.quantized import QuantizedLinear
+from .ops.grouped_lora_linear import GroupedLoRALinearFunction
 from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
+from .ops.multi_lora_linear import MultiLoRALinearFunction
 from .ops.prefix_kv import PrefixKVFunction
 from .ops.prompt_embedding import PromptEmbeddingFunction
 from .reasons import Reason
@@ -36,10 +43,13 @@ __all__ = [
     "FORMATS",
     "Choice",
     "FrozenLinear",
+    "GroupedLoRALinearFunction",
     "LoRAEmbedding",
     "LoRAEmbeddingFunction",
     "LoRALinear",
     "LoRALinearFunction",
+    "MultiLoRALinear",
+    "MultiLoRALinearFunction",
     "PrefixEncoder",
     "PrefixKVFunction",
     "PromptEmbedding",
@@ -57,6 +67,7 @@ __all__ = [
     "dora_linear",
     "dropout_mask",
     "frozen_linear",
+    "grouped_lora_linear",
     "inject",
     "is_fused",
     "load_adapter",
@@ -65,12 +76,15 @@ __all__ = [
     "lora_linear",
     "merge_",
     "merge_adapter",
+    "multi_lora_linear",
     "patch",
     "patch_peft",
     "prefix_kv",
     "prompt_embedding",
     "quantize_",
+    "register_experts",
     "reset_stats",
+    "route_adapters",
     "save_adapter",
     "save_pretrained",
     "stats",

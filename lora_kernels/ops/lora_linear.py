@@ -21,7 +21,7 @@ from .eager import EagerFunction, as_rows, not_a_view
 # ---------------------------------------------------------------------------------------------------- forward
 
 
-def _dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+def dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """dropout(x) with the mask of ``seed``; x is taken as [rows, features]."""
     if seed is None:
         return x
@@ -33,7 +33,7 @@ def _reference(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, seed: Tensor | None,
     scaling: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    s = _dropout(x, seed, dropout_p) @ lora_A.to(x.dtype).t()
+    s = dropped(x, seed, dropout_p) @ lora_A.to(x.dtype).t()
     y = torch.nn.functional.linear(x, weight, bias) + (s @ lora_B.to(x.dtype).t()) * scaling
     return y, s
 
@@ -118,10 +118,10 @@ def _reference_backward(
     grad_x = grad_A = grad_B = x.new_empty(0)
     if need_x:
         branch = grad_s @ lora_A.to(x.dtype)
-        grad_x = grad_y @ weight + _dropout(branch, seed, dropout_p)
+        grad_x = grad_y @ weight + dropped(branch, seed, dropout_p)
     if need_A:
-        dropped = _dropout(x, seed, dropout_p)
-        grad_A = (as_rows(grad_s).t() @ as_rows(dropped)).to(lora_A.dtype)
+        kept = dropped(x, seed, dropout_p)
+        grad_A = (as_rows(grad_s).t() @ as_rows(kept)).to(lora_A.dtype)
     if need_B:
         grad_B = (as_rows(grad_y).t() @ as_rows(s) * scaling).to(lora_B.dtype)
     return grad_x, grad_A, grad_B

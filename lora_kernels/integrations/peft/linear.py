@@ -23,8 +23,8 @@ from ...functional.embedding import lora_embedding
 from ...functional.lora import lora_linear_of_layer
 from ...modules.quantized import QuantizedLinear, set_compute_type
 from ...reasons import Reason
-from ...report import FUSED
-from . import conv, mixed_batch, packed_merging, several_adapters
+from ...report import FUSED, FUSED_POOL
+from . import conv, experts, mixed_batch, packed_merging, several_adapters
 
 original_create_new_module: Any = LoraModel._create_new_module
 """What ``LoraModel`` had when ``patch_peft`` was called last."""
@@ -39,16 +39,15 @@ class FusedForward(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found: Any
-        reason: Reason | None
+        reason: Any = None
+        mixes = False  # some rows use another adapter than others
         set_compute_type(self.__dict__["_modules"]["base_layer"], x)
         if args or kwargs:
-            reason = _extra_arguments(self, args, kwargs)
-            if reason is None:
-                found = mixed_batch.groups(self, x, kwargs["adapter_names"])
-                if type(found) is list:
-                    return mixed_batch.add_updates(mixed_batch.base_result(self.base_layer, x), x, found)
-                reason = found
-        else:
+            reason = Reason.DISABLED if self._disable_adapters else mixed_batch.extra_arguments(args, kwargs)
+            mixes = reason is None and (
+                kwargs.get("adapter_names") is not None or mixed_batch.acts_on_some_tokens(self)
+            )
+        if reason is None and not mixes:
             found = operands.operands(self)
             if type(found) is tuple:
                 weight, lora_A, lora_B, bias, scaling, dropout_p, training, magnitude = found
@@ -60,11 +59,17 @@ class FusedForward(nn.Module):
                         x, weight, lora_A, lora_B, magnitude, bias, scaling, dropout_p, training
                     )
             elif type(found) is Reason:
-                reason = found
+                mixes = found is Reason.VARIANT and mixed_batch.acts_on_some_tokens(self)
+                reason = None if mixes else found
             else:
                 reason = several_adapters.call_reason(x, found)
                 if reason is None:
                     return several_adapters.forward(x, found)
+        if mixes:
+            found = mixed_batch.mixed(self, x, kwargs)
+            if type(found) is not Reason:
+                return mixed_batch.forward(self, x, found)
+            reason = found
         _count("lora_linear", reason)
         return super().forward(x, *args, **kwargs)
 
@@ -140,8 +145,21 @@ class FusedConv3d(FusedConv, Conv3d):
     pass
 
 
+@in_place_of(ParamWrapper)
+class FusedParamWrapper(ParamWrapper):
+    """PEFT's ``target_parameters``: experts of a mixture, and the weight of a linear layer."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = experts.call(self, x, args, kwargs)
+        if type(result) is not Reason:
+            return result
+        _count("lora_linear" if experts.is_of_linear(self) else "grouped_lora_linear", result)
+        return super().forward(x, *args, **kwargs)
+
+
 SWAPS: dict[type, type] = {
     Linear: FusedLinear, Embedding: FusedEmbedding, Conv1d: FusedConv1d, Conv2d: FusedConv2d, Conv3d: FusedConv3d,
+    ParamWrapper: FusedParamWrapper,
 }  # fmt: skip
 """PEFT's layers and what replaces them."""
 
@@ -225,10 +243,10 @@ def why_not_swapped(layer: nn.Module) -> Reason | None:
     """Why the class of one of PEFT's layers is not swapped; None if it can be, or is."""
     if our_class(layer, SWAPS.values()) is not None:
         return None
-    if type(layer) is ParamWrapper:  # computes W + s B A, a matrix as large as W
-        return Reason.TARGET_PARAMETERS
     if type(layer) not in SWAPS:
         return Reason.LAYER_TYPE
+    if type(layer) is ParamWrapper and experts.why_not_swapped(layer) is not None:
+        return Reason.TARGET_PARAMETERS
     # What the instance calls is bound to the old class: swapping would change nothing.
     return Reason.INSTANCE_FORWARD if "forward" in layer.__dict__ else None
 
@@ -243,8 +261,13 @@ def next_call(layer: Any) -> tuple[Reason | None, str]:
         if type(found) is Reason:
             return found, ""
         return None, "lora_embedding" if found[-1] is None else "dora_embedding"
+    if isinstance(layer, FusedParamWrapper) and not experts.is_of_linear(layer):
+        found = experts.experts_operands(layer)
+        return (found, "") if type(found) is Reason else (None, "grouped_lora_linear")
     is_conv = isinstance(layer, FusedConv)
     found = conv.adapters(layer) if is_conv else operands.operands(layer)
+    if found is Reason.VARIANT and isinstance(layer, FusedForward) and mixed_batch.acts_on_some_tokens(layer):
+        return None, FUSED_POOL
     if type(found) is Reason:
         return found, ""
     if is_conv:
