@@ -73,6 +73,6 @@ def results(function, weight, operands, grad_y, p):
 def unfused(x, weight, lora_A, lora_B, bias, *, scaling, dropout_p, training, seed):
     """By separate torch calls in the dtype of x."""
     given = torch.tensor([seed]) if dropout_p > 0 else None
-    dropped = lora_linear._dropout(x, given, dropout_p)
+    dropped = lora_linear.dropped(x, given, dropout_p)
     branch = torch.nn.functional.linear(torch.nn.functional.linear(dropped, lora_A), lora_B)
     return torch.nn.functional.linear(x, weight, bias) + branch * scaling
