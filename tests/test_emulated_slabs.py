@@ -67,6 +67,29 @@ def test_values_and_gradients(case):
         assert torch.equal(a, b), "what does not read the weight has the same bits"
 
 
+def test_the_registered_ops():
+    """Their schemas and gradients, and a compiled call without a graph break."""
+    packed = weight_of("int8", BF16)
+    x, lora_A, lora_B, bias = make(2, N, K, RANK, BF16)
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+    args = (x, *packed.args, lora_A, lora_B, bias, None, SCALING, 0.0)
+    tests = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(torch.ops.lora_kernels.lora_linear_packed.default, args, test_utils=tests)
+    torch.library.opcheck(torch.ops.lora_kernels.linear_packed.default, (x, *packed.args, bias), test_utils=tests)
+
+    def call(x):
+        return lk.lora_linear(x, packed, lora_A, lora_B, bias, scaling=SCALING)
+
+    expected = torch.autograd.grad(call(x).float().square().sum(), leaves)
+    torch._dynamo.reset()
+    lk.reset_stats()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(x)
+    grads = torch.autograd.grad(compiled.float().square().sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected))
+    assert lk.stats()["served"]["lora_linear_packed", "cuda"] == 1
+    assert ("dequantize", "cuda") not in lk.stats()["served"]
+
+
 def test_slabs_are_decoded_one_after_the_other_in_the_callers_stream():
     """Kills: a slab of another size than was asked for, a launch on another stream."""
     module = emulator.load_lora_linear()
