@@ -38,6 +38,9 @@ def load_lora_linear() -> ModuleType:
         arguments, returns = spec.schema.split(" -> ")
         library.define(f"{spec.name}{arguments[:-1]}, str schedule) -> {returns}")
     library.define("frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    for name in ("lora_linear_slabs", "lora_linear_slabs_backward", "linear_slabs", "linear_slabs_backward"):
+        schema = str(getattr(torch.ops.lora_kernels_native, name).default._schema)
+        library.define(schema.removeprefix("lora_kernels_native::"))
     return _build_over_torch("_emu_lora_linear", "emu/bind_lora_linear.cpp")
 
 
