@@ -1,0 +1,72 @@
+// Problem -> tile and grid of grouped_lora_linear and its gradients, from shapes alone: where groups end is on the
+// device. Host only, but for how blocks of rows are counted.
+#pragma once
+
+#include "lora_linear.h"
+
+namespace lk {
+
+// How many numbers blocks of `rows` rows have, of `groups` groups with m rows (row_groups.cuh).
+constexpr int64_t blocks_of_groups(int64_t m, int64_t rows, int64_t groups) { return m / rows + groups; }
+
+// Slots for sums of parts of `rows` rows, in front of a group's that begins in this row. A group of more than `rows`
+// rows has at most twice as many parts as whole ones.
+constexpr int64_t slots_of_parts(int64_t first_row, int64_t rows) { return 2 * first_row / rows; }
+
+struct GroupedLoraKey {
+  LoraRole role;
+  LoraTile tile;
+  int rank_tile;
+  bool w_in_rows;  // of the weight's, [N, K]; else they are its columns, as [K, N] in memory has them
+
+  friend constexpr bool operator==(const GroupedLoraKey&, const GroupedLoraKey&) = default;
+};
+
+// The tile for y [m, n] of groups that are taken to be equal.
+inline LoraTile choose_grouped_tile(int64_t m, int64_t n, int64_t groups, const DeviceLimits& device,
+                                    const char*& reason) {
+  const int64_t rows = blocks_of(m, groups);
+  if (rows <= tile_shape(LoraTile::kSmall).rows) {
+    reason = "few rows a group: half of a large tile would be idle";
+    return LoraTile::kSmall;
+  }
+  return choose_tile(rows, n * groups, device, reason);
+}
+
+// A launch of y [m, n] and s in tickets, or of dX and s'.
+struct GroupedLoraConfig {
+  GroupedLoraKey key;
+  LoraLinearConfig launch;
+};
+
+inline GroupedLoraConfig grouped_lora_config(LoraRole role, int64_t m, int64_t n, int64_t rank, int64_t groups,
+                                             bool w_in_rows, const DeviceLimits& device) {
+  GroupedLoraConfig config{};
+  LoraLinearConfig& launch = config.launch;
+  launch.key = {role, Schedule::kTicketed, LoraTile::kSmall, rank_tile_of(rank), Access::kWhole};
+  launch.splits = 1;
+  launch.reason = "tiles know their group: one launch for all";
+  launch.key.tile = choose_grouped_tile(m, n, groups, device, launch.tile_reason);
+  plan_tickets_of(blocks_of_groups(m, tile_shape(launch.key.tile).rows, groups + 1), n, rank, launch);
+  config.key = {role, launch.key.tile, launch.key.rank_tile, w_in_rows};
+  return config;
+}
+
+// dA [groups, rank, k] and dB [groups, n, rank]; k or n is 0 where the gradient is not wanted.
+inline LoraGradsConfig grouped_lora_grads_config(int64_t m, int64_t n, int64_t k, int64_t rank, int64_t groups,
+                                                 const DeviceLimits& device) {
+  constexpr int kColumns = 128, kDepth = 32, kBlocksPerSm = 2, kMinRows = 256;
+  LoraGradsConfig config{};
+  config.key = grads_key(wide_rank_tile_of(rank), true, true, true);
+  const int64_t tiles = (blocks_of(k, kColumns) + blocks_of(n, kColumns)) * blocks_of(rank, config.key.rank_tile);
+  // So many rows that a group of everything fills the GPU. Where equal groups do, none of them is split.
+  const int64_t rows = std::max<int64_t>(kMinRows, blocks_of(m * tiles, int64_t{kBlocksPerSm} * device.sms));
+  config.split_rows = static_cast<int>(blocks_of(rows, kDepth) * kDepth);
+  config.splits = 1;
+  config.blocks = tiles * blocks_of_groups(m, config.split_rows, groups);
+  config.counters = tiles * slots_of_parts(m, config.split_rows);
+  config.partials = config.counters * kColumns * config.key.rank_tile;
+  return config;
+}
+
+}  // namespace lk

@@ -1,0 +1,97 @@
+// The CUDA binding of grouped_lora_linear and its gradients as it is, over CPU tensors and emulated launches: ops of
+// `lora_kernels_emulated_grouped`. Test only.
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include "../kernels/grouped_lora_linear_variants.cuh"
+#include "../launch/grouped_lora_linear.h"
+#include "../launch/grouped_lora_problem.h"
+#include "launch_over_torch.h"
+
+namespace lk {
+
+struct GroupedLaunch {
+  int tile_rows;  // of dA and dB: those of a part
+  int64_t blocks;
+  int counters;
+  bool counters_were_zero;
+  emu::Report report = {};
+};
+inline std::vector<GroupedLaunch> launches;  // since the test last asked
+
+template <class Kernel, class Params, class Config>
+cudaError_t run_grouped(void (*kernel)(Params), const Params& p, const Config& config, int tile_rows, int64_t blocks,
+                        int64_t counters, int element_bytes) {
+  const auto all_zero = [&] {
+    return std::all_of(p.lora.counters, p.lora.counters + counters, [](uint32_t word) { return word == 0; });
+  };
+  launches.push_back({tile_rows, blocks, static_cast<int>(counters), all_zero()});
+  Memory memory;
+  for_each_range(p, config, element_bytes, [&](const MemoryRef& ref) {
+    if (ref.is_written) {
+      memory.output(const_cast<void*>(ref.data), ref.rows * ref.columns * ref.element_bytes);
+    } else {
+      memory.input(ref.data, ref.element_bytes, ref.rows, ref.columns, ref.stride);
+    }
+  });
+  memory.input(p.lora.counters, sizeof(uint32_t), 1, counters, 0);
+  launches.back().report = emulate<Kernel>(kernel, blocks, p, memory);
+  if (!all_zero()) throw std::runtime_error("the launch left a counter other than zero");
+  return cudaSuccess;
+}
+
+template <class Element>
+cudaError_t launch_grouped_lora(const GroupedLoraLinearParams& p, const GroupedLoraConfig& config, cudaStream_t) {
+  using All = Concat<GroupedForwardVariants<Element>, GroupedGradXVariants<Element>>;
+  return with_variant(All{}, config.key, [&]<class Kernel>(Kernel) {
+    return run_grouped<Kernel>(&grouped_lora_linear_kernel<Kernel>, p, config, tile_shape(config.key.tile).rows,
+                               config.launch.blocks, config.launch.counters, sizeof(typename Element::Storage));
+  });
+}
+
+template <class Element>
+cudaError_t launch_grouped_lora_grads(const GroupedLoraGradsParams& p, const LoraGradsConfig& config, cudaStream_t) {
+  return with_variant(GroupedGradsVariants<Element>{}, config.key, [&]<class Kernel>(Kernel) {
+    return run_grouped<Kernel>(&grouped_lora_grads_kernel<Kernel>, p, config, config.split_rows, config.blocks,
+                               config.counters, sizeof(typename Element::Storage));
+  });
+}
+
+}  // namespace lk
+
+#define CUDA CPU
+#define lora_kernels_native lora_kernels_emulated_grouped
+#include "../bind/grouped_lora_linear_cuda.cpp"
+#undef CUDA
+
+namespace lk {
+namespace {
+
+pybind11::dict to_python(const GroupedLaunch& launch) {
+  pybind11::dict d;
+  d["tile_rows"] = launch.tile_rows;
+  d["blocks"] = launch.blocks;
+  d["counters"] = launch.counters;
+  d["counters_were_zero"] = launch.counters_were_zero;
+  d["report"] = launch.report;
+  return d;
+}
+
+}  // namespace
+}  // namespace lk
+
+PYBIND11_MODULE(_emu_grouped_lora_linear, m) {
+  using lk::emu::runtime;
+  lk::define_options(m);
+  m.def("set_sms", [](int sms) {
+    runtime.sms = sms;
+    lk::known_limits.forget();
+  });
+  m.def("launches", [] {
+    pybind11::list all;
+    for (const lk::GroupedLaunch& launch : lk::launches) all.append(lk::to_python(launch));
+    lk::launches.clear();
+    return all;
+  });
+}
