@@ -240,6 +240,44 @@ def reduce(
     return ReduceConfig(tile, block_rank, shares)
 
 
+def grouped(
+    target: str, sms: int, rows: int, columns: int, rank: int, groups: int, float32: str | None, aligned: bool,
+    separate_branch: bool,
+) -> FusedConfig:  # fmt: skip
+    """``fused`` for rows in groups, which are taken to be equal. A tile's rows begin where a group does, not where a
+    descriptor of all rows has a block.
+    """
+    rows_of_one = blocks(rows, groups)
+    one = fused(target, sms, "", rows_of_one, columns * groups, rank, float32, aligned, separate_branch)
+    tile = TARGETS[target].medium if one.descriptors else one.tile
+    return one._replace(tile=tile, descriptors=False)
+
+
+def grouped_blocks(rows: int, tile_rows: int, groups: int) -> int:
+    """Numbers that blocks of rows have, of groups and of the rows behind them."""
+    return blocks(rows, tile_rows) + groups
+
+
+class GroupedReduceConfig(NamedTuple):
+    """How a sum over every group's rows is computed, ``rows`` of them in a program."""
+
+    tile: Tile
+    block_rank: int
+    rows: int
+
+
+def grouped_reduce(
+    target: str, sms: int, rows: int, columns: int, rank: int, float32: str | None, aligned: bool
+) -> GroupedReduceConfig:
+    """So many rows that a group of everything has two programs per SM, and a program at least four steps. It is a power
+    of two: a constant of the kernel, which is not to be compiled for every number of rows.
+    """
+    one = reduce(target, sms, rows, columns, rank, float32, aligned)
+    tiles = blocks(columns, one.tile.columns) * blocks(rank, one.block_rank)
+    least = max(4 * one.tile.rows, blocks(rows * tiles, 2 * sms))
+    return GroupedReduceConfig(one.tile, one.block_rank, 1 << (least - 1).bit_length())
+
+
 class RowTile(NamedTuple):
     """The tile of a program that copies or adds up rows."""
 

@@ -6,8 +6,11 @@
 
 namespace lk {
 
-// How many numbers blocks of `rows` rows have, of `groups` groups with m rows (row_groups.cuh).
-constexpr int64_t blocks_of_groups(int64_t m, int64_t rows, int64_t groups) { return m / rows + groups; }
+// How many numbers blocks of `rows` rows have, of groups with m rows and of what is behind them (row_groups.cuh)...
+constexpr int64_t blocks_of_groups(int64_t m, int64_t rows, int64_t groups) { return blocks_of(m, rows) + groups; }
+
+// ... and of groups that have one where they have no rows.
+constexpr int64_t parts_of_groups(int64_t m, int64_t rows, int64_t groups) { return m / rows + groups; }
 
 // Slots for sums of parts of `rows` rows, in front of a group's that begins in this row. A group of more than `rows`
 // rows has at most twice as many parts as whole ones.
@@ -36,6 +39,7 @@ inline LoraTile choose_grouped_tile(int64_t m, int64_t n, int64_t groups, const 
 // A launch of y [m, n] and s in tickets, or of dX and s'.
 struct GroupedLoraConfig {
   GroupedLoraKey key;
+  int64_t row_blocks;
   LoraLinearConfig launch;
 };
 
@@ -47,7 +51,8 @@ inline GroupedLoraConfig grouped_lora_config(LoraRole role, int64_t m, int64_t n
   launch.splits = 1;
   launch.reason = "tiles know their group: one launch for all";
   launch.key.tile = choose_grouped_tile(m, n, groups, device, launch.tile_reason);
-  plan_tickets_of(blocks_of_groups(m, tile_shape(launch.key.tile).rows, groups + 1), n, rank, launch);
+  config.row_blocks = blocks_of_groups(m, tile_shape(launch.key.tile).rows, groups);
+  plan_tickets_of(config.row_blocks, n, rank, launch);
   config.key = {role, launch.key.tile, launch.key.rank_tile, w_in_rows};
   return config;
 }
@@ -63,7 +68,7 @@ inline LoraGradsConfig grouped_lora_grads_config(int64_t m, int64_t n, int64_t k
   const int64_t rows = std::max<int64_t>(kMinRows, blocks_of(m * tiles, int64_t{kBlocksPerSm} * device.sms));
   config.split_rows = static_cast<int>(blocks_of(rows, kDepth) * kDepth);
   config.splits = 1;
-  config.blocks = tiles * blocks_of_groups(m, config.split_rows, groups);
+  config.blocks = tiles * parts_of_groups(m, config.split_rows, groups);
   config.counters = tiles * slots_of_parts(m, config.split_rows);
   config.partials = config.counters * kColumns * config.key.rank_tile;
   return config;

@@ -19,10 +19,11 @@ struct GroupedLaunch {
   emu::Report report = {};
 };
 inline std::vector<GroupedLaunch> launches;  // since the test last asked
+inline std::vector<unsigned char> last_s;    // or dY B, with whole ranks
 
 template <class Kernel, class Params, class Config>
-cudaError_t run_grouped(void (*kernel)(Params), const Params& p, const Config& config, int tile_rows, int64_t blocks,
-                        int64_t counters, int element_bytes) {
+void run_grouped(void (*kernel)(Params), const Params& p, const Config& config, int tile_rows, int64_t blocks,
+                 int64_t counters, int element_bytes) {
   const auto all_zero = [&] {
     return std::all_of(p.lora.counters, p.lora.counters + counters, [](uint32_t word) { return word == 0; });
   };
@@ -38,23 +39,27 @@ cudaError_t run_grouped(void (*kernel)(Params), const Params& p, const Config& c
   memory.input(p.lora.counters, sizeof(uint32_t), 1, counters, 0);
   launches.back().report = emulate<Kernel>(kernel, blocks, p, memory);
   if (!all_zero()) throw std::runtime_error("the launch left a counter other than zero");
-  return cudaSuccess;
 }
 
 template <class Element>
 cudaError_t launch_grouped_lora(const GroupedLoraLinearParams& p, const GroupedLoraConfig& config, cudaStream_t) {
   using All = Concat<GroupedForwardVariants<Element>, GroupedGradXVariants<Element>>;
+  constexpr int kBytes = sizeof(typename Element::Storage);
   return with_variant(All{}, config.key, [&]<class Kernel>(Kernel) {
-    return run_grouped<Kernel>(&grouped_lora_linear_kernel<Kernel>, p, config, tile_shape(config.key.tile).rows,
-                               config.launch.blocks, config.launch.counters, sizeof(typename Element::Storage));
+    run_grouped<Kernel>(&grouped_lora_linear_kernel<Kernel>, p, config, tile_shape(config.key.tile).rows,
+                        config.launch.blocks, config.launch.counters, kBytes);
+    const auto* const s = static_cast<const unsigned char*>(p.lora.s);
+    last_s.assign(s, s + static_cast<int64_t>(p.lora.m) * p.lora.rank * kBytes);
+    return cudaSuccess;
   });
 }
 
 template <class Element>
 cudaError_t launch_grouped_lora_grads(const GroupedLoraGradsParams& p, const LoraGradsConfig& config, cudaStream_t) {
   return with_variant(GroupedGradsVariants<Element>{}, config.key, [&]<class Kernel>(Kernel) {
-    return run_grouped<Kernel>(&grouped_lora_grads_kernel<Kernel>, p, config, config.split_rows, config.blocks,
-                               config.counters, sizeof(typename Element::Storage));
+    run_grouped<Kernel>(&grouped_lora_grads_kernel<Kernel>, p, config, config.split_rows, config.blocks,
+                        config.counters, sizeof(typename Element::Storage));
+    return cudaSuccess;
   });
 }
 
@@ -94,4 +99,5 @@ PYBIND11_MODULE(_emu_grouped_lora_linear, m) {
     lk::launches.clear();
     return all;
   });
+  m.def("s", [] { return pybind11::bytes(reinterpret_cast<const char*>(lk::last_s.data()), lk::last_s.size()); });
 }

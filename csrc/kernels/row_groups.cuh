@@ -63,9 +63,7 @@ struct ManyGroups {
   static constexpr int kBytes = 16;
 
   LK_DEVICE static const LoraLinearParams& all(const Params& p) { return p.lora; }
-  LK_DEVICE static int row_blocks(const Params& p, int rows) {
-    return static_cast<int>(blocks_of_groups(p.lora.m, rows, p.groups.count + 1));
-  }
+  LK_DEVICE static int row_blocks(const Params& p, int) { return p.row_blocks; }
 
   // Whether there are rows with this number. All threads call it.
   template <int kRows>

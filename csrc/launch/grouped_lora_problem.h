@@ -32,7 +32,8 @@ inline GroupedLoraLinearParams grouped_forward_params(const GroupedLoraProblem& 
           .w_step = p.w_step,
           .a_step = p.a_step,
           .b_step = p.b_step,
-          .bias_step = p.bias_step};
+          .bias_step = p.bias_step,
+          .row_blocks = static_cast<int32_t>(config.row_blocks)};
 }
 
 struct GroupedLoraBackwardConfig {
@@ -61,7 +62,8 @@ inline GroupedLoraLinearParams grouped_grad_x_params(const LoraBackwardProblem& 
           .w_step = groups.w_step,
           .a_step = groups.b_step,
           .b_step = groups.a_step,
-          .bias_step = 0};
+          .bias_step = 0,
+          .row_blocks = static_cast<int32_t>(config.grad_x.row_blocks)};
 }
 
 inline GroupedLoraGradsParams grouped_grads_params(const LoraBackwardProblem& p, const GroupedLoraProblem& groups,

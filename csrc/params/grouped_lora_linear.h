@@ -17,6 +17,7 @@ struct GroupedLoraLinearParams {
   LoraLinearParams lora;
   RowGroups groups;
   int64_t w_step, a_step, b_step, bias_step;
+  int32_t row_blocks;  // numbers that blocks of rows have
 };
 
 // Each group has its gradients behind those of the one before. split_rows: a block has no more rows of a group, and

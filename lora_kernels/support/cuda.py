@@ -111,6 +111,37 @@ def tensor_core_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) ->
     return refusal(x.device) or _SCHEDULES[_schedule.get()]
 
 
+_GROUPS = Verdict("one launch", "tiles know their group: one launch for the rows of all")
+
+
+def grouped_verdict(x: torch.Tensor, weight: torch.Tensor, groups: int, rank: int) -> Verdict:
+    """Whether the tensor-core kernels serve rows in groups: they read weights in whole chunks, and ask no one for the
+    sizes of groups.
+    """
+    n, k = weight.shape[-2:]
+    verdict = tensor_core_verdict(x, n, k, rank)
+    if verdict.schedule is None:
+        return verdict
+    chunk = 16 // x.element_size()
+    if n % chunk != 0 or k % chunk != 0 or not _lies_in_chunks(weight):
+        return _LAYOUT
+    tiles = (x.shape[0] // SMALLEST_TILE + 1 + groups) * (max(n, k) // SMALLEST_TILE + 1 + MAX_RANK)
+    return _SIZE if tiles > MAX_SIZE else _GROUPS
+
+
+def _lies_in_chunks(weight: torch.Tensor) -> bool:
+    """Whether rows of a weight, or its columns, are neighbours in memory that begin at 16 bytes and are near."""
+    row, column = weight.stride()[-2:]
+    lead = weight.stride()[:-2]
+    apart = row if column == 1 else column
+    return (
+        1 in (row, column)
+        and apart <= MAX_ROW
+        and weight.data_ptr() % 16 == 0
+        and all(stride * weight.element_size() % 16 == 0 for stride in (*lead, apart))
+    )
+
+
 def prompt_refusal(
     device: torch.device, embeds: torch.dtype, prompt: torch.dtype, rows: int, columns: int
 ) -> Verdict | None:
