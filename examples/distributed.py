@@ -5,7 +5,8 @@ the batch, and compares the losses, which must agree up to rounding. Works on CP
 
     torchrun --nproc-per-node 2 examples/distributed.py
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --out build/adapter
-    torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --quantize  # QLoRA: a base in four bits
+    torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --base nf4  # QLoRA: a base in four bits
+    torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --base experts  # a mixture of experts
     accelerate launch --config_file examples/accelerate.yaml examples/distributed.py --strategy accelerate  # on GPUs
 """
 
@@ -23,31 +24,37 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lora_kernels as lk
 
 BATCH, TOKENS, VOCABULARY = 8, 16, 61
 STRATEGIES = ("ddp", "fsdp2", "accelerate")
+BASES = ("plain", "nf4", "experts")
 TOLERANCE = 1e-5
 """Relative difference of losses: the processes sum the same gradients in another order."""
 
 
-def make_model(device: torch.device, quantize: bool) -> PeftModel:
+def make_model(device: torch.device, base: str) -> PeftModel:
     """The same model in every process, with its LoRA layers fused."""
     torch.manual_seed(0)
-    size = 64 if quantize else 32  # as many weights share a scale
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=size, intermediate_size=2 * size, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    base = LlamaForCausalLM(config)
-    if quantize:
-        in_4_bits(base.model)
-        base.is_loaded_in_4bit = True  # what transformers says of a model that it has loaded so
-    model = get_peft_model(base.to(device), adapter)
+    size = 64 if base == "nf4" else 32  # as many weights share a scale
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": size, "intermediate_size": 2 * size, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    targets = {"target_modules": "all-linear"}
+    if base == "experts":
+        config = Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=size, head_dim=8)
+        causal_lm = Qwen3MoeForCausalLM(config)
+        parameters = ["experts.gate_up_proj", "experts.down_proj"]
+        targets = {"target_modules": ["q_proj", "v_proj"], "target_parameters": parameters}
+    else:
+        causal_lm = LlamaForCausalLM(LlamaConfig(**sizes))
+    if base == "nf4":
+        in_4_bits(causal_lm.model)
+        causal_lm.is_loaded_in_4bit = True  # what transformers says of a model that it has loaded so
+    model = get_peft_model(causal_lm.to(device), LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **targets))
     lk.patch(model)
     return model
 
@@ -75,7 +82,7 @@ def distribute(model: PeftModel, strategy: str, device: torch.device) -> nn.Modu
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.modules():
         # A whole block is one group: the fused layers read the weights of their base layer and adapters themselves.
-        if isinstance(layer, LlamaDecoderLayer):
+        if type(layer).__name__.endswith("DecoderLayer"):
             fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -96,19 +103,17 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tens
     return losses
 
 
-def train_with(
-    strategy: str, shares: list[Tensor], device: torch.device, quantize: bool
-) -> tuple[nn.Module, list[float]]:
+def train_with(strategy: str, shares: list[Tensor], device: torch.device, base: str) -> tuple[nn.Module, list[float]]:
     """The trained model, and the losses over all processes."""
     if strategy == "accelerate":
         from accelerate import Accelerator
 
         accelerator = Accelerator(cpu=device.type == "cpu")
-        model = make_model(accelerator.device, quantize)
+        model = make_model(accelerator.device, base)
         model, optimizer = accelerator.prepare(model, optimizer_of(model))
         losses = train(model, optimizer, shares, accelerator.backward)
     else:
-        model = distribute(make_model(device, quantize), strategy, device)
+        model = distribute(make_model(device, base), strategy, device)
         losses = train(model, optimizer_of(model), shares)  # the optimizer is made of the sharded parameters
     for loss in losses:
         dist.all_reduce(loss)
@@ -127,7 +132,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--strategy", choices=("all", *STRATEGIES), default="all")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--quantize", action="store_true", help="over a base in four bits (needs bitsandbytes)")
+    parser.add_argument("--base", choices=BASES, default="plain", help="nf4: in four bits (needs bitsandbytes)")
     parser.add_argument("--out", type=Path, help="where to save the adapters, one directory per strategy")
     options = parser.parse_args()
 
@@ -140,19 +145,21 @@ def main() -> int:
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(VOCABULARY, (BATCH, TOKENS), generator=generator).to(device)] * options.steps
 
-    model = make_model(device, options.quantize)
+    model = make_model(device, options.base)
     expected = [loss.item() for loss in train(model, optimizer_of(model), batches)]
     if rank == 0:
         print(f"{'one process':12}", *(f"{loss:.6f}" for loss in expected))
+        if options.out is not None:
+            model.save_pretrained(options.out / "one")
 
     agree = True
     for strategy in STRATEGIES if options.strategy == "all" else [options.strategy]:
         lk.reset_stats()
-        model, losses = train_with(strategy, [batch.chunk(world)[rank] for batch in batches], device, options.quantize)
+        model, losses = train_with(strategy, [batch.chunk(world)[rank] for batch in batches], device, options.base)
         difference = max(abs(ours - one) / one for ours, one in zip(losses, expected))
         agree = agree and difference <= TOLERANCE
         stats = lk.stats()
-        calls = sum(n for (op, _), n in stats["served"].items() if op in ("lora_linear", "lora_linear_packed"))
+        calls = sum(n for (op, _), n in stats["served"].items() if not op.endswith("_backward"))
         if rank == 0:
             print(f"{strategy:12}", *(f"{loss:.6f}" for loss in losses))
             print(f"{'':12} {type(model).__name__}, {world} processes, {calls} fused calls in this one, ", end="")

@@ -21,7 +21,10 @@ from lora_kernels.integrations.peft import prompt_models as _peft_prompt
 from lora_kernels.reasons import Reason
 
 IDS = torch.arange(14).view(2, 7)
-WITH_PARAMETERS = {"target_modules": ["q_proj", "embed_tokens"], "target_parameters": ["mlp.up_proj.weight"]}
+WITH_PARAMETERS = {
+    "target_modules": ["q_proj", "embed_tokens"],
+    "target_parameters": ["mlp.up_proj.weight", "lm_head.weight"],
+}
 SWAPS = _peft_linear.SWAPS | _peft_prompt.FUSED | {nn.Linear: lk.FrozenLinear}
 
 
@@ -52,7 +55,7 @@ def test_a_person_sees_no_difference_and_asks_is_fused():
     assert patched.get_layer_status() == stock.get_layer_status()
     assert patched.get_model_status() == stock.get_model_status()
     fused = [name for name, module in patched.named_modules() if lk.is_fused(module)]
-    assert len(fused) == 3 + 1
+    assert len(fused) == 3 + 1 + 3 + 1
     assert not any(map(lk.is_fused, stock.modules()))
     assert lk.is_fused(lk.LoRALinear(4, 4, r=2, alpha=2))
 

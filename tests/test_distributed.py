@@ -56,7 +56,7 @@ def test_two_processes_over_a_base_in_four_bits(tmp_path):
     """FSDP2 shards the packed bytes and makes plain parameters of them; the layers keep their state."""
     pytest.importorskip("bitsandbytes", reason="the layers are bitsandbytes'")
     for strategy in ("ddp", "fsdp2"):
-        lines = launch("--steps", "3", "--strategy", strategy, "--quantize", "--out", str(tmp_path))
+        lines = launch("--steps", "3", "--strategy", strategy, "--base", "nf4", "--out", str(tmp_path))
         expected = losses(lines, "one process")
         assert expected[-1] < expected[0] - 0.03, "nothing was learned"
         assert losses(lines, strategy) == pytest.approx(expected, rel=1e-5)
@@ -65,6 +65,22 @@ def test_two_processes_over_a_base_in_four_bits(tmp_path):
     assert ddp.keys() == fsdp2.keys()
     for name, value in ddp.items():
         torch.testing.assert_close(fsdp2[name], value)
+
+
+def test_two_processes_over_a_mixture_of_experts(tmp_path):
+    """FSDP2 shards the experts and their factors; what is saved is what one process has learned."""
+    for strategy in ("ddp", "fsdp2"):
+        lines = launch("--steps", "3", "--strategy", strategy, "--base", "experts", "--out", str(tmp_path))
+        expected = losses(lines, "one process")
+        assert expected[-1] < expected[0] - 0.03, "nothing was learned"
+        assert losses(lines, strategy) == pytest.approx(expected, rel=1e-5)
+        assert any("24 fused calls in this one, fallbacks {}" in line for line in lines), lines
+    one, *others = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "ddp", "fsdp2"))
+    assert any("experts.lora_B" in key for key in one)
+    for other in others:
+        assert other.keys() == one.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_accelerate_reads_the_example_config():

@@ -103,9 +103,9 @@ def test_a_scaling_per_group(backend):
     factors = torch.tensor([0.5, 2.0, -1.0])
     y, *grads = grads_of(t, scaling=factors)
     want = looped(*(t[k] for k in ("x", "weight", "lora_A", "lora_B", "bias")), sizes=sizes, scaling=factors.tolist())
-    torch.testing.assert_close(y, want)
-    for a, b in zip(grads, torch.autograd.grad(want.square().sum(), [t["x"], t["lora_A"], t["lora_B"]])):
-        torch.testing.assert_close(a, b)
+    wanted = torch.autograd.grad(want.square().sum(), [t["x"], t["lora_A"], t["lora_B"]])
+    for a, b in zip((y, *grads), (want, *wanted)):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 @pytest.mark.parametrize("shared", [False, True])

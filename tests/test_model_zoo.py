@@ -1,6 +1,7 @@
 """Small random models of many families: patched equals unpatched, and every LoRA layer is accounted for."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ ZOO = {
          "decoder_start_token_id": 0},
         32,
     ),
-    "Mixtral": ("Mixtral", "ForCausalLM", SMALL | {"num_local_experts": 3}, 8),  # experts are no linear layers
+    "Mixtral": ("Mixtral", "ForCausalLM", SMALL | {"num_local_experts": 3}, 12),  # with two parameters of experts each
 }  # fmt: skip
 
 
@@ -91,14 +92,21 @@ def test_every_linear_layer_of_a_family(family, head, options, count):
     stock, patched, report = make(make_base(family, head, options))
     assert_all_reported(patched, report)
     # PEFT makes a mixture's router and experts target_parameters: they are no linear layers.
-    wrapped = sum(type(module) is ParamWrapper for module in stock.modules())
-    assert [reason for _, reason in report.kept] == [Reason.TARGET_PARAMETERS] * wrapped
+    experts, routers = (4, 2) if family == "Mixtral" else (0, 0)
+    assert sum(type(module) is ParamWrapper for module in stock.modules()) == experts + routers
+    assert [reason for _, reason in report.kept] == [Reason.TARGET_PARAMETERS] * routers
     assert len(report.fused) == count
-    assert str(report).splitlines()[0] == f"{count} of {count + wrapped} LoRA layers fused"
+    assert str(report).splitlines()[0] == f"{count} of {count + routers} LoRA layers fused"
     assert_same(patched, stock)
-    assert lk.stats()["fallback"] == ({("lora_linear", Reason.TARGET_PARAMETERS): wrapped} if wrapped else {})
-    assert wrapped == (6 if family == "Mixtral" else 0)
-    assert sum(n for (op, _), n in lk.stats()["served"].items() if op == "lora_linear") == count
+    stats = lk.stats()
+    assert [key for key in stats["fallback"] if key[0] == "lora_linear"] == [
+        ("lora_linear", Reason.TARGET_PARAMETERS)
+    ] * bool(routers)
+    served = Counter()
+    for (op, _), calls in stats["served"].items():
+        served[op] += calls
+    assert served["lora_linear"] == count - experts
+    assert served["grouped_lora_linear"] == experts
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "T5"])
@@ -123,18 +131,6 @@ def test_embeddings_and_lm_head(family, embedding, head, tied):
     assert report.kept == []
     assert_same(patched, stock)
     assert lk.stats()["fallback"] == {}
-
-
-def test_experts_as_target_parameters_are_counted():
-    stock, patched, report = make(
-        make_base(*ZOO["Mixtral"][:3]), target_modules=["q_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    )  # fmt: skip
-    assert_all_reported(patched, report)
-    assert len(report.fused) == 2
-    assert [reason for _, reason in report.kept] == [Reason.TARGET_PARAMETERS] * 4
-    assert_same(patched, stock)
-    assert lk.stats()["fallback"] == {("lora_linear", Reason.TARGET_PARAMETERS): 4}
 
 
 def test_scaled_embeddings_are_counted():

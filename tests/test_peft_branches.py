@@ -404,18 +404,23 @@ def test_dora_linear_names_the_bad_argument(change, error, message):
 # -------------------------------------------------------------------------------------------- target_parameters
 
 
-def test_target_parameters_are_counted():
+def test_the_weight_of_a_linear_layer_as_a_target_parameter():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns about parameters of linear layers
         stock = get_peft_model(Net(), LoraConfig(r=2, target_modules=[], target_parameters=["lin.weight"]))
     randomise(stock)
     patched = copy.deepcopy(stock)
     report = lk.patch(patched)
-    assert report.kept == [("base_model.model.lin", Reason.TARGET_PARAMETERS)]
+    assert report.fused == [("base_model.model.lin", "lora_linear")]
     x = torch.randn(4, K, requires_grad=True)
     ours, expected = run(patched, x), run(stock, x)
     assert ours.keys() == expected.keys()
-    assert all(torch.equal(ours[name], value) for name, value in expected.items())
-    assert lk.stats() == {"served": {}, "fallback": {("lora_linear", Reason.TARGET_PARAMETERS): 1}}
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value)
+    assert lk.stats()["fallback"] == {}
+    for model in (patched, stock):
+        model.merge_adapter()
+    assert torch.equal(patched(x), stock(x))
+    assert lk.stats()["fallback"] == {("lora_linear", Reason.MERGED): 1}
     lk.unpatch(patched)
     assert [type(m) for m in patched.modules()] == [type(m) for m in stock.modules()]

@@ -198,14 +198,20 @@ def test_patched_model_stays_patched(tmp_path):
     assert {type(m) for m in merged.modules()} == {type(m) for m in tiny_llama().modules()}
 
 
-def test_unpatch_restores_every_kind_of_layer():
-    stock = make(
-        target_modules=["q_proj", "embed_tokens"], target_parameters=["mlp.up_proj.weight"], use_rslora=True
-    ).eval()
+@pytest.mark.parametrize(
+    ("modules", "parameters", "kind"),
+    [
+        (["q_proj", "embed_tokens"], ["lm_head.weight"], _peft_linear.FusedEmbedding),
+        (["q_proj"], ["mlp.up_proj.weight", "embed_tokens.weight"], None),
+    ],
+)
+def test_unpatch_restores_every_kind_of_layer(modules, parameters, kind):
+    stock = make(target_modules=modules, target_parameters=parameters, use_rslora=True).eval()
     patched = patched_twin(stock)
     fused = {type(m) for m in patched.modules() if lk.is_fused(m)}
-    assert fused == {_peft_linear.FusedLinear, _peft_linear.FusedEmbedding}
-    assert any(m._forward_pre_hooks for m in patched.modules()), "calls of target_parameters are counted by a hook"
+    assert fused == {_peft_linear.FusedLinear, _peft_linear.FusedParamWrapper} | ({kind} if kind else set())
+    is_counted = any(m._forward_pre_hooks for m in patched.modules())
+    assert is_counted == (kind is None), "calls of a wrapper around an embedding's weight are counted by a hook"
     lk.unpatch(patched)
     assert not any(m._forward_pre_hooks for m in patched.modules())
     assert classes(patched) == classes(stock)

@@ -187,7 +187,7 @@ def test_a_prompt_in_the_wrong_place(monkeypatch):
 
 
 def test_kept_layers_have_their_reason():
-    model = patched(target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"])
+    model = patched(target_modules=["q_proj"], target_parameters=["embed_tokens.weight"])
     model.base_model.model.model.layers[1].self_attn.q_proj.lora_A.register_forward_hook(lambda *_: None)
     model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_(True)
     found = lk.verify(model)

@@ -9,6 +9,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
+#include <string>
 
 #include "aten.h"
 
@@ -180,6 +181,42 @@ Tensor onednn_linear_backward(const Tensor& grad_y, const Weight& weight) {
     sum = sum ? added(*sum, part) : part;
   });
   return *sum;
+}
+
+// x Wᵀ + bias by a schedule.
+template <class Weight>
+Tensor base_forward(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias,
+                    const std::string& schedule) {
+  const bool upcast = schedule == "upcast";
+  const Tensor rows = as_rows(x);
+  if (schedule == "onednn") return with_leading_sizes_of(onednn_linear(rows, weight, bias), x);
+  const Tensor y = new_empty_as(x, {rows.size(0), weight.n()});
+  for_row_blocks(rows.size(0), upcast, [&](int64_t m0, int64_t m1) {
+    const Tensor block = row_block(rows, m0, m1);
+    linear(row_block(y, m0, m1), upcast ? cast(block, ScalarType::Float) : block, weight, bias, [](const auto&...) {});
+  });
+  return with_leading_sizes_of(y, x);
+}
+
+// grad_y W by a schedule.
+template <class Weight>
+Tensor base_backward(const Tensor& grad_y, const Weight& weight, const std::string& schedule) {
+  const bool upcast = schedule == "upcast";
+  const Tensor rows = as_rows(grad_y);
+  if (schedule == "onednn") return with_leading_sizes_of(onednn_linear_backward(rows, weight), grad_y);
+  const Tensor grad_x = new_empty_as(grad_y, {rows.size(0), weight.k()});
+  for_row_blocks(rows.size(0), upcast, [&](int64_t m0, int64_t m1) {
+    const Tensor grad = row_block(rows, m0, m1);
+    Tensor target = row_block(grad_x, m0, m1);
+    if (!upcast) {
+      linear_backward(target, grad, weight);
+      return;
+    }
+    const Tensor sum = new_empty_as(grad, {m1 - m0, weight.k()}, ScalarType::Float);
+    linear_backward(sum, cast(grad, ScalarType::Float), weight);
+    torch::stable::copy_(target, sum);
+  });
+  return with_leading_sizes_of(grad_x, grad_y);
 }
 
 }  // namespace lk

@@ -22,49 +22,15 @@ Tensor frozen_decode(const Tensor& rows, const Tensor& w, const std::optional<Te
   return y;
 }
 
-// By the schedules of cpu_gemm.h.
-template <class Weight>
-Tensor forward(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias, const std::string& schedule) {
-  const bool upcast = schedule == "upcast";
-  const Tensor rows = as_rows(x);
-  if (schedule == "onednn") return with_leading_sizes_of(onednn_linear(rows, weight, bias), x);
-  const Tensor y = new_empty_as(x, {rows.size(0), weight.n()});
-  for_row_blocks(rows.size(0), upcast, [&](int64_t m0, int64_t m1) {
-    const Tensor block = row_block(rows, m0, m1);
-    linear(row_block(y, m0, m1), upcast ? cast(block, ScalarType::Float) : block, weight, bias, [](const auto&...) {});
-  });
-  return with_leading_sizes_of(y, x);
-}
-
-template <class Weight>
-Tensor backward(const Tensor& grad_y, const Weight& weight, const std::string& schedule) {
-  const bool upcast = schedule == "upcast";
-  const Tensor rows = as_rows(grad_y);
-  if (schedule == "onednn") return with_leading_sizes_of(onednn_linear_backward(rows, weight), grad_y);
-  const Tensor grad_x = new_empty_as(grad_y, {rows.size(0), weight.k()});
-  for_row_blocks(rows.size(0), upcast, [&](int64_t m0, int64_t m1) {
-    const Tensor grad = row_block(rows, m0, m1);
-    Tensor target = row_block(grad_x, m0, m1);
-    if (!upcast) {
-      linear_backward(target, grad, weight);
-      return;
-    }
-    const Tensor sum = new_empty_as(grad, {m1 - m0, weight.k()}, ScalarType::Float);
-    linear_backward(sum, cast(grad, ScalarType::Float), weight);
-    torch::stable::copy_(target, sum);
-  });
-  return with_leading_sizes_of(grad_x, grad_y);
-}
-
 Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string schedule) {
   check_frozen_linear(x, weight, bias);
   if (schedule == "decode") return with_leading_sizes_of(frozen_decode(as_rows(x), weight, bias), x);
-  return forward(x, PlainMatrix(weight), bias, schedule);
+  return base_forward(x, PlainMatrix(weight), bias, schedule);
 }
 
 Tensor frozen_linear_backward(Tensor grad_y, Tensor weight, std::string schedule) {
   check_frozen_linear_backward(grad_y, weight);
-  return backward(grad_y, PlainMatrix(weight), schedule);
+  return base_backward(grad_y, PlainMatrix(weight), schedule);
 }
 
 Tensor linear_packed(Tensor x, std::vector<Tensor> weight, std::string layout, int64_t n, int64_t k, int64_t block,
@@ -76,14 +42,14 @@ Tensor linear_packed(Tensor x, std::vector<Tensor> weight, std::string layout, i
     const Tensor y = multiply_packed(as_rows(x), w, bias, nullptr, schedule == "decode");
     return with_leading_sizes_of(cast(y, x.scalar_type()), x);
   }
-  return forward(x, PackedMatrix(w), bias, schedule);
+  return base_forward(x, PackedMatrix(w), bias, schedule);
 }
 
 Tensor linear_packed_backward(Tensor grad_y, std::vector<Tensor> weight, std::string layout, int64_t n, int64_t k,
                               int64_t block, ScalarType dtype, std::string schedule) {
   check_packed_rows(grad_y, n);
-  return backward(grad_y, PackedMatrix(packed_weight_for({weight, layout, n, k, block, dtype}, grad_y.scalar_type())),
-                  schedule);
+  return base_backward(
+      grad_y, PackedMatrix(packed_weight_for({weight, layout, n, k, block, dtype}, grad_y.scalar_type())), schedule);
 }
 
 }  // namespace

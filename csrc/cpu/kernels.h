@@ -21,6 +21,21 @@ struct LoraShrinkParams {
   bool has_dropout;
   int64_t first_row;  // of x within the matrix that the mask belongs to
   Dropout dropout;
+  const int64_t* row_ids = nullptr;  // of each row there, where they do not follow each other
+};
+
+// y = base + bias + alpha · s · B for rows of n; `packed` is B [rank, n] as pack_transposed lays out Bᵀ.
+struct LoraExpandParams {
+  const float* base;  // may be y
+  int64_t base_stride;
+  const float* bias;  // null: none
+  const float* s;     // [rows, rank], contiguous
+  const float* packed;
+  float alpha;
+  float* y;
+  int64_t y_stride;
+  int64_t n, rank;
+  const int64_t* row_ids = nullptr;  // where each row of s belongs in base and y, if they do not follow each other
 };
 
 // grad[j, c] += alpha · sum over m of s[m, j] · (mask ∘ x)[m, c], and, while the mask is at hand,
@@ -40,6 +55,7 @@ struct LoraGradParams {
   bool has_dropout;
   int64_t first_row;
   Dropout dropout;
+  const int64_t* row_ids = nullptr;
 };
 
 // y = x Wᵀ + bias + alpha · s Bᵀ for a few rows of x. bias and s may be null.
@@ -73,6 +89,9 @@ struct Kernels {
 
   // Rows [begin, end) of s.
   void (*lora_shrink)(const LoraShrinkParams&, int64_t begin, int64_t end);
+
+  // Rows [begin, end) of s.
+  void (*lora_expand)(const LoraExpandParams&, int64_t begin, int64_t end);
 
   // Columns [begin, end) of y.
   void (*lora_decode)(const LoraDecodeParams&, int64_t begin, int64_t end);

@@ -1,98 +1,12 @@
 // The narrow products of a LoRA branch, with the dropout mask made in registers on the way where there is one.
 // A vendor GEMM is built for wide outputs: where one side is the rank, it reaches little more than half of its speed.
 // Included once per instruction set; LK_TABLE names the table it defines, LK_PACKED_TABLE that of packed_weight.inl.
+#include "branch_tiles.h"
 #include "kernels.h"
 #include "simd.h"
 
 namespace lk::cpu {
 namespace {
-
-// One vector of Philox calls serves this many consecutive elements of a row.
-constexpr int kMaskColumns = kLanes * kDropoutGroup;
-constexpr int kTileVectors = 2;
-constexpr int kTileColumns = kTileVectors * kLanes;  // six rows of two vectors hide the latency of two FMAs per cycle
-
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Words of the groups first, first + 1, ... of the whole matrix: words[4 * i ..] belong to group first + i.
-inline void philox_vector(uint64_t first, uint64_t seed, uint32_t* words) {
-  VecU c0, c1, c2 = {}, c3 = {};
-  for (int i = 0; i < kLanes; ++i) {
-    c0[i] = static_cast<uint32_t>(first + i);
-    c1[i] = static_cast<uint32_t>((first + i) >> 32);
-  }
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    VecU hi0, lo0, hi1, lo1;
-    multiply_wide(c0, kPhiloxMultiplier0, hi0, lo0);
-    multiply_wide(c2, kPhiloxMultiplier1, hi1, lo1);
-    c0 = hi1 ^ c1 ^ broadcast(k0);
-    c1 = lo1;
-    c2 = hi0 ^ c3 ^ broadcast(k1);
-    c3 = lo0;
-    k0 += kPhiloxWeyl0;
-    k1 += kPhiloxWeyl1;
-  }
-  for (int i = 0; i < kLanes; ++i) {
-    words[4 * i] = c0[i];
-    words[4 * i + 1] = c1[i];
-    words[4 * i + 2] = c2[i];
-    words[4 * i + 3] = c3[i];
-  }
-}
-
-// keep[j] = all ones where element column + j of `row` survives, else 0, for j in [0, kMaskColumns).
-// `column` is a multiple of kDropoutGroup; lanes past the end of the row hold garbage.
-inline void keep_bits(const Dropout& dropout, int64_t row, int64_t column, int64_t columns, uint32_t* keep) {
-  uint32_t words[4 * kLanes];
-  philox_vector(row * dropout_groups_per_row(columns) + column / kDropoutGroup, dropout.seed, words);
-  for (int i = 0; i < 4 * kLanes; ++i) {
-    keep[2 * i] = (words[i] & 0xFFFFu) >= dropout.threshold ? ~0u : 0u;
-    keep[2 * i + 1] = (words[i] >> 16) >= dropout.threshold ? ~0u : 0u;
-  }
-}
-
-// out[j] = x[j] where kept, else 0, for j in [0, kMaskColumns); zero past `valid` columns.
-inline void keep_row(const float* x, const uint32_t* keep, int64_t valid, float* out) {
-  if (valid >= kMaskColumns) {
-    for (int j = 0; j < kMaskColumns; j += kLanes) store(out + j, and_bits(load(x + j), load(keep + j)));
-    return;
-  }
-  for (int j = 0; j < kMaskColumns; ++j) out[j] = j < valid && keep[j] != 0 ? x[j] : 0.0f;
-}
-
-// acc[i][:] += sum over p < depth of a[i * a_row + p * a_step] * b[p * b_step ...]: the product inside all of the
-// below.
-template <int kRows, int kVectors>
-inline void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t depth,
-                          VecF (&acc)[kRows][kVectors]) {
-  // Two pointers, so that every row is within reach of an addressing mode and no offset lives in a register.
-  const float* upper = a + 3 * a_row;
-  for (int64_t p = 0; p < depth; ++p, a += a_step, upper += a_step, b += b_step) {
-    VecF b_row[kVectors];
-    for (int v = 0; v < kVectors; ++v) b_row[v] = load(b + v * kLanes);
-    for (int i = 0; i < kRows; ++i) {
-      const VecF value = broadcast(i < 3 ? a[i * a_row] : upper[(i - 3) * a_row]);
-      for (int v = 0; v < kVectors; ++v) acc[i][v] += value * b_row[v];
-    }
-  }
-}
-
-template <int kRows>
-struct RowCount {
-  static constexpr int value = kRows;
-};
-
-// Calls f(RowCount, first row) over [0, rows), six, four, two and one at a time.
-template <class F>
-inline void for_row_tiles(int64_t rows, const F& f) {
-  int64_t i = 0;
-  for (; i + 6 <= rows; i += 6) f(RowCount<6>{}, i);
-  if (i + 4 <= rows) f(RowCount<4>{}, i), i += 4;
-  if (i + 2 <= rows) f(RowCount<2>{}, i), i += 2;
-  if (i < rows) f(RowCount<1>{}, i);
-}
 
 void dropout_mask(const DropoutMaskParams& p, int64_t begin, int64_t end) {
   const Dropout dropout{static_cast<uint64_t>(*p.seed), p.threshold, 1.0f};
@@ -109,7 +23,7 @@ void dropout_mask(const DropoutMaskParams& p, int64_t begin, int64_t end) {
 
 int64_t packed_width(int64_t rank) { return round_up(rank, kLanes); }
 
-int64_t packed_size(int64_t rank, int64_t k) { return round_up(k, kMaskColumns) * packed_width(rank); }
+int64_t packed_size(int64_t rank, int64_t k) { return k * packed_width(rank); }
 
 void pack_transposed(const float* w, int64_t stride_j, int64_t stride_c, int64_t rank, int64_t k, float* packed) {
   const int64_t width = packed_width(rank);
@@ -117,7 +31,12 @@ void pack_transposed(const float* w, int64_t stride_j, int64_t stride_c, int64_t
     for (int64_t j = 0; j < rank; ++j) packed[c * width + j] = w[j * stride_j + c * stride_c];
     for (int64_t j = rank; j < width; ++j) packed[c * width + j] = 0.0f;
   }
-  memset(packed + k * width, 0, sizeof(float) * (round_up(k, kMaskColumns) - k) * width);
+}
+
+// Where row m lies in the matrix that the mask belongs to.
+template <class Params>
+inline int64_t row_of(const Params& p, int64_t m) {
+  return p.row_ids != nullptr ? p.row_ids[m] : p.first_row + m;
 }
 
 // Columns j, j + 1, ... of s, as many as kVectors hold: rows of x times a packed chunk of W, added unless it is the
@@ -152,7 +71,7 @@ void lora_shrink(const LoraShrinkParams& p, int64_t begin, int64_t end) {
         for (int i = 0; i < kRows; ++i) {
           for (int64_t k = 0; k < depth; k += kMaskColumns) {
             uint32_t keep[kMaskColumns];
-            keep_bits(p.dropout, p.first_row + m + i, k0 + k, p.k, keep);
+            keep_bits(p.dropout, row_of(p, m + i), k0 + k, p.k, keep);
             keep_row(x + i * p.x_stride + k, keep, depth - k, &dropped[i][k]);
           }
         }
@@ -172,6 +91,39 @@ void lora_shrink(const LoraShrinkParams& p, int64_t begin, int64_t end) {
 
 void lora_shrink_any(const LoraShrinkParams& p, int64_t begin, int64_t end) {
   (p.has_dropout ? lora_shrink<true> : lora_shrink<false>)(p, begin, end);
+}
+
+// ------------------------------------------------------------------------------------------------- expand
+
+template <int kRows, int kVectors>
+inline void expand_tile(const LoraExpandParams& p, int64_t m, int64_t c0) {
+  VecF acc[kRows][kVectors] = {};
+  multiply_tile(p.s + m * p.rank, p.rank, 1, p.packed + c0, packed_width(p.n), p.rank, acc);
+  for (int i = 0; i < kRows; ++i) {
+    const int64_t row = p.row_ids != nullptr ? p.row_ids[m + i] : m + i;
+    const float* base = p.base + row * p.base_stride + c0;
+    float* y = p.y + row * p.y_stride + c0;
+    for (int v = 0; v < kVectors; ++v, base += kLanes, y += kLanes) {
+      const float* bias = p.bias != nullptr ? p.bias + c0 + v * kLanes : nullptr;
+      const int64_t left = p.n - c0 - v * kLanes;
+      if (left >= kLanes) {
+        const VecF added = acc[i][v] * p.alpha;
+        store(y, load(base) + (bias != nullptr ? added + load(bias) : added));
+      } else {
+        for (int64_t c = 0; c < left; ++c) y[c] = base[c] + (acc[i][v][c] * p.alpha + (bias ? bias[c] : 0.0f));
+      }
+    }
+  }
+}
+
+void lora_expand(const LoraExpandParams& p, int64_t begin, int64_t end) {
+  const int64_t width = packed_width(p.n);
+  for_row_tiles(end - begin, [&](auto count, int64_t offset) {
+    constexpr int kRows = decltype(count)::value;
+    int64_t c = 0;
+    for (; c + kLanes < width; c += kTileColumns) expand_tile<kRows, kTileVectors>(p, begin + offset, c);
+    if (c < width) expand_tile<kRows, 1>(p, begin + offset, c);
+  });
 }
 
 // ------------------------------------------------------------------------------------------------- decode
@@ -270,7 +222,7 @@ void lora_grad(const LoraGradParams& p, float* scratch, int64_t begin, int64_t e
       const float* a_tile = a_tiles + (tile - begin) * tile_size;
       float* grad_tile = grad_tiles + (tile - begin) * tile_size;
       if constexpr (kHasDropout) {
-        for (int64_t i = 0; i < rows; ++i) keep_bits(p.dropout, p.first_row + m0 + i, k0, p.k, keep[i]);
+        for (int64_t i = 0; i < rows; ++i) keep_bits(p.dropout, row_of(p, m0 + i), k0, p.k, keep[i]);
       }
 
       if (p.a != nullptr) {
@@ -346,6 +298,7 @@ const Kernels LK_TABLE = {
     .pack_transposed = pack_transposed,
     .packed_size = packed_size,
     .lora_shrink = lora_shrink_any,
+    .lora_expand = lora_expand,
     .lora_decode = lora_decode,
     .lora_grad = lora_grad_any,
     .lora_grad_tile = lora_grad_tile,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..modules.lora import LoRALinear
 from .config import CONFIG_FILE, WEIGHTS_FILE, alpha_of, describe
+from .experts import per_expert
 from .files import replacing
 from .models import active_adapter, layer_slots, lora_layers, peft_slots
 from .slots import slots_of
@@ -25,7 +26,7 @@ _ABOUT_NAMES = (
 )  # fmt: skip
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, experts: str = "3d") -> None:
     """Writes the adapter of ``model`` into ``directory``, where PEFT's ``from_pretrained`` reads it, too.
 
     The directory is created if needed. The two files replace older ones together: a save that fails leaves the adapter
@@ -37,23 +38,30 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Args:
         model: a model with ``LoRALinear`` layers, or a ``PeftModel``, whose active adapter is saved; also wrapped.
         directory: where to write.
+        experts: how the adapter of a mixture's experts is written (PEFT's ``target_parameters``). "3d": as PEFT does,
+            all experts in two matrices. "2d": two matrices per expert and linear layer, under the names that the base
+            model's checkpoints have, as engines for serving load them; gate and up then have the same lora_A.
 
     Raises:
-        ValueError: there is no adapter, or not exactly one; the directory is a file; layers mix scaling rules; a tensor
-            has no values here (meta device) or only a part of them (DeepSpeed ZeRO-3, FSDP's first version), the
-            message names it.
+        ValueError: there is no adapter, or not exactly one; experts is neither, or "2d" without experts; the directory
+            is a file; layers mix scaling rules; a tensor has no values here (meta device) or only a part of them
+            (DeepSpeed ZeRO-3, FSDP's first version), the message names it.
         OSError: the files cannot be written.
     """
+    if experts not in ("3d", "2d"):
+        raise ValueError(f'{_OP}: experts must be "3d" or "2d", got {experts!r}')
     target = Path(directory)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{_OP}: {target} is not a directory")
     kinds = wrapper_kinds(model)
     with unwrapped(model) as bare:
         adapter = active_adapter(_OP, bare)
-        if adapter is None:
-            _save_layers(bare, target)
+        if adapter is not None:
+            _save_peft(bare, adapter, target, kinds, experts)
+        elif experts == "2d":
+            raise ValueError(f'{_OP}: experts="2d" needs a PeftModel with an adapter of experts')
         else:
-            _save_peft(bare, adapter, target, kinds)
+            _save_layers(bare, target)
 
 
 def _save_layers(model: nn.Module, target: Path) -> None:
@@ -71,7 +79,7 @@ def _save_layers(model: nn.Module, target: Path) -> None:
         save_file(tensors, staged / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def _save_peft(model: Any, adapter: str, target: Path, kinds: Collection[str]) -> None:
+def _save_peft(model: Any, adapter: str, target: Path, kinds: Collection[str], experts: str) -> None:
     """By PEFT's own code, which is given the tensors."""
     options: dict[str, Any] = {}
     config = model.peft_config[adapter]
@@ -89,8 +97,19 @@ def _save_peft(model: Any, adapter: str, target: Path, kinds: Collection[str]) -
             os.replace(source / name, staged / name)
         written = json.loads((staged / CONFIG_FILE).read_text())
         changes = _names_without_wrappers(model, adapter, kinds, written)
+        if experts == "2d":
+            changes |= _take_experts_apart(model, adapter, staged / WEIGHTS_FILE)
         if changes:
             _write_json(staged / CONFIG_FILE, written | changes)
+
+
+def _take_experts_apart(model: Any, adapter: str, weights: Path) -> dict[str, Any]:
+    """Writes the file again; returns what that changes in the config."""
+    from safetensors.torch import load_file, save_file
+
+    tensors, changes = per_expert(_OP, model, adapter, load_file(weights))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return changes
 
 
 def _write_json(file: Path, config: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from . import _arguments as arguments
 from ._console import CliError, error
 from ._models import DTYPES, pick_device, require
 
-LEVELS = ("layer", "decode", "sweep", "qlora", "prompt", "block", "model")
+LEVELS = ("layer", "decode", "sweep", "qlora", "experts", "prompt", "block", "model")
 ALL, MODELLED = "all", "modelled"
 
 
@@ -83,6 +83,8 @@ def run(options: argparse.Namespace) -> int:
     require("peft", "bench, which compares with stock PEFT,")
     if "qlora" in options.levels or ALL in options.levels:
         require("bitsandbytes", "bench qlora, which compares with it,")
+    if "experts" in options.levels or ALL in options.levels:
+        require("transformers", "bench experts, which takes its experts,")
     out = None if options.out is None else arguments.output_directory(options.out, overwrite=True)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -112,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    from ..benchmarks import layers, models, prompts, quantized
+    from ..benchmarks import experts, layers, models, prompts, quantized
 
     compiles = not options.no_compile
     if not options.levels:
@@ -127,6 +129,7 @@ def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
         "decode": lambda: layers.decode_cases(device),
         "sweep": lambda: layers.sweep_cases(device),
         "qlora": lambda: quantized.qlora_cases(device),
+        "experts": lambda: experts.experts_cases(device),
         "prompt": lambda: prompts.prompt_cases(device=device),
         "block": lambda: models.block_cases(device, compiles),
         "model": lambda: models.model_cases(device),

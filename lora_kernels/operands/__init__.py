@@ -7,13 +7,21 @@ a model is sharded or offloaded. So the checks are plain dictionary reads, which
 ``__dict__``, ``_modules`` and ``_parameters`` are read directly: ``nn.Module.__getattr__`` costs ten times as much.
 """
 
-from .adapters import Branch, active_adapters, branch_operands, usual_scaling, why_not_called_as_is
+from .adapters import (
+    Branch,
+    active_adapters,
+    branch_operands,
+    usual_scaling,
+    why_not_called_as_is,
+)
 from .calls import call_reason, product_dtype
 from .embedding import EmbeddingOperands, embedding_operands, ids_reason
+from .experts import ExpertsBranch, experts_branch, is_experts, projections, why_not_experts
 from .linear import Operands, SideBySide, adapter_operands, base_operands, operands, plain_adapter
 
 __all__ = [
-    "Branch", "EmbeddingOperands", "Operands", "SideBySide", "active_adapters", "adapter_operands", "base_operands",
-    "branch_operands", "call_reason", "embedding_operands", "ids_reason", "operands", "plain_adapter",
-    "product_dtype", "usual_scaling", "why_not_called_as_is",
+    "Branch", "EmbeddingOperands", "ExpertsBranch", "Operands", "SideBySide", "active_adapters", "adapter_operands",
+    "base_operands", "branch_operands", "call_reason", "embedding_operands", "experts_branch", "ids_reason",
+    "is_experts", "operands", "plain_adapter", "product_dtype", "projections", "usual_scaling", "why_not_called_as_is",
+    "why_not_experts",
 ]  # fmt: skip

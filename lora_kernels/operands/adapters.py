@@ -147,7 +147,7 @@ def usual_scaling(scaling: Any) -> float | Tensor | Reason:
 
 
 def stack(adapters: list[tuple[Tensor, Tensor, float | Tensor]]) -> tuple[Tensor, Tensor, float | Tensor] | Reason:
-    """One (lora_A, lora_B, scaling) that updates as much as all of these together."""
+    """One (lora_A [..., rank, K], lora_B [..., N, rank], scaling) that updates as much as all of these together."""
     dtype = adapters[0][0].dtype
     if any(t.dtype != dtype for lora_A, lora_B, _ in adapters for t in (lora_A, lora_B)):
         return Reason.MIXED_DTYPES
@@ -155,7 +155,7 @@ def stack(adapters: list[tuple[Tensor, Tensor, float | Tensor]]) -> tuple[Tensor
     if not all(type(s) is float and s == scaling for _, _, s in adapters):
         adapters = [(lora_A, lora_B * s, s) for lora_A, lora_B, s in adapters]
         scaling = 1.0
-    return torch.cat([a for a, _, _ in adapters]), torch.cat([b for _, b, _ in adapters], dim=1), scaling
+    return torch.cat([a for a, _, _ in adapters], dim=-2), torch.cat([b for _, b, _ in adapters], dim=-1), scaling
 
 
 def why_not_frozen(weight: Any) -> Reason | None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..spec import Autograd, OpSpec
+from ..spec import Autograd, Kernel, OpSpec, Verdict
+from ..support import cpu, cpu_groups
 from . import eager, lora_linear
 from .eager import EagerFunction, not_a_view
 from .lora_linear import dropped
@@ -54,6 +55,12 @@ def _fake(
     seed: Tensor | None, scaling: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty((x.shape[0], weight.shape[-2])), x.new_empty((x.shape[0], lora_A.shape[1]))
+
+
+def _cpu_supports(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, *_: Any
+) -> Verdict:  # fmt: skip
+    return cpu_groups.verdict(x.shape[0], x.dtype, weight, lora_A.shape[0], x.stride()[1] == 1, False)
 
 
 def _sizes(x: Tensor, weight: Tensor, lora_A: Tensor) -> tuple[int, int, int, int]:
@@ -108,6 +115,12 @@ def _fake_backward(
     )
 
 
+def _cpu_supports_backward(grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, *_: Any) -> Verdict:
+    verdict = cpu_groups.verdict(x.shape[0], x.dtype, weight, lora_A.shape[0], grad_y.stride()[1] == 1, True)
+    # A few 16-bit rows are "aten", too, where the CPU has no instructions for them.
+    return cpu.NATIVE if verdict is cpu.ATEN and cpu.is_native_16bit(x.dtype) else verdict
+
+
 def _flops_backward(
     grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor,
     seed: Tensor | None, scaling: float, dropout_p: float, *needs: bool,
@@ -138,6 +151,7 @@ BACKWARD = dispatch.register(
         ),
         reference=_reference_backward,
         fake=_fake_backward,
+        kernels={"cpu": Kernel(_cpu_supports_backward)},
         flops=_flops_backward,
         bytes=_bytes_backward,
     )
@@ -198,6 +212,7 @@ SPEC = dispatch.register(
         ),
         reference=_reference,
         fake=_fake,
+        kernels={"cpu": Kernel(_cpu_supports)},
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 1, 5),
         flops=_flops,

@@ -18,6 +18,7 @@ from ..functional.lora import dropout_mask
 from ..integrations.peft import patching as integration
 from ..modules.embedding import LoRAEmbedding
 from ..modules.lora import LoRALinear
+from ..operands import is_experts, projections
 from .results import DIFFERS, KEPT, OK, SEED, UNCOUNTED, Check, Results, badness, max_error
 
 _EMBEDDINGS = (nn.Embedding, LoRAEmbedding)
@@ -30,12 +31,12 @@ def check_layer(layer: nn.Module, rows: int) -> Check:
     _fill_zeros(ours)
     base = _base_of(ours)
     packed = formats.from_module(base)
-    dtype = packed.decoded_dtype if isinstance(packed, QuantizedWeight) else base.weight.dtype
+    dtype = packed.decoded_dtype if isinstance(packed, QuantizedWeight) else _weight_of(base).dtype
     original: Any = copy.deepcopy(ours)
     if isinstance(packed, QuantizedWeight):  # which no product in float64 can take
         _decode(original, packed)
     original = _as_original(original)
-    x = _input(_base_of(original), rows)
+    inputs = _inputs(_base_of(original), rows)
     plain, exact = copy.deepcopy(original).to(dtype), original.double()
     worst = Check("", "", OK)
     p = _dropout_p(ours)
@@ -44,15 +45,16 @@ def check_layer(layer: nn.Module, rows: int) -> Check:
             module.train(drops)
         torch.manual_seed(SEED)
         with dispatch.own_stats():
-            results = _run(ours, x, dtype)
+            results = _run(ours, inputs, dtype)
             stats = dispatch.stats()
         if not stats["served"]:
             return Check("", "", KEPT, detail=next((reason for _, reason in stats["fallback"]), UNCOUNTED))
         if drops:
             for module in (plain, exact):
-                _drop_with(module, _mask(x, p), philox.keep_scale(p))
+                _drop_with(module, _mask(inputs[0], p), philox.keep_scale(p))
         op = next(iter(stats["served"]))[0].removesuffix("_backward")
-        bound, reference = _run(plain, x, dtype), _run(exact, x.double() if x.is_floating_point() else x, dtype)
+        doubles = tuple(t.double() if t.is_floating_point() else t for t in inputs)
+        bound, reference = _run(plain, inputs, dtype), _run(exact, doubles, dtype)
         worst = max(worst, _compare(op, results, bound, reference, " under dropout" if drops else ""), key=badness)
     return worst
 
@@ -74,6 +76,8 @@ def _as_original(layer: nn.Module) -> nn.Module:
         layer.__class__ = _UnfusedLinear if isinstance(layer, LoRALinear) else _UnfusedEmbedding
     else:
         integration.unpatch(layer)
+    if is_experts(_base_of(layer)):
+        _base_of(layer).config._experts_implementation = "eager"  # the one that multiplies float64
     return layer
 
 
@@ -157,26 +161,36 @@ def _mask(x: Tensor, p: float) -> Tensor:
     return dropout_mask(rows, features, p, seed)
 
 
-def _input(base: Any, rows: int) -> Tensor:
-    """[rows, in_features], ids [rows], or [rows, channels, ...] of the least size that fills the kernel."""
-    weight = base.weight
+def _weight_of(base: Any) -> Tensor:
+    return getattr(base, projections(base)[0] if is_experts(base) else "weight")
+
+
+def _inputs(base: Any, rows: int) -> tuple[Tensor, ...]:
+    """[rows, in_features], ids [rows], or [rows, channels, ...] of the least size that fills the kernel; for experts
+    [rows, features] with the choices of a router.
+    """
+    weight = _weight_of(base)
     generator = torch.Generator().manual_seed(SEED)
     if isinstance(base, _EMBEDDINGS):
-        return torch.randint(weight.shape[0], (rows,), generator=generator).to(weight.device)
+        return (torch.randint(weight.shape[0], (rows,), generator=generator).to(weight.device),)
+    if is_experts(base):
+        x = torch.randn((rows, weight.shape[1 if base.is_transposed else 2]), generator=generator)
+        shares, expert_ids = torch.rand((rows, base.num_experts), generator=generator).topk(min(2, base.num_experts))
+        return x.to(weight), expert_ids.to(weight.device), shares.to(weight)
     shape: tuple[int, ...] = (rows, weight.shape[0 if type(base).__name__ == "Conv1D" else 1])
     if isinstance(base, nn.modules.conv._ConvNd):
         spatial = (dilation * (size - 1) + 3 for size, dilation in zip(base.kernel_size, base.dilation))
         shape = (rows, base.in_channels, *spatial)
-    return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+    return (torch.randn(shape, generator=generator).to(weight.device, weight.dtype),)
 
 
-def _run(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Results:
+def _run(layer: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Results:
     """y and the gradients of one call; the gradient of y is representable in ``dtype``."""
-    x = x.detach().clone()
+    x, *rest = (t.detach().clone() for t in inputs)
     wanted: dict[str, Tensor] = {name: p for name, p in layer.named_parameters() if p.requires_grad}
     if x.is_floating_point():
         wanted["dx"] = x.requires_grad_()
-    y = layer(x)
+    y = layer(x, *rest)
     results = {"y": y.detach()}
     if not y.requires_grad:
         return results

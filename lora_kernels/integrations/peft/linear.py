@@ -22,7 +22,7 @@ from ...functional.lora import lora_linear_of_layer
 from ...modules.quantized import set_compute_type
 from ...reasons import Reason
 from ...report import FUSED
-from . import conv, mixed_batch, several_adapters
+from . import conv, experts, mixed_batch, several_adapters
 
 original_create_new_module: Any = LoraModel._create_new_module
 """What ``LoraModel`` had when ``patch_peft`` was called last."""
@@ -121,8 +121,21 @@ class FusedConv3d(FusedConv, Conv3d):
     pass
 
 
+@in_place_of(ParamWrapper)
+class FusedParamWrapper(ParamWrapper):
+    """PEFT's ``target_parameters``: experts of a mixture, and the weight of a linear layer."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = experts.call(self, x, args, kwargs)
+        if type(result) is not Reason:
+            return result
+        _count("lora_linear" if experts.is_of_linear(self) else "grouped_lora_linear", result)
+        return super().forward(x, *args, **kwargs)
+
+
 SWAPS: dict[type, type] = {
     Linear: FusedLinear, Embedding: FusedEmbedding, Conv1d: FusedConv1d, Conv2d: FusedConv2d, Conv3d: FusedConv3d,
+    ParamWrapper: FusedParamWrapper,
 }  # fmt: skip
 """PEFT's layers and what replaces them."""
 
@@ -194,10 +207,10 @@ def why_not_swapped(layer: nn.Module) -> Reason | None:
     """Why the class of one of PEFT's layers is not swapped; None if it can be, or is."""
     if our_class(layer, SWAPS.values()) is not None:
         return None
-    if type(layer) is ParamWrapper:  # computes W + s B A, a matrix as large as W
-        return Reason.TARGET_PARAMETERS
     if type(layer) not in SWAPS:
         return Reason.LAYER_TYPE
+    if type(layer) is ParamWrapper and experts.why_not_swapped(layer) is not None:
+        return Reason.TARGET_PARAMETERS
     # What the instance calls is bound to the old class: swapping would change nothing.
     return Reason.INSTANCE_FORWARD if "forward" in layer.__dict__ else None
 
@@ -212,6 +225,9 @@ def next_call(layer: Any) -> tuple[Reason | None, str]:
         if type(found) is Reason:
             return found, ""
         return None, "lora_embedding" if found[-1] is None else "dora_embedding"
+    if isinstance(layer, FusedParamWrapper) and not experts.is_of_linear(layer):
+        found = experts.experts_operands(layer)
+        return (found, "") if type(found) is Reason else (None, "grouped_lora_linear")
     is_conv = isinstance(layer, FusedConv)
     found = conv.adapters(layer) if is_conv else operands.operands(layer)
     if type(found) is Reason:

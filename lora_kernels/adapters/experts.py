@@ -1,0 +1,125 @@
+"""Adapters of experts as one pair of matrices per expert, under the names of the base model's checkpoint.
+
+PEFT keeps the factors of all experts in two matrices. Engines that serve a model load what a checkpoint with a linear
+layer per expert would have; transformers' map of checkpoint names says how its family calls those.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..operands import is_experts, projections
+from ..operands.experts import factors_of_experts
+
+_USUAL_NAMES = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+"""The layers of an expert, of a family whose checkpoints keep all experts in one tensor, too."""
+
+
+def per_expert(
+    op: str, model: Any, adapter: str, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What PEFT saves for an adapter, with those of experts taken apart; and what that changes in its config.
+
+    Args:
+        model: a ``PeftModel``.
+        tensors: by PEFT's keys.
+
+    Raises:
+        ValueError: there are no experts with this adapter, or a config of PEFT's cannot say their ranks.
+    """
+    result, config = dict(tensors), model.peft_config[adapter]
+    leaves: dict[str, tuple[int, float]] = {}
+    kept: list[str] = []
+    for name, wrapper in _wrappers(model, adapter):
+        experts = wrapper.get_base_layer()
+        if not is_experts(experts) or wrapper.parameter_name not in projections(experts):
+            kept.append(f"{_own_name(name)}.{wrapper.parameter_name}")
+            continue
+        of_experts = _factors(result, name, wrapper, experts.is_transposed)
+        path, names = _checkpoint_names(model, _own_name(name), wrapper.parameter_name)
+        for leaf, rows in zip(names, _rows_of(experts, wrapper.parameter_name, len(names)), strict=True):
+            size = wrapper.r[adapter], wrapper.lora_alpha[adapter]
+            if leaves.setdefault(leaf, size) != size:
+                raise ValueError(f'{op}: experts="2d" needs one rank and alpha for all {leaf}, {name} has others')
+            for expert, (lora_A, lora_B) in enumerate(zip(*of_experts, strict=True)):
+                result[f"{path}.{expert}.{leaf}.lora_A.weight"] = lora_A.clone()
+                result[f"{path}.{expert}.{leaf}.lora_B.weight"] = lora_B[rows].clone()
+    if not leaves:
+        raise ValueError(f'{op}: experts="2d" needs an adapter of experts, {adapter!r} has none')
+    others = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".lora_" not in name}
+    is_plain = leaves.keys().isdisjoint(name.removesuffix(".base_layer").rpartition(".")[2] for name in others)
+    return result, _config_changes(config, leaves, kept, is_plain)
+
+
+def _wrappers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora.layer import ParamWrapper
+
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper) and adapter in module.lora_A:
+            yield name, module
+
+
+def _own_name(name: str) -> str:
+    """Of the module inside all wrappers."""
+    return name.removesuffix(".base_layer") if not name.endswith(".base_layer.base_layer") else _own_name(name[:-11])
+
+
+def _factors(tensors: dict[str, Tensor], name: str, wrapper: Any, is_transposed: bool) -> tuple[Tensor, Tensor]:
+    """lora_A [experts, rank, in_features] and lora_B [experts, out_features, rank], taken out of ``tensors``."""
+    lora_A, lora_B = (tensors.pop(f"{name}.{part}.weight") for part in ("lora_A", "lora_B"))
+    return factors_of_experts(wrapper, lora_A, lora_B, is_transposed)
+
+
+def _rows_of(experts: Any, parameter: str, layers: int) -> list[slice]:
+    """Which outputs of a projection are those of each of its layers."""
+    if layers == 1:
+        return [slice(None)]
+    weight = getattr(experts, parameter)
+    half = weight.shape[2 if experts.is_transposed else 1] // 2
+    if experts.is_concatenated:
+        return [slice(0, half), slice(half, None)]
+    return [slice(0, None, 2), slice(1, None, 2)]
+
+
+def _checkpoint_names(model: Any, path: str, parameter: str) -> tuple[str, tuple[str, ...]]:
+    """The path of the experts in a checkpoint of the model's family, and the names of the layers that are
+    ``parameter``.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    names: tuple[str, ...] = _USUAL_NAMES[parameter]
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    for entry in get_checkpoint_conversion_mapping(kind) or ():
+        sources, targets = list(entry.source_patterns), list(entry.target_patterns)
+        if getattr(entry, "operations", None):
+            if targets[0].endswith(f"experts.{parameter}") and all(".*." in source for source in sources):
+                names = tuple(source.split(".*.")[1].removesuffix(".weight") for source in sources)
+        elif targets[0].strip(".").isidentifier() and sources[0].strip(".").isidentifier():
+            path = path.replace(targets[0], sources[0])
+    return path, names
+
+
+def _config_changes(
+    config: Any, leaves: Mapping[str, tuple[int, float]], kept: list[str], is_plain: bool
+) -> dict[str, Any]:
+    """``is_plain``: the names of an expert's layers choose no other layers (of a shared expert, say)."""
+    targets: Any = config.target_modules or ()
+    if not isinstance(targets, str) and is_plain:
+        targets = sorted({*targets, *leaves})
+    else:
+        chosen = (
+            targets
+            if isinstance(targets, str)
+            else "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in sorted(targets))
+        )
+        of_experts = rf".*\.experts\.\d+\.(?:{'|'.join(leaves)})"
+        targets = f"{chosen}|{of_experts}" if chosen else of_experts
+    changes: dict[str, Any] = {"target_modules": targets, "target_parameters": kept or None}
+    for field, of_config, place in (("rank_pattern", config.r, 0), ("alpha_pattern", config.lora_alpha, 1)):
+        others = {leaf: size[place] for leaf, size in leaves.items() if size[place] != of_config}
+        changes[field] = {**getattr(config, field), **others}
+    return changes
