@@ -110,7 +110,7 @@ def test_bits_of_a_group_are_those_it_has_alone(sms):
 
 @pytest.mark.parametrize(("rank", "name"), [(16, "bf16"), (72, "bf16"), (16, "tf32")])
 def test_order_of_blocks_and_warps_does_not_change_a_bit(rank, name):
-    """Two groups' rows are split between blocks, whose sums are added in their order. Kills: groups that share slots."""
+    """Rows of two groups are split between blocks, whose sums are added in order. Kills: groups that share slots."""
     args = problem((300, 600, 0, 20), 72, 136, rank, name, behind=9)
     grad_y, s = torch.randn(len(args[0]), 72).to(DTYPES[name]), saved_s(args, 0.4)
 

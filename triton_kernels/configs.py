@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 MAX_RANK = 256
+MAX_GROUPS = 4096
+"""A program looks for its group among all, which are in its registers."""
 _BLOCK_RANK = 64
 """Ranks beyond it take several tile columns of ``inner``: its accumulators would not fit into registers."""
 _DUAL_RANK = 32
@@ -221,9 +223,9 @@ def fills(tile: Tile, sms: int, rows: int, columns: int) -> bool:
     return 2 * rows > tile.rows and blocks(rows, tile.rows) * blocks(columns, tile.columns) >= sms
 
 
-def most_programs(rows: int, columns: int) -> int:
+def most_programs(rows: int, columns: int, groups: int = 0) -> int:
     """Bound on the programs of a launch, whatever the tile."""
-    return blocks(rows, _FEW_ROWS.rows) * (blocks(columns, _IEEE.columns) + MAX_RANK // 16)
+    return grouped_blocks(rows, _FEW_ROWS.rows, groups) * (blocks(columns, _IEEE.columns) + MAX_RANK // 16)
 
 
 def reduce(

@@ -38,6 +38,8 @@ _SCHEDULES = {
     "cublas": Verdict("cublas", "asked for: the branch by our kernels, the vendor's GEMM accumulates onto it"),
 }
 
+_GROUPS = Verdict("one launch", "tiles know their group: one launch for the rows of all")
+
 _FP32_STRICT = Verdict(None, Reason.FP32_STRICT)
 _DTYPE = Verdict(None, Reason.DTYPE)
 _LAYOUT = Verdict(None, Reason.LAYOUT)
@@ -109,9 +111,6 @@ def tensor_core_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) ->
     if max(rows, tiles) > MAX_SIZE or max(columns, depth) > MAX_ROW:
         return _SIZE
     return refusal(x.device) or _SCHEDULES[_schedule.get()]
-
-
-_GROUPS = Verdict("one launch", "tiles know their group: one launch for the rows of all")
 
 
 def grouped_verdict(x: torch.Tensor, weight: torch.Tensor, groups: int, rank: int) -> Verdict:
