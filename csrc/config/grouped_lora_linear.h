@@ -6,8 +6,11 @@
 
 namespace lk {
 
-// How many numbers blocks of `rows` rows have, of groups with m rows and of what is behind them (row_groups.cuh)...
-constexpr int64_t blocks_of_groups(int64_t m, int64_t rows, int64_t groups) { return blocks_of(m, rows) + groups; }
+// How many numbers blocks of `rows` rows have, of groups with m rows and of what is behind them (row_groups.cuh): of
+// all these, no more than m have any...
+constexpr int64_t blocks_of_groups(int64_t m, int64_t rows, int64_t groups) {
+  return blocks_of(m, rows) + std::min(groups, m - 1);
+}
 
 // ... and of groups that have one where they have no rows.
 constexpr int64_t parts_of_groups(int64_t m, int64_t rows, int64_t groups) { return m / rows + groups; }

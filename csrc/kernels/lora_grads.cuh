@@ -208,13 +208,16 @@ struct LoraGrads {
 // begin in slots 2 / split_rows of their first row apart: at least as many as they have parts.
 template <class Grads>
 struct GroupedLoraGrads {
-  static constexpr int kThreads = Grads::kThreads, kMinBlocks = Grads::kMinBlocks, kSharedBytes = Grads::kSharedBytes;
+  static constexpr int kThreads = Grads::kThreads, kMinBlocks = Grads::kMinBlocks;
+  static constexpr int kSharedBytes = Grads::kSharedBytes + kBytesGroupRows;
 
   LK_DEVICE static void run(const GroupedLoraGradsParams& p) {
     const LoraGradsParams& all = p.lora;
     const int tiles_A = Grads::tiles_A(all), tiles = tiles_A + Grads::tiles_B(all);
     const int tile = block_index() % tiles, rows = all.split_rows;
-    const GroupRows group = rows_of_block(p.groups, p.groups.count, all.m, block_index() / tiles, rows);
+    const uint32_t smem = dynamic_shared();
+    const GroupRows group =
+        find_group_rows<true>(p.groups, all.m, block_index() / tiles, rows, smem + Grads::kSharedBytes);
     const int splits = larger(ceil_div(group.end - group.group_first, rows), 1);
     const int split = (group.first - group.group_first) / rows;
     if (split >= splits) return;
@@ -224,10 +227,10 @@ struct GroupedLoraGrads {
     const int64_t bytes = all.grads_are_float ? 4 : Grads::kElementBytes;
     if (tile < tiles_A) {
       one.grad_a = static_cast<char*>(one.grad_a) + group.group * bytes * all.rank * all.k;
-      Grads::product_A(one, dynamic_shared(), part, tile);
+      Grads::product_A(one, smem, part, tile);
     } else {
       one.grad_b = static_cast<char*>(one.grad_b) + group.group * bytes * all.rank * all.n;
-      Grads::product_B(one, dynamic_shared(), part, tile - tiles_A);
+      Grads::product_B(one, smem, part, tile - tiles_A);
     }
   }
 };
