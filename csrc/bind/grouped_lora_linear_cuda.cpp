@@ -10,6 +10,7 @@
 #include "grouped_checks.h"
 #include "lora_rows.h"
 #include "rows.h"
+#include "vendor_products.h"
 
 namespace lk {
 namespace {
@@ -76,6 +77,21 @@ void check_served(const Tensor& x, const Tensor& w) {
       "consist of chunks of 16 bytes and begin at one");
 }
 
+// Who makes the product of m rows with the weights, for results of so many columns.
+UsesCublas vendor_of(const Tensor& x, const Tensor& weight, const Tensor& offsets, int64_t columns,
+                     const DeviceLimits& device, const std::string& schedule) {
+  const GroupedProduct product{.is_shared = weight.dim() == 2,
+                               .has_vendor = float_type(x) == FloatType::kBFloat16 && has_grouped_product()};
+  return grouped_uses_vendor(x.size(0), columns, offsets.size(0), product, device, wanted(schedule));
+}
+
+// Rows times the weights, or their transposes: in `out`, if these are one for all, else in what the vendor allocates.
+Tensor vendor_product(const Tensor& out, const Tensor& rows, const Tensor& weight, const Tensor& ends) {
+  if (weight.dim() == 3) return grouped_product(rows, weight, ends);
+  product(out, rows, weight);
+  return out;
+}
+
 // The operands of a call as the kernels read them. What had to be copied lives as long as this.
 struct Operands {
   const bool columns;
@@ -87,8 +103,8 @@ struct Operands {
   // in the gradient of x it is a.
   Operands(const Tensor& x_, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& offsets,
            const std::optional<Tensor>& bias_, const std::optional<Tensor>& seed, double scaling, double dropout_p,
-           bool is_backward)
-      : columns(in_columns(weight)),
+           bool is_backward, bool onto_y)
+      : columns(!onto_y && in_columns(weight)),
         x(whole_rows(x_)),
         w(weight),
         a(factors(lora_A, x_, 1, columns && is_backward)),
@@ -110,22 +126,27 @@ struct Operands {
                 .w_step = step_of(w, 2),
                 .a_step = step_of(a, 2),
                 .b_step = step_of(b, 2),
-                .bias_step = bias ? step_of(*bias, 1) : 0} {}
+                .bias_step = bias ? step_of(*bias, 1) : 0,
+                .onto_y = onto_y} {}
 };
 
 std::tuple<Tensor, Tensor> grouped_lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor offsets,
                                                std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
-                                               double dropout_p, std::string) {
+                                               double dropout_p, std::string schedule) {
   check_grouped_lora_linear(x, weight, lora_A, lora_B, offsets, bias, seed);
   check_served(x, weight);
   const CudaCall call(x);
   const Tensor ends = torch::stable::contiguous(offsets);
-  const Operands operands(x, weight, lora_A, lora_B, ends, bias, seed, scaling, dropout_p, false);
+  const DeviceLimits device = device_limits(call.device);
+  const bool onto_y = x.size(0) > 0 && vendor_of(x, weight, ends, weight.size(weight.dim() - 2), device, schedule).yes;
+  const Operands operands(x, weight, lora_A, lora_B, ends, bias, seed, scaling, dropout_p, false, onto_y);
   const GroupedLoraProblem& problem = operands.problem;
   const int64_t m = problem.first.m(), n = problem.first.n();
-  const Tensor y = new_empty_as(x, {m, n}), s = new_empty_as(x, {m, problem.first.rank()});
+  const Tensor s = new_empty_as(x, {m, problem.first.rank()});
+  Tensor y = new_empty_as(x, {onto_y && weight.dim() == 3 ? 0 : m, n});
   if (m > 0) {
-    const GroupedLoraConfig config = grouped_forward_config(problem, device_limits(call.device));
+    if (onto_y) y = vendor_product(y, operands.x, torch::stable::transpose(weight, -2, -1), ends);
+    const GroupedLoraConfig config = grouped_forward_config(problem, device);
     const Counters counters(x, call, config.launch.counters);
     const GroupedLoraLinearParams p =
         grouped_forward_params(problem, {y.mutable_data_ptr(), n}, s.mutable_data_ptr(), config, counters.data());
@@ -141,12 +162,15 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_linear_backward(Tensor grad_y, T
                                                                 Tensor lora_A, Tensor lora_B, Tensor offsets,
                                                                 std::optional<Tensor> seed, double scaling,
                                                                 double dropout_p, bool need_x, bool need_A, bool need_B,
-                                                                std::string) {
+                                                                std::string schedule) {
   check_grouped_lora_linear_backward(grad_y, x, s, weight, lora_A, lora_B, offsets, seed);
   check_served(x, weight);
   const CudaCall call(x);
   const Tensor ends = torch::stable::contiguous(offsets);
-  const Operands operands(x, weight, lora_A, lora_B, ends, std::nullopt, seed, scaling, dropout_p, true);
+  const DeviceLimits device = device_limits(call.device);
+  const bool onto_y =
+      need_x && x.size(0) > 0 && vendor_of(x, weight, ends, weight.size(weight.dim() - 1), device, schedule).yes;
+  const Operands operands(x, weight, lora_A, lora_B, ends, std::nullopt, seed, scaling, dropout_p, true, onto_y);
   const GroupedLoraProblem& groups = operands.problem;
   const Tensor gy = whole_rows(grad_y), saved_s = whole_rows(padded(s, 1, groups.first.rank()));
   const LoraBackwardProblem problem{.forward = groups.first,
@@ -160,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_linear_backward(Tensor grad_y, T
   const auto gradient = [&](bool need, std::initializer_list<int64_t> sizes, ScalarType type) {
     return need ? new_empty_as(x, sizes, type) : new_empty_as(x, {0}, type);
   };
-  const Tensor grad_x = gradient(need_x, {m, k}, x.scalar_type());
+  Tensor grad_x = gradient(need_x, {onto_y && weight.dim() == 3 ? 0 : m, k}, x.scalar_type());
   const Tensor grad_a = gradient(need_A, {groups.groups, rank, k}, grad_type);
   const Tensor grad_b = gradient(need_B, {groups.groups, n, rank}, grad_type);
   const auto result = [&](const Tensor& gradient, const Tensor& of, int64_t rank_dim, bool need) {
@@ -168,7 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_linear_backward(Tensor grad_y, T
                 : cast(gradient, of.scalar_type());
   };
 
-  const GroupedLoraBackwardConfig config = grouped_backward_config(problem, groups.groups, device_limits(call.device));
+  if (onto_y) grad_x = vendor_product(grad_x, gy, weight, ends);
+  const GroupedLoraBackwardConfig config = grouped_backward_config(problem, groups, device);
   const Counters counters(x, call, config.grad_x.launch.counters + config.grads.counters);
   const Tensor grad_s = new_empty_as(x, {m, rank}),
                partials = new_empty_as(x, {config.grads.partials}, ScalarType::Float);

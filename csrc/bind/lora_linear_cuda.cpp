@@ -10,6 +10,7 @@
 #include "lora_checks.h"
 #include "lora_rows.h"
 #include "rows.h"
+#include "vendor_products.h"
 
 namespace lk {
 namespace {
@@ -53,12 +54,6 @@ void check_type(const Tensor& x) {
   }
 }
 
-Wanted wanted(const std::string& schedule) {
-  const std::optional<Wanted> known = wanted_by(schedule);
-  STD_TORCH_CHECK(known.has_value(), "schedule must be ", kWantedNames, ", got \"", schedule, "\"");
-  return *known;
-}
-
 // Workspace of a launch that may need none.
 class Floats {
  public:
@@ -70,19 +65,6 @@ class Floats {
  private:
   std::optional<Tensor> memory_;
 };
-
-// out = a b, by the vendor's GEMM, of an adapter in the type of the activation: it takes factors of one type. Those of
-// fp32 are rounded by a launch of its own, which is little beside the product: it reads `rank` rows, not those of x.
-void product(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(aoti_torch_cuda_mm_out != nullptr, "this torch has no aoti_torch_cuda_mm_out");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
-}
-
-// out += a b, likewise.
-void accumulate_product(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "this torch has no aoti_torch_cuda_addmm_out");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
-}
 
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
                                        std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,

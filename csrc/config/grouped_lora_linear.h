@@ -24,6 +24,7 @@ struct GroupedLoraKey {
   LoraTile tile;
   int rank_tile;
   bool w_in_rows;  // of the weight's, [N, K]; else they are its columns, as [K, N] in memory has them
+  bool onto_y;     // the vendor has made the product with w, and the branch is added (w_in_rows is true)
 
   friend constexpr bool operator==(const GroupedLoraKey&, const GroupedLoraKey&) = default;
 };
@@ -39,6 +40,28 @@ inline LoraTile choose_grouped_tile(int64_t m, int64_t n, int64_t groups, const 
   return choose_tile(rows, n * groups, device, reason);
 }
 
+// Whether the product with the weights is the vendor's, for y [m, n] or dX. Its grouped GEMM multiplies each group's
+// rows by a weight of their own, in bf16 on sm_90 and sm_100 (elsewhere torch loops over the groups, whose sizes the
+// host then waits for); one weight of all is a plain product. Our tiles then read y and add the branch: a pass over y
+// more than the plain kernel's, whose vendor accumulates onto the branch, but the same reason (prefers_cublas).
+struct GroupedProduct {
+  bool is_shared;   // one weight of all groups
+  bool has_vendor;  // of weights of their own, of this type in this torch
+};
+inline UsesCublas grouped_uses_vendor(int64_t m, int64_t n, int64_t groups, const GroupedProduct& product,
+                                      const DeviceLimits& device, Wanted wanted) {
+  const int family = device.capability / 10;
+  if (!product.is_shared && !(product.has_vendor && (family == 9 || family == 10))) {
+    return {false, "the vendor's grouped GEMM serves bf16 on sm_90 and sm_100"};
+  }
+  if (wanted != Wanted::kBest) return {wanted == Wanted::kCublas, "as asked"};
+  const int64_t rows = product.is_shared ? m : blocks_of(m, groups);
+  if (rows <= kFewRows)
+    return {false, "few rows: tiles of the vendor's GEMM would be as idle, and it is a launch more"};
+  const char* tile_reason;
+  return prefers_cublas(device.capability, choose_grouped_tile(m, n, groups, device, tile_reason) == LoraTile::kLarge);
+}
+
 // A launch of y [m, n] and s in tickets, or of dX and s'.
 struct GroupedLoraConfig {
   GroupedLoraKey key;
@@ -47,16 +70,17 @@ struct GroupedLoraConfig {
 };
 
 inline GroupedLoraConfig grouped_lora_config(LoraRole role, int64_t m, int64_t n, int64_t rank, int64_t groups,
-                                             bool w_in_rows, const DeviceLimits& device) {
+                                             bool w_in_rows, bool onto_y, const DeviceLimits& device) {
   GroupedLoraConfig config{};
   LoraLinearConfig& launch = config.launch;
   launch.key = {role, Schedule::kTicketed, LoraTile::kSmall, rank_tile_of(rank), Access::kWhole};
   launch.splits = 1;
-  launch.reason = "tiles know their group: one launch for all";
+  launch.reason = onto_y ? "tiles know their group, and add its branch to the vendor's product"
+                         : "tiles know their group: one launch for all";
   launch.key.tile = choose_grouped_tile(m, n, groups, device, launch.tile_reason);
   config.row_blocks = blocks_of_groups(m, tile_shape(launch.key.tile).rows, groups);
   plan_tickets_of(config.row_blocks, n, rank, launch);
-  config.key = {role, launch.key.tile, launch.key.rank_tile, w_in_rows};
+  config.key = {role, launch.key.tile, launch.key.rank_tile, w_in_rows || onto_y, onto_y};
   return config;
 }
 

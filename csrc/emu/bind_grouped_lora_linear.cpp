@@ -93,6 +93,10 @@ PYBIND11_MODULE(_emu_grouped_lora_linear, m) {
     runtime.sms = sms;
     lk::known_limits.forget();
   });
+  m.def("set_capability", [](int capability) {
+    runtime.capability = capability;
+    lk::known_limits.forget();
+  });
   m.def("launches", [] {
     pybind11::list all;
     for (const lk::GroupedLaunch& launch : lk::launches) all.append(lk::to_python(launch));

@@ -197,7 +197,9 @@ struct GroupedGradXRoles : GradXRoles {
   };
 };
 
-template <class Base_, int kRankTile_, Access kAccess_, class Roles, bool kColumn0 = false, class Rows = OneGroup>
+// kOntoY: y has the product with w already, and base tiles add the branch.
+template <class Base_, int kRankTile_, Access kAccess_, class Roles, bool kColumn0 = false, class Rows = OneGroup,
+          bool kOntoY = false>
 struct LoraLinear {
   using Base = Base_;
   using Element = typename Base::Element;
@@ -279,6 +281,11 @@ struct LoraLinear {
     const auto run = [&](auto&& task) {
       const LoraLinearParams& p = of_tile(params, smem);
       const WorkItem work = work_of(smem);
+      if constexpr (kOntoY) {
+        // Rows of nobody have no branch, and y is not theirs.
+        if (p.rank > 0) load_y<Base>(p, smem, first_row(smem, work), work.column * Base::kN, acc);
+        return;
+      }
       Base::template run<Chunk, Chunk>(smem, {p.x, p.x_stride, p.m, p.k}, first_row(smem, work),
                                        {p.w, p.w_stride, p.n, p.k}, work.column * Base::kN, 0, p.k, acc, task);
       sync_block();  // the stages are free

@@ -16,13 +16,14 @@ struct GroupedLoraProblem {
   const int32_t* ends;  // [groups]
   int64_t groups;
   int64_t w_step, a_step, b_step, bias_step;  // bytes; 0: shared
+  bool onto_y;  // the vendor makes the product with the weights, and w_in_columns is false
 
   RowGroups row_groups() const { return {.ends = ends, .count = static_cast<int32_t>(groups)}; }
 };
 
 inline GroupedLoraConfig grouped_forward_config(const GroupedLoraProblem& p, const DeviceLimits& device) {
   const LoraProblem& f = p.first;
-  return grouped_lora_config(LoraRole::kForward, f.m(), f.n(), f.rank(), p.groups, !f.w_in_columns, device);
+  return grouped_lora_config(LoraRole::kForward, f.m(), f.n(), f.rank(), p.groups, !f.w_in_columns, p.onto_y, device);
 }
 
 inline GroupedLoraLinearParams grouped_forward_params(const GroupedLoraProblem& p, OutputRef y, void* s,
@@ -41,15 +42,16 @@ struct GroupedLoraBackwardConfig {
   LoraGradsConfig grads;     // no blocks: neither dA nor dB is wanted
 };
 
-inline GroupedLoraBackwardConfig grouped_backward_config(const LoraBackwardProblem& p, int64_t groups,
+inline GroupedLoraBackwardConfig grouped_backward_config(const LoraBackwardProblem& p, const GroupedLoraProblem& groups,
                                                          const DeviceLimits& device) {
   const LoraProblem& f = p.forward;
   GroupedLoraBackwardConfig config{};
   if (p.need_x || p.need_a) {
-    config.grad_x =
-        grouped_lora_config(LoraRole::kGradX, f.m(), p.need_x ? f.k() : 0, f.rank(), groups, !f.w_in_columns, device);
+    config.grad_x = grouped_lora_config(LoraRole::kGradX, f.m(), p.need_x ? f.k() : 0, f.rank(), groups.groups,
+                                        !f.w_in_columns, groups.onto_y, device);
   }
-  config.grads = grouped_lora_grads_config(f.m(), p.need_b ? f.n() : 0, p.need_a ? f.k() : 0, f.rank(), groups, device);
+  config.grads =
+      grouped_lora_grads_config(f.m(), p.need_b ? f.n() : 0, p.need_a ? f.k() : 0, f.rank(), groups.groups, device);
   return config;
 }
 
@@ -91,7 +93,8 @@ void for_each_range(const GroupedLoraLinearParams& p, const GroupedLoraConfig& c
     one.b = at(one.b, g * p.b_step);
     one.bias = at(one.bias, g * p.bias_step);
     for_each_range(one, config.launch, element_bytes, [&](MemoryRef ref) {
-      if (g > 0 && ref.is_written) return;
+      if ((g > 0 && ref.is_written) || (config.key.onto_y && ref.data == one.w)) return;
+      if (ref.data == one.y) ref.is_written = !config.key.onto_y;  // what is there is read
       // w and b then lie the other way round than the role has them.
       if (!config.key.w_in_rows && (ref.data == one.w || ref.data == one.b)) std::swap(ref.rows, ref.columns);
       f(ref);

@@ -2,7 +2,7 @@
 #include "../launch/lora_linear.h"
 
 #include "../launch/lora_problem.h"
-#include "lora_linear_fields.h"
+#include "lora_linear_shared.h"
 
 namespace lk {
 namespace {
@@ -57,11 +57,6 @@ Plan plan_of(const LoraLinearConfig& config, const KernelInfo& kernel, const cha
           .workspace_bytes = (config.counters + config.partials + more_words) * kBytesWord,
           .params_size = sizeof(LoraLinearParams),
           .fields = LoraLinearFields::kFields};
-}
-
-// The vendor's GEMM, of which nothing more is known.
-PyObject* product(const char* text, const char* why) {
-  return Py_BuildValue("{s:s,s:s,s:s}", "schedule", "cublas", "reason", why, "product", text);
 }
 
 // One launch, or a list of them.

@@ -38,8 +38,6 @@ _SCHEDULES = {
     "cublas": Verdict("cublas", "asked for: the branch by our kernels, the vendor's GEMM accumulates onto it"),
 }
 
-_GROUPS = Verdict("one launch", "tiles know their group: one launch for the rows of all")
-
 _FP32_STRICT = Verdict(None, Reason.FP32_STRICT)
 _DTYPE = Verdict(None, Reason.DTYPE)
 _LAYOUT = Verdict(None, Reason.LAYOUT)
@@ -125,7 +123,7 @@ def grouped_verdict(x: torch.Tensor, weight: torch.Tensor, groups: int, rank: in
     if n % chunk != 0 or k % chunk != 0 or not _lies_in_chunks(weight):
         return _LAYOUT
     tiles = (x.shape[0] // SMALLEST_TILE + 1 + groups) * (max(n, k) // SMALLEST_TILE + 1 + MAX_RANK)
-    return _SIZE if tiles > MAX_SIZE else _GROUPS
+    return _SIZE if tiles > MAX_SIZE else verdict
 
 
 def _lies_in_chunks(weight: torch.Tensor) -> bool:

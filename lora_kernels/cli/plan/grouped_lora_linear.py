@@ -18,7 +18,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=size, required=True, help="input features: columns of a weight")
     parser.add_argument("--r", type=arguments.integer(1, MAX_RANK), required=True, help="rank of the adapters")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "tf32"), required=True, help="tf32: fp32 tensors")
+    parser.add_argument("--shared", action="store_true", help="one weight of all groups")
     parser.add_argument("--in-columns", action="store_true", help="weights lie in memory as their transposes")
+    parser.add_argument(
+        "--schedule", choices=("auto", "one launch", "cublas"), default="auto", help="(default: what is fastest there)"
+    )
 
 
 def _problem(options: argparse.Namespace) -> dict[str, Any]:
@@ -29,8 +33,10 @@ def _problem(options: argparse.Namespace) -> dict[str, Any]:
         "k": options.k,
         "rank": options.r,
         "groups": options.groups,
+        "is_shared": options.shared,
         "in_columns": options.in_columns,
         "capability": int(options.arch.removeprefix("sm_")),
+        "schedule": options.schedule,
     }
 
 

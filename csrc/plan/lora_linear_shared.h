@@ -1,4 +1,4 @@
-// The fields of lora_linear's Params, which those of rows in groups begin with.
+// What plans of lora_linear and of the same in groups share.
 #pragma once
 
 #include "../params/lora_linear.h"
@@ -70,5 +70,10 @@ struct LoraGradsFields {
   };
   static_assert(lists_all<Params>(kFields));
 };
+
+// The vendor's GEMM, of which nothing more is known.
+inline PyObject* product(const char* text, const char* why) {
+  return Py_BuildValue("{s:s,s:s,s:s}", "schedule", "cublas", "reason", why, "product", text);
+}
 
 }  // namespace lk
