@@ -59,6 +59,7 @@ SCENARIOS = {
     "backward-wide": backward((600, 272, 136, 200), p=0.3, sms=MANY),
     "backward-tf32": backward((200, 76, 132, 12), "tf32", p=0.3),
     "grouped": of_groups(grouped.check_forward, (70, 0, 130), 136, 272, 24, p=0.3),
+    "grouped-onto-y": of_groups(grouped.check_forward, (70, 0, 130), 136, 272, 24, p=0.3, schedule="cublas"),
     "grouped-backward": of_groups(grouped.check_backward, (0, 300, 20), 232, 136, 16, p=0.3, sms=MANY),
     "backward-wide-tf32": backward((520, 100, 68, 72), "tf32", p=0.3, sms=MANY),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 
 import emulator
 import pytest
@@ -11,7 +12,13 @@ from covering import case_id, covering_pairs
 from emulated import DTYPES, matrices
 from emulated import run_backward as run_one_backward
 from emulated import run_forward as run_one
-from emulated_grouped import check_backward, check_forward, problem, run_backward, run_forward, saved_s
+from emulated_grouped import check_backward, check_forward, problem, run_backward, run_forward, saved_s, steered
+from pretended_gpu import pretend_gpu
+
+import lora_kernels as lk
+from lora_kernels import _native, dispatch
+from lora_kernels.reasons import Reason
+from lora_kernels.support import cuda, fits
 
 MANY = 1000  # SMs: more than there are tiles
 
@@ -28,7 +35,7 @@ ROWS = {
 CASES = covering_pairs(
     rows=tuple(ROWS), sizes=((72, 136), (136, 264)), rank=(5, 16, 24, 72, 200), name=tuple(DTYPES), p=(0.0, 0.3),
     shared=(False, True), in_columns=(False, True), bias=(None, "one", "each"), float_adapters=(False, True),
-    sms=(1, MANY),
+    sms=(1, MANY), schedule=("one launch", "cublas"),
 )  # fmt: skip
 
 
@@ -38,21 +45,27 @@ def made(case):
     return problem(rows, *case["sizes"], case["rank"], case["name"], behind=behind, **options)
 
 
+def vendor_serves(case):
+    return case["schedule"] == "cublas" and (case["shared"] or case["name"] == "bf16")
+
+
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_forward_is_as_accurate_as_torch(case):
     """Kills: the group's number, begin or end off by one; a step of one operand taken for another's; a mask of rows
     counted from the group's first; rows of nobody left as they were."""
-    *_, (launch,) = check_forward(made(case), p=case["p"], sms=case["sms"])
+    *_, (launch,) = check_forward(made(case), p=case["p"], sms=case["sms"], schedule=case["schedule"])
     assert launch["counters_were_zero"]
+    assert launch["onto_y"] == vendor_serves(case)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_gradients_are_as_accurate_as_torch(case):
     """Kills: a group without rows whose gradients stay as they were; sums over another group's rows."""
     args = made(case)
-    grads, launches = check_backward(args, p=case["p"], sms=case["sms"])
+    grads, launches = check_backward(args, p=case["p"], sms=case["sms"], schedule=case["schedule"])
     assert grads[1].dtype == grads[2].dtype == args[2].dtype
     assert all(launch["counters_were_zero"] for launch in launches)
+    assert launches[0]["onto_y"] == vendor_serves(case)
 
 
 @pytest.mark.parametrize("in_columns", [False, True])
@@ -71,8 +84,10 @@ def test_large_tiles(rank, in_columns):
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
 )
-def test_only_what_is_needed_is_computed(needs):
-    _, launches = check_backward(problem((70, 0, 30), 72, 136, 16, "bf16", behind=5), p=0.3, needs=needs)
+@pytest.mark.parametrize("schedule", ["one launch", "cublas"])
+def test_only_what_is_needed_is_computed(needs, schedule):
+    args = problem((70, 0, 30), 72, 136, 16, "bf16", behind=5)
+    _, launches = check_backward(args, p=0.3, needs=needs, schedule=schedule)
     assert len(launches) == (needs[0] or needs[1]) + (needs[1] or needs[2])
 
 
@@ -139,6 +154,28 @@ def test_offsets_that_are_no_ends_touch_no_memory_of_others(offsets):
             run()
 
 
+@pytest.mark.parametrize(
+    ("capability", "rows", "shared", "name", "onto_y"),
+    [
+        (90, 1024, False, "bf16", True),
+        (100, 1024, False, "bf16", True),
+        (90, 1024, False, "fp16", False),
+        (86, 1024, False, "bf16", False),
+        (90, 1024, True, "fp16", True),
+        (86, 1024, True, "bf16", False),
+        (90, 32, False, "bf16", False),
+        (90, 32, True, "bf16", True),
+    ],
+)
+def test_who_multiplies_by_the_weights(capability, rows, shared, name, onto_y):
+    """The vendor's grouped product where it is a kernel, and not for a few rows of each group."""
+    args = problem((rows, rows // 2, 0, rows // 2) * 2, 16, 16, 8, name, shared=shared)
+    y, _, (launch,) = run_forward(args, schedule="auto", capability=capability)
+    assert launch["onto_y"] == onto_y
+    _, _, (launch, _) = run_backward(torch.randn_like(y), saved_s(args), args, schedule="auto", capability=capability)
+    assert launch["onto_y"] == onto_y
+
+
 def test_nan_of_a_group_stays_there():
     """Kills: products of rows past a group's end that are stored, or summed."""
     x, weight, lora_A, lora_B, offsets, _ = problem((70, 33, 40), 72, 136, 16, "bf16", behind=4)
@@ -191,3 +228,112 @@ def test_weights_that_are_not_whole_are_refused(fault):
         args[1] = torch.randn(2 * 72 * 136 + 1).bfloat16()[1:].view(2, 72, 136)
     with pytest.raises(RuntimeError, match="chunks of 16 bytes"):
         run_forward(args)
+
+
+@pytest.fixture
+def _cuda_on_the_cpu(monkeypatch):
+    """Tensors on the CPU are served by the CUDA backend, emulated."""
+    steered()
+    pretend_gpu(monkeypatch)
+    monkeypatch.setattr(_native, "cuda", types.SimpleNamespace())
+    monkeypatch.setitem(dispatch._ORDER, "cpu", ("cuda", "reference"))
+    for name in ("grouped_lora_linear", "grouped_lora_linear_backward"):
+        monkeypatch.setitem(dispatch._native_ops, name, getattr(torch.ops.lora_kernels_emulated_grouped, name))
+
+
+@pytest.mark.usefixtures("_cuda_on_the_cpu")
+@pytest.mark.parametrize("scaling", [1.7, torch.tensor([0.5, 0.0, -2.0])], ids=["one", "each"])
+def test_the_backend_serves_the_function(scaling):
+    x, weight, lora_A, lora_B, offsets, bias = problem((20, 0, 30), 72, 136, 8, "bf16", behind=3, bias="each")
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+    results = []
+    for backend in ("cuda", "reference"):
+        with lk.use_backend(backend):
+            y = lk.grouped_lora_linear(x, weight, lora_A, lora_B, offsets, bias, scaling=scaling)
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    assert lk.stats()["served"][("grouped_lora_linear", "cuda")] == 1
+    assert lk.stats()["served"][("grouped_lora_linear_backward", "cuda")] == 1
+    for ours, theirs in zip(*results):
+        assert (ours - theirs).abs().max() <= 0.02 * theirs.abs().max()
+
+
+@pytest.mark.usefixtures("_cuda_on_the_cpu")
+@pytest.mark.parametrize(
+    ("n", "k", "rank", "dtype", "reason"),
+    [
+        (72, 136, 8, torch.bfloat16, None),
+        (75, 136, 8, torch.bfloat16, Reason.LAYOUT),
+        (72, 70, 8, torch.bfloat16, Reason.LAYOUT),
+        (72, 136, 257, torch.bfloat16, Reason.RANK),
+        (72, 136, 8, torch.float64, Reason.DTYPE),
+        (72, 136, 8, torch.float32, Reason.FP32_STRICT),
+    ],
+)
+def test_verdicts(n, k, rank, dtype, reason):
+    x, weight = torch.zeros(5, k, dtype=dtype), torch.zeros(3, n, k, dtype=dtype)
+    for w in (weight, weight.mT.contiguous().mT, weight[0]):
+        schedule, why = cuda.grouped_verdict(x, w, 3, rank)
+        assert (schedule is None) == (reason is not None)
+        assert reason is None or why == reason
+
+
+@pytest.mark.usefixtures("_cuda_on_the_cpu")
+def test_verdicts_on_how_weights_lie():
+    """Kills: a weight that the binding refuses, or one that it would read in place and that is not offered to it."""
+    flat = torch.zeros(3 * 80 * 160 + 8).bfloat16()
+    x = torch.zeros(5, 136).bfloat16()
+    for begin, strides, served in [
+        (0, (80 * 160, 160, 1), True), (8, (80 * 160, 160, 1), True), (0, (80 * 160, 1, 80), True),
+        (1, (80 * 160, 160, 1), False), (0, (80 * 160, 158, 1), False), (0, (80 * 160 - 4, 160, 1), False),
+        (0, (80, 160, 2), False), (0, (0, 160, 1), True),
+    ]:  # fmt: skip
+        weight = flat.as_strided((3, 72, 136), strides, begin)
+        assert (cuda.grouped_verdict(x, weight, 3, 8).schedule is not None) == served, (begin, strides)
+        args = (
+            x,
+            weight,
+            torch.zeros(3, 8, 136),
+            torch.zeros(3, 72, 8),
+            torch.tensor([1, 2, 5], dtype=torch.int32),
+            None,
+        )
+        with contextlib.nullcontext() if served else pytest.raises(RuntimeError, match="chunks of 16 bytes"):
+            run_forward(args)
+
+
+FORWARD = {
+    "x": torch.zeros(23, 128), "weight": torch.zeros(2, 72, 136), "lora_A": torch.zeros(3, 8, 128),
+    "lora_B": torch.zeros(3, 64, 8), "offsets": torch.zeros(3, dtype=torch.int64), "bias": torch.zeros(2, 72),
+    "seed": torch.zeros(1, dtype=torch.int32),
+}  # fmt: skip
+BACKWARD = {"grad_y": torch.zeros(23, 64), "s": torch.zeros(22, 8), **FORWARD}
+del BACKWARD["bias"]
+
+
+def misfit(name, replacement, given):
+    """Arguments of the op, in which this one does not fit."""
+    keep = replacement.dtype if name in ("offsets", "seed") else given[name].dtype
+    return list((given | {name: replacement.to(keep)}).values())
+
+
+def test_nothing_is_launched_on_what_does_not_fit():
+    """By the binding, and by what Triton's launches look at."""
+    x, weight, lora_A, lora_B, offsets, bias = problem((20, 0, 0), 72, 136, 8, "bf16", behind=3, bias="each")
+    given = dict(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, offsets=offsets, bias=bias)
+    given["seed"] = torch.tensor([3])
+    steered()
+    ops = torch.ops.lora_kernels_emulated_grouped
+    for name, replacement in FORWARD.items():
+        arguments = misfit(name, replacement, given)
+        with pytest.raises(RuntimeError, match=f"{name} must be"):
+            ops.grouped_lora_linear(*arguments, 1.0, 0.5, "auto")
+        with pytest.raises(RuntimeError, match=f"{name} must be"):
+            fits.check_grouped_lora_linear(*arguments)
+    del given["bias"]
+    given = dict(grad_y=torch.zeros(23, 72).bfloat16(), x=x, s=torch.zeros(23, 8).bfloat16()) | given
+    for name, replacement in BACKWARD.items():
+        arguments = misfit(name, replacement, given)
+        with pytest.raises(RuntimeError, match=f"{name} must be"):
+            ops.grouped_lora_linear_backward(*arguments, 1.0, 0.5, True, True, True, "auto")
+        with pytest.raises(RuntimeError, match=f"{name} must be"):
+            fits.check_grouped_lora_linear_backward(*arguments)

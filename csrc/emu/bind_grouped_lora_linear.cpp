@@ -15,7 +15,7 @@ struct GroupedLaunch {
   int tile_rows;  // of dA and dB: those of a part
   int64_t blocks;
   int counters;
-  bool counters_were_zero;
+  bool onto_y, counters_were_zero;
   emu::Report report = {};
 };
 inline std::vector<GroupedLaunch> launches;  // since the test last asked
@@ -23,11 +23,15 @@ inline std::vector<unsigned char> last_s;    // or dY B, with whole ranks
 
 template <class Kernel, class Params, class Config>
 void run_grouped(void (*kernel)(Params), const Params& p, const Config& config, int tile_rows, int64_t blocks,
-                 int64_t counters, int element_bytes) {
+                 int64_t counters, bool onto_y, int element_bytes) {
   const auto all_zero = [&] {
     return std::all_of(p.lora.counters, p.lora.counters + counters, [](uint32_t word) { return word == 0; });
   };
-  launches.push_back({tile_rows, blocks, static_cast<int>(counters), all_zero()});
+  launches.push_back({.tile_rows = tile_rows,
+                      .blocks = blocks,
+                      .counters = static_cast<int>(counters),
+                      .onto_y = onto_y,
+                      .counters_were_zero = all_zero()});
   Memory memory;
   for_each_range(p, config, element_bytes, [&](const MemoryRef& ref) {
     if (ref.is_written) {
@@ -47,7 +51,7 @@ cudaError_t launch_grouped_lora(const GroupedLoraLinearParams& p, const GroupedL
   constexpr int kBytes = sizeof(typename Element::Storage);
   return with_variant(All{}, config.key, [&]<class Kernel>(Kernel) {
     run_grouped<Kernel>(&grouped_lora_linear_kernel<Kernel>, p, config, tile_shape(config.key.tile).rows,
-                        config.launch.blocks, config.launch.counters, kBytes);
+                        config.launch.blocks, config.launch.counters, config.key.onto_y, kBytes);
     const auto* const s = static_cast<const unsigned char*>(p.lora.s);
     last_s.assign(s, s + static_cast<int64_t>(p.lora.m) * p.lora.rank * kBytes);
     return cudaSuccess;
@@ -58,7 +62,7 @@ template <class Element>
 cudaError_t launch_grouped_lora_grads(const GroupedLoraGradsParams& p, const LoraGradsConfig& config, cudaStream_t) {
   return with_variant(GroupedGradsVariants<Element>{}, config.key, [&]<class Kernel>(Kernel) {
     run_grouped<Kernel>(&grouped_lora_grads_kernel<Kernel>, p, config, config.split_rows, config.blocks,
-                        config.counters, sizeof(typename Element::Storage));
+                        config.counters, false, sizeof(typename Element::Storage));
     return cudaSuccess;
   });
 }
@@ -78,6 +82,7 @@ pybind11::dict to_python(const GroupedLaunch& launch) {
   d["tile_rows"] = launch.tile_rows;
   d["blocks"] = launch.blocks;
   d["counters"] = launch.counters;
+  d["onto_y"] = launch.onto_y;
   d["counters_were_zero"] = launch.counters_were_zero;
   d["report"] = launch.report;
   return d;

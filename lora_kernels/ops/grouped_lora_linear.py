@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import _native, dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from ..support import cpu, cpu_groups, cuda, fits, triton
 from . import eager, lora_linear
@@ -67,6 +67,13 @@ def _cuda_supports(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, *_: Any
 ) -> Verdict:  # fmt: skip
     return cuda.grouped_verdict(x, weight, lora_A.shape[0], lora_A.shape[1])
+
+
+def _cuda_explain(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, *_: Any
+) -> Verdict:  # fmt: skip
+    schedule: Any = _cuda_supports(x, weight, lora_A, lora_B, offsets).schedule  # it is a yes
+    return cuda.planned_groups(_native.cuda.plan_grouped_lora_linear, x, weight, lora_A, schedule)
 
 
 def _triton_supports(
@@ -257,7 +264,7 @@ SPEC = dispatch.register(
         reference=_reference,
         fake=_fake,
         kernels={
-            "cuda": Kernel(_cuda_supports),
+            "cuda": Kernel(_cuda_supports, explain=_cuda_explain),
             "triton": Kernel(_triton_supports, _triton_run),
             "cpu": Kernel(_cpu_supports),
         },

@@ -25,10 +25,11 @@ def problem(rows, n, k, rank, name, *, behind=0, shared=False, in_columns=False,
     return x, weight, lora_A, lora_B, torch.tensor(rows).cumsum(0).int(), one
 
 
-def steered(sms=1, **options):
+def steered(sms=1, capability=90, **options):
     """The emulator's module, with that many SMs and options for what is launched next."""
     native = emulator.load_grouped_lora_linear()
     native.set_sms(sms)
+    native.set_capability(capability)
     native.set_options({"resident_blocks": 3, **options})
     native.launches()
     return native
@@ -38,11 +39,11 @@ def _seed(p):
     return torch.tensor([SEED]) if p > 0 else None
 
 
-def run_forward(args, *, p=0.0, **options):
+def run_forward(args, *, p=0.0, schedule="one launch", **options):
     """(y, s, the launches)."""
     native = steered(**options)
     op = torch.ops.lora_kernels_emulated_grouped.grouped_lora_linear
-    return *op(*args, _seed(p), SCALING, p, "auto"), native.launches()
+    return *op(*args, _seed(p), SCALING, p, schedule), native.launches()
 
 
 def _parts(results):
@@ -79,12 +80,12 @@ def saved_s(args, p=0.0):
     return s.to(x.dtype)
 
 
-def run_backward(grad_y, s, args, *, p=0.0, needs=ALL, **options):
+def run_backward(grad_y, s, args, *, p=0.0, needs=ALL, schedule="one launch", **options):
     """([dX, dA, dB], dY B, the launches)."""
     x, weight, lora_A, lora_B, offsets, _ = args
     native = steered(**options)
     op = torch.ops.lora_kernels_emulated_grouped.grouped_lora_linear_backward
-    grads = op(grad_y, x, s, weight, lora_A, lora_B, offsets, _seed(p), SCALING, p, *needs, "auto")
+    grads = op(grad_y, x, s, weight, lora_A, lora_B, offsets, _seed(p), SCALING, p, *needs, schedule)
     grad_s = torch.zeros(len(x), lora_A.shape[1], dtype=x.dtype)
     if len(x) and (needs[0] or needs[1]):
         grad_s = torch.frombuffer(bytearray(native.s()), dtype=x.dtype).view(len(x), -1)[:, : lora_A.shape[1]]
