@@ -164,7 +164,8 @@ def test_offsets_that_are_no_ends_touch_no_memory_of_others(offsets):
         (90, 1024, True, "fp16", True),
         (86, 1024, True, "bf16", False),
         (90, 32, False, "bf16", False),
-        (90, 32, True, "bf16", True),
+        (86, 32, True, "bf16", True),
+        (90, 32, True, "fp16", True),
     ],
 )
 def test_who_multiplies_by_the_weights(capability, rows, shared, name, onto_y):

@@ -123,7 +123,9 @@ GROUPED = {"--groups": 8, **PROBLEM, "--m": 4096}
         ({"arch": "sm_90"}, ["--in-columns"], ["cublas", "ticketed"], "mma.sync reaches three fifths of the rate"),
         ({"arch": "sm_90", "dtype": "fp16"}, [], ["ticketed"], "the vendor's grouped GEMM serves bf16"),
         ({"arch": "sm_90", "dtype": "fp16"}, ["--shared"], ["cublas", "ticketed"], "three fifths of the rate"),
-        ({"arch": "sm_90", "m": 256}, [], ["ticketed"], "few rows"),
+        ({"arch": "sm_90", "m": 256}, [], ["ticketed"], "few rows of each group: reading its weight"),
+        ({"m": 256}, ["--shared"], ["cublas", "ticketed"], "every group's tiles would read it again"),
+        ({"m": 256, "groups": 1}, ["--shared"], ["ticketed"], "mma.sync is what the vendor's GEMM uses here"),
         ({"arch": "sm_90", "schedule": "one launch"}, ["--in-columns"], ["ticketed"], "as asked"),
     ],
 )

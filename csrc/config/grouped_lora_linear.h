@@ -55,9 +55,12 @@ inline UsesCublas grouped_uses_vendor(int64_t m, int64_t n, int64_t groups, cons
     return {false, "the vendor's grouped GEMM serves bf16 on sm_90 and sm_100"};
   }
   if (wanted != Wanted::kBest) return {wanted == Wanted::kCublas, "as asked"};
-  const int64_t rows = product.is_shared ? m : blocks_of(m, groups);
-  if (rows <= kFewRows)
-    return {false, "few rows: tiles of the vendor's GEMM would be as idle, and it is a launch more"};
+  if (blocks_of(m, groups) <= kFewRows) {
+    if (product.is_shared && groups > 1) {
+      return {true, "one weight, and few rows of each group: every group's tiles would read it again"};
+    }
+    return {false, "few rows of each group: reading its weight is what counts, and the vendor is a launch more"};
+  }
   const char* tile_reason;
   return prefers_cublas(device.capability, choose_grouped_tile(m, n, groups, device, tile_reason) == LoraTile::kLarge);
 }
