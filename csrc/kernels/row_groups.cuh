@@ -23,14 +23,15 @@ struct GroupRows {
   int group, group_first, first, end;
 };
 
-// Of the block with this number; none where first >= end. kAll: groups without rows count, too, but what is behind them
-// does not. All threads of a block call it. `smem` has kBytesGroupRows, where the rows are again by load_group_rows.
 constexpr int kBytesGroupRows = 16;
 LK_DEVICE GroupRows load_group_rows(uint32_t smem) {
   const Vec16 v = load_shared_16(smem);
   return {static_cast<int>(v.word[0]), static_cast<int>(v.word[1]), static_cast<int>(v.word[2]),
           static_cast<int>(v.word[3])};
 }
+
+// Of the block with this number; none where first >= end. kAll: groups without rows count, too, but what is behind them
+// does not. All threads of a block call it; load_group_rows(smem) then finds them again.
 template <bool kAll>
 LK_DEVICE GroupRows find_group_rows(const RowGroups& groups, int m, int block, int rows, uint32_t smem) {
   const int lane = thread_index();
@@ -60,6 +61,9 @@ LK_DEVICE GroupRows find_group_rows(const RowGroups& groups, int m, int block, i
 
 LK_DEVICE const void* bytes_behind(const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; }
 
+// What LoraLinear asks of its rows: the parameters of the launch, how many blocks of rows there are, whether one of
+// them has rows (find) and which, and the parameters of a tile's own problem, whose `m` is where its rows end.
+//
 // All rows are one problem.
 struct OneGroup {
   using Params = LoraLinearParams;
