@@ -14,6 +14,7 @@
 #include "lora_checks.h"
 #include "lora_rows.h"
 #include "rows.h"
+#include "vendor_products.h"
 
 namespace lk {
 
@@ -69,13 +70,6 @@ class Floats {
   std::optional<Tensor> memory_;
 };
 
-// out = a b, by the vendor's GEMM, of an adapter in the type of the activation: it takes factors of one type. Those of
-// fp32 are rounded by a launch of its own, which is little beside the product: it reads `rank` rows, not those of x.
-inline void product(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(aoti_torch_cuda_mm_out != nullptr, "this torch has no aoti_torch_cuda_mm_out");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
-}
-
 // out = a b + the elements of addend from `begin` on, as many as out has columns; without them, where there are none.
 inline void product(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& addend,
                     int64_t begin) {
@@ -86,12 +80,6 @@ inline void product(const Tensor& out, const Tensor& a, const Tensor& b, const s
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(addend->get(), 1, &count, &one, begin, &part));
   const Tensor row(part);
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), row.get(), a.get(), b.get(), 1.0, 1.0));
-}
-
-// out += a b, likewise.
-inline void accumulate_product(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "this torch has no aoti_torch_cuda_addmm_out");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 // y and s. add_product(y): y += x wT, where the config leaves that to the vendor's GEMM.

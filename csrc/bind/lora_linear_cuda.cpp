@@ -4,12 +4,6 @@
 namespace lk {
 namespace {
 
-Wanted wanted(const std::string& schedule) {
-  const std::optional<Wanted> known = wanted_by(schedule);
-  STD_TORCH_CHECK(known.has_value(), "schedule must be ", kWantedNames, ", got \"", schedule, "\"");
-  return *known;
-}
-
 Tensor weight_rows(const Tensor& weight) { return in_columns(weight) ? weight : matrix_of(weight); }
 
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
