@@ -185,6 +185,14 @@ else:
     return folder
 
 
+@pytest.mark.parametrize(("version", "flags"), [("13000", ["-compress-mode=size"]), ("12090", []), (None, [])])
+def test_machine_code_is_packed_where_all_drivers_unpack_it(tmp_path, version, flags):
+    (tmp_path / "include").mkdir()
+    text = "" if version is None else f"#define CUDART_VERSION  {version}\n"
+    (tmp_path / "include" / "cuda_runtime_api.h").write_text(text)
+    assert setup_script.load().compression(tmp_path) == flags
+
+
 @pytest.mark.parametrize("broken", ["it fails", "it cannot be run"])
 def test_an_nvcc_that_does_not_run_is_an_error_with_the_way_round_it(tmp_path, broken):
     """Kills: a traceback of subprocess, from every command of setup.py, also from one that builds nothing."""
