@@ -42,13 +42,17 @@ LK_ALWAYS_INLINE inline void transpose_lanes(VecF (&rows)[kLanes]) {
   if constexpr (kStep > 1) transpose_lanes<kStep / 2>(rows);
 }
 
-// Rows of W that lie in one piece each, in squares of whole vectors; what is left over goes by the element.
+// Rows of W that lie in one piece each, in squares of whole vectors; what is left over goes by the element. A factor is
+// read once, and seldom lies in a cache: what comes some squares later is fetched, along the rows or below them.
 void pack_rows(const float* w, int64_t stride, int64_t rank, int64_t k, float* packed) {
+  constexpr int64_t kAhead = 8 * kLanes;
   const int64_t width = packed_width(rank), whole = k / kLanes * kLanes;
   for (int64_t j = 0; j < width; j += kLanes) {
     const int64_t valid = smaller(kLanes, rank - j);
     for (int64_t c = 0; c < whole; c += kLanes) {
       VecF rows[kLanes];
+      const float* ahead = w + j * stride + c + kAhead * (whole > kAhead ? 1 : stride);
+      for (int i = 0; i < kLanes; ++i) __builtin_prefetch(ahead + i * stride);
       for (int i = 0; i < kLanes; ++i) rows[i] = i < valid ? load(w + (j + i) * stride + c) : VecF{};
       transpose_lanes<kLanes / 2>(rows);
       for (int i = 0; i < kLanes; ++i) store(packed + (c + i) * width + j, rows[i]);
