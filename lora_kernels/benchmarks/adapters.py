@@ -1,5 +1,5 @@
-"""Eight adapters over the linear layers of SmolLM2, a sample each: PEFT's ``adapter_names``, one adapter for all of them,
-and fused. In training PEFT, too, has one adapter for all samples, for it serves no other batch.
+"""Eight adapters over the linear layers of SmolLM2, one per sample: PEFT's ``adapter_names``, one adapter for all, and
+fused. In training PEFT, too, has one adapter for all samples, for it serves no other batch.
 """
 
 from __future__ import annotations
