@@ -23,10 +23,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def kernels():
-    """(architecture, mangled name, code) of every kernel of lora_linear and its gradients in bf16."""
+    """(architecture, mangled name, code) of every kernel of a LoRA linear and its gradients in bf16."""
     assert _native.cuda is not None, f"nvcc is installed, but lora_kernels._cuda: {_native.cuda_error}"
     module = Path(_native.cuda.__file__)
-    names = [name for name in sorted(_native.cuda.kernels()) if re.match(r"_ZN2lk\d+lora_.*BFloat16", name)]
+    names = [name for name in sorted(_native.cuda.kernels()) if re.match(r"_ZN2lk\d+(grouped_)?lora_.*BFloat16", name)]
     archs = sass.architectures(module)
     assert archs
     return [(arch, *kernel) for arch in archs for kernel in sass.code(module, arch, *names).items()]

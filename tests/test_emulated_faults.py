@@ -7,6 +7,7 @@ are stalled, outputs poisoned, and the order of all accesses is tracked.
 
 from __future__ import annotations
 
+import emulated_grouped as grouped
 import pytest
 import torch
 from emulated import check_backward, check_forward, grad_y_of, matrices, saved_s
@@ -32,6 +33,14 @@ def backward(problem, name="bf16", **options):
     return run
 
 
+def of_groups(check, rows, *sizes, **options):
+    def run(**fault):
+        *_, launches = check(grouped.problem(rows, *sizes, "bf16", behind=3), **options, **fault)
+        return "grouped", [launch["report"] for launch in launches]
+
+    return run
+
+
 # More k-tiles than stages, so that the last one lies where a result is staged first; two batches of ranks where there
 # can be. tf32 has other stages and fragments: half as deep, and transposed without ldmatrix.
 SCENARIOS = {
@@ -49,6 +58,9 @@ SCENARIOS = {
     "backward": backward((200, 264, 136, 16), p=0.3),
     "backward-wide": backward((600, 272, 136, 200), p=0.3, sms=MANY),
     "backward-tf32": backward((200, 76, 132, 12), "tf32", p=0.3),
+    "grouped": of_groups(grouped.check_forward, (70, 0, 130), 136, 272, 24, p=0.3),
+    "grouped-onto-y": of_groups(grouped.check_forward, (70, 0, 130), 136, 272, 24, p=0.3, schedule="cublas"),
+    "grouped-backward": of_groups(grouped.check_backward, (0, 300, 20), 232, 136, 16, p=0.3, sms=MANY),
     "backward-wide-tf32": backward((520, 100, 68, 72), "tf32", p=0.3, sms=MANY),
 }
 

@@ -111,6 +111,41 @@ def test_plan_of_the_vendors_gemm(plan, op, changes, flags, reason):
         assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
 
 
+GROUPED = {"--groups": 8, **PROBLEM, "--m": 4096}
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changes", "flags", "schedules", "reason"),
+    [
+        ({}, [], ["ticketed"], "the vendor's grouped GEMM serves bf16 on sm_90 and sm_100"),
+        ({"arch": "sm_90"}, [], ["cublas", "ticketed"], "mma.sync reaches three fifths of the rate"),
+        ({"arch": "sm_90"}, ["--in-columns"], ["cublas", "ticketed"], "mma.sync reaches three fifths of the rate"),
+        ({"arch": "sm_90", "dtype": "fp16"}, [], ["ticketed"], "the vendor's grouped GEMM serves bf16"),
+        ({"arch": "sm_90", "dtype": "fp16"}, ["--shared"], ["cublas", "ticketed"], "three fifths of the rate"),
+        ({"arch": "sm_90", "m": 256}, [], ["ticketed"], "few rows of each group: reading its weight"),
+        ({"m": 256}, ["--shared"], ["cublas", "ticketed"], "every group's tiles would read it again"),
+        ({"m": 256, "groups": 1}, ["--shared"], ["ticketed"], "mma.sync is what the vendor's GEMM uses here"),
+        ({"arch": "sm_90", "schedule": "one launch"}, ["--in-columns"], ["ticketed"], "as asked"),
+    ],
+)
+def test_plan_of_rows_in_groups(capsys, changes, flags, schedules, reason):
+    options = GROUPED | {f"--{name}": value for name, value in changes.items()}
+    flags = [str(part) for option in options.items() for part in option] + flags
+    for op, others in (("grouped_lora_linear", []), ("grouped_lora_linear_backward", ["split rows"])):
+        assert main(["plan", op, *flags]) == 0
+        launches = json.loads(capsys.readouterr().out)
+        launches = launches if isinstance(launches, list) else [launches]
+        assert [launch["schedule"] for launch in launches] == [*schedules, *others]
+        assert all(reason in launch["reason"] for launch in launches[: len(schedules)])
+        for launch in launches:
+            if launch["schedule"] != "cublas":
+                assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
+                names = [field["name"] for field in launch["params"]["fields"]]
+                assert names[0] == "x"
+                assert "groups.ends" in names
+
+
 @needs_extension
 @pytest.mark.parametrize("op", ["lora_linear", "lora_linear_backward"])
 def test_no_plan_of_an_unknown_schedule(op):

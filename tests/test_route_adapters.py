@@ -84,7 +84,7 @@ def test_dropout_in_training():
     layer.lora_dropout["second"].p = 0.25
     with lk.route_adapters(layer, NAMES):
         layer(x)
-    assert lk.stats()["fallback"] == {("lora_linear", Reason.ADAPTER_NAMES): 1}
+    assert lk.stats()["fallback"] == {("multi_lora_linear", Reason.DROPOUTS): 1}
 
 
 def test_layers_that_are_not_fused_are_routed_by_peft():

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 MAX_RANK = 256
+MAX_GROUPS = 4096
+"""A program looks for its group among all, which are in its registers."""
 _BLOCK_RANK = 64
 """Ranks beyond it take several tile columns of ``inner``: its accumulators would not fit into registers."""
 _DUAL_RANK = 32
@@ -221,9 +223,9 @@ def fills(tile: Tile, sms: int, rows: int, columns: int) -> bool:
     return 2 * rows > tile.rows and blocks(rows, tile.rows) * blocks(columns, tile.columns) >= sms
 
 
-def most_programs(rows: int, columns: int) -> int:
+def most_programs(rows: int, columns: int, groups: int = 0) -> int:
     """Bound on the programs of a launch, whatever the tile."""
-    return blocks(rows, _FEW_ROWS.rows) * (blocks(columns, _IEEE.columns) + MAX_RANK // 16)
+    return grouped_blocks(rows, _FEW_ROWS.rows, groups) * (blocks(columns, _IEEE.columns) + MAX_RANK // 16)
 
 
 def reduce(
@@ -238,6 +240,44 @@ def reduce(
     # Two programs per SM; a share has at least four steps, or writing its part costs more than it saves.
     shares = max(1, min(2 * sms // tiles, rows // (4 * tile.rows)))
     return ReduceConfig(tile, block_rank, shares)
+
+
+def grouped(
+    target: str, sms: int, rows: int, columns: int, rank: int, groups: int, float32: str | None, aligned: bool,
+    separate_branch: bool,
+) -> FusedConfig:  # fmt: skip
+    """``fused`` for rows in groups, which are taken to be equal. A tile's rows begin where a group does, not where a
+    descriptor of all rows has a block.
+    """
+    rows_of_one = blocks(rows, groups)
+    one = fused(target, sms, "", rows_of_one, columns * groups, rank, float32, aligned, separate_branch)
+    tile = TARGETS[target].medium if one.descriptors else one.tile
+    return one._replace(tile=tile, descriptors=False)
+
+
+def grouped_blocks(rows: int, tile_rows: int, groups: int) -> int:
+    """Numbers that blocks of rows have, of groups and of the rows behind them."""
+    return blocks(rows, tile_rows) + groups
+
+
+class GroupedReduceConfig(NamedTuple):
+    """How a sum over every group's rows is computed, ``rows`` of them in a program."""
+
+    tile: Tile
+    block_rank: int
+    rows: int
+
+
+def grouped_reduce(
+    target: str, sms: int, rows: int, columns: int, rank: int, float32: str | None, aligned: bool
+) -> GroupedReduceConfig:
+    """So many rows that a group of everything has two programs per SM, and a program at least four steps. It is a power
+    of two: a constant of the kernel, which is not to be compiled for every number of rows.
+    """
+    one = reduce(target, sms, rows, columns, rank, float32, aligned)
+    tiles = blocks(columns, one.tile.columns) * blocks(rank, one.block_rank)
+    least = max(4 * one.tile.rows, blocks(rows * tiles, 2 * sms))
+    return GroupedReduceConfig(one.tile, one.block_rank, 1 << (least - 1).bit_length())
 
 
 class RowTile(NamedTuple):

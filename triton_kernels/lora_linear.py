@@ -84,12 +84,12 @@ class ReduceTask(NamedTuple):
 
 
 # Counters of a ticketed launch; one flag per row block counts its finished tiles of ``inner``.
-_TICKET = tl.constexpr(0)
-_FIRST_FLAG = tl.constexpr(1)
+TICKET = tl.constexpr(0)
+FIRST_FLAG = tl.constexpr(1)
 
 
 @triton.jit
-def _pointers(matrix, row0, column0, rows, columns):
+def pointers_to(matrix, row0, column0, rows, columns):
     """Pointers to the elements (row0 + rows, column0 + columns).
 
     Added up in this order, few of them are kept in registers: per row one pointer that a loop advances, to which the
@@ -146,7 +146,7 @@ def _dot(a, b, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _work(ticket, row_blocks, columns, GROUP: tl.constexpr):
+def work(ticket, row_blocks, columns, GROUP: tl.constexpr):
     """(row block, column) of a ticket.
 
     In a group of row blocks tickets go down the rows first: neighbours share a tile column of q, and the group's rows
@@ -160,12 +160,11 @@ def _work(ticket, row_blocks, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _inner_tile(task, rows, p_tiles, row_block, rank_block,
-                P_TRANSPOSED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
-                BLOCK_RANK: tl.constexpr, EVEN_DEPTH: tl.constexpr, DROPS_P: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of ``inner``."""
-    m0 = row_block * BLOCK_ROWS
+def inner_tile(task, rows, p_tiles, m0, rank_block, down0,
+               P_TRANSPOSED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+               BLOCK_RANK: tl.constexpr, EVEN_DEPTH: tl.constexpr, DROPS_P: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of ``inner``, of rows from m0 on; down0: what is added to addresses of ``down``."""
     m = m0 + tl.arange(0, BLOCK_ROWS)
     # Rows beyond the end repeat the last one: cheaper than a mask in the loop, and they are not stored.
     clamped = tl.minimum(m, rows - 1)
@@ -174,15 +173,15 @@ def _inner_tile(task, rows, p_tiles, row_block, rank_block,
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
     for k0 in range(0, task.depth, BLOCK_DEPTH):
         k_valid = None if EVEN_DEPTH else k < task.depth - k0
-        p = _load_tile(p_tiles, P_TRANSPOSED, m0, k0, _pointers(task.p, 0, k0, clamped, k), None, k_valid)
+        p = _load_tile(p_tiles, P_TRANSPOSED, m0, k0, pointers_to(task.p, 0, k0, clamped, k), None, k_valid)
         if DROPS_P:
             p = tl.where(keep_tile(task.seed, clamped, k0, task.depth, task.threshold, BLOCK_DEPTH), p, 0.0)
-        down = _load(_pointers(task.down, k0, 0, k, r), k_valid, r < task.rank)
+        down = _load(pointers_to(task.down, k0, 0, k, r) + down0, k_valid, r < task.rank)
         accumulator = _dot(p, down.to(p.dtype), accumulator, PRECISION)
     if DROPS_P:
         accumulator *= task.keep_scale
     inner = accumulator.to(task.inner.data.dtype.element_ty)
-    tl.store(_pointers(task.inner, 0, 0, m, r), inner, mask=(m < rows)[:, None] & (r < task.rank)[None, :])
+    tl.store(pointers_to(task.inner, 0, 0, m, r), inner, mask=(m < rows)[:, None] & (r < task.rank)[None, :])
 
 
 @triton.jit
@@ -195,22 +194,25 @@ def _add_branch(accumulator, branch, task, rows, columns, DROPS_BRANCH: tl.const
 
 
 @triton.jit
-def _store_out(task, accumulator, rows, m, n):
+def _store_out(task, accumulator, rows, m, n, bias0):
     if task.bias is not None:
-        accumulator += tl.load(task.bias + n, mask=n < task.columns, other=0.0).to(tl.float32)[None, :]
+        accumulator += tl.load(task.bias + bias0 + n, mask=n < task.columns, other=0.0).to(tl.float32)[None, :]
     out = accumulator.to(task.out.data.dtype.element_ty)
-    tl.store(_pointers(task.out, 0, 0, m, n), out, mask=(m < rows)[:, None] & (n < task.columns)[None, :])
+    tl.store(pointers_to(task.out, 0, 0, m, n), out, mask=(m < rows)[:, None] & (n < task.columns)[None, :])
 
 
 @triton.jit
-def _out_tile(task, rows, p_tiles, q_tiles, row_block, column_block, flag,
-              P_TRANSPOSED: tl.constexpr, Q_TRANSPOSED: tl.constexpr,
-              BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
-              BLOCK_RANK: tl.constexpr, BRANCH_DEPTH: tl.constexpr,
-              EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, DROPS_BRANCH: tl.constexpr,
-              IN_PLACE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of ``out``; waits for ``flag`` before it reads ``inner``, None where no other program writes that."""
-    m0, n0 = row_block * BLOCK_ROWS, column_block * BLOCK_COLUMNS
+def out_tile(task, rows, p_tiles, q_tiles, m0, column_block, flag, q0, up0, bias0,
+             P_TRANSPOSED: tl.constexpr, Q_TRANSPOSED: tl.constexpr,
+             BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+             BLOCK_RANK: tl.constexpr, BRANCH_DEPTH: tl.constexpr,
+             EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, DROPS_BRANCH: tl.constexpr,
+             IN_PLACE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of ``out``, of rows from m0 on; q0, up0, bias0: what is added to addresses of these.
+
+    Waits for ``flag`` before it reads ``inner``, None where no other program writes that.
+    """
+    n0 = column_block * BLOCK_COLUMNS
     m = m0 + tl.arange(0, BLOCK_ROWS)
     clamped = tl.minimum(m, rows - 1)
     n = n0 + tl.arange(0, BLOCK_COLUMNS)
@@ -219,8 +221,8 @@ def _out_tile(task, rows, p_tiles, q_tiles, row_block, column_block, flag,
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for k0 in range(0, task.depth, BLOCK_DEPTH):
         k_valid = None if EVEN_DEPTH else k < task.depth - k0
-        p = _load_tile(p_tiles, P_TRANSPOSED, m0, k0, _pointers(task.p, 0, k0, clamped, k), None, k_valid)
-        q = _load_tile(q_tiles, Q_TRANSPOSED, k0, n0, _pointers(task.q, k0, 0, k, n), k_valid, n_valid)
+        p = _load_tile(p_tiles, P_TRANSPOSED, m0, k0, pointers_to(task.p, 0, k0, clamped, k), None, k_valid)
+        q = _load_tile(q_tiles, Q_TRANSPOSED, k0, n0, pointers_to(task.q, k0, 0, k, n) + q0, k_valid, n_valid)
         accumulator = _dot(p, q, accumulator, PRECISION)
 
     if flag is not None:
@@ -233,15 +235,15 @@ def _out_tile(task, rows, p_tiles, q_tiles, row_block, column_block, flag,
     for r0 in tl.range(0, task.rank, BRANCH_DEPTH, num_stages=1):
         r = r0 + tl.arange(0, BRANCH_DEPTH)
         # Past the L1 cache, which is not coherent with the program that wrote it.
-        inner = tl.load(_pointers(task.inner, 0, 0, clamped, r), mask=(r < task.rank)[None, :], other=0.0,
+        inner = tl.load(pointers_to(task.inner, 0, 0, clamped, r), mask=(r < task.rank)[None, :], other=0.0,
                         cache_modifier=".cg")  # fmt: skip
-        up = _load(_pointers(task.up, 0, 0, r, n), r < task.rank, n_valid)
+        up = _load(pointers_to(task.up, 0, 0, r, n) + up0, r < task.rank, n_valid)
         branch = _dot(inner, up.to(inner.dtype), branch, PRECISION)
     if IN_PLACE:
         accumulator = branch * task.scaling
     else:
         accumulator = _add_branch(accumulator, branch, task, clamped, n0, DROPS_BRANCH, BLOCK_COLUMNS)
-    _store_out(task, accumulator, rows, m, n)
+    _store_out(task, accumulator, rows, m, n, bias0)
 
 
 @triton.jit
@@ -260,9 +262,9 @@ def _dual_tile(task, rows, row_block,
     inner = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
     for k0 in range(0, task.depth, BLOCK_DEPTH):
         k_valid = None if EVEN_DEPTH else k < task.depth - k0
-        p = _load(_pointers(task.p, 0, k0, clamped, k), None, k_valid)
-        q = _load(_pointers(task.q, k0, 0, k, n), k_valid, n_valid)
-        down = _load(_pointers(task.down, k0, 0, k, r), k_valid, r < task.rank)
+        p = _load(pointers_to(task.p, 0, k0, clamped, k), None, k_valid)
+        q = _load(pointers_to(task.q, k0, 0, k, n), k_valid, n_valid)
+        down = _load(pointers_to(task.down, k0, 0, k, r), k_valid, r < task.rank)
         accumulator = _dot(p, q, accumulator, PRECISION)
         if DROPS_P:
             p = tl.where(keep_tile(task.seed, clamped, k0, task.depth, task.threshold, BLOCK_DEPTH), p, 0.0)
@@ -270,11 +272,11 @@ def _dual_tile(task, rows, row_block,
     if DROPS_P:
         inner *= task.keep_scale
     rounded = inner.to(task.inner.data.dtype.element_ty)
-    tl.store(_pointers(task.inner, 0, 0, m, r), rounded, mask=(m < rows)[:, None] & (r < task.rank)[None, :])
-    up = _load(_pointers(task.up, 0, 0, r, n), r < task.rank, n_valid)
+    tl.store(pointers_to(task.inner, 0, 0, m, r), rounded, mask=(m < rows)[:, None] & (r < task.rank)[None, :])
+    up = _load(pointers_to(task.up, 0, 0, r, n), r < task.rank, n_valid)
     branch = _dot(rounded, up.to(rounded.dtype), None, PRECISION)
     accumulator = _add_branch(accumulator, branch, task, clamped, 0, DROPS_BRANCH, BLOCK_COLUMNS)
-    _store_out(task, accumulator, rows, m, n)
+    _store_out(task, accumulator, rows, m, n, 0)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -294,28 +296,28 @@ def _fused(task, rows, p_tiles, q_tiles,
         _dual_tile(task, rows, tl.program_id(0), BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_RANK, EVEN_DEPTH,
                    EVEN_COLUMNS, DROPOUT == "p", DROPOUT == "branch", PRECISION)  # fmt: skip
     elif PART == "inner":
-        row, column = _work(tl.program_id(0), row_blocks, inner_columns, GROUP)
-        _inner_tile(task, rows, p_tiles, row, column, P_TRANSPOSED, BLOCK_ROWS, BLOCK_DEPTH, BLOCK_RANK, EVEN_DEPTH,
-                    DROPOUT == "p", PRECISION)  # fmt: skip
+        row, column = work(tl.program_id(0), row_blocks, inner_columns, GROUP)
+        inner_tile(task, rows, p_tiles, row * BLOCK_ROWS, column, 0, P_TRANSPOSED, BLOCK_ROWS, BLOCK_DEPTH, BLOCK_RANK,
+                   EVEN_DEPTH, DROPOUT == "p", PRECISION)  # fmt: skip
     elif PART == "out":
-        row, column = _work(tl.program_id(0), row_blocks, out_columns, GROUP)
-        _out_tile(task, rows, p_tiles, q_tiles, row, column, None, P_TRANSPOSED, Q_TRANSPOSED, BLOCK_ROWS,
-                  BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_RANK, BRANCH_DEPTH, EVEN_DEPTH, EVEN_COLUMNS, DROPOUT == "branch",
-                  IN_PLACE, PRECISION)  # fmt: skip
+        row, column = work(tl.program_id(0), row_blocks, out_columns, GROUP)
+        out_tile(task, rows, p_tiles, q_tiles, row * BLOCK_ROWS, column, None, 0, 0, 0, P_TRANSPOSED, Q_TRANSPOSED,
+                 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_RANK, BRANCH_DEPTH, EVEN_DEPTH, EVEN_COLUMNS,
+                 DROPOUT == "branch", IN_PLACE, PRECISION)  # fmt: skip
     else:
-        ticket = tl.atomic_add(counters + _TICKET, 1, sem="relaxed", scope="gpu")
-        row, column = _work(ticket, row_blocks, inner_columns + out_columns, GROUP)
-        flag = counters + _FIRST_FLAG + row
+        ticket = tl.atomic_add(counters + TICKET, 1, sem="relaxed", scope="gpu")
+        row, column = work(ticket, row_blocks, inner_columns + out_columns, GROUP)
+        flag = counters + FIRST_FLAG + row
         if column < inner_columns:
-            _inner_tile(task, rows, p_tiles, row, column, P_TRANSPOSED, BLOCK_ROWS, BLOCK_DEPTH, BLOCK_RANK, EVEN_DEPTH,
-                        DROPOUT == "p", PRECISION)  # fmt: skip
+            inner_tile(task, rows, p_tiles, row * BLOCK_ROWS, column, 0, P_TRANSPOSED, BLOCK_ROWS, BLOCK_DEPTH,
+                       BLOCK_RANK, EVEN_DEPTH, DROPOUT == "p", PRECISION)  # fmt: skip
             # The atomic is one thread's: the barrier puts every thread's stores before it.
             tl.debug_barrier()
             tl.atomic_add(flag, 1, sem="release", scope="gpu")
         else:
-            _out_tile(task, rows, p_tiles, q_tiles, row, column - inner_columns, flag, P_TRANSPOSED, Q_TRANSPOSED,
-                      BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_RANK, BRANCH_DEPTH, EVEN_DEPTH, EVEN_COLUMNS,
-                      DROPOUT == "branch", IN_PLACE, PRECISION)  # fmt: skip
+            out_tile(task, rows, p_tiles, q_tiles, row * BLOCK_ROWS, column - inner_columns, flag, 0, 0, 0,
+                     P_TRANSPOSED, Q_TRANSPOSED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_RANK, BRANCH_DEPTH,
+                     EVEN_DEPTH, EVEN_COLUMNS, DROPOUT == "branch", IN_PLACE, PRECISION)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -327,47 +329,68 @@ def _reduce(task, rows, parts,
     parts: float32 [tiles, shares, BLOCK_COLUMNS, BLOCK_RANK]. counters: one per tile.
     """
     tile, share, shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    column_blocks = tl.cdiv(task.columns, BLOCK_COLUMNS)
-    column0 = tile % column_blocks * BLOCK_COLUMNS
-    n = column0 + tl.arange(0, BLOCK_COLUMNS)
-    r = tile // column_blocks * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
-    n_valid, r_valid = n < task.columns, r < task.rank
-    m = tl.arange(0, BLOCK_ROWS)
-
     per_share = tl.cdiv(tl.cdiv(rows, BLOCK_ROWS), shares) * BLOCK_ROWS
-    accumulator = tl.zeros((BLOCK_COLUMNS, BLOCK_RANK), tl.float32)
-    for m0 in range(share * per_share, tl.minimum((share + 1) * per_share, rows), BLOCK_ROWS):
-        m_valid = m < rows - m0
-        big = _load(_pointers(task.big, 0, m0, n, m), n_valid, m_valid)
-        if DROPS:
-            keep = keep_tile(task.seed, m0 + m, column0, task.columns, task.threshold, BLOCK_COLUMNS)
-            big = tl.where(tl.trans(keep), big, 0.0)
-        inner = _load(_pointers(task.inner, m0, 0, m, r), m_valid, r_valid)
-        accumulator = _dot(big, inner, accumulator, PRECISION)
-
+    column0, n, r = place(task, tile, BLOCK_COLUMNS, BLOCK_RANK)
+    accumulator = sum_of_rows(task, column0, n, r, share * per_share, tl.minimum((share + 1) * per_share, rows),
+                              BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_RANK, DROPS, PRECISION)  # fmt: skip
     if parts is not None:
-        i = tl.arange(0, BLOCK_COLUMNS)[:, None] * BLOCK_RANK + tl.arange(0, BLOCK_RANK)[None, :]
-        first_part = parts + tile.to(tl.int64) * shares * (BLOCK_COLUMNS * BLOCK_RANK)
-        tl.store(first_part + share * (BLOCK_COLUMNS * BLOCK_RANK) + i, accumulator)
-        tl.debug_barrier()
-        if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == shares - 1:
-            accumulator = tl.zeros((BLOCK_COLUMNS, BLOCK_RANK), tl.float32)
-            for other in range(0, shares):
-                accumulator += tl.load(first_part + other * (BLOCK_COLUMNS * BLOCK_RANK) + i, cache_modifier=".cg")
-            _store_gradient(task, accumulator, n, r)
+        size = BLOCK_COLUMNS * BLOCK_RANK
+        first_part = parts + tile.to(tl.int64) * shares * size
+        add_parts(task, accumulator, n, r, first_part, share, shares, counters + tile, 0, BLOCK_COLUMNS, BLOCK_RANK)
     else:
-        _store_gradient(task, accumulator, n, r)
+        store_gradient(task, accumulator, n, r, 0)
 
 
 @triton.jit
-def _store_gradient(task, accumulator, n, r):
+def place(task, tile, BLOCK_COLUMNS: tl.constexpr, BLOCK_RANK: tl.constexpr):
+    """The first column of a tile of ``out``, and its columns and ranks."""
+    column_blocks = tl.cdiv(task.columns, BLOCK_COLUMNS)
+    column0 = tile % column_blocks * BLOCK_COLUMNS
+    r = tile // column_blocks * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    return column0, column0 + tl.arange(0, BLOCK_COLUMNS), r
+
+
+@triton.jit
+def sum_of_rows(task, column0, n, r, first_row, end_row, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+                BLOCK_RANK: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    n_valid, r_valid = n < task.columns, r < task.rank
+    m = tl.arange(0, BLOCK_ROWS)
+    accumulator = tl.zeros((BLOCK_COLUMNS, BLOCK_RANK), tl.float32)
+    for m0 in range(first_row, end_row, BLOCK_ROWS):
+        m_valid = m < end_row - m0
+        big = _load(pointers_to(task.big, 0, m0, n, m), n_valid, m_valid)
+        if DROPS:
+            keep = keep_tile(task.seed, m0 + m, column0, task.columns, task.threshold, BLOCK_COLUMNS)
+            big = tl.where(tl.trans(keep), big, 0.0)
+        inner = _load(pointers_to(task.inner, m0, 0, m, r), m_valid, r_valid)
+        accumulator = _dot(big, inner, accumulator, PRECISION)
+    return accumulator
+
+
+@triton.jit
+def add_parts(task, accumulator, n, r, first_part, share, shares, counter, out0, BLOCK_COLUMNS: tl.constexpr,
+              BLOCK_RANK: tl.constexpr):  # fmt: skip
+    """The last of a tile's programs to come adds up what all have left, in their order."""
+    i = tl.arange(0, BLOCK_COLUMNS)[:, None] * BLOCK_RANK + tl.arange(0, BLOCK_RANK)[None, :]
+    tl.store(first_part + share * (BLOCK_COLUMNS * BLOCK_RANK) + i, accumulator)
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == shares - 1:
+        accumulator = tl.zeros((BLOCK_COLUMNS, BLOCK_RANK), tl.float32)
+        for other in range(0, shares):
+            accumulator += tl.load(first_part + other * (BLOCK_COLUMNS * BLOCK_RANK) + i, cache_modifier=".cg")
+        store_gradient(task, accumulator, n, r, out0)
+
+
+@triton.jit
+def store_gradient(task, accumulator, n, r, out0):
     gradient = (accumulator * task.scale).to(task.out.data.dtype.element_ty)
-    tl.store(_pointers(task.out, 0, 0, n, r), gradient, mask=(n < task.columns)[:, None] & (r < task.rank)[None, :])
+    valid = (n < task.columns)[:, None] & (r < task.rank)[None, :]
+    tl.store(pointers_to(task.out, 0, 0, n, r) + out0, gradient, mask=valid)
 
 
 # -------------------------------------------------------------------------------------------------- host code
 
-_PARTS = {"ticketed": ("all",), "split": ("inner", "out"), "dual": ("dual",)}
+PARTS = {"ticketed": ("all",), "split": ("inner", "out"), "dual": ("dual",)}
 """The launches of a schedule, by the PART that ``_fused`` computes."""
 
 
@@ -416,9 +439,10 @@ def forward_task(
     n, k = weight.shape
     rank = lora_A.shape[0]
     return FusedTask(
-        p=_matrix(x.reshape(-1, k)), q=_matrix(weight.t()), down=_matrix(lora_A.t()), up=_matrix(lora_B.t()),
-        bias=None if bias is None else bias.contiguous(), out=_matrix(y.view(-1, n)), inner=_matrix(s.view(-1, rank)),
-        seed=seed, threshold=philox.keep_threshold(dropout_p), keep_scale=philox.keep_scale(dropout_p),
+        p=matrix_of(x.reshape(-1, k)), q=matrix_of(weight.t()), down=matrix_of(lora_A.t()), up=matrix_of(lora_B.t()),
+        bias=None if bias is None else bias.contiguous(), out=matrix_of(y.view(-1, n)),
+        inner=matrix_of(s.view(-1, rank)), seed=seed, threshold=philox.keep_threshold(dropout_p),
+        keep_scale=philox.keep_scale(dropout_p),
         scaling=scaling, depth=k, columns=n, rank=rank,
     )  # fmt: skip
 
@@ -431,8 +455,8 @@ def backward_task(
     n, k = weight.shape
     rank = lora_A.shape[0]
     return FusedTask(
-        p=_matrix(grad_y.reshape(-1, n)), q=_matrix(weight), down=_matrix(lora_B), up=_matrix(lora_A), bias=None,
-        out=_matrix(grad_x.view(-1, k)), inner=_matrix(grad_s.view(-1, rank)),
+        p=matrix_of(grad_y.reshape(-1, n)), q=matrix_of(weight), down=matrix_of(lora_B), up=matrix_of(lora_A),
+        bias=None, out=matrix_of(grad_x.view(-1, k)), inner=matrix_of(grad_s.view(-1, rank)),
         seed=seed, threshold=philox.keep_threshold(dropout_p), keep_scale=philox.keep_scale(dropout_p),
         scaling=scaling, depth=n, columns=k, rank=rank,
     )  # fmt: skip
@@ -447,7 +471,7 @@ def fused_launches(device: Device, schedule: str, task: FusedTask, drops: str) -
     masks_branch = drops == "branch" and task.seed is not None
     in_place = adds_in_place(task.scaling, masks_branch)
     candidates = configs.fused_candidates(
-        device.target, device.sms, schedule, rows, task.columns, task.rank, float32, _is_aligned(task), not in_place
+        device.target, device.sms, schedule, rows, task.columns, task.rank, float32, is_aligned(task), not in_place
     )
 
     def launches(i: int) -> list[Launch]:
@@ -507,7 +531,7 @@ def _fused_launches(
             num_stages=tile.num_stages,
             counters=1 + row_blocks if part == "all" else 0,
         )
-        for part in _PARTS.get(schedule, (schedule,))
+        for part in PARTS.get(schedule, (schedule,))
     ]
 
 
@@ -524,7 +548,7 @@ def reduce_launch(
     columns, rank = out.shape
     big, inner = big.reshape(-1, columns), inner.reshape(-1, rank)
     rows = big.shape[0]
-    float32, aligned = float32_products(big.dtype), columns % 16 == 0 and _are_rows_aligned(_matrix(big))
+    float32, aligned = float32_products(big.dtype), columns % 16 == 0 and are_rows_aligned(matrix_of(big))
     config = configs.reduce(device.target, device.sms, rows, columns, rank, float32, aligned)
     tile = config.tile
     tiles = configs.blocks(columns, tile.columns) * configs.blocks(rank, config.block_rank)
@@ -533,7 +557,7 @@ def reduce_launch(
         shape = (tiles, config.shares, tile.columns, config.block_rank)
         parts = torch.empty(shape, dtype=torch.float32, device=big.device)
     task = ReduceTask(
-        big=_matrix(big.t()), inner=_matrix(inner), out=_matrix(out), seed=seed,
+        big=matrix_of(big.t()), inner=matrix_of(inner), out=matrix_of(out), seed=seed,
         threshold=philox.keep_threshold(dropout_p),
         scale=scaling if seed is None else scaling * philox.keep_scale(dropout_p),
         columns=columns, rank=rank,
@@ -563,13 +587,13 @@ def adds_in_place(scaling: float, masks_branch: bool) -> bool:
     return not masks_branch and 2**-10 < abs(scaling) < 2**10
 
 
-def _is_aligned(task: FusedTask) -> bool:
+def is_aligned(task: FusedTask) -> bool:
     """Whether Triton will find that 16-byte loads are possible, also at the edges."""
     sizes_fit = task.depth % 16 == 0 and task.columns % 16 == 0
-    return sizes_fit and all(_are_rows_aligned(t) for t in (task.p, task.q, task.out))
+    return sizes_fit and all(are_rows_aligned(t) for t in (task.p, task.q, task.out))
 
 
-def _are_rows_aligned(matrix: Matrix) -> bool:
+def are_rows_aligned(matrix: Matrix) -> bool:
     """Whether rows, or columns, are contiguous and begin at multiples of 16 elements."""
     strides = (matrix.row_stride, matrix.column_stride)
     return min(strides) == 1 and max(strides) % 16 == 0 and matrix.data.data_ptr() % 16 == 0
@@ -577,12 +601,12 @@ def _are_rows_aligned(matrix: Matrix) -> bool:
 
 def _descriptor(matrix: Matrix, block: tuple[int, int]) -> TensorDescriptor:
     """For such blocks of the matrix, or of its transpose where that has the contiguous rows; these are aligned
-    (``_are_rows_aligned``).
+    (``are_rows_aligned``).
     """
     if matrix.column_stride == 1:
         return TensorDescriptor.from_tensor(matrix.data, list(block))
     return TensorDescriptor.from_tensor(matrix.data.t(), list(reversed(block)))
 
 
-def _matrix(t: Tensor) -> Matrix:
+def matrix_of(t: Tensor) -> Matrix:
     return Matrix(t, *t.stride())

@@ -22,6 +22,9 @@ __attribute__((weak)) AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out
 __attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
                                                                AtenTensorHandle mat1, AtenTensorHandle mat2,
                                                                double beta, double alpha);
+__attribute__((weak)) AOTITorchError aoti_torch_cuda__grouped_mm(AtenTensorHandle self, AtenTensorHandle mat2,
+                                                                 AtenTensorHandle* offs, AtenTensorHandle* bias,
+                                                                 int32_t* out_dtype, AtenTensorHandle* result);
 }
 
 namespace lk {

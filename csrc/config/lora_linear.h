@@ -72,14 +72,17 @@ constexpr int wide_rank_tile_of(int64_t rank) { return rank <= 64 ? rank_tile_of
 // Where one block has all ranks of s, as in column-0, dual and decode.
 constexpr int kMaxRankOfBlock = 64;
 
-// What ticketed and column-0 share: one ticket per tile.
-inline void plan_tickets(int64_t m, int64_t n, int64_t rank, LoraLinearConfig& config) {
+// What ticketed and column-0 share: one ticket per tile, of so many blocks of rows.
+inline void plan_tickets_of(int64_t rows, int64_t n, int64_t rank, LoraLinearConfig& config) {
   const TileShape tile = tile_shape(config.key.tile);
-  const int64_t rows = blocks_of(m, tile.rows);
   const int64_t shrink_columns = config.key.schedule == Schedule::kTicketed ? blocks_of(rank, config.key.rank_tile) : 0;
   config.blocks = rows * (shrink_columns + blocks_of(n, tile.columns));
   config.group_rows = static_cast<int>(std::clamp<int64_t>(rows, 1, kGroupRows / tile.rows));
   config.counters = 2 + rows;
+}
+
+inline void plan_tickets(int64_t m, int64_t n, int64_t rank, LoraLinearConfig& config) {
+  plan_tickets_of(blocks_of(m, tile_shape(config.key.tile).rows), n, rank, config);
 }
 
 // What dual, decode and shrink share: blocks that need no other's s. The depth k is split while SMs are idle.

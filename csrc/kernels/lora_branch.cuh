@@ -302,6 +302,36 @@ LK_DEVICE bool is_y_whole(const LoraLinearParams& p) {
   return p.n % kElements == 0 && p.y_stride % kElements == 0 && reinterpret_cast<uintptr_t>(p.y) % kChunkBytes == 0;
 }
 
+// acc = y, by way of shared memory, which is free before and after. Rows of y are whole.
+template <class Base>
+LK_DEVICE void load_y(const LoraLinearParams& p, uint32_t smem, int row0, int column0,
+                      typename Base::Accumulator& acc) {
+  using Element = typename Base::Element;
+  using Tile = SharedTile<Base::kN, sizeof(typename Element::Storage)>;
+  TileLoader<Element, Base::kM, Base::kN, Layout::kRows, Base::kThreads, AsyncChunk<Element>> loader(
+      {p.y, p.y_stride, p.m, p.n}, row0, column0);
+  loader.load(smem);
+  copy_async_commit();
+  copy_async_wait<0>();
+  sync_block();
+  const int lane = thread_index() % kWarp;
+  LK_UNROLL
+  for (int mi = 0; mi < Base::kFragmentsM; ++mi) {
+    LK_UNROLL
+    for (int ni = 0; ni < Base::kFragmentsN; ++ni) {
+      LK_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int row = Base::warp_row() + mi * 16 + half * 8 + FragmentC::row(lane);
+        const int column = Base::warp_column() + ni * 8 + FragmentC::column(lane);
+        const Float2 pair = load_shared_pair<Element>(smem + Tile::element_offset(row, column));
+        acc[mi][ni][half * 2] = pair.x;
+        acc[mi][ni][half * 2 + 1] = pair.y;
+      }
+    }
+  }
+  sync_block();
+}
+
 // y = acc + bias, by way of shared memory.
 template <class Base>
 LK_DEVICE void epilogue(const LoraLinearParams& p, uint32_t smem, int row0, int column0,

@@ -9,6 +9,7 @@
 #include "between_blocks.cuh"
 #include "dropout.cuh"
 #include "gemm.cuh"
+#include "row_groups.cuh"
 #include "store.cuh"
 
 namespace lk {
@@ -31,24 +32,66 @@ struct LoraGrads {
   static constexpr int kSharedBytes = larger(TileA::kSharedBytes, larger(TileA::kBytesResult, TileB::kBytesResult));
   static_assert(kPartial<TileA> == kPartial<TileB> && TileA::kSharedBytes == TileB::kSharedBytes);
 
+  // A block's part of a tile's rows. Where there are several, `slot` is the first one's of the tile's sums.
+  struct Part {
+    int first_row, end_row, split, splits;
+    int64_t slot, counter;
+  };
+
   LK_DEVICE static void run(const LoraGradsParams& p) {
     const uint32_t smem = dynamic_shared();
-    const int rank_blocks = ceil_div(p.rank, kRankTile);
-    const int blocks_A = p.grad_a == nullptr ? 0 : ceil_div(p.k, kGradColumns) * rank_blocks * p.splits;
+    const int blocks_A = tiles_A(p) * p.splits;
     if (block_index() < blocks_A) {
       const int tile = block_index() / p.splits;
-      product_A(p, smem, tile, block_index() % p.splits, tile % rank_blocks * kRankTile,
-                tile / rank_blocks * kGradColumns);
+      product_A(p, smem, part_of(p, tile, block_index() % p.splits), tile);
     } else if (p.partial_grad_b == nullptr) {
       const int block = block_index() - blocks_A, tile = block / p.splits;
-      product_B(p, smem, blocks_A / p.splits + tile, block % p.splits, tile / rank_blocks * kGradColumns,
-                tile % rank_blocks * kRankTile);
+      product_B(p, smem, part_of(p, blocks_A / p.splits + tile, block % p.splits), tile);
     } else {
       sum_B(p, (block_index() - blocks_A) * kGradColumns);
     }
   }
 
+  LK_DEVICE static int rank_blocks(const LoraGradsParams& p) { return ceil_div(p.rank, kRankTile); }
+  LK_DEVICE static int tiles_A(const LoraGradsParams& p) {
+    return p.grad_a == nullptr ? 0 : ceil_div(p.k, kGradColumns) * rank_blocks(p);
+  }
+  LK_DEVICE static int tiles_B(const LoraGradsParams& p) {
+    return p.grad_b == nullptr ? 0 : ceil_div(p.n, kGradColumns) * rank_blocks(p);
+  }
+
+  LK_DEVICE static void product_A(const LoraGradsParams& p, uint32_t smem, const Part& part, int tile) {
+    const int rank0 = tile % rank_blocks(p) * kRankTile, column0 = tile / rank_blocks(p) * kGradColumns;
+    const Operand grad_s{p.grad_s, p.rank, p.rank, p.m}, x{p.x, p.x_stride, p.k, p.m};
+    typename TileA::Accumulator acc = {};
+    const auto run = [&](auto&& task) {
+      TileA::template run<RankChunk, LongChunk>(smem, grad_s, rank0, x, column0, part.first_row, part.end_row, acc,
+                                                task);
+    };
+    float scale = p.scaling;
+    if (p.seed != nullptr) {
+      run(DropX{column0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
+      scale *= p.dropout_scale;
+    } else {
+      run(NoSideTask{});
+    }
+    finish<TileA, kLongRowsAreWhole>(p, smem, part, acc, scale, p.grad_a, p.k, p.rank, p.k, rank0, column0);
+  }
+
+  LK_DEVICE static void product_B(const LoraGradsParams& p, uint32_t smem, const Part& part, int tile) {
+    const int row0 = tile / rank_blocks(p) * kGradColumns, rank0 = tile % rank_blocks(p) * kRankTile;
+    const Operand grad_y{p.grad_y, p.grad_y_stride, p.n, p.m}, s{p.s, p.rank, p.rank, p.m};
+    typename TileB::Accumulator acc = {};
+    TileB::template run<GradYChunk, RankChunk>(smem, grad_y, row0, s, rank0, part.first_row, part.end_row, acc,
+                                               NoSideTask{});
+    finish<TileB, kRanksAreWhole>(p, smem, part, acc, p.scaling, p.grad_b, p.rank, p.n, p.rank, row0, rank0);
+  }
+
  private:
+  LK_DEVICE static Part part_of(const LoraGradsParams& p, int tile, int split) {
+    return {first_row(p, split), first_row(p, split + 1), split, p.splits, static_cast<int64_t>(tile) * p.splits, tile};
+  }
+
   // While x is in shared memory.
   struct DropX {
     static constexpr bool kChangesStage = true;
@@ -61,47 +104,21 @@ struct LoraGrads {
     }
   };
 
-  LK_DEVICE static void product_A(const LoraGradsParams& p, uint32_t smem, int tile, int split, int rank0,
-                                  int column0) {
-    const Operand grad_s{p.grad_s, p.rank, p.rank, p.m}, x{p.x, p.x_stride, p.k, p.m};
-    typename TileA::Accumulator acc = {};
-    const auto run = [&](auto&& task) {
-      TileA::template run<RankChunk, LongChunk>(smem, grad_s, rank0, x, column0, first_row(p, split),
-                                                first_row(p, split + 1), acc, task);
-    };
-    float scale = p.scaling;
-    if (p.seed != nullptr) {
-      run(DropX{column0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
-      scale *= p.dropout_scale;
-    } else {
-      run(NoSideTask{});
-    }
-    finish<TileA, kLongRowsAreWhole>(p, smem, tile, split, acc, scale, p.grad_a, p.k, p.rank, p.k, rank0, column0);
-  }
-
-  LK_DEVICE static void product_B(const LoraGradsParams& p, uint32_t smem, int tile, int split, int row0, int rank0) {
-    const Operand grad_y{p.grad_y, p.grad_y_stride, p.n, p.m}, s{p.s, p.rank, p.rank, p.m};
-    typename TileB::Accumulator acc = {};
-    TileB::template run<GradYChunk, RankChunk>(smem, grad_y, row0, s, rank0, first_row(p, split),
-                                               first_row(p, split + 1), acc, NoSideTask{});
-    finish<TileB, kRanksAreWhole>(p, smem, tile, split, acc, p.scaling, p.grad_b, p.rank, p.n, p.rank, row0, rank0);
-  }
-
   LK_DEVICE static int first_row(const LoraGradsParams& p, int split) {
     const int64_t row = static_cast<int64_t>(split) * p.split_rows;
     return row < p.m ? static_cast<int>(row) : p.m;
   }
 
-  // out[row0 ..., column0 ...] = scale · the sum of all splits.
+  // out[row0 ..., column0 ...] = scale · the sum of all parts.
   template <class Tile, bool kWhole>
-  LK_DEVICE static void finish(const LoraGradsParams& p, uint32_t smem, int tile, int split,
+  LK_DEVICE static void finish(const LoraGradsParams& p, uint32_t smem, const Part& part,
                                typename Tile::Accumulator& acc, float scale, void* out, int64_t stride, int rows,
                                int columns, int row0, int column0) {
-    if (p.splits > 1) {
-      float* const partials = p.partials + static_cast<int64_t>(tile) * p.splits * kPartial<Tile>;
-      store_partial<Tile>(partials + split * kPartial<Tile>, acc);
-      if (!arrive_last(p.counters + tile, p.splits, smem)) return;
-      sum_partials<Tile>(partials, p.splits, acc);
+    if (part.splits > 1) {
+      float* const partials = p.partials + part.slot * kPartial<Tile>;
+      store_partial<Tile>(partials + part.split * kPartial<Tile>, acc);
+      if (!arrive_last(p.counters + part.counter, part.splits, smem)) return;
+      sum_partials<Tile>(partials, part.splits, acc);
     }
     if (kElementBytes == 2 && p.grads_are_float) {
       store_floats<Tile, kWhole>(static_cast<float*>(out), stride, rows, columns, row0, column0, acc, scale);
@@ -182,6 +199,38 @@ struct LoraGrads {
           if (j < valid) store_global(halves + j, static_cast<uint16_t>(Element::pack(f[j], 0.0f)));
         }
       }
+    }
+  }
+};
+
+// The same of every group. A group's rows are cut into parts as blocks of rows are numbered (row_groups.cuh); one
+// without rows has a part, too, whose sums are zero. Groups of several parts, that is of more than split_rows rows,
+// begin in slots 2 / split_rows of their first row apart: at least as many as they have parts.
+template <class Grads>
+struct GroupedLoraGrads {
+  static constexpr int kThreads = Grads::kThreads, kMinBlocks = Grads::kMinBlocks;
+  static constexpr int kSharedBytes = Grads::kSharedBytes + kBytesGroupRows;
+
+  LK_DEVICE static void run(const GroupedLoraGradsParams& p) {
+    const LoraGradsParams& all = p.lora;
+    const int tiles_A = Grads::tiles_A(all), tiles = tiles_A + Grads::tiles_B(all);
+    const int tile = block_index() % tiles, rows = all.split_rows;
+    const uint32_t smem = dynamic_shared();
+    const GroupRows group =
+        find_group_rows<true>(p.groups, all.m, block_index() / tiles, rows, smem + Grads::kSharedBytes);
+    const int splits = larger(ceil_div(group.end - group.group_first, rows), 1);
+    const int split = (group.first - group.group_first) / rows;
+    if (split >= splits) return;
+    const int64_t slot = tile * slots_of_parts(all.m, rows) + slots_of_parts(group.group_first, rows);
+    const typename Grads::Part part = {group.first, smaller(group.first + rows, group.end), split, splits, slot, slot};
+    LoraGradsParams one = all;
+    const int64_t bytes = all.grads_are_float ? 4 : Grads::kElementBytes;
+    if (tile < tiles_A) {
+      one.grad_a = static_cast<char*>(one.grad_a) + group.group * bytes * all.rank * all.k;
+      Grads::product_A(one, smem, part, tile);
+    } else {
+      one.grad_b = static_cast<char*>(one.grad_b) + group.group * bytes * all.rank * all.n;
+      Grads::product_B(one, smem, part, tile - tiles_A);
     }
   }
 };

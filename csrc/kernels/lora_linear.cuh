@@ -8,6 +8,7 @@
 //
 // Where what happens to one tile is:
 // - between_blocks.cuh: which tile a block computes (tickets), how the last block cleans up, flags between blocks;
+// - row_groups.cuh: which rows and whose factors a tile has, where rows belong to groups;
 // - lora_linear.cuh: shrink and base tiles, and what the forward and the gradient of x do differently (*Roles);
 // - operand.cuh: x, w, a and b from memory to shared memory (walks and chunks) and from there to fragments;
 // - formats/: operands that are decoded on the way, as fp32 adapters are;
@@ -26,6 +27,7 @@
 #include "between_blocks.cuh"
 #include "gemm.cuh"
 #include "lora_branch.cuh"
+#include "row_groups.cuh"
 
 namespace lk {
 
@@ -55,10 +57,10 @@ class PartOfGradB {
   static constexpr bool kChangesStage = false;
   static_assert(SavedS::kBytes == Shrink::kBytesResult, "as many bytes as GradXRoles keeps for it");
 
-  LK_DEVICE PartOfGradB(const LoraLinearParams& p, uint32_t smem, int row_block) : n_(p.k) {
+  LK_DEVICE PartOfGradB(const LoraLinearParams& p, uint32_t smem, int row0) : n_(p.k) {
     const Operand s{p.saved_s, p.rank, p.rank, p.m};
     using Chunk = PlainChunk<Element, is_s_whole(kAccess)>;
-    TileLoader<Element, kRank, kM, Layout::kColumns, Shrink::kThreads, Chunk>(s, 0, row_block * kM).load(smem);
+    TileLoader<Element, kRank, kM, Layout::kColumns, Shrink::kThreads, Chunk>(s, 0, row0).load(smem);
     copy_async_commit();
     copy_async_wait<0>();
     sync_block();
@@ -69,7 +71,7 @@ class PartOfGradB {
       s_[step][0] = first_column() == 0 ? s_both[0] : s_both[2];
       s_[step][1] = first_column() == 0 ? s_both[1] : s_both[3];
     }
-    out_ = p.partial_grad_b + static_cast<int64_t>(row_block) * n_ * kRank;
+    out_ = p.partial_grad_b + static_cast<int64_t>(row0 / kM) * n_ * kRank;
   }
 
   LK_DEVICE void fill(uint32_t) const {}
@@ -120,9 +122,9 @@ struct ForwardRoles {
 
     // run(task); returns what s is multiplied by.
     template <class Run>
-    LK_DEVICE static float with_task(const LoraLinearParams& p, uint32_t, int row_block, const Run& run) {
+    LK_DEVICE static float with_task(const LoraLinearParams& p, uint32_t, int row0, const Run& run) {
       if (p.seed != nullptr) {
-        run(DropX<Shrink>{row_block * Shrink::kM, DropoutMask(p.seed, p.dropout_threshold, p.k)});
+        run(DropX<Shrink>{row0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
         return p.dropout_scale;
       }
       run(NoSideTask{});
@@ -152,10 +154,10 @@ struct GradXRoles {
     static constexpr int kBytes = kComputesGradB ? Shrink::kBytesResult : 0;  // for the saved s
 
     template <class Run>
-    LK_DEVICE static float with_task(const LoraLinearParams& p, uint32_t smem, int row_block, const Run& run) {
+    LK_DEVICE static float with_task(const LoraLinearParams& p, uint32_t smem, int row0, const Run& run) {
       if constexpr (kComputesGradB) {
         if (p.partial_grad_b != nullptr) {
-          run(PartOfGradB<Shrink, kAccess>(p, smem, row_block));
+          run(PartOfGradB<Shrink, kAccess>(p, smem, row0));
           return 1.0f;
         }
       }
@@ -181,7 +183,23 @@ struct GradXRoles {
   };
 };
 
-template <class Base_, int kRankTile_, Access kAccess_, class Roles, bool kColumn0 = false>
+// The same of rows in groups, where no tile of s computes parts of dB: there may be as many of these as rows of dY.
+struct GroupedGradXRoles : GradXRoles {
+  template <class Shrink, Access>
+  struct ShrinkSide {
+    static constexpr int kBytes = 0;
+
+    template <class Run>
+    LK_DEVICE static float with_task(const LoraLinearParams&, uint32_t, int, const Run& run) {
+      run(NoSideTask{});
+      return 1.0f;
+    }
+  };
+};
+
+// kOntoY: y has the product with w already, and base tiles add the branch.
+template <class Base_, int kRankTile_, Access kAccess_, class Roles, bool kColumn0 = false, class Rows = OneGroup,
+          bool kOntoY = false>
 struct LoraLinear {
   using Base = Base_;
   using Element = typename Base::Element;
@@ -196,20 +214,27 @@ struct LoraLinear {
   using BranchSide = typename Roles::template BranchSide<Base>;
   static constexpr int kOffsetAfterStages = larger(Base::kSharedBytes, Base::kBytesResult);
   static constexpr int kOffsetWork = kOffsetAfterStages + larger(ShrinkSide::kBytes, BranchSide::kBytes);
-  static constexpr int kSharedBytes = kOffsetWork + kBytesWork;
+  static constexpr int kOffsetRows = kOffsetWork + kBytesWork;
+  static constexpr int kSharedBytes = kOffsetRows + Rows::kBytes;
   static_assert(Shrink::kSharedBytes <= kOffsetAfterStages, "a rank tile is no wider than a base tile");
 
-  LK_DEVICE static void run(const LoraLinearParams& p) {
+  using Params = typename Rows::Params;
+
+  LK_DEVICE static void run(const Params& p) {
     const uint32_t smem = dynamic_shared();
-    acquire_work(p.counters, smem + kOffsetWork, [&](int ticket) {
-      return work_of_ticket(ticket, ceil_div(p.m, kM), shrink_columns(p), ceil_div(p.n, Base::kN), p.group_rows);
+    const LoraLinearParams& all = Rows::all(p);
+    acquire_work(all.counters, smem + kOffsetWork, [&](int ticket) {
+      return work_of_ticket(ticket, Rows::row_blocks(p, kM), shrink_columns(all), ceil_div(all.n, Base::kN),
+                            all.group_rows);
     });
-    if (work_of(smem).is_shrink) {
-      shrink_tile(p, smem);
-    } else {
-      base_tile(p, smem);
+    if (Rows::template find<kM>(p, smem + kOffsetRows, work_of(smem).row)) {
+      if (work_of(smem).is_shrink) {
+        shrink_tile(p, smem);
+      } else {
+        base_tile(p, smem);
+      }
     }
-    release_work(p.counters, ceil_div(p.m, kM));
+    release_work(all.counters, Rows::row_blocks(p, kM));
   }
 
  private:
@@ -217,39 +242,57 @@ struct LoraLinear {
 
   LK_DEVICE static WorkItem work_of(uint32_t smem) { return current_work(smem + kOffsetWork); }
 
+  LK_DEVICE static int first_row(uint32_t smem, const WorkItem& work) {
+    return Rows::template first_row<kM>(smem + kOffsetRows, work.row);
+  }
+
+  // Of the tile's rows: `m` is where they end.
+  LK_DEVICE static decltype(auto) of_tile(const Params& p, uint32_t smem) {
+    return Rows::of_tile(p, smem + kOffsetRows);
+  }
+
   LK_DEVICE static uint32_t* flag_of(const LoraLinearParams& p, int row_block) {
     return p.counters + kFirstFlag + row_block;
   }
 
-  LK_DEVICE static void shrink_tile(const LoraLinearParams& p, uint32_t smem) {
+  LK_DEVICE static void shrink_tile(const Params& params, uint32_t smem) {
+    const LoraLinearParams& p = of_tile(params, smem);
+    const int rank = Rows::all(params).rank;
     const WorkItem work = work_of(smem);
-    const int row0 = work.row * kM, column0 = work.column * kRankTile;
-    const Operand x{p.x, p.x_stride, p.m, p.k}, a{p.a, p.a_stride, p.rank, p.k};
+    const int row0 = first_row(smem, work), column0 = work.column * kRankTile;
+    const Operand x{p.x, p.x_stride, p.m, p.k}, a{p.a, p.a_stride, rank, p.k};
     typename Shrink::Accumulator acc = {};
     const auto run = [&](auto&& task) {
       with_adapter_chunk<Element, is_a_whole(kAccess, Roles::kFactors)>(p.adapters_are_float, [&](auto chunk) {
         Shrink::template run<Chunk, decltype(chunk)>(smem, x, row0, a, column0, 0, p.k, acc, task);
       });
     };
-    const float scale = ShrinkSide::with_task(p, smem + kOffsetAfterStages, work.row, run);
+    const float scale = ShrinkSide::with_task(p, smem + kOffsetAfterStages, row0, run);
     sync_block();  // the stages are free
     stage_accumulators<Shrink>(smem, [&](int mi, int ni, int i, int) { return scale * acc[mi][ni][i]; });
     sync_block();
-    store_tile<Element, kM, kRankTile, kThreads>(smem, p.s, p.rank, p.m, p.rank, row0, column0, is_s_whole(kAccess));
+    store_tile<Element, kM, kRankTile, kThreads>(smem, p.s, rank, p.m, rank, row0, column0, is_s_whole(kAccess));
     sync_block();
     if (thread_index() == 0) atomic_add_acquire_release(flag_of(p, work.row), 1);
   }
 
-  LK_DEVICE static void base_tile(const LoraLinearParams& p, uint32_t smem) {
+  LK_DEVICE static void base_tile(const Params& params, uint32_t smem) {
     typename Base::Accumulator acc = {};
     const auto run = [&](auto&& task) {
+      const LoraLinearParams& p = of_tile(params, smem);
       const WorkItem work = work_of(smem);
-      Base::template run<Chunk, Chunk>(smem, {p.x, p.x_stride, p.m, p.k}, work.row * kM, {p.w, p.w_stride, p.n, p.k},
-                                       work.column * Base::kN, 0, p.k, acc, task);
+      if constexpr (kOntoY) {
+        // Rows of nobody have no branch, and y is not theirs.
+        if (p.rank > 0) load_y<Base>(p, smem, first_row(smem, work), work.column * Base::kN, acc);
+        return;
+      }
+      Base::template run<Chunk, Chunk>(smem, {p.x, p.x_stride, p.m, p.k}, first_row(smem, work),
+                                       {p.w, p.w_stride, p.n, p.k}, work.column * Base::kN, 0, p.k, acc, task);
       sync_block();  // the stages are free
     };
     if (kColumn0 && work_of(smem).column == 0) {
       if constexpr (kColumn0) {
+        const LoraLinearParams& p = Rows::all(params);
         ShrinkTask<Base, kRankTile, kAccess> shrink(p, 0, p.k);
         run(shrink);
         Branch::add_own(p, smem, 0, shrink, nullptr, acc, [&] {
@@ -261,18 +304,21 @@ struct LoraLinear {
       }
     } else {
       run(NoSideTask{});
-      add_branch(p, smem, acc);
+      add_branch(params, smem, acc);
     }
+    const LoraLinearParams& p = of_tile(params, smem);
     const WorkItem work = work_of(smem);
-    epilogue<Base>(p, smem, work.row * kM, work.column * Base::kN, acc);
+    epilogue<Base>(p, smem, first_row(smem, work), work.column * Base::kN, acc);
   }
 
   // With s from the shrink tiles, or from column 0.
-  LK_DEVICE static void add_branch(const LoraLinearParams& p, uint32_t smem, typename Base::Accumulator& acc) {
+  LK_DEVICE static void add_branch(const Params& params, uint32_t smem, typename Base::Accumulator& acc) {
+    const LoraLinearParams& p = of_tile(params, smem);
     const WorkItem work = work_of(smem);
-    const int row0 = work.row * kM, column0 = work.column * Base::kN;
+    const int row0 = first_row(smem, work), column0 = work.column * Base::kN;
     BranchSide::with_sum(p, smem + kOffsetAfterStages, row0, column0, [&](auto sum) {
-      Branch::add(p, smem, row0, column0, flag_of(p, work.row), kColumn0 ? 1 : shrink_columns(p), acc, sum);
+      Branch::add(p, smem, row0, column0, flag_of(p, work.row), kColumn0 ? 1 : shrink_columns(Rows::all(params)), acc,
+                  sum);
     });
   }
 };

@@ -17,7 +17,19 @@ LK_DEVICE void store_shared_pair(uint32_t address, float low, float high) {
   }
 }
 
-// The same to memory.
+// Two neighbours.
+template <class Element>
+LK_DEVICE Float2 load_shared_pair(uint32_t address) {
+  if constexpr (sizeof(typename Element::Storage) == 2) {
+    const uint32_t both = load_shared_4(address);
+    return {Element::low(both), Element::high(both)};
+  } else {
+    const uint64_t both = load_shared_8(address);
+    return {float_of(static_cast<uint32_t>(both)), float_of(static_cast<uint32_t>(both >> 32))};
+  }
+}
+
+// What store_shared_pair takes, to memory.
 template <class Element>
 LK_DEVICE void store_global_pair(typename Element::Storage* target, Float2 v) {
   if constexpr (sizeof(typename Element::Storage) == 2) {

@@ -2,75 +2,10 @@
 #include "../launch/lora_linear.h"
 
 #include "../launch/lora_problem.h"
-#include "plan.h"
+#include "lora_linear_shared.h"
 
 namespace lk {
 namespace {
-
-struct LoraLinearFields {
-  using Params = LoraLinearParams;
-  static constexpr std::array kFields = {
-      LK_FIELD(x),
-      LK_FIELD(w),
-      LK_FIELD(a),
-      LK_FIELD(b),
-      LK_FIELD(bias),
-      LK_FIELD(y),
-      LK_FIELD(s),
-      LK_FIELD(x_stride),
-      LK_FIELD(w_stride),
-      LK_FIELD(a_stride),
-      LK_FIELD(b_stride),
-      LK_FIELD(y_stride),
-      LK_FIELD(m),
-      LK_FIELD(n),
-      LK_FIELD(k),
-      LK_FIELD(rank),
-      LK_FIELD(adapters_are_float),
-      LK_FIELD(scaling),
-      LK_FIELD(dropout_threshold),
-      LK_FIELD(dropout_scale),
-      LK_FIELD(seed),
-      LK_FIELD(counters),
-      LK_FIELD(group_rows),
-      LK_FIELD(splits),
-      LK_FIELD(split_depth),
-      LK_FIELD(partials),
-      LK_FIELD(saved_s),
-      LK_FIELD(partial_grad_b),
-  };
-  static_assert(lists_all<Params>(kFields));
-};
-
-struct LoraGradsFields {
-  using Params = LoraGradsParams;
-  static constexpr std::array kFields = {
-      LK_FIELD(x),
-      LK_FIELD(grad_y),
-      LK_FIELD(s),
-      LK_FIELD(grad_s),
-      LK_FIELD(grad_a),
-      LK_FIELD(grad_b),
-      LK_FIELD(x_stride),
-      LK_FIELD(grad_y_stride),
-      LK_FIELD(m),
-      LK_FIELD(n),
-      LK_FIELD(k),
-      LK_FIELD(rank),
-      LK_FIELD(grads_are_float),
-      LK_FIELD(scaling),
-      LK_FIELD(dropout_threshold),
-      LK_FIELD(dropout_scale),
-      LK_FIELD(seed),
-      LK_FIELD(splits),
-      LK_FIELD(split_rows),
-      LK_FIELD(partials),
-      LK_FIELD(counters),
-      LK_FIELD(partial_grad_b),
-      LK_FIELD(parts_of_grad_b),
-  };
-  static_assert(lists_all<Params>(kFields));
-};
 
 // What the problem of an op, the device and who chooses come as.
 struct Problem {
@@ -122,11 +57,6 @@ Plan plan_of(const LoraLinearConfig& config, const KernelInfo& kernel, const cha
           .workspace_bytes = (config.counters + config.partials + more_words) * kBytesWord,
           .params_size = sizeof(LoraLinearParams),
           .fields = LoraLinearFields::kFields};
-}
-
-// The vendor's GEMM, of which nothing more is known.
-PyObject* product(const char* text, const char* why) {
-  return Py_BuildValue("{s:s,s:s,s:s}", "schedule", "cublas", "reason", why, "product", text);
 }
 
 // One launch, or a list of them.

@@ -62,6 +62,16 @@ consteval bool leaves_no_gap(const std::array<Field, kCount>& fields) {
   return (end + alignof(Params) - 1) / alignof(Params) * alignof(Params) == sizeof(Params);
 }
 
+// The fields of a struct that begins with another one.
+template <size_t kFirst, size_t kMore>
+consteval std::array<Field, kFirst + kMore> joined(const std::array<Field, kFirst>& first,
+                                                   const std::array<Field, kMore>& more) {
+  std::array<Field, kFirst + kMore> all{};
+  for (size_t i = 0; i < kFirst; ++i) all[i] = first[i];
+  for (size_t i = 0; i < kMore; ++i) all[kFirst + i] = more[i];
+  return all;
+}
+
 // ------------------------------------------------------------------------------------------------------ a plan
 
 struct Plan {

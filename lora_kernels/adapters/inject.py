@@ -17,7 +17,7 @@ from ..formats.int8 import exact_in_eval
 from ..modules.base import check_adapter_dtype, check_count, check_hyperparameters, check_plain_linear, empty_adapter
 from ..modules.lora import LoRALinear
 from ..modules.multi import MultiLoRALinear, empty_pools
-from ..modules.quantized import quantized_lora
+from ..modules.quantized import quantized_lora, why_no_packed_base
 from ..plain import is_parametrized, passed_by, why_no_base
 from ..reasons import Reason
 from ..report import FUSED, FUSED_POOL, Report
@@ -278,11 +278,7 @@ def _unserved(module: nn.Module, not_called: bool, shared: bool) -> str | None:
         return Reason.SHARED
     packed = formats.from_module(module)
     if packed is not None:
-        if "forward" in module.__dict__:
-            return Reason.INSTANCE_FORWARD
-        if module._parameters.get("weight") is None:
-            return Reason.DISPLACED
-        return packed if isinstance(packed, Reason) and packed is not Reason.INT8_EVAL else None
+        return why_no_packed_base(module, packed)
     try:
         check_plain_linear("", module)
     except TypeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,9 +22,10 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
     """Within it, every sample of a batch uses its own adapter, or none; forward, ``generate``, and backward.
 
     Gradients of an adapter come from its own samples: they are, up to rounding, those of a step on these alone. Layers
-    that ``lk.patch`` has fused compute the batch by one ``multi_lora_linear``; PEFT's own code serves the others.
-    Outside, a model behaves as before: PEFT's active adapter serves all samples, and ``MultiLoRALinear`` layers are
-    their frozen base.
+    that ``lk.patch`` has fused compute the batch by one ``multi_lora_linear``, or, where that cannot serve them (DoRA),
+    each adapter's samples by themselves; PEFT's own code serves the others. Which adapters train is not touched:
+    ``model.base_model.set_adapter(["a", "b"])`` has several do. Outside, a model behaves as before: PEFT's active
+    adapter serves all samples, and ``MultiLoRALinear`` layers are their frozen base.
 
     Activation checkpointing calls layers again during backward. Backward must then run inside, too; outside it raises
     ``RuntimeError`` instead of forming gradients of another adapter.
@@ -34,15 +36,21 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
             base alone.
 
     Raises:
-        ValueError: the model has no such layers; an adapter that no layer has.
+        ValueError: the model has no such layers; an adapter that no layer has; or, in the call, there are not as many
+            adapters as samples.
         TypeError: a name where a number belongs, or the other way round.
     """
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence):
+        raise TypeError(f"route_adapters: adapters must be a sequence, one for each sample, got {adapters!r}")
     peft_layers, pools = _layers(model)
     if not peft_layers and not pools:
         raise ValueError("route_adapters: the model has neither PEFT's LoRA layers nor MultiLoRALinear layers")
     routes = []
     if peft_layers:
-        routes.append(_Route("adapter_names", _names(peft_layers, adapters)))
+        names = _names(peft_layers, adapters)
+        if model.training and torch.is_grad_enabled():
+            _warn_of_frozen(peft_layers, {*names} - {BASE})
+        routes.append(_Route("adapter_names", _routed(names)))
     if pools:
         routes.append(_Route("adapter_ids", _numbers(pools, adapters)))
     for route, layers in zip(routes, [layers for layers in (peft_layers, pools) if layers]):
@@ -85,13 +93,17 @@ class _Route:
 
 
 def _layers(model: nn.Module) -> tuple[list[Any], list[MultiLoRALinear]]:
+    """Whatever PEFT gives ``adapter_names`` to, if there is LoRA among it, and pools."""
     lora_layer = getattr(sys.modules.get("peft.tuners.lora.layer"), "LoraLayer", ())
+    wrapper = getattr(sys.modules.get("peft.utils.other"), "AuxiliaryTrainingWrapper", ())
     peft_layers = [m for m in model.modules() if isinstance(m, lora_layer)]
+    if peft_layers:
+        peft_layers += [m for m in model.modules() if isinstance(m, wrapper)]
     return peft_layers, [m for m in model.modules() if isinstance(m, MultiLoRALinear)]
 
 
 def _names(layers: Sequence[Any], adapters: Sequence[str | int | None]) -> list[str]:
-    known = {name for layer in layers for name in layer.scaling}
+    known = {name for layer in layers for name in getattr(layer, "scaling", ())}
     names = []
     for adapter in adapters:
         name = BASE if adapter is None else adapter
@@ -101,6 +113,29 @@ def _names(layers: Sequence[Any], adapters: Sequence[str | int | None]) -> list[
             raise ValueError(f"route_adapters: no layer has an adapter {name!r}, known are {', '.join(sorted(known))}")
         names.append(name)
     return names
+
+
+def _routed(names: list[str]) -> Any:
+    from .peft.mixed_batch import Routed
+
+    return Routed(names)
+
+
+def _warn_of_frozen(layers: Sequence[Any], names: set[str]) -> None:
+    """PEFT freezes adapters that are not active, and an adapter without gradients is easily overlooked."""
+    training = {
+        part.split(".")[1]
+        for layer in layers
+        for part, parameter in layer.named_parameters()
+        if parameter.requires_grad and part.startswith("lora_") and "." in part
+    }
+    frozen = sorted(names - training)
+    if frozen:
+        warnings.warn(
+            f"route_adapters: {', '.join(frozen)} will get no gradient, since PEFT trains active adapters alone; "
+            f"model.base_model.set_adapter({sorted(names)}) makes all of them active",
+            stacklevel=4,
+        )
 
 
 def _numbers(pools: Sequence[MultiLoRALinear], adapters: Sequence[str | int | None]) -> torch.Tensor:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import _native, dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from ..support import cpu, cpu_groups
+from ..support import cpu, cpu_groups, cuda, fits, triton
 from . import eager, lora_linear
 from .eager import EagerFunction, not_a_view
 from .lora_linear import dropped
@@ -61,6 +61,33 @@ def _cpu_supports(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, *_: Any
 ) -> Verdict:  # fmt: skip
     return cpu_groups.verdict(x.shape[0], x.dtype, weight, lora_A.shape[0], x.stride()[1] == 1, False)
+
+
+def _cuda_supports(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, *_: Any
+) -> Verdict:  # fmt: skip
+    return cuda.grouped_verdict(x, weight, lora_A.shape[0], lora_A.shape[1])
+
+
+def _cuda_explain(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, *_: Any
+) -> Verdict:  # fmt: skip
+    schedule: Any = _cuda_supports(x, weight, lora_A, lora_B, offsets).schedule  # it is a yes
+    return cuda.planned_groups(_native.cuda.plan_grouped_lora_linear, x, weight, lora_A, schedule)
+
+
+def _triton_supports(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, *_: Any
+) -> Verdict:  # fmt: skip
+    n, k = weight.shape[-2:]
+    return triton.grouped_verdict(x, n, k, lora_A.shape[0], lora_A.shape[1])
+
+
+def _triton_run(schedule: str, *args: Any) -> tuple[Tensor, Tensor]:
+    fits.check_grouped_lora_linear(*args[:7])
+    from ..triton_kernels import grouped_lora_linear
+
+    return grouped_lora_linear.forward(schedule, *args)
 
 
 def _sizes(x: Tensor, weight: Tensor, lora_A: Tensor) -> tuple[int, int, int, int]:
@@ -122,6 +149,26 @@ def _cpu_supports_backward(grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor,
     return cpu.NATIVE if is_native else verdict
 
 
+def _cuda_supports_backward(
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, *_: Any
+) -> Verdict:  # fmt: skip
+    return cuda.grouped_verdict(x, weight, lora_A.shape[0], lora_A.shape[1])
+
+
+def _triton_supports_backward(
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, *_: Any
+) -> Verdict:  # fmt: skip
+    n, k = weight.shape[-2:]
+    return triton.grouped_verdict(x, k, n, lora_A.shape[0], lora_A.shape[1])
+
+
+def _triton_run_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    fits.check_grouped_lora_linear_backward(*args[:8])
+    from ..triton_kernels import grouped_lora_linear
+
+    return grouped_lora_linear.backward(schedule, *args)
+
+
 def _flops_backward(
     grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor,
     seed: Tensor | None, scaling: float, dropout_p: float, *needs: bool,
@@ -152,7 +199,11 @@ BACKWARD = dispatch.register(
         ),
         reference=_reference_backward,
         fake=_fake_backward,
-        kernels={"cpu": Kernel(_cpu_supports_backward)},
+        kernels={
+            "cuda": Kernel(_cuda_supports_backward),
+            "triton": Kernel(_triton_supports_backward, _triton_run_backward),
+            "cpu": Kernel(_cpu_supports_backward),
+        },
         flops=_flops_backward,
         bytes=_bytes_backward,
     )
@@ -213,7 +264,11 @@ SPEC = dispatch.register(
         ),
         reference=_reference,
         fake=_fake,
-        kernels={"cpu": Kernel(_cpu_supports)},
+        kernels={
+            "cuda": Kernel(_cuda_supports, explain=_cuda_explain),
+            "triton": Kernel(_triton_supports, _triton_run),
+            "cpu": Kernel(_cpu_supports),
+        },
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 1, 5),
         flops=_flops,

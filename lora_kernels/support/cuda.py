@@ -111,6 +111,34 @@ def tensor_core_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) ->
     return refusal(x.device) or _SCHEDULES[_schedule.get()]
 
 
+def grouped_verdict(x: torch.Tensor, weight: torch.Tensor, groups: int, rank: int) -> Verdict:
+    """Whether the tensor-core kernels serve rows in groups: they read weights in whole chunks, and ask no one for the
+    sizes of groups.
+    """
+    n, k = weight.shape[-2:]
+    verdict = tensor_core_verdict(x, n, k, rank)
+    if verdict.schedule is None:
+        return verdict
+    chunk = 16 // x.element_size()
+    if n % chunk != 0 or k % chunk != 0 or not _lies_in_chunks(weight):
+        return _LAYOUT
+    tiles = (x.shape[0] // SMALLEST_TILE + 1 + groups) * (max(n, k) // SMALLEST_TILE + 1 + MAX_RANK)
+    return _SIZE if tiles > MAX_SIZE else verdict
+
+
+def _lies_in_chunks(weight: torch.Tensor) -> bool:
+    """Whether rows of a weight, or its columns, are neighbours in memory that begin at 16 bytes and are near."""
+    row, column = weight.stride()[-2:]
+    lead = weight.stride()[:-2]
+    apart = row if column == 1 else column
+    return (
+        1 in (row, column)
+        and apart <= MAX_ROW
+        and weight.data_ptr() % 16 == 0
+        and all(stride * weight.element_size() % 16 == 0 for stride in (*lead, apart))
+    )
+
+
 def prompt_refusal(
     device: torch.device, embeds: torch.dtype, prompt: torch.dtype, rows: int, columns: int
 ) -> Verdict | None:
@@ -138,16 +166,41 @@ def _begin_at_chunks(t: torch.Tensor) -> bool:
 def planned(plan: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor, adapters: tuple[torch.Tensor, ...],
             has_dropout: bool, schedule: str) -> Verdict:  # fmt: skip
     """What ``plan``, a function of ``lora_kernels._cuda``, would launch; of several launches, what they are for."""
-    device: Any = torch.cuda.get_device_properties(x.device)
     n, k = weight.shape
     in_columns = weight.stride(1) != 1 and weight.stride(0) == 1 and weight.stride(1) >= n
     long_rows = (x, adapters[0]) if in_columns else (x, weight, adapters[0])
     launches = plan(
         dtype=_PLAN_DTYPES[x.dtype], m=x.numel() // k, n=n, k=k, rank=adapters[0].shape[0],
-        rows_aligned=all(map(_begin_at_chunks, long_rows)), has_dropout=has_dropout, sms=device.multi_processor_count,
-        shared_per_block=device.shared_memory_per_block_optin, capability=10 * device.major + device.minor,
-        schedule="cublas" if in_columns else schedule,
+        rows_aligned=all(map(_begin_at_chunks, long_rows)), has_dropout=has_dropout,
+        schedule="cublas" if in_columns else schedule, **_limits(x.device),
     )  # fmt: skip
+    return _told(launches)
+
+
+def planned_groups(plan: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor,
+                   schedule: str) -> Verdict:  # fmt: skip
+    """The same of rows in groups."""
+    n, k = weight.shape[-2:]
+    groups, rank = lora_A.shape[:2]
+    launches = plan(
+        dtype=_PLAN_DTYPES[x.dtype], m=x.shape[0], n=n, k=k, rank=rank, groups=groups, is_shared=weight.dim() == 2,
+        in_columns=weight.stride(-1) != 1, schedule=schedule, **_limits(x.device),
+    )  # fmt: skip
+    return _told(launches)
+
+
+def _limits(device: torch.device) -> dict[str, int]:
+    """Of a GPU, as plans are told."""
+    gpu: Any = torch.cuda.get_device_properties(device)
+    return {
+        "sms": gpu.multi_processor_count,
+        "shared_per_block": gpu.shared_memory_per_block_optin,
+        "capability": 10 * gpu.major + gpu.minor,
+    }
+
+
+def _told(launches: Any) -> Verdict:
+    """What a plan comes to: the vendor's product, where it is one of several launches."""
     launches = launches if isinstance(launches, list) else [launches]
     told = next((launch for launch in launches if launch["schedule"] == "cublas"), launches[0])
     return Verdict(told["schedule"], told["reason"])

@@ -36,11 +36,38 @@ def check_lora_linear_backward(
 ) -> None:
     """``RuntimeError`` unless the operands of ``lora_linear_backward`` fit together."""
     check_lora_linear(x, weight, lora_A, lora_B, None, seed)
-    lead = x.shape[:-1]
-    _check(grad_y.shape == (*lead, weight.shape[0]), "grad_y must be [..., n], with x's leading sizes")
-    _check(s.shape == (*lead, lora_A.shape[0]), "s must be [..., rank], with x's leading sizes")
-    _check(grad_y.dtype == x.dtype and s.dtype == x.dtype, "grad_y and s must have x's dtype")
-    _check_beside(x, grad_y=grad_y, s=s)
+    _check_gradient(grad_y, x, s, weight.shape[0], lora_A.shape[0])
+
+
+def check_grouped_lora_linear(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, bias: Tensor | None, seed: Tensor | None
+) -> None:
+    """``RuntimeError`` unless the operands of ``grouped_lora_linear`` fit together."""
+    _check(offsets.dim() == 1 and len(offsets) >= 1 and offsets.dtype == torch.int32, "offsets must be [groups], int32")
+    groups = len(offsets)
+    _check(weight.dim() == 2 or weight.shape[:-2] == (groups,), "weight must be [n, k] or [groups, n, k]")
+    (n, k), rank = weight.shape[-2:], lora_A.shape[1] if lora_A.dim() == 3 else 0
+    _check(x.dim() == 2 and x.shape[1] == k, "x must be [rows, k] and weight [n, k] or [groups, n, k]")
+    _check(weight.dtype == x.dtype, "weight must have x's dtype")
+    _check(bias is None or bias.shape in ((n,), (groups, n)), "bias must be [n] or [groups, n]")
+    _check(bias is None or bias.dtype == x.dtype, "bias must have x's dtype")
+    _check(
+        rank >= 1 and lora_A.shape == (groups, rank, k), "lora_A must be [groups, rank, k], with a rank of at least 1"
+    )
+    _check(lora_B.shape == (groups, n, rank), "lora_B must be [groups, n, rank]")
+    _check(lora_B.dtype == lora_A.dtype, "lora_B must have lora_A's dtype")
+    if seed is not None:
+        check_seed(seed)
+    _check_beside(x, weight=weight, lora_A=lora_A, lora_B=lora_B, offsets=offsets, bias=bias, seed=seed)
+
+
+def check_grouped_lora_linear_backward(
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor,
+    seed: Tensor | None,
+) -> None:  # fmt: skip
+    """``RuntimeError`` unless the operands of ``grouped_lora_linear_backward`` fit together."""
+    check_grouped_lora_linear(x, weight, lora_A, lora_B, offsets, None, seed)
+    _check_gradient(grad_y, x, s, weight.shape[-2], lora_A.shape[1])
 
 
 def check_seed(seed: Tensor) -> None:
@@ -103,6 +130,14 @@ def check_packed(parts: list[Tensor], layout: str, n: int, k: int, block: int) -
     LAYOUTS[layout].check(parts, n, k, block)
     _check(all(part.is_contiguous() for part in parts), "dequantize: the parts of the weight must be contiguous")
     _check(_are_beside(*parts), "dequantize: the parts of the weight are on several devices")
+
+
+def _check_gradient(grad_y: Tensor, x: Tensor, s: Tensor, n: int, rank: int) -> None:
+    lead = x.shape[:-1]
+    _check(grad_y.shape == (*lead, n), "grad_y must be [..., n], with x's leading sizes")
+    _check(s.shape == (*lead, rank), "s must be [..., rank], with x's leading sizes")
+    _check(grad_y.dtype == x.dtype and s.dtype == x.dtype, "grad_y and s must have x's dtype")
+    _check_beside(x, grad_y=grad_y, s=s)
 
 
 def _check(fits: bool, message: str) -> None:

@@ -91,6 +91,17 @@ def lora_verdict(x: torch.Tensor, columns: int, depth: int, rank: int) -> Verdic
     return _SCHEDULES[configs.schedule(gpu.target, columns, rank, float32)]
 
 
+def grouped_verdict(x: torch.Tensor, columns: int, depth: int, groups: int, rank: int) -> Verdict:
+    """The same of rows in groups, without the schedule of one tile column."""
+    verdict = lora_verdict(x, columns, depth, rank)
+    if verdict.schedule is None:
+        return verdict
+    if groups > configs.MAX_GROUPS or configs.most_programs(x.shape[0], columns, groups) > MAX_SIZE:
+        return _SIZE
+    gpu: Any = device_of(x.device)
+    return _SCHEDULES[configs.TARGETS[gpu.target].schedule]
+
+
 def rows_refusal(
     device: torch.device, dtypes: tuple[torch.dtype, ...], batch: int, rows: int, hidden: int
 ) -> Verdict | None:

@@ -29,7 +29,7 @@ def operand(t):
     return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) if t.dtype == torch.float32 else t
 
 
-def _mask(x, p):
+def mask(x, p):
     """(keep or None, scale) of dropout with SEED."""
     keep = philox.keep_mask(torch.tensor([SEED]), *x.shape, p) if p > 0 else None
     return keep, philox.keep_scale(p)
@@ -91,23 +91,32 @@ def rounded_forward(x, weight, lora_A, lora_B, bias, keep, scale, s, dtype):
     return base + s @ lora_B.t() * SCALING, _dropped(x, keep, 1.0) @ lora_A.t() * scale
 
 
-def check_forward(args, *, p=0.0, **options):
-    """Runs and compares; returns what ``run_forward`` does."""
-    keep, scale = _mask(args[0], p)
+def expected_forward(args, keep, scale, s, from_own_s=True):
+    """((torch's, exact, terms) of y, the same of s), for ``assert_as_accurate``; ``s`` is the kernel's.
+
+    ``from_own_s``: in tf32, y is compared with what follows from that.
+    """
     exact_y, exact_s = unfused_forward(*(None if t is None else t.double() for t in args), keep, scale)
     torch_y, torch_s = unfused_forward(*args, keep, scale)
-    y, s, launches = _run_forward(*args, p=p, **options)
     y_terms = s_terms = None
     if s.dtype == torch.float32:
         rounded_y, torch_s = rounded_forward(*args, keep, scale, s, torch.float32)
         rounded_exact_y, exact_s = rounded_forward(*args, keep, scale, s, torch.float64)
         magnitudes = (None if t is None else t.abs() for t in args)
         y_terms, s_terms = rounded_forward(*magnitudes, keep, scale, s.abs(), torch.float64)
-        # Split, these round the s of each part of the depth; only then they have counters.
-        if launches[0]["schedule"] not in ("decode", "dual") or launches[0]["counters"] == 0:
+        if from_own_s:
             torch_y, exact_y = rounded_y, rounded_exact_y
-    assert_as_accurate(s, torch_s, exact_s, "s", s_terms)
-    assert_as_accurate(y, torch_y, exact_y, "y", y_terms)
+    return (torch_y, exact_y, y_terms), (torch_s, exact_s, s_terms)
+
+
+def check_forward(args, *, p=0.0, **options):
+    """Runs and compares; returns what ``run_forward`` does."""
+    y, s, launches = _run_forward(*args, p=p, **options)
+    # Split, these round the s of each part of the depth; only then they have counters.
+    is_split = launches[0]["schedule"] in ("decode", "dual") and launches[0]["counters"] != 0
+    of_y, of_s = expected_forward(args, *mask(args[0], p), s, not is_split)
+    for ours, (unfused, exact, terms), name in ((s, of_s, "s"), (y, of_y, "y")):
+        assert_as_accurate(ours, unfused, exact, name, terms)
     return y, s, _taken(launches), [launch["report"] for launch in launches]
 
 
@@ -122,7 +131,7 @@ def grad_y_of(x, weight):
 
 def saved_s(x, lora_A, p=0.0):
     """s as a forward has left it."""
-    return (_dropped(x.double(), *_mask(x, p)) @ lora_A.double().t()).to(x.dtype)
+    return (_dropped(x.double(), *mask(x, p)) @ lora_A.double().t()).to(x.dtype)
 
 
 def run_backward(grad_y, x, s, weight, lora_A, lora_B, **options):
@@ -158,26 +167,30 @@ def rounded_backward(grad_y, x, s, weight, lora_A, lora_B, keep, scale, grad_s, 
     return [grad_x, grad_A, grad_y.t() @ s * SCALING, grad_y @ lora_B]
 
 
+def expected_backward(args, keep, scale, grad_s):
+    """(torch's, exact, terms) of dX, dA, dB and, in tf32, dY B, of which ``grad_s`` is the kernel's."""
+    if grad_s.dtype != torch.float32:
+        exact = unfused_backward(*(t.double() for t in args), keep, scale)
+        return [(*both, None) for both in zip(unfused_backward(*args, keep, scale), exact, strict=True)]
+    both = (rounded_backward(*args, keep, scale, grad_s, dtype) for dtype in (torch.float32, torch.float64))
+    magnitudes = (t.abs() for t in args)
+    terms = rounded_backward(*magnitudes, keep, scale, grad_s.abs(), torch.float64)
+    return list(zip(*both, terms, strict=True))
+
+
 def check_backward(args, *, p=0.0, needs=ALL, **options):
     """Runs and compares; ``args`` are (grad_y, x, s, weight, lora_A, lora_B)."""
-    keep, scale = _mask(args[1], p)
     grads, grad_s, reports = _run_backward(*args, p=p, needs=needs, **options)
-    terms: list = [None] * 4
-    if grad_s.dtype == torch.float32:
-        torch_grads, exact = (
-            rounded_backward(*args, keep, scale, grad_s, dtype) for dtype in (torch.float32, torch.float64)
-        )
-        magnitudes = (t.abs() for t in args)
-        terms = rounded_backward(*magnitudes, keep, scale, grad_s.abs(), torch.float64)
-        if needs[0] or needs[1]:
-            assert_as_accurate(grad_s, torch_grads[3], exact[3], "dY B", terms[3])
-    else:
-        exact = unfused_backward(*(t.double() for t in args), keep, scale)
-        torch_grads = unfused_backward(*args, keep, scale)
-    for i, name in enumerate(("dX", "dA", "dB")):
-        need, ours = needs[i], grads[i]
+    assert_gradients(grads, grad_s, expected_backward(args, *mask(args[1], p), grad_s), needs)
+    return grads, reports
+
+
+def assert_gradients(grads, grad_s, expected, needs):
+    """dX, dA and dB, and what they were made of, are as accurate as torch's, or absent."""
+    if len(expected) > len(grads) and (needs[0] or needs[1]):
+        assert_as_accurate(grad_s, *expected[3][:2], "dY B", expected[3][2])
+    for ours, (unfused, exact, terms), need, name in zip(grads, expected, needs, ("dX", "dA", "dB")):
         if need:
-            assert_as_accurate(ours, torch_grads[i], exact[i], name, terms[i])
+            assert_as_accurate(ours, unfused, exact, name, terms)
         else:
             assert ours.numel() == 0
-    return grads, reports

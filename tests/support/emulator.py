@@ -16,7 +16,7 @@ import pybind11
 import setup_script
 import torch
 
-from lora_kernels.ops import lora_linear
+from lora_kernels.ops import grouped_lora_linear, lora_linear
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 BUILD = CSRC.parent / "build" / "emu"
@@ -32,13 +32,19 @@ def load_lora_linear() -> ModuleType:
 
     Also what steers its launches and tells of them, and the configs of problems.
     """
-    library = torch.library.Library("lora_kernels_emulated", "DEF")
-    _libraries.append(library)
-    for spec in (lora_linear.SPEC, lora_linear.BACKWARD):
-        arguments, returns = spec.schema.split(" -> ")
-        library.define(f"{spec.name}{arguments[:-1]}, str schedule) -> {returns}")
+    library = _defined("lora_kernels_emulated", lora_linear)
     library.define("frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    for name in ("lora_linear_slabs", "lora_linear_slabs_backward", "linear_slabs", "linear_slabs_backward"):
+        schema = str(getattr(torch.ops.lora_kernels_native, name).default._schema)
+        library.define(schema.removeprefix("lora_kernels_native::"))
     return _build_over_torch("_emu_lora_linear", "emu/bind_lora_linear.cpp")
+
+
+@functools.cache
+def load_grouped_lora_linear() -> ModuleType:
+    """The same for grouped_lora_linear and its gradients, in ``torch.ops.lora_kernels_emulated_grouped``."""
+    _defined("lora_kernels_emulated_grouped", grouped_lora_linear)
+    return _build_over_torch("_emu_grouped_lora_linear", "emu/bind_grouped_lora_linear.cpp")
 
 
 @functools.cache
@@ -69,6 +75,16 @@ def load_dequantize() -> ModuleType:
 def load_lora_linear_packed() -> ModuleType:
     """The same for lora_linear_packed, in ``torch.ops.lora_kernels_emulated_packed``."""
     return _build_over_torch("_emu_lora_linear_packed", "emu/bind_lora_linear_packed.cpp")
+
+
+def _defined(name: str, op: ModuleType) -> torch.library.Library:
+    """A library with the native ops of an op's file and its gradients."""
+    library = torch.library.Library(name, "DEF")
+    _libraries.append(library)
+    for spec in (op.SPEC, op.BACKWARD):
+        arguments, returns = spec.schema.split(" -> ")
+        library.define(f"{spec.name}{arguments[:-1]}, str schedule) -> {returns}")
+    return library
 
 
 def _build_over_torch(name: str, binding: str) -> ModuleType:

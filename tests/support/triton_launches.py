@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lora_kernels.plain import float32_products
-from lora_kernels.triton_kernels import configs, lora_linear, prompt_embedding
+from lora_kernels.triton_kernels import configs, grouped_lora_linear, lora_linear, prompt_embedding
 from lora_kernels.triton_kernels.launching import Device
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -72,6 +72,24 @@ def launches(target, m, n, k, rank, dtype=BF16, adapter_dtype=BF16, p=0.0, bias=
             yield f"{name} {launch.constants['PART']}", launch
     yield "dA", lora_linear.reduce_launch(device, lora_A.t(), x, s, seed, 1.7, p)
     yield "dB", lora_linear.reduce_launch(device, lora_B, y, s, None, 1.7, 0.0)
+
+
+def grouped_launches(target, m, n, k, rank, groups, adapter_dtype=BF16, p=0.0, bias=False):
+    """The same of rows in groups, each with a weight of its own."""
+    x, weight, y = (torch.empty(*size, dtype=BF16) for size in ((m, k), (groups, n, k), (m, n)))
+    lora_A = torch.empty(groups, rank, k, dtype=adapter_dtype)
+    lora_B = torch.empty(groups, n, rank, dtype=adapter_dtype)
+    s, ends = torch.empty(m, rank, dtype=BF16), torch.zeros(groups, dtype=torch.int32)
+    seed = torch.zeros(1, dtype=torch.int64) if p > 0 else None
+    bias = torch.empty(groups, n, dtype=BF16) if bias else None
+    device, schedule = Device(target, 108), configs.TARGETS[target].schedule
+    forward = grouped_lora_linear.forward_operands(y, s, x, weight, lora_A, lora_B, bias, seed, 1.7, p)
+    backward = grouped_lora_linear.backward_operands(x, s, y, weight, lora_A, lora_B, seed, 1.7, p)
+    for name, operands, drops in (("forward", forward, "p"), ("backward", backward, "branch")):
+        for launch in grouped_lora_linear.fused_launches(device, schedule, *operands, ends, drops):
+            yield f"{name} {launch.constants['PART']}", launch
+    yield "dA", grouped_lora_linear.reduce_launch(device, lora_A.mT, x, s, ends, seed, 1.7, p)
+    yield "dB", grouped_lora_linear.reduce_launch(device, lora_B, y, s, ends, None, 1.7, 0.0)
 
 
 def prompt_launches(hidden, dtype=BF16, prompt_dtype=FP32, embeds=False, full=True, batch=4, tokens=100, rows=20):

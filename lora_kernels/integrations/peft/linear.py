@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,10 +21,10 @@ from ...formats import QuantizedWeight
 from ...functional.dora import dora_embedding, dora_linear_of_layer
 from ...functional.embedding import lora_embedding
 from ...functional.lora import lora_linear_of_layer
-from ...modules.quantized import set_compute_type
+from ...modules.quantized import QuantizedLinear, set_compute_type
 from ...reasons import Reason
 from ...report import FUSED, FUSED_POOL
-from . import conv, experts, mixed_batch, several_adapters
+from . import conv, experts, mixed_batch, packed_merging, several_adapters
 
 original_create_new_module: Any = LoraModel._create_new_module
 """What ``LoraModel`` had when ``patch_peft`` was called last."""
@@ -68,6 +70,10 @@ class FusedForward(nn.Module):
             if type(found) is not Reason:
                 return mixed_batch.forward(self, x, found)
             reason = found
+            names = kwargs.get("adapter_names")
+            if type(names) is mixed_batch.Routed and reason is not Reason.ADAPTER_NAMES:
+                _count("multi_lora_linear", reason)
+                return mixed_batch.one_by_one(self, x, names)
         _count("lora_linear", reason)
         return super().forward(x, *args, **kwargs)
 
@@ -75,6 +81,23 @@ class FusedForward(nn.Module):
 @in_place_of(Linear)
 class FusedLinear(FusedForward, Linear):
     """PEFT's ``lora.Linear``, over a plain base layer or a quantised one."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        base = _packed_base(self)
+        if base is not None:
+            return packed_merging.merge(self, base, adapter_names)
+        return super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        base = _packed_base(self)
+        if base is not None:
+            return packed_merging.unmerge(self, base)
+        return super().unmerge()
+
+
+def _packed_base(layer: Any) -> QuantizedLinear | None:
+    base = layer.get_base_layer()
+    return base if isinstance(base, QuantizedLinear) else None
 
 
 @in_place_of(Embedding)
@@ -150,7 +173,19 @@ class FusedTorchaoLinear(FusedForward, TorchaoLoraLinear):
     """PEFT's layer over a weight of torchao's."""
 
 
-SWAPS[TorchaoLoraLinear] = FusedTorchaoLinear
+@in_place_of(GPTQLoraLinear)
+class FusedGPTQLinear(FusedForward, GPTQLoraLinear):
+    """PEFT's layer over GPTQModel's, in GPTQ's format: nothing decoded is kept for backward."""
+
+
+@in_place_of(AwqLoraLinear)
+class FusedAwqLinear(FusedForward, AwqLoraLinear):
+    """The same in AWQ's format."""
+
+
+SWAPS |= {
+    TorchaoLoraLinear: FusedTorchaoLinear, GPTQLoraLinear: FusedGPTQLinear, AwqLoraLinear: FusedAwqLinear,
+}  # fmt: skip
 if is_bnb_available():
     from peft.tuners.lora.bnb import Linear8bitLt
 

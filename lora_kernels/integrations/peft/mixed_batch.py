@@ -25,6 +25,12 @@ from ...reasons import Reason
 
 Offsets = tuple["int | None", ...] | None
 _Key = tuple[tuple[str, ...], tuple[str, ...], Offsets, int, torch.device]
+
+
+class Routed(tuple[str, ...]):
+    """Names that ``route_adapters`` gave: every call of such is served, in training, too."""
+
+
 _ids: dict[_Key, Tensor] = {}
 _MOST_IDS = 64
 """Of batches that are remembered: all layers of a model ask for the same ones."""
@@ -36,7 +42,7 @@ class Mixed(NamedTuple):
     base: tuple[Tensor, Tensor | None] | None
     """Weight and bias; None for a base layer that has to be called."""
     ids: Tensor
-    """int64 [samples] or [samples, tokens]: which of the adapters below each uses, -1 for none."""
+    """int64 [rows]: which of the adapters below each uses, -1 for none."""
     lora_As: list[Tensor]
     lora_Bs: list[Tensor]
     scalings: list[float | Tensor]
@@ -63,7 +69,9 @@ def mixed(layer: Any, x: Any, given: Mapping[str, Any]) -> Mixed | Reason:
         names = [active[0]] * len(x)
     if len(names) != len(x) or (offsets is not None and len(offsets) != len(x)):
         return Reason.ADAPTER_NAMES  # PEFT reports the error
-    return _found(layer, x, tuple(names), None if offsets is None else tuple(offsets))
+    found = _found(layer, x, tuple(names), None if offsets is None else tuple(offsets))
+    refused = found is Reason.DORA and type(names) is not Routed  # by PEFT, which says so
+    return Reason.ADAPTER_NAMES if refused else found
 
 
 def acts_on_some_tokens(layer: Any) -> bool:
@@ -86,7 +94,7 @@ def _found(layer: Any, x: Tensor, names: tuple[str, ...], offsets: Offsets) -> M
             return branch
         lora_A, lora_B, lora_bias, scaling, p, training, magnitude = branch
         if magnitude is not None:
-            return Reason.ADAPTER_NAMES  # PEFT refuses DoRA
+            return Reason.DORA
         if (lora_A.dtype, lora_B.dtype) != dtypes:  # all else that is asked is alike for all of them
             reason = operands.call_reason(x, weight, lora_A, lora_B)
             if reason is not None:
@@ -95,12 +103,11 @@ def _found(layer: Any, x: Tensor, names: tuple[str, ...], offsets: Offsets) -> M
         branches.append((lora_A, lora_B, scaling, lora_bias, p if training else 0.0))
     dropouts = {p for *_, p in branches} or {0.0}
     if len(dropouts) > 1:
-        return Reason.ADAPTER_NAMES  # one mask cannot be two adapters'
+        return Reason.DROPOUTS
     partial = tuple(name for name in used if operands.is_alora(layer, name))
     if partial and x.dim() > 3:
         return Reason.ADAPTER_NAMES
     ids = _ids_of(names, used, partial, offsets, x)
-    ids = ids.view(len(x)) if x.dim() == 2 else ids
     lora_As, lora_Bs, scalings, lora_biases = (list(column) for column in [*zip(*branches)][:4] or [()] * 4)
     (dropout_p,) = dropouts
     return Mixed(
@@ -120,8 +127,8 @@ def _plain_base(layer: Any, base: Any, lora_As: list[Tensor], lora_Bs: list[Tens
 def _ids_of(
     names: tuple[str, ...], used: tuple[str, ...], partial: tuple[str, ...], offsets: Offsets, x: Tensor
 ) -> Tensor:
-    """The id of each sample, or, where an adapter acts on some tokens, of each token."""
-    tokens = 0 if not partial else x.shape[1] if x.dim() == 3 else 1
+    """The id of each row of x."""
+    tokens = x.shape[1:-1].numel()
     number = {name: i for i, name in enumerate(used)}
     of_samples = [number.get(name, -1) for name in names]
     if is_compiling() or type(x) is not Tensor:
@@ -148,10 +155,10 @@ def _starts(names: tuple[str, ...], partial: tuple[str, ...], offsets: Offsets, 
 
 def _make_ids(of_samples: list[int], starts: list[int], tokens: int, device: torch.device) -> Tensor:
     ids = torch.tensor(of_samples, dtype=torch.int64, device=device)
-    if not tokens:
-        return ids
+    if not starts:
+        return ids if tokens == 1 else ids.repeat_interleave(tokens)
     acts = torch.arange(tokens, device=device) >= torch.tensor(starts, device=device).unsqueeze(1)
-    return torch.where(acts, ids.unsqueeze(1), -1)
+    return torch.where(acts, ids.unsqueeze(1), -1).view(-1)
 
 
 def forward(layer: Any, x: Tensor, found: Mixed) -> Tensor:
@@ -159,22 +166,21 @@ def forward(layer: Any, x: Tensor, found: Mixed) -> Tensor:
     if found.base is None:
         return _add_updates(_base_result(layer.base_layer, x), x, found)
     weight, bias = found.base
-    y = None
+    ids, y = found.ids.view(x.shape[:-1]), None
     if found.dropout_p == 0.0:
-        y = multi_lora_linear_apart(x, weight, found.lora_As, found.lora_Bs, found.scalings, found.ids, bias)
+        y = multi_lora_linear_apart(x, weight, found.lora_As, found.lora_Bs, found.scalings, ids, bias)
     if y is None:
-        y = _by_pools(x, weight, bias, found)
+        y = _by_pools(x, weight, bias, ids, found)
     return _add_biases(y, found) if any(b is not None for b in found.lora_biases) else y
 
 
-def _by_pools(x: Tensor, weight: Tensor, bias: Tensor | None, found: Mixed) -> Tensor:
+def _by_pools(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, found: Mixed) -> Tensor:
     lora_A, lora_B, ranks = _pools(found.lora_As, found.lora_Bs)
     scaling = found.scalings[0]
     if not all(type(s) is float and s == scaling for s in found.scalings):
-        each = [torch.as_tensor(s, dtype=torch.float32, device=x.device) for s in found.scalings]
-        scaling = torch.stack(each)
+        scaling = torch.stack([torch.as_tensor(s, dtype=torch.float32, device=x.device) for s in found.scalings])
     return multi_lora_linear(
-        x, weight, lora_A, lora_B, found.ids, bias,
+        x, weight, lora_A, lora_B, ids, bias,
         scaling=scaling, ranks=ranks, dropout_p=found.dropout_p, training=found.dropout_p > 0.0,
     )  # fmt: skip
 
@@ -196,8 +202,7 @@ def _add_biases(y: Tensor, found: Mixed) -> Tensor:
     """``y`` with the scaled bias of each row's lora_B."""
     none = y.new_zeros(y.shape[-1])
     each = [none if b is None else (b * s).to(y.dtype) for b, s in zip(found.lora_biases, found.scalings)]
-    of_rows = torch.stack([*each, none])[found.ids]  # -1 is the last
-    return y + of_rows.view(*found.ids.shape, *(1,) * (y.dim() - 1 - found.ids.dim()), y.shape[-1])
+    return y + torch.stack([*each, none])[found.ids].view(y.shape)  # -1 is the last
 
 
 def _base_result(base: Any, x: Tensor) -> Tensor:
@@ -216,14 +221,12 @@ def _add_updates(y: Tensor, x: Tensor, found: Mixed) -> Tensor:
     Other rows keep their bits. No adapter is multiplied with another's rows, not even by zero: one that holds NaN
     spoils nothing but its own.
     """
-    per_sample = x.shape[1:-1].numel() if found.ids.dim() == 1 else 1
-    of_rows = found.ids.reshape(-1).repeat_interleave(per_sample)
     rows_of_x, shape = as_rows(F.dropout(x, found.dropout_p, found.dropout_p > 0.0)), y.shape
     rows_of_y = as_rows(y)
     for i, (lora_A, lora_B, scaling, lora_bias) in enumerate(
         zip(found.lora_As, found.lora_Bs, found.scalings, found.lora_biases)
     ):
-        where = torch.nonzero(of_rows == i).squeeze(1)
+        where = torch.nonzero(found.ids == i).squeeze(1)
         s = rows_of_x[where].to(y.dtype) @ lora_A.to(y.dtype).t()
         update = (s @ lora_B.to(y.dtype).t()) * scaling
         if lora_bias is not None:
@@ -232,6 +235,24 @@ def _add_updates(y: Tensor, x: Tensor, found: Mixed) -> Tensor:
     if not is_compiling():
         dispatch.count_served("lora_linear", "reference")
     return rows_of_y.view(shape)
+
+
+def one_by_one(layer: Any, x: Tensor, names: Sequence[str]) -> Tensor:
+    """What the layer's own forward computes of each adapter's samples, with that adapter active."""
+    parts, order = [], []
+    before = layer._active_adapter
+    try:
+        for name in dict.fromkeys(names):
+            samples = [i for i, other in enumerate(names) if other == name]
+            own = x[torch.tensor(samples, device=x.device)]
+            layer._active_adapter = [name]
+            parts.append(layer.forward(own) if name in layer.lora_A else layer.base_layer(own))
+            order += samples
+    finally:
+        layer._active_adapter = before
+    places = torch.empty(len(order), dtype=torch.int64)
+    places[torch.tensor(order)] = torch.arange(len(order))
+    return torch.cat(parts)[places.to(x.device)]
 
 
 def extra_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Reason | None:

@@ -1,0 +1,13 @@
+#include "grouped_lora_linear.cuh"
+
+namespace lk {
+
+template cudaError_t launch_grouped_lora<TensorFloat32>(const GroupedLoraLinearParams&, const GroupedLoraConfig&,
+                                                        cudaStream_t);
+template cudaError_t launch_grouped_lora_grads<TensorFloat32>(const GroupedLoraGradsParams&, const LoraGradsConfig&,
+                                                              cudaStream_t);
+template KernelInfo describe_grouped_lora<TensorFloat32>(const GroupedLoraKey&);
+template KernelInfo describe_grouped_lora_grads<TensorFloat32>(const LoraGradsKey&);
+template std::vector<KernelInfo> grouped_lora_kernels<TensorFloat32>();
+
+}  // namespace lk
