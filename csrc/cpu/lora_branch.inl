@@ -42,13 +42,17 @@ LK_ALWAYS_INLINE inline void transpose_lanes(VecF (&rows)[kLanes]) {
   if constexpr (kStep > 1) transpose_lanes<kStep / 2>(rows);
 }
 
-// Rows of W that lie in one piece each, in squares of whole vectors; what is left over goes by the element.
+// Rows of W that lie in one piece each, in squares of whole vectors; what is left over goes by the element. A factor is
+// read once, and seldom lies in a cache: what comes some squares later is fetched, along the rows or below them.
 void pack_rows(const float* w, int64_t stride, int64_t rank, int64_t k, float* packed) {
+  constexpr int64_t kAhead = 8 * kLanes;
   const int64_t width = packed_width(rank), whole = k / kLanes * kLanes;
   for (int64_t j = 0; j < width; j += kLanes) {
     const int64_t valid = smaller(kLanes, rank - j);
     for (int64_t c = 0; c < whole; c += kLanes) {
       VecF rows[kLanes];
+      const float* ahead = w + j * stride + c + kAhead * (whole > kAhead ? 1 : stride);
+      for (int i = 0; i < kLanes; ++i) __builtin_prefetch(ahead + i * stride);
       for (int i = 0; i < kLanes; ++i) rows[i] = i < valid ? load(w + (j + i) * stride + c) : VecF{};
       transpose_lanes<kLanes / 2>(rows);
       for (int i = 0; i < kLanes; ++i) store(packed + (c + i) * width + j, rows[i]);
@@ -135,12 +139,19 @@ void lora_shrink_any(const LoraShrinkParams& p, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------------- expand
 
+// Row m of s belongs there. The rows of the tile below, whose first is `next`, are fetched on the way: y has left the
+// caches since it was written, and its rows are too short for the hardware to see where they lead.
 template <int kRows, int kVectors>
-inline void expand_tile(const LoraExpandParams& p, int64_t m, int64_t c0) {
+inline void expand_tile(const LoraExpandParams& p, int64_t m, int64_t next, int64_t end, int64_t c0) {
+  const auto row_of = [&](int64_t i) { return p.row_ids != nullptr ? p.row_ids[i] : i; };
+  for (int64_t i = next; i < smaller(end, next + kRows); ++i) {
+    const float* base = p.base + row_of(i) * p.base_stride + c0;
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(base + v * kLanes, 1);
+  }
   VecF acc[kRows][kVectors] = {};
   multiply_tile(p.s + m * p.rank, p.rank, 1, p.packed + c0, packed_width(p.n), p.rank, acc);
   for (int i = 0; i < kRows; ++i) {
-    const int64_t row = p.row_ids != nullptr ? p.row_ids[m + i] : m + i;
+    const int64_t row = row_of(m + i);
     const float* base = p.base + row * p.base_stride + c0;
     float* y = p.y + row * p.y_stride + c0;
     for (int v = 0; v < kVectors; ++v, base += kLanes, y += kLanes) {
@@ -160,9 +171,10 @@ void lora_expand(const LoraExpandParams& p, int64_t begin, int64_t end) {
   const int64_t width = packed_width(p.n);
   for_row_tiles(end - begin, [&](auto count, int64_t offset) {
     constexpr int kRows = decltype(count)::value;
+    const int64_t m = begin + offset;
     int64_t c = 0;
-    for (; c + kLanes < width; c += kTileColumns) expand_tile<kRows, kTileVectors>(p, begin + offset, c);
-    if (c < width) expand_tile<kRows, 1>(p, begin + offset, c);
+    for (; c + kLanes < width; c += kTileColumns) expand_tile<kRows, kTileVectors>(p, m, m + kRows, end, c);
+    if (c < width) expand_tile<kRows, 1>(p, m, m + kRows, end, c);
   });
 }
 

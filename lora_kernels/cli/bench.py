@@ -21,7 +21,7 @@ from . import _arguments as arguments
 from ._console import CliError, error
 from ._models import DTYPES, pick_device, require
 
-LEVELS = ("layer", "decode", "sweep", "qlora", "experts", "prompt", "block", "model")
+LEVELS = ("layer", "decode", "sweep", "qlora", "experts", "adapters", "prompt", "block", "model")
 ALL, MODELLED = "all", "modelled"
 
 
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    from ..benchmarks import experts, layers, models, prompts, quantized
+    from ..benchmarks import adapters, experts, layers, models, prompts, quantized
 
     compiles = not options.no_compile
     if not options.levels:
@@ -130,6 +130,7 @@ def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
         "sweep": lambda: layers.sweep_cases(device),
         "qlora": lambda: quantized.qlora_cases(device),
         "experts": lambda: experts.experts_cases(device),
+        "adapters": lambda: adapters.adapters_cases(device),
         "prompt": lambda: prompts.prompt_cases(device=device),
         "block": lambda: models.block_cases(device, compiles),
         "model": lambda: models.model_cases(device),

@@ -1,0 +1,66 @@
+"""Cases of ``lora-kernels bench`` for experts and many adapters: what they time, and that wrong results end them."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels.benchmarks import adapters, experts
+from lora_kernels.benchmarks.cases import BASELINE, OURS, WrongResult
+
+CPU = torch.device("cpu")
+
+
+def make_experts():
+    return experts.make_case(CPU, 4, 24, 12, 2, tokens=10, rank=3)
+
+
+def make_adapters(what="decode"):
+    return adapters.make_case(CPU, 2, what=what, blocks=1)
+
+
+def served(step):
+    lk.reset_stats()
+    step()
+    counts = Counter()
+    for (op, _), n in lk.stats()["served"].items():
+        counts[op] += n
+    assert lk.stats()["fallback"] == {}
+    return counts
+
+
+def test_experts():
+    case = make_experts()
+    assert served(case.steps[BASELINE]) == served(case.steps[experts.FROZEN]) == served(case.steps[experts.LOOP]) == {}
+    assert served(case.steps[OURS]) == {"grouped_lora_linear": 2, "grouped_lora_linear_backward": 2}
+    assert case.schedules()["gate_up"]
+    assert set(case.forwards) == {experts.FROZEN, BASELINE, OURS}
+
+
+@pytest.mark.parametrize("what", ["decode", "forward+backward"])
+def test_adapters(what):
+    case = make_adapters(what)
+    layers = len(adapters.SIZES)
+    with case.within():
+        assert served(case.steps[BASELINE]) == {}
+        one, ours = served(case.steps[adapters.ONE]), served(case.steps[OURS])
+    backward = what != "decode"
+    assert one == Counter({"lora_linear": layers, "lora_linear_backward": layers * backward})
+    assert ours == Counter({"multi_lora_linear": layers, "multi_lora_linear_backward": layers * backward})
+
+
+@pytest.mark.parametrize("make", [make_experts, make_adapters])
+def test_wrong_results_are_not_timed(make, monkeypatch):
+    patch = lk.patch
+
+    def spoiling(model):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter[0] += 0.1
+        return patch(model)
+
+    monkeypatch.setattr(lk, "patch", spoiling)
+    with pytest.raises(WrongResult):
+        make()
