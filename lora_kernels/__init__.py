@@ -15,18 +15,23 @@ from .functional.embedding import lora_embedding
 from .functional.grouped import grouped_lora_linear
 from .functional.lora import dropout_mask, frozen_linear, lora_linear
 from .functional.merging import merge_, unmerge_
+from .functional.multi import multi_lora_linear
 from .functional.prefix import prefix_kv
 from .functional.prompt import PromptEmbeddingOutput, prompt_embedding
 from .functional.why import why
+from .integrations.experts import register as register_experts
 from .integrations.peft.patching import is_fused, patch, patch_peft, unpatch, unpatch_peft
+from .integrations.routing import route_adapters
 from .modules.embedding import LoRAEmbedding
 from .modules.lora import LoRALinear
+from .modules.multi import MultiLoRALinear
 from .modules.prefix import PrefixEncoder
 from .modules.prompt import PromptEmbedding, PromptEncoder
 from .modules.quantized import QuantizedLinear
 from .ops.grouped_lora_linear import GroupedLoRALinearFunction
 from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
+from .ops.multi_lora_linear import MultiLoRALinearFunction
 from .ops.prefix_kv import PrefixKVFunction
 from .ops.prompt_embedding import PromptEmbeddingFunction
 from .reasons import Reason
@@ -43,6 +48,8 @@ __all__ = [
     "LoRAEmbeddingFunction",
     "LoRALinear",
     "LoRALinearFunction",
+    "MultiLoRALinear",
+    "MultiLoRALinearFunction",
     "PrefixEncoder",
     "PrefixKVFunction",
     "PromptEmbedding",
@@ -69,12 +76,15 @@ __all__ = [
     "lora_linear",
     "merge_",
     "merge_adapter",
+    "multi_lora_linear",
     "patch",
     "patch_peft",
     "prefix_kv",
     "prompt_embedding",
     "quantize_",
+    "register_experts",
     "reset_stats",
+    "route_adapters",
     "save_adapter",
     "save_pretrained",
     "stats",

@@ -269,7 +269,9 @@ def run(spec: OpSpec, *args: Any) -> Any:
         for _, reason in passed:
             _fallback[spec.name, str(reason)] += 1
     kernel = spec.kernels.get(backend)
-    if kernel is not None and kernel.run is None:
+    if kernel is not None and (
+        kernel.run is None or (kernel.run_schedules and verdict.schedule not in kernel.run_schedules)
+    ):
         return (kernel.native or _native_ops[spec.name])(*args, verdict.schedule)
     device_type = _device_type(args)
     if any_autocast() and autocast_enabled(device_type):

@@ -10,6 +10,8 @@ from .reasons import Reason
 
 FUSED = "lora_linear"
 """Reason of a fused row: every plain call of the layer is one ``lora_linear``."""
+FUSED_POOL = "multi_lora_linear"
+"""Reason of a fused row: every call is one ``multi_lora_linear``."""
 FROZEN_UPCAST = "frozen, upcast"
 """Reason of a fused row: a frozen ``nn.Linear`` whose low-precision product goes through fp32."""
 FROZEN_PAST_MKL = "frozen, past MKL"

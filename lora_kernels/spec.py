@@ -37,6 +37,8 @@ class Kernel:
     supports: Callable[..., Verdict]
     run: Callable[..., Any] | None = None
     native: Callable[..., Any] | None = None
+    run_schedules: tuple[str | None, ...] = ()
+    """What ``run`` computes, where an extension computes the other schedules."""
     explain: Callable[..., Verdict] | None = None
     """For ``lk.why``: a verdict in more detail, where ``supports`` has said yes and leaves the choice to the kernel."""
 

@@ -21,6 +21,7 @@ def native():
     library = torch.library.Library("lora_kernels_emulated_dequantize", "DEF")
     arguments, returns = SPEC.schema.split(" -> ")
     library.define(f"{SPEC.name}{arguments[:-1]}, str schedule) -> {returns}")
+    library.define(f"decode_runs{arguments[:-1]}, int begin, int end, bool columns) -> {returns}")
     yield emulator.load_dequantize()
     library._destroy()
 
@@ -119,6 +120,51 @@ def test_the_last_warp_has_what_is_left(native, dtype, n):
     check(make(n, 1040, 16, dtype))  # whose last 16 packed bytes are eight
     check(make_scaled(n, 1032, "e4m3", 8, "each", dtype))
     assert native.last_launch()[:2] == (True, -(-n * 1032 // 8192))
+
+
+def make_any(n, k, layout, block, dtype):
+    if layout.startswith("codes4"):
+        return make(n, k, block, dtype, layout=layout)
+    return make_scaled(n, k, layout, block, "each", dtype)
+
+
+RUNS = covering_pairs(
+    layout=["codes4", "codes4_low", "int8", "e4m3"],
+    dtype=[BF16, FP16, FP32],
+    columns=[False, True],
+    where=[(0, 2), (1, 2), (1, 3), (2, 4)],  # quarters of the weight
+    block=[16, 48, 64, 2048, 4096],
+    k=[4 * 2048, 4 * 4096, 4 * 768],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [case for case in RUNS if case["k"] % case["block"] == 0], ids=case_id)
+def test_bits_of_some_rows_or_columns(native, case):
+    """Kills: a scale or a packed byte of another row or column, a result that is written where the whole weight's
+    would be, a run that is taken to be longer than it is."""
+    k, columns, (begin, end) = case["k"], case["columns"], case["where"]
+    packed = make_any(8, k, case["layout"], case["block"], case["dtype"])
+    quarter = k // 4 if columns else 2
+    native.set_options({"resident_blocks": 3})
+    begin, end = begin * quarter, end * quarter
+    got = torch.ops.lora_kernels_emulated_dequantize.decode_runs(*packed.args, begin, end, columns)
+    whole = decoded(packed)
+    expected = whole[:, begin:end] if columns else whole[begin:end]
+    assert got.shape == expected.shape
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+    assert native.last_launch()[0] == (case["block"] != 48)
+
+
+@pytest.mark.parametrize("layout", ["codes4", "int8"])
+@pytest.mark.parametrize(("k", "begin", "end"), [(96, 32, 64), (80, 32, 64), (96, 16, 64), (160, 0, 100), (96, 96, 96)])
+def test_columns_between_chunks(native, layout, k, begin, end):
+    """Those that do not begin at 16 packed bytes, or do so in the first row only, are read byte by byte."""
+    packed = make_any(5, k, layout, 16, BF16)
+    got = torch.ops.lora_kernels_emulated_dequantize.decode_runs(*packed.args, begin, end, True)
+    assert torch.equal(got.nan_to_num(), decoded(packed)[:, begin:end].nan_to_num())
+    step = 32 if layout == "codes4" else 16
+    assert native.last_launch()[0] == (k % step == 0 and begin % step == 0 and (end - begin) % 8 == 0)
 
 
 @pytest.mark.parametrize("by", [1, 2, 8])

@@ -5,83 +5,23 @@ from __future__ import annotations
 import types
 from unittest.mock import ANY
 
-import emulator
 import pytest
 import torch
 from covering import case_id, covering_pairs
+from emulated_packed import SCALING, cuda_on_the_cpu, library, make, results, unfused  # noqa: F401
+from gptq_layers import Stub
 from numerics import assert_as_accurate
 from packed import decoded, random_packed, random_scaled, with_part
 from pretended_gpu import pretend_gpu
 
 import lora_kernels as lk
 from lora_kernels import _native, dispatch
-from lora_kernels.ops import dequantize, linear_packed, lora_linear, lora_linear_packed
+from lora_kernels.formats import from_module
+from lora_kernels.ops import dequantize, linear_packed, lora_linear_packed
 from lora_kernels.support import triton as _triton
 from lora_kernels.triton_kernels.launching import Device
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-SCALING, SEED = 1.7, -987654321012345
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library():
-    library = torch.library.Library("lora_kernels_emulated_dequantize", "DEF")
-    arguments, returns = dequantize.SPEC.schema.split(" -> ")
-    library.define(f"{dequantize.SPEC.name}{arguments[:-1]}, str schedule) -> {returns}")
-    packed = torch.library.Library("lora_kernels_emulated_packed", "DEF")
-    arguments, returns = lora_linear_packed.SPEC.schema.split(" -> ")
-    packed.define(f"{lora_linear_packed.SPEC.name}{arguments[:-1]}, str schedule) -> {returns}")
-    emulator.load_dequantize()
-    emulator.load_lora_linear_packed()
-    yield
-    library._destroy()
-    packed._destroy()
-
-
-@pytest.fixture(autouse=True)
-def _cuda_on_the_cpu(monkeypatch):
-    """Tensors on the CPU are served by the CUDA backend, emulated; memory that nobody wrote is NaN."""
-    emulator.load_lora_linear()
-    pretend_gpu(monkeypatch)
-    monkeypatch.setattr(_native, "cuda", types.SimpleNamespace())
-    monkeypatch.setitem(dispatch._ORDER, "cpu", ("cuda", "reference"))
-    emulated = {
-        "dequantize": torch.ops.lora_kernels_emulated_dequantize.dequantize,
-        "lora_linear_packed": torch.ops.lora_kernels_emulated_packed.lora_linear_packed,
-        "lora_linear": torch.ops.lora_kernels_emulated.lora_linear,
-        "lora_linear_backward": torch.ops.lora_kernels_emulated.lora_linear_backward,
-    }
-    for name, op in emulated.items():
-        monkeypatch.setitem(dispatch._native_ops, name, op)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def make(m, n, k, rank, dtype, adapter=None, bias=True):
-    """(x, lora_A, lora_B, bias)."""
-    adapter = adapter or dtype
-    x, lora_A = torch.randn(2, m, k).to(dtype), (torch.randn(rank, k) / k**0.5).to(adapter)
-    lora_B = (torch.randn(n, rank) / rank**0.5).to(adapter)
-    return x, lora_A, lora_B, torch.randn(n).to(dtype) if bias else None
-
-
-def results(function, weight, operands, grad_y, p):
-    """[y, dX, dA, dB]."""
-    x, lora_A, lora_B, bias = operands
-    leaves = [t.detach().requires_grad_() for t in (x, lora_A, lora_B)]
-    y = function(leaves[0], weight, *leaves[1:], bias, scaling=SCALING, dropout_p=p, training=True, seed=SEED)
-    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
-
-
-def unfused(x, weight, lora_A, lora_B, bias, *, scaling, dropout_p, training, seed):
-    """By separate torch calls in the dtype of x."""
-    given = torch.tensor([seed]) if dropout_p > 0 else None
-    dropped = lora_linear._dropout(x, given, dropout_p)
-    branch = torch.nn.functional.linear(torch.nn.functional.linear(dropped, lora_A), lora_B)
-    return torch.nn.functional.linear(x, weight, bias) + branch * scaling
-
-
 CASES = covering_pairs(
     dtypes=[(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32)], nested=[False, True], block=[48, 64], p=[0.0, 0.3],
     bias=[False, True], m=[33, 70],
@@ -128,6 +68,26 @@ def test_eight_bits_are_decoded_for_the_product(layout, m, dtype):
     assert all(torch.equal(a, b) for a, b in zip(ours, same, strict=True))
     y = torch.ops.lora_kernels.linear_packed(operands[0], *packed.args, operands[3])
     assert torch.equal(y, torch.nn.functional.linear(operands[0], decoded(packed), operands[3]))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("m", [2, 33])
+def test_what_no_kernel_decodes_is_decoded_for_the_product(m, method):
+    """By torch; the product's kernels are ours. Kills: a kernel that is asked to decode it."""
+    packed = from_module(Stub(136, 192, method))
+    operands, grad_y = make(m, 136, 192, 8, FP16, FP32), torch.randn(2, m, 136).half()
+    ours = results(lk.lora_linear, packed, operands, grad_y, 0.3)
+    assert lk.stats() == {
+        "served": {
+            (name, "cuda"): 1
+            for name in ("lora_linear_packed", "lora_linear_packed_backward", "lora_linear", "lora_linear_backward")
+        },
+        "fallback": {},
+    }
+    same = results(lk.lora_linear, decoded(packed, FP16), operands, grad_y, 0.3)
+    assert all(torch.equal(a, b) for a, b in zip(ours, same, strict=True))
+    with lk.use_backend("cuda"):
+        assert torch.equal(results(lk.lora_linear, packed, operands, grad_y, 0.3)[1], ours[1])
 
 
 @pytest.mark.parametrize("m", [1, 8, 32])
@@ -239,8 +199,9 @@ def test_what_dispatch_asks(monkeypatch, backend, fp32_precision):
             in_one = backend == "cuda" and spec is lora_linear_packed.SPEC and dtype == BF16
             decodes = spec is dequantize.SPEC or in_one
             assert verdict.schedule == ("decode" if decodes else "dequantize + product"), spec.name
-        for spec, args in arguments(dtype, "int8_rows"):
-            assert spec.kernels[backend].supports(*args) == (None, lk.Reason.FORMAT), spec.name
+        for spec, args in arguments(dtype, "gptq"):
+            no_kernel, composed = (None, lk.Reason.TORCH_DECODE), ("dequantize + product", ANY)
+            assert spec.kernels[backend].supports(*args) == (no_kernel if spec is dequantize.SPEC else composed)
     with lk.use_backend(backend):
         for spec, args in arguments(FP32)[:2]:
             verdict = spec.kernels[backend].supports(*args)

@@ -18,6 +18,7 @@ from mixtures import (
     randomise,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import layer as _peft
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 from torch import nn
@@ -178,7 +179,7 @@ def test_bfloat16_under_float32_adapters():
     assert fallbacks() == {}
 
 
-def test_what_is_left_to_peft():
+def test_what_is_left_to_peft(monkeypatch):
     stock, patched, _ = twins()
     inner = next(m for m in patched.modules() if isinstance(m, ParamWrapper) and isinstance(m.base_layer, ParamWrapper))
 
@@ -201,6 +202,10 @@ def test_what_is_left_to_peft():
     assert reason()[Reason.EXPERTS_IMPLEMENTATION] >= 2
     for experts in experts_of(patched).values():
         experts.config._experts_implementation = "grouped_mm"
+    with monkeypatch.context() as replaced:
+        proxy = _peft._LoraFactorsProxy
+        replaced.setattr(proxy, "forward", lambda self, W, forward=proxy.forward: forward(self, W))
+        assert Reason.PROXY_REPLACED in reason()
     inner.get_base_layer().down_proj.requires_grad_(True)
     assert reason()[Reason.BASE_REQUIRES_GRAD] >= 1
 

@@ -11,6 +11,8 @@ from packed import decoded, random_packed, random_scaled
 
 import lora_kernels as lk
 from lora_kernels.ops.lora_linear_packed import BACKWARD, SPEC
+from lora_kernels.support import cuda as cuda_support
+from lora_kernels.support import gpu_packed
 
 pytestmark = gpu.needed
 
@@ -83,6 +85,38 @@ def test_few_rows_wait_for_nothing_and_are_captured(backend):
         y.fill_(float("nan"))
         graph.replay()
         assert torch.equal(y, expected)
+
+
+@gpu.only
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_many_rows_take_less_memory_than_the_weight(monkeypatch, p):
+    """Slabs of 2048 rows or columns: half of the weight is never there, and nothing else is larger."""
+    size, options = 4096, {"dropout_p": p, "training": True, "seed": 3}
+    packed, q = random_packed(size, size, nested=True).to(DEVICE, BF16), gpu.problem(8192, size, size, 16, BF16)
+    leaves = [t.detach().requires_grad_() for t in (q.x, q.lora_A, q.lora_B)]
+
+    def run():
+        """[y, dX, dA, dB], and the bytes that forward and backward have besides their results."""
+        torch.cuda.reset_peak_memory_stats()
+        y = lk.lora_linear(leaves[0], packed, *leaves[1:], q.bias, **options)
+        forward = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        grads = torch.autograd.grad(y, leaves, q.grad_y)
+        backward = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        return [y.detach(), *grads], forward, backward
+
+    with lk.use_backend("cuda"), cuda_support.use_schedule("cublas"):
+        run()  # the vendor's workspace stays
+        lk.reset_stats()
+        results, *slabs = run()
+        assert ("dequantize", "cuda") not in lk.stats()["served"]
+        monkeypatch.setattr(gpu_packed, "is_slabs", lambda *_, **__: False)
+        expected, *whole = run()
+        assert lk.stats()["served"]["dequantize", "cuda"] == 2
+    for with_slabs, without in zip(slabs, whole):
+        assert without - with_slabs >= 0.9 * size * (size - 2048) * 2
+    for value, other in zip(results, expected):
+        torch.testing.assert_close(value, other, rtol=2e-2, atol=2e-2)
 
 
 def test_the_registered_ops(backend):

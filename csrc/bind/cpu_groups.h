@@ -85,23 +85,16 @@ inline const char* address(const Tensor& t, int64_t element) {
   return static_cast<const char*>(t.const_data_ptr()) + element * static_cast<int64_t>(t.element_size());
 }
 
-// One adapter's factor [rows, columns] of a pool.
-inline FloatMatrix factor_of(const Tensor& pool, int64_t group, int64_t rows, int64_t columns) {
-  const int64_t first = group * pool.stride(0), down = pool.stride(1), along = pool.stride(2);
-  if (is_fp32(pool)) return {floats(pool) + first, down, along};
+// rows x columns of t from element `first` on. t is fp32 or has unit column stride.
+inline FloatMatrix factor_of(const Tensor& t, int64_t first, int64_t rows, int64_t columns) {
+  const int64_t down = t.stride(t.dim() - 2), along = t.stride(t.dim() - 1);
+  if (is_fp32(t)) return {floats(t) + first, down, along};
   FloatMatrix out{nullptr, columns, 1, std::unique_ptr<float[]>(new float[rows * columns])};
-  const FloatType type = float_type(pool);
-  for (int64_t i = 0; i < rows; ++i) {
-    float* row = out.copy.get() + i * columns;
-    if (along == 1) {
-      cpu::copy_row(row, FloatType::kFloat32, address(pool, first + i * down), type, columns);
-      continue;
-    }
-    for (int64_t c = 0; c < columns; ++c) {
-      cpu::copy_row(row + c, FloatType::kFloat32, address(pool, first + i * down + c * along), type, 1);
-    }
-  }
   out.data = out.copy.get();
+  const FloatType type = float_type(t);
+  for (int64_t i = 0; i < rows; ++i) {
+    cpu::copy_row(out.copy.get() + i * columns, FloatType::kFloat32, address(t, first + i * down), type, columns);
+  }
   return out;
 }
 
@@ -151,23 +144,29 @@ class PanelRows {
   FloatType type_;
 };
 
-// The adapters of all groups: pools lora_A [groups, rank, k] and lora_B [groups, n, rank], of which a group may use
-// fewer ranks and scale by a factor of its own.
+// The adapters of all groups, each with a factor of its own for its update. They lie in pools lora_A [groups, rank, k]
+// and lora_B [groups, n, rank], of which a group may use fewer ranks, or are a pair of matrices each.
 struct Adapters {
-  Tensor lora_A, lora_B;
+  std::vector<Tensor> lora_A, lora_B;  // one pool, or a matrix for each group
   double scaling;
   std::vector<int64_t> ranks = {};
   std::vector<float> scalings = {};
   std::optional<Dropout> dropout = {};
 
-  int64_t groups() const { return lora_A.size(0); }
-  int64_t n() const { return lora_B.size(1); }
-  int64_t k() const { return lora_A.size(2); }
-  int64_t rank() const { return lora_A.size(1); }
+  bool pooled() const { return lora_A[0].dim() == 3; }
+  int64_t groups() const { return pooled() ? lora_A[0].size(0) : static_cast<int64_t>(lora_A.size()); }
+  int64_t n() const { return lora_B[0].size(lora_B[0].dim() - 2); }
+  int64_t k() const { return lora_A[0].size(lora_A[0].dim() - 1); }
+  int64_t rank() const { return pooled() ? lora_A[0].size(1) : *std::max_element(ranks.begin(), ranks.end()); }
   int64_t rank(int64_t group) const { return ranks.empty() ? rank() : ranks[group]; }
   float alpha(int64_t group) const { return static_cast<float>(scaling) * (scalings.empty() ? 1.0f : scalings[group]); }
-  FloatMatrix a(int64_t group) const { return factor_of(lora_A, group, rank(group), k()); }
-  FloatMatrix b(int64_t group) const { return factor_of(lora_B, group, n(), rank(group)); }
+  FloatMatrix a(int64_t group) const { return of(lora_A, group, rank(group), k()); }
+  FloatMatrix b(int64_t group) const { return of(lora_B, group, n(), rank(group)); }
+
+  FloatMatrix of(const std::vector<Tensor>& factors, int64_t group, int64_t rows, int64_t columns) const {
+    return pooled() ? factor_of(factors[0], group * factors[0].stride(0), rows, columns)
+                    : factor_of(factors[group], 0, rows, columns);
+  }
 };
 
 // out [rows, rank] = rows · Wᵀ, W [rank, k] by its strides.
@@ -248,23 +247,35 @@ class PanelS {
   float* data_;
 };
 
-// Gradients of all adapters in fp32, of which each panel adds to a part of its own.
+// Gradients of all adapters in fp32. A group's first panel writes into them, others into parts of their own; both begin
+// with what `begin` clears. Groups without rows get zeros.
 class Gradients {
  public:
   Gradients(const Adapters& adapters, const Panels& panels, const Tensor& x, bool need_A, bool need_B)
-      : panels_(panels),
-        grad_A(zeros(x, need_A ? adapters.groups() : 0, adapters.rank(), adapters.k())),
-        grad_B(zeros(x, need_B ? adapters.groups() : 0, adapters.n(), adapters.rank())),
+      : grad_A(new_empty_as(x, {need_A ? adapters.groups() : 0, adapters.rank(), adapters.k()}, ScalarType::Float)),
+        grad_B(new_empty_as(x, {need_B ? adapters.groups() : 0, adapters.n(), adapters.rank()}, ScalarType::Float)),
+        panels_(panels),
         size_A_(need_A ? adapters.rank() * adapters.k() : 0),
         size_B_(need_B ? adapters.rank() * adapters.n() : 0),
-        parts_(panels.parts * (size_A_ + size_B_)) {}
-
-  float* a(const Panel& p) {
-    return p.part == 0 ? mutable_floats(grad_A) + p.group * size_A_ : parts_.data() + (p.part - 1) * size_A_;
+        all_A_(mutable_floats(grad_A)),
+        all_B_(mutable_floats(grad_B)),
+        parts_(new float[panels.parts * (size_A_ + size_B_)]) {
+    std::vector<bool> has_rows(adapters.groups());
+    for (const Panel& p : panels.all) has_rows[p.group] = true;
+    for (int64_t group = 0; group < adapters.groups(); ++group) {
+      if (!has_rows[group]) begin({group, 0, 0, 0});
+    }
   }
+
+  void begin(const Panel& p) {
+    memset(a(p), 0, sizeof(float) * size_A_);
+    memset(b(p), 0, sizeof(float) * size_B_);
+  }
+
+  float* a(const Panel& p) { return p.part == 0 ? all_A_ + p.group * size_A_ : parts_.get() + (p.part - 1) * size_A_; }
+
   float* b(const Panel& p) {
-    return p.part == 0 ? mutable_floats(grad_B) + p.group * size_B_
-                       : parts_.data() + panels_.parts * size_A_ + (p.part - 1) * size_B_;
+    return p.part == 0 ? all_B_ + p.group * size_B_ : parts_.get() + panels_.parts * size_A_ + (p.part - 1) * size_B_;
   }
 
   // Adds the parts, in order.
@@ -277,25 +288,17 @@ class Gradients {
     }
   }
 
- private:
-  static Tensor zeros(const Tensor& x, int64_t groups, int64_t rows, int64_t columns) {
-    Tensor t = new_empty_as(x, {groups, rows, columns}, ScalarType::Float);
-    torch::stable::zero_(t);
-    return t;
-  }
+  Tensor grad_A, grad_B;
 
+ private:
   static void add(float* __restrict to, const float* __restrict from, int64_t size) {
     for (int64_t i = 0; i < size; ++i) to[i] += from[i];
   }
 
   const Panels& panels_;
-
- public:
-  Tensor grad_A, grad_B;
-
- private:
   int64_t size_A_, size_B_;
-  std::vector<float> parts_;
+  float *all_A_, *all_B_;
+  std::unique_ptr<float[]> parts_;
 };
 
 // The branch's part of a panel's gradients. `grad_x`, unless it is null, holds grad_y W in the panel's rows, or gets it
@@ -305,6 +308,7 @@ inline void add_panel_gradients(const Adapters& adapters, const Panel& p, const 
                                 Gradients& grads, bool need_A, bool need_B) {
   const int64_t rank = adapters.rank(p.group), n = adapters.n(), k = adapters.k();
   const float alpha = adapters.alpha(p.group);
+  grads.begin(p);
   const PanelRows from(grad_y, ids);
   const FloatMatrix grad = from.get(p, n);
   if (need_B) {

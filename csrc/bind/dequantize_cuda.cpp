@@ -2,10 +2,7 @@
 #include <string>
 #include <vector>
 
-#include "../launch/dequantize.h"
-#include "cuda_device.h"
-#include "packed_parts.h"
-#include "rows.h"
+#include "decode.h"
 
 namespace lk {
 namespace {
@@ -17,10 +14,7 @@ Tensor dequantize(std::vector<Tensor> weight, std::string layout, int64_t n, int
                   "dtype must be float32, bfloat16 or float16");
   const CudaCall call(weight[0]);
   const Tensor out = new_empty_as(weight[0], {n, k}, dtype);
-  const bool aligned = reinterpret_cast<uintptr_t>(packed.data) % kChunkBytes == 0;
-  check_cuda(launch_dequantize({.weight = packed, .type = float_type(out), .out = out.mutable_data_ptr()},
-                               dequantize_config(packed, aligned), call.stream),
-             "dequantize");
+  decode(packed, rows_of(packed, 0, n), out, call.stream);
   return out;
 }
 

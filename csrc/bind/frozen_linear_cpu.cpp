@@ -11,20 +11,9 @@
 namespace lk {
 namespace {
 
-Tensor frozen_decode(const Tensor& rows, const Tensor& w, const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(is_fp32(rows), "the decode schedule serves fp32");
-  const Tensor weight = w.stride(1) == 1 ? w : torch::stable::contiguous(w);
-  const Tensor y = new_empty_as(rows, {rows.size(0), weight.size(0)});
-  const std::optional<Tensor> bias_row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
-  LoraDecodeParams p = decode_params(rows, weight, mutable_floats(y));
-  p.bias = bias_row ? floats(*bias_row) : nullptr;
-  run_decode(p);
-  return y;
-}
-
 Tensor frozen_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string schedule) {
   check_frozen_linear(x, weight, bias);
-  if (schedule == "decode") return with_leading_sizes_of(frozen_decode(as_rows(x), weight, bias), x);
+  if (schedule == "decode") return with_leading_sizes_of(decode_product(as_rows(x), weight, bias), x);
   return base_forward(x, PlainMatrix(weight), bias, schedule);
 }
 

@@ -1,7 +1,7 @@
 // grouped_lora_linear and its backward on the CPU. A shared weight's product is one over all rows, by the schedules of
-// cpu_gemm.h, and the branch is computed in panels (cpu_groups.h). Weights of the groups' own are multiplied group by
-// group: fp32 in panels, too, each with the vendor's product of its rows, "spread" over threads where the schedule says
-// so; other dtypes as lora_linear does.
+// cpu_gemm.h, and the branch is computed in panels (cpu_groups.h). Weights of the groups' own are multiplied in panels,
+// too, each with the vendor's product of its rows, "spread" over threads where the schedule says so; 16 bits that are
+// not, group by group as lora_linear multiplies them.
 #include <string>
 #include <tuple>
 
@@ -33,7 +33,8 @@ std::vector<int64_t> ends_of(const Tensor& offsets, int64_t rows) {
   int64_t last = 0;
   for (size_t g = 0; g < ends.size(); ++g) {
     ends[g] = data[static_cast<int64_t>(g) * offsets.stride(0)];
-    STD_TORCH_CHECK(ends[g] >= last && ends[g] <= rows, "offsets must not decrease, nor exceed x's rows");
+    STD_TORCH_CHECK(ends[g] >= last && ends[g] <= rows,
+                    "offsets must be ends that do not decrease, nor exceed x's rows");
     last = ends[g];
   }
   return ends;
@@ -105,21 +106,27 @@ void decode_panel(const Tensor& y, const Tensor& s, const Tensor& x, const Tenso
   run_decode(d);
 }
 
-// The factors of the groups that have rows, with unit column stride. PEFT keeps lora_B with the groups fastest: a row
-// of all groups is read at a time.
+// The factors of the groups that have rows, with unit column stride; copies are fp32. PEFT keeps lora_B with the groups
+// fastest: a row of all groups is read at a time.
 Tensor by_rows(const Tensor& pool, const Panels& panels) {
   const int64_t rows = pool.size(1), columns = pool.size(2);
-  if (pool.stride(2) == 1 || !is_fp32(pool)) return pool;
-  const Tensor out = new_empty_as(pool, {pool.size(0), rows, columns});
-  torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      for (const Panel& p : panels.all) {
-        if (p.part != 0) continue;
-        const float* from = floats(pool) + p.group * pool.stride(0) + i * pool.stride(1);
-        float* to = mutable_floats(out) + (p.group * rows + i) * columns;
-        for (int64_t c = 0; c < columns; ++c) to[c] = from[c * pool.stride(2)];
+  if (pool.stride(2) == 1) return pool;
+  const int64_t of_group = pool.stride(0), of_row = pool.stride(1), of_column = pool.stride(2);
+  const Tensor out = new_empty_as(pool, {pool.size(0), rows, columns}, ScalarType::Float);
+  const void* const data = pool.const_data_ptr();
+  float* const to = mutable_floats(out);
+  cpu::with_float_type(float_type(pool), [&](auto zero) {
+    const auto* from = static_cast<const decltype(zero)*>(data);
+    torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (const Panel& p : panels.all) {
+          if (p.part != 0) continue;
+          const auto* from_row = from + p.group * of_group + i * of_row;
+          float* to_row = to + (p.group * rows + i) * columns;
+          for (int64_t c = 0; c < columns; ++c) to_row[c] = cpu::to_float(from_row[c * of_column]);
+        }
       }
-    }
+    });
   });
   return out;
 }
@@ -151,8 +158,8 @@ void forward_each(const Tensor& y, const Tensor& s, const Tensor& x, const Tenso
   for (const Panel& p : panels.all) {
     const Tensor w = of_group(weight, p.group);
     const auto [y_rows, s_rows] =
-        lora_forward(row_block(x, p.begin, p.end), PlainMatrix(w), of_group(adapters.lora_A, p.group),
-                     of_group(adapters.lora_B, p.group), bias_of(bias, p.group), seed, adapters.scaling, dropout_p,
+        lora_forward(row_block(x, p.begin, p.end), PlainMatrix(w), of_group(adapters.lora_A[0], p.group),
+                     of_group(adapters.lora_B[0], p.group), bias_of(bias, p.group), seed, adapters.scaling, dropout_p,
                      schedule, p.begin);
     put(y, p, y_rows);
     put(s, p, s_rows);
@@ -168,7 +175,7 @@ void forward_panels(const Tensor& y, const Tensor& s, const Tensor& x, const Ten
     std::optional<PanelProduct> product;
     if (weight != nullptr) {
       const Tensor w = of_group(*weight, p.group);
-      if (p.rows() <= kFewRows && w.stride(1) == 1 && !adapters.dropout) {
+      if (p.rows() <= kFewRows && is_fp32(x) && w.stride(1) == 1 && !adapters.dropout) {
         decode_panel(y, s, x, w, adapters.a(p.group), b, biases.of(p.group), adapters.alpha(p.group), p);
         return;
       }
@@ -188,7 +195,7 @@ std::tuple<Tensor, Tensor> grouped_lora_linear(Tensor x, Tensor weight, Tensor l
   const std::vector<int64_t> ends = ends_of(offsets, rows.size(0));
   const Panels panels = panels_of(ends, is_spread(schedule));
   const std::string product = product_of(schedule);
-  Adapters adapters{by_rows(lora_A, panels), by_rows(lora_B, panels), scaling};
+  Adapters adapters{{by_rows(lora_A, panels)}, {by_rows(lora_B, panels)}, scaling};
   if (seed) adapters.dropout = read_dropout(*seed, dropout_p);
 
   std::optional<Tensor> y;
@@ -198,7 +205,7 @@ std::tuple<Tensor, Tensor> grouped_lora_linear(Tensor x, Tensor weight, Tensor l
     forward_panels(*y, s, rows, nullptr, adapters, one ? std::nullopt : bias, panels, false);
   } else {
     y = new_empty_as(x, {rows.size(0), lora_B.size(1)});
-    if (is_fp32(x)) {
+    if (is_fp32(x) || is_spread(schedule)) {
       forward_panels(*y, s, rows, &weight, adapters, bias, panels, product == "onednn");
     } else {
       forward_each(*y, s, rows, weight, adapters, bias, seed, dropout_p, panels, product);
@@ -216,16 +223,16 @@ Gradient backward_each(const Tensor& grad_y, const Tensor& x, const Tensor& s, c
                        bool need_A, bool need_B, const Panels& panels, const std::string& schedule) {
   const int64_t m = x.size(0), groups = adapters.groups(), rank = adapters.rank(), n = adapters.n(), k = adapters.k();
   const Tensor grad_x = new_empty_as(x, {need_x ? m : 0, k});
-  Tensor grad_A = new_empty_as(adapters.lora_A, {need_A ? groups : 0, rank, k});
-  Tensor grad_B = new_empty_as(adapters.lora_B, {need_B ? groups : 0, n, rank});
+  Tensor grad_A = new_empty_as(adapters.lora_A[0], {need_A ? groups : 0, rank, k});
+  Tensor grad_B = new_empty_as(adapters.lora_B[0], {need_B ? groups : 0, n, rank});
   torch::stable::zero_(grad_A);
   torch::stable::zero_(grad_B);
   for (const Panel& p : panels.all) {
     const Tensor w = of_group(weight, p.group);
     const auto [of_x, of_A, of_B] =
         lora_backward(row_block(grad_y, p.begin, p.end), row_block(x, p.begin, p.end), row_block(s, p.begin, p.end),
-                      PlainMatrix(w), of_group(adapters.lora_A, p.group), of_group(adapters.lora_B, p.group), seed,
-                      adapters.scaling, dropout_p, need_x, need_A, need_B, schedule, p.begin);
+                      PlainMatrix(w), of_group(adapters.lora_A[0], p.group), of_group(adapters.lora_B[0], p.group),
+                      seed, adapters.scaling, dropout_p, need_x, need_A, need_B, schedule, p.begin);
     if (need_x) put(grad_x, p, of_x);
     Tensor a = of_group(grad_A, p.group), b = of_group(grad_B, p.group);
     if (need_A) torch::stable::copy_(a, of_A);
@@ -250,7 +257,7 @@ Gradient backward_panels(const Tensor& grad_y, const Tensor& x, const Tensor& s,
                         grads, need_A, need_B);
   });
   grads.sum();
-  return {grad_x, cast(grads.grad_A, adapters.lora_A.scalar_type()), cast(grads.grad_B, adapters.lora_B.scalar_type())};
+  return {grad_x, grads.grad_A, grads.grad_B};
 }
 
 Gradient grouped_lora_linear_backward(Tensor grad_y, Tensor x, Tensor s, Tensor weight, Tensor lora_A, Tensor lora_B,
@@ -261,16 +268,17 @@ Gradient grouped_lora_linear_backward(Tensor grad_y, Tensor x, Tensor s, Tensor 
   const std::vector<int64_t> ends = ends_of(offsets, x_rows.size(0));
   const Panels panels = panels_of(ends, is_spread(schedule));
   const std::string product = product_of(schedule);
-  Adapters adapters{by_rows(lora_A, panels), by_rows(lora_B, panels), scaling};
+  Adapters adapters{{by_rows(lora_A, panels)}, {by_rows(lora_B, panels)}, scaling};
   if (seed) adapters.dropout = read_dropout(*seed, dropout_p);
   const auto [grad_x, grad_A, grad_B] =
-      weight.dim() == 2 || is_fp32(x)
+      weight.dim() == 2 || is_fp32(x) || is_spread(schedule)
           ? backward_panels(grad_rows, x_rows, s_rows, weight, adapters, need_x, need_A, need_B, panels, product)
           : backward_each(grad_rows, x_rows, s_rows, weight, adapters, seed, dropout_p, need_x, need_A, need_B, panels,
                           product);
   if (need_x) clear_rows_from(grad_x, ends.back());
-  return {need_x ? grad_x : new_empty_as(x, {0}), need_A ? grad_A : new_empty_as(lora_A, {0}),
-          need_B ? grad_B : new_empty_as(lora_B, {0})};
+  return {need_x ? grad_x : new_empty_as(x, {0}),
+          need_A ? cast(grad_A, lora_A.scalar_type()) : new_empty_as(lora_A, {0}),
+          need_B ? cast(grad_B, lora_B.scalar_type()) : new_empty_as(lora_B, {0})};
 }
 
 }  // namespace

@@ -1,70 +1,10 @@
-// lora_linear and its gradients on CUDA: tensors to a problem (lora_problem.h), its workspace, the launches.
-#include <stdexcept>
-#include <string>
-#include <tuple>
-
-#include "../launch/lora_linear.h"
-#include "../launch/lora_problem.h"
-#include "aten.h"
-#include "cuda_counters.h"
-#include "lora_checks.h"
-#include "lora_rows.h"
-#include "rows.h"
-#include "vendor_products.h"
+// lora_linear and its gradients on CUDA.
+#include "lora_call.h"
 
 namespace lk {
 namespace {
 
-MatrixRef ref_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.size(0), t.size(1), float_type(t)}; }
-
-OutputRef output_of(const Tensor& t, int64_t stride) { return {t.mutable_data_ptr(), stride}; }
-
-// Whether w is the transpose of a matrix in rows, as transformers' Conv1D holds it. BLAS counts strides in 32 bits.
-bool in_columns(const Tensor& w) {
-  return w.stride(1) != 1 && w.stride(0) == 1 && w.stride(1) >= w.size(0) && w.stride(1) <= INT32_MAX;
-}
-
-// The operands of a call as the kernels read them. What had to be copied lives as long as this.
-struct Operands {
-  const Tensor x, w, a, b;
-  const std::optional<Tensor> bias;
-  const LoraProblem problem;
-
-  Operands(const Tensor& x_, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-           const std::optional<Tensor>& bias_, const std::optional<Tensor>& seed, double scaling, double dropout_p)
-      : x(matrix_of(x_)),
-        w(in_columns(weight) ? weight : matrix_of(weight)),
-        a(adapter_rows(lora_A, x_)),
-        b(adapter_rows(lora_B, x_)),
-        bias(bias_ ? std::optional(torch::stable::contiguous(*bias_)) : std::nullopt),
-        problem{.x = ref_of(x),
-                .w = ref_of(w),
-                .a = ref_of(a),
-                .b = ref_of(b),
-                .bias = bias ? bias->const_data_ptr() : nullptr,
-                .scaling = static_cast<float>(scaling),
-                .seed = seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr,
-                .dropout_p = dropout_p,
-                .w_in_columns = in_columns(weight)} {}
-};
-
-void check_type(const Tensor& x) {
-  if (float_type(x) == FloatType::kFloat64) {
-    throw std::runtime_error("lora_linear: the CUDA kernels serve bfloat16, float16 and, in tf32, float32");
-  }
-}
-
-// Workspace of a launch that may need none.
-class Floats {
- public:
-  Floats(const Tensor& like, int64_t count) {
-    if (count > 0) memory_ = new_empty_as(like, {count}, ScalarType::Float);
-  }
-  float* data() const { return memory_ ? static_cast<float*>(memory_->mutable_data_ptr()) : nullptr; }
-
- private:
-  std::optional<Tensor> memory_;
-};
+Tensor weight_rows(const Tensor& weight) { return in_columns(weight) ? weight : matrix_of(weight); }
 
 std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,
                                        std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
@@ -72,28 +12,10 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
   check_lora_linear(x, weight, lora_A, lora_B, bias, seed);
   check_type(x);
   const CudaCall call(x);
-  const Operands operands(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p);
-  const LoraProblem& problem = operands.problem;
-  const int64_t m = problem.m(), n = problem.n();
-  const Tensor y = new_empty_as(x, {m, n}), s = new_empty_as(x, {m, problem.rank()});
-  const LoraForwardConfig config = lora_forward_config(problem, device_limits(call.device), wanted(schedule));
-  if (m > 0) {
-    if (config.vendor_makes_s) product(s, operands.x, transposed(cast(operands.a, x.scalar_type())));
-    const Counters counters(x, call, config.launch.counters);
-    const Floats partials(x, config.launch.partials);
-    const LoraWorkspace workspace{.counters = counters.data(), .partials = partials.data()};
-    const cudaError_t error = with_element(problem.x.type, [&]<class Element>(std::type_identity<Element>) {
-      for (const LoraLinearConfig* which : {&config.launch, &config.expand}) {
-        const LoraLinearParams p = forward_params(problem, output_of(y, n), s.mutable_data_ptr(), *which, workspace);
-        const cudaError_t error = launch_lora_linear<Element>(p, *which, call.stream);
-        if (error != cudaSuccess) return error;
-      }
-      return cudaSuccess;
-    });
-    check_cuda(error, "lora_linear");
-    if (config.cublas.yes) accumulate_product(y, operands.x, transposed(operands.w));
-  }
-  return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
+  const Tensor w = weight_rows(weight);
+  const Operands operands(x, ref_of(w), in_columns(weight), lora_A, lora_B, bias, seed, scaling, dropout_p);
+  return lora_forward(x, operands, call, wanted(schedule),
+                      [&](const Tensor& y) { accumulate_product(y, operands.x, transposed(w)); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x, Tensor s, Tensor weight, Tensor lora_A,
@@ -103,56 +25,10 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
   check_lora_linear_backward(grad_y, x, s, weight, lora_A, lora_B, seed);
   check_type(x);
   const CudaCall call(x);
-  const Tensor gy = matrix_of(grad_y), saved_s = torch::stable::contiguous(as_rows(s));
-  const Operands operands(x, weight, lora_A, lora_B, std::nullopt, seed, scaling, dropout_p);
-  const LoraBackwardProblem problem{.forward = operands.problem,
-                                    .grad_y = ref_of(gy),
-                                    .s = ref_of(saved_s),
-                                    .need_x = need_x,
-                                    .need_a = need_A,
-                                    .need_b = need_B};
-  const int64_t m = problem.forward.m(), k = problem.forward.k(), n = problem.forward.n(),
-                rank = problem.forward.rank();
-  const ScalarType grad_type = is_fp32(lora_A) ? ScalarType::Float : x.scalar_type();
-  const auto gradient = [&](bool need, int64_t size0, int64_t size1, ScalarType type) {
-    return need ? new_empty_as(x, {size0, size1}, type) : new_empty_as(x, {0}, type);
-  };
-  const Tensor grad_x = gradient(need_x, m, k, x.scalar_type());
-  const Tensor grad_a = gradient(need_A, rank, k, grad_type), grad_b = gradient(need_B, n, rank, grad_type);
-  const auto result = [&] {
-    return std::make_tuple(need_x ? with_leading_sizes_of(grad_x, x) : grad_x, cast(grad_a, lora_A.scalar_type()),
-                           cast(grad_b, lora_B.scalar_type()));
-  };
-  if (m == 0) {
-    for (const Tensor* t : {&grad_a, &grad_b}) {
-      const size_t bytes = t->numel() * t->element_size();
-      if (bytes > 0) check_cuda(cudaMemsetAsync(t->mutable_data_ptr(), 0, bytes, call.stream), "cudaMemsetAsync");
-    }
-    return result();
-  }
-
-  const LoraBackwardConfig config = lora_backward_config(problem, device_limits(call.device), wanted(schedule));
-  const Counters counters(x, call, config.grad_x.counters + config.grads.counters);
-  const Tensor grad_s = new_empty_as(x, {m, rank});
-  if (config.vendor_makes_s) product(grad_s, gy, cast(operands.b, x.scalar_type()));
-  const Floats parts_of_grad_b(x, config.partial_grad_b), partials(x, config.grads.partials);
-  const LoraBackwardWorkspace workspace{.counters = counters.data(),
-                                        .grad_s = grad_s.mutable_data_ptr(),
-                                        .partial_grad_b = parts_of_grad_b.data(),
-                                        .partials = partials.data()};
-  const LoraGradsParams g = grads_params(problem, need_A ? grad_a.mutable_data_ptr() : nullptr,
-                                         need_B ? grad_b.mutable_data_ptr() : nullptr, config, workspace);
-  const cudaError_t error = with_element(problem.forward.x.type, [&]<class Element>(std::type_identity<Element>) {
-    for (const LoraLinearConfig* which : {&config.grad_x, &config.expand}) {
-      const LoraLinearParams p = grad_x_params(problem, output_of(grad_x, k), *which, config, workspace);
-      const cudaError_t error = launch_lora_grad_x<Element>(p, *which, call.stream);
-      if (error != cudaSuccess) return error;
-    }
-    return launch_lora_grads<Element>(g, config.grads, call.stream);
-  });
-  check_cuda(error, "lora_linear_backward");
-  if (need_x && config.cublas.yes) accumulate_product(grad_x, gy, operands.w);
-  return result();
+  const Tensor gy = matrix_of(grad_y), w = weight_rows(weight);
+  const Operands operands(x, ref_of(w), in_columns(weight), lora_A, lora_B, std::nullopt, seed, scaling, dropout_p);
+  return lora_backward(x, lora_A, gy, s, operands, need_x, need_A, need_B, call, wanted(schedule),
+                       [&](const Tensor& grad_x) { accumulate_product(grad_x, gy, w); });
 }
 
 }  // namespace

@@ -25,11 +25,51 @@ int64_t packed_width(int64_t rank) { return round_up(rank, kLanes); }
 
 int64_t packed_size(int64_t rank, int64_t k) { return k * packed_width(rank); }
 
+// rows[i][j] becomes rows[j][i], by exchanging ever smaller quarters.
+template <int kStep>
+LK_ALWAYS_INLINE inline void transpose_lanes(VecF (&rows)[kLanes]) {
+  VecU upper, lower;
+  for (int i = 0; i < kLanes; ++i) {
+    upper[i] = (i & kStep) != 0 ? kLanes + i - kStep : i;
+    lower[i] = (i & kStep) != 0 ? kLanes + i : i + kStep;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & kStep) != 0) continue;
+    const VecF a = rows[i], b = rows[i + kStep];
+    rows[i] = shuffle(a, b, upper);
+    rows[i + kStep] = shuffle(a, b, lower);
+  }
+  if constexpr (kStep > 1) transpose_lanes<kStep / 2>(rows);
+}
+
+// Rows of W that lie in one piece each, in squares of whole vectors; what is left over goes by the element.
+void pack_rows(const float* w, int64_t stride, int64_t rank, int64_t k, float* packed) {
+  const int64_t width = packed_width(rank), whole = k / kLanes * kLanes;
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const int64_t valid = smaller(kLanes, rank - j);
+    for (int64_t c = 0; c < whole; c += kLanes) {
+      VecF rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) rows[i] = i < valid ? load(w + (j + i) * stride + c) : VecF{};
+      transpose_lanes<kLanes / 2>(rows);
+      for (int i = 0; i < kLanes; ++i) store(packed + (c + i) * width + j, rows[i]);
+    }
+    for (int64_t c = whole; c < k; ++c) {
+      for (int64_t i = 0; i < kLanes; ++i) packed[c * width + j + i] = i < valid ? w[(j + i) * stride + c] : 0.0f;
+    }
+  }
+}
+
 void pack_transposed(const float* w, int64_t stride_j, int64_t stride_c, int64_t rank, int64_t k, float* packed) {
+  if (stride_c == 1) return pack_rows(w, stride_j, rank, k, packed);
   const int64_t width = packed_width(rank);
   for (int64_t c = 0; c < k; ++c) {
-    for (int64_t j = 0; j < rank; ++j) packed[c * width + j] = w[j * stride_j + c * stride_c];
-    for (int64_t j = rank; j < width; ++j) packed[c * width + j] = 0.0f;
+    float* const row = packed + c * width;
+    if (stride_j == 1) {
+      memcpy(row, w + c * stride_c, sizeof(float) * rank);
+    } else {
+      for (int64_t j = 0; j < rank; ++j) row[j] = w[j * stride_j + c * stride_c];
+    }
+    for (int64_t j = rank; j < width; ++j) row[j] = 0.0f;
   }
 }
 
@@ -276,9 +316,17 @@ void lora_grad(const LoraGradParams& p, float* scratch, int64_t begin, int64_t e
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t k0 = tile * kColumns;
     const float* grad_tile = grad_tiles + (tile - begin) * tile_size;
-    for (int64_t c = 0; c < smaller(kColumns, p.k - k0); ++c) {
+    const int64_t valid = smaller(kColumns, p.k - k0);
+    const auto add = [&](int64_t j, int64_t c) {
+      p.grad[j * p.grad_stride_j + (k0 + c) * p.grad_stride_c] += p.alpha * grad_tile[j * kColumns + c];
+    };
+    if (p.grad_stride_c == 1) {
       for (int64_t j = 0; j < p.rank; ++j) {
-        p.grad[j * p.grad_stride_j + (k0 + c) * p.grad_stride_c] += p.alpha * grad_tile[j * kColumns + c];
+        for (int64_t c = 0; c < valid; ++c) add(j, c);
+      }
+    } else {
+      for (int64_t c = 0; c < valid; ++c) {
+        for (int64_t j = 0; j < p.rank; ++j) add(j, c);
       }
     }
   }

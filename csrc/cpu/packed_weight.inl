@@ -56,9 +56,11 @@ inline void sum_four(const VecF* v, float* out) {
 
 // ------------------------------------------------------------------------------------------------- scales
 
-// Of row n, the first.
-inline int64_t first_scale(const PackedWeight& w, int64_t n) {
-  return n / w.rows_per_scale * ((w.k + w.block - 1) / w.block);
+inline int64_t scales_of_row(const PackedWeight& w) { return (w.k + w.block - 1) / w.block; }
+
+// Of row n, the first. A division takes as long as a block of weights.
+inline int64_t first_scale(const PackedWeight& w, int64_t n, int64_t per_row) {
+  return (w.rows_per_scale == 1 ? n : n / w.rows_per_scale) * per_row;
 }
 
 inline float scale_of(const PackedWeight& w, int64_t scale) {
@@ -93,7 +95,7 @@ template <class Layout, FloatType kRounding, class Out>
 void unpack_columns(const PackedWeight& w, int64_t n, int64_t begin, int64_t end, void* out) {
   constexpr int64_t kRunBytes = kRun * Layout::kBits / 8;
   const Layout layout(w);
-  int64_t scale = first_scale(w, n) + begin / w.block, block_end = begin - begin % w.block;
+  int64_t scale = first_scale(w, n, scales_of_row(w)) + begin / w.block, block_end = begin - begin % w.block;
   const uint8_t* bytes = w.data + (n * w.k + begin) * Layout::kBits / 8;
   Out* to = static_cast<Out*>(out);
   for (int64_t c = begin; c < end; ++scale) {
@@ -149,22 +151,31 @@ void arrange_x(const PackedWeight& w, const float* x, float* arranged) {
   });
 }
 
-// A part of a row of W: `depth` columns, of which the first `lead` have the first scale, and then `block` each the
-// next.
+// A part of the columns of W: `depth` columns, of which the first `lead` have the first scale, and then `block` each
+// the next. What is the same in every row is reckoned once.
 struct RowPart {
-  const uint8_t* bytes;
-  const float* scales;
   int64_t depth, lead, block;
+  int64_t first_scale, scales;  // of a row's
+  int64_t pairs_of_block;       // of runs, where all blocks are whole pairs of them; else 0
+
+  RowPart(const PackedWeight& w, int64_t begin, int64_t columns)
+      : depth(columns),
+        lead(smaller(w.block - begin % w.block, columns)),
+        block(smaller(w.block, columns)),
+        first_scale(begin / w.block),
+        scales((begin + columns - 1) / w.block - first_scale + 1),
+        pairs_of_block(
+            block > 0 && lead == block && block % (2 * kRun) == 0 && columns % block == 0 ? block / (2 * kRun) : 0) {}
 };
 
 // Adds kRows rows of x times a part of a row of W to `sums`, lane by lane.
 template <class Layout, FloatType kRounding, int kRows>
-inline void decode_row(const Layout& layout, const RowPart& part, const float* x, int64_t x_stride, VecF* sums) {
+inline void decode_row(const Layout& layout, const RowPart& part, const uint8_t* bytes, const float* scale,
+                       const float* x, int64_t x_stride, VecF* sums) {
   using Run = typename Layout::template Run<kRounding, float>;
   constexpr int kChains = kRows == 1 ? 4 : 2;  // several chains hide more of an addition's latency than one
   constexpr int64_t kRunBytes = kRun * Layout::kBits / 8;
   VecF chains[kRows][kChains] = {}, total[kRows] = {};
-  const uint8_t* bytes = part.bytes;
   const auto add_run = [&](const Run& run, const uint8_t* from, int first) LK_ALWAYS_INLINE {
     run.in_any_order(from, [&](int v, VecF w) LK_ALWAYS_INLINE {
       for (int i = 0; i < kRows; ++i) {
@@ -189,11 +200,9 @@ inline void decode_row(const Layout& layout, const RowPart& part, const float* x
     }
   };
 
-  const float* scale = part.scales;
-  if (part.lead == part.block && part.block % (2 * kRun) == 0 && part.depth % part.block == 0) {
-    const int64_t pairs = part.block / (2 * kRun);
-    for (int64_t blocks = part.depth / part.block; blocks > 0; --blocks, ++scale) {
-      add_pairs(Run(layout, *scale), pairs);
+  if (part.pairs_of_block > 0) {
+    for (int64_t blocks = part.scales; blocks > 0; --blocks, ++scale) {
+      add_pairs(Run(layout, *scale), part.pairs_of_block);
       if constexpr (Run::kLacksScale) end_chains(broadcast(*scale));
     }
   } else {
@@ -226,22 +235,25 @@ void decode_rows(const PackedLinearParams& p, int64_t m, int64_t begin, int64_t 
   const PackedWeight& w = p.weight;
   const Layout layout(w);
   const float* x = static_cast<const float*>(p.x) + m * p.x_stride;
-  float scales[4][kDepth / kRun + 1 + kLanes];
+  const int64_t per_row = scales_of_row(w);
+  const RowPart whole(w, 0, smaller(kDepth, w.k));
+  constexpr int64_t kMostScales = kDepth / kRun + 1;
+  float scales[4 * kMostScales + kLanes];
   for (int64_t n0 = begin; n0 < end; n0 += 4) {
     const int64_t columns = smaller(4, end - n0);
     VecF sums[4][kRows] = {};
     for (int64_t k0 = 0; k0 < w.k; k0 += kDepth) {
-      const int64_t depth = smaller(kDepth, w.k - k0), first = k0 / w.block;
-      for (int64_t j = 0; j < columns; ++j) {
-        read_scales(w, first_scale(w, n0 + j) + first, (k0 + depth - 1) / w.block - first + 1, scales[j]);
+      const RowPart part = k0 == 0 ? whole : RowPart(w, k0, smaller(kDepth, w.k - k0));
+      const bool are_neighbours = part.scales == per_row && w.rows_per_scale == 1;
+      if (are_neighbours) read_scales(w, n0 * per_row, columns * per_row, scales);
+      for (int64_t j = 0; j < columns && !are_neighbours; ++j) {
+        const int64_t first = first_scale(w, n0 + j, per_row) + part.first_scale;
+        read_scales(w, first, part.scales, scales + j * part.scales);
       }
       for (int64_t j = 0; j < columns; ++j) {
-        const RowPart part{.bytes = w.data + ((n0 + j) * w.k + k0) * Layout::kBits / 8,
-                           .scales = scales[j],
-                           .depth = depth,
-                           .lead = smaller(w.block - k0 % w.block, depth),
-                           .block = smaller(w.block, depth)};
-        decode_row<Layout, kRounding, kRows>(layout, part, x + k0, p.x_stride, sums[j]);
+        const uint8_t* bytes = w.data + ((n0 + j) * w.k + k0) * Layout::kBits / 8;
+        decode_row<Layout, kRounding, kRows>(layout, part, bytes, scales + j * part.scales, x + k0, p.x_stride,
+                                             sums[j]);
       }
     }
     for (int64_t r = 0; r < p.rank; r += kLanes) {

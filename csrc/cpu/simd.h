@@ -46,6 +46,17 @@ inline void store(uint32_t* p, VecU v) { memcpy(p, &v, sizeof v); }
 inline VecF broadcast(float x) { return x - VecF{}; }
 inline VecU broadcast(uint32_t x) { return x + VecU{}; }
 
+// Lane i is lane from[i] of a, or from[i] - kLanes of b; `from` is known when this is compiled.
+LK_ALWAYS_INLINE inline VecF shuffle(VecF a, VecF b, VecU from) {
+#if defined(__clang__)
+  VecF out;
+  for (int i = 0; i < kLanes; ++i) out[i] = from[i] < kLanes ? a[from[i]] : b[from[i] - kLanes];
+  return out;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 inline VecF and_bits(VecF v, VecU bits) { return (VecF)((VecU)v & bits); }
 
 // Of all lanes, pairwise.

@@ -1,27 +1,14 @@
 // The CUDA binding of dequantize as it is, over CPU tensors and emulated launches: an op of
 // `lora_kernels_emulated_dequantize`. Test only.
-#include "../kernels/dequantize.cuh"
-#include "../launch/dequantize.h"
-#include "launch_over_torch.h"
-#include "packed_parts.h"
+#include "dequantize_launch.h"
+
+#define CUDA CPU
+#define lora_kernels_native lora_kernels_emulated_dequantize
+#include "../bind/dequantize_cuda.cpp"
+#undef CUDA
 
 namespace lk {
-
 namespace {
-
-// first_row: the first that memory is there for.
-cudaError_t launch_from(int64_t first_row, const DequantizeParams& p, const DequantizeConfig& config,
-                        cudaStream_t stream) {
-  Memory memory;
-  add_parts(memory, p.weight, first_row);
-  const int64_t first = first_row * p.weight.k, count = (p.weight.n - first_row) * p.weight.k;
-  memory.output(static_cast<char*>(p.out) + first * size_of(p.type), count * size_of(p.type));
-  const DequantizeKey key{p.weight.layout, p.type, config.aligned};
-  return with_variant(DequantizeVariants{}, key, [&]<class Kernel>(Kernel) {
-    return run<Kernel>(&dequantize_kernel<Kernel>, config.aligned, config.blocks - options.first_block, p, memory,
-                       stream);
-  });
-}
 
 // bf16 from parts at these addresses, as if there were `rows_before` rows of weights, and of scales, in front of them.
 void dequantize_behind(int64_t rows_before, const std::string& layout, bool aligned, uintptr_t data, uintptr_t scales,
@@ -38,25 +25,30 @@ void dequantize_behind(int64_t rows_before, const std::string& layout, bool alig
   w.block_rows = 1;
   w.block_columns = static_cast<int32_t>(columns);
   w.layout = packs_two ? PackedLayout::kCodes4 : PackedLayout::kE4M3;
-  const DequantizeParams p{.weight = w, .type = FloatType::kBFloat16, .out = reinterpret_cast<void*>(out - before * 2)};
-  const DequantizeConfig config = dequantize_config(w, aligned);
-  options = {.first_block = static_cast<int>(before / weights_per_block(w.layout, aligned))};
+  const WeightRuns runs = rows_of(w, 0, w.n);
+  const DequantizeParams p{
+      .weight = w, .runs = runs, .type = FloatType::kBFloat16, .out = reinterpret_cast<void*>(out - before * 2)};
+  const DequantizeConfig config = dequantize_config(w, runs, aligned);
+  const int64_t per_block = weights_at_once(w.layout, aligned) * (aligned ? kDequantizeWarps : kDequantizeThreads);
+  options = {.first_block = static_cast<int>(before / per_block)};
   launch_from(rows_before, p, config, nullptr);
   options = {};
 }
 
-}  // namespace
-
-cudaError_t launch_dequantize(const DequantizeParams& p, const DequantizeConfig& config, cudaStream_t stream) {
-  return launch_from(0, p, config, stream);
+// [rows of the runs, length] of a weight's runs.
+Tensor decode_runs(std::vector<Tensor> weight, std::string layout, int64_t n, int64_t k, int64_t block,
+                   ScalarType dtype, int64_t begin, int64_t end, bool columns) {
+  const PackedParts packed = packed_parts(weight, layout, n, k, block);
+  const WeightRuns runs = columns ? columns_of(packed, begin, end) : rows_of(packed, begin, end);
+  const Tensor out = new_empty_as(weight[0], {columns ? n : end - begin, columns ? end - begin : k}, dtype);
+  decode(packed, runs, out, emu::runtime.stream);
+  return out;
 }
 
-}  // namespace lk
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_emulated_dequantize, CPU, m) { m.impl("decode_runs", TORCH_BOX(&decode_runs)); }
 
-#define CUDA CPU
-#define lora_kernels_native lora_kernels_emulated_dequantize
-#include "../bind/dequantize_cuda.cpp"
-#undef CUDA
+}  // namespace
+}  // namespace lk
 
 // Where some of the parts are on another device than the others.
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_emulated_dequantize, Meta, m) {

@@ -1,12 +1,28 @@
-// The CUDA binding of lora_linear as it is, over CPU tensors and emulated launches: ops of `lora_kernels_emulated`.
-// Also the frozen product's kernel, and what the config says. Test only.
+// The CUDA bindings of lora_linear, also by slabs, as they are, over CPU tensors and emulated launches: ops of
+// `lora_kernels_emulated`. Also the frozen product's kernel, and what the config says. Test only.
 #include "../kernels/frozen_linear.cuh"
-#include "launch_over_torch.h"
+#include "dequantize_launch.h"
 #include "lora_linear_launches.h"
+
+namespace lk {
+
+inline std::vector<int64_t> allocations;  // elements of each, since the test last asked
+
+inline AOTITorchError counted_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                            int32_t device_type, int32_t device, AtenTensorHandle* out) {
+  int64_t elements = 1;
+  for (int64_t d = 0; d < dim; ++d) elements *= sizes[d];
+  allocations.push_back(elements);
+  return aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device, out);
+}
+
+}  // namespace lk
 
 #define CUDA CPU
 #define lora_kernels_native lora_kernels_emulated
+#define aoti_torch_empty_strided lk::counted_empty_strided
 #include "../bind/lora_linear_cuda.cpp"
+#include "../bind/lora_linear_slabs_cuda.cpp"
 
 namespace lk {
 namespace {
@@ -141,6 +157,7 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels_emulated, Meta, m) {
 }  // namespace lk
 
 #undef CUDA
+#undef aoti_torch_empty_strided
 
 PYBIND11_MODULE(_emu_lora_linear, m) {
   using lk::emu::runtime;
@@ -162,6 +179,15 @@ PYBIND11_MODULE(_emu_lora_linear, m) {
     pybind11::list all;
     for (const lk::LoraLaunch& launch : lk::lora_launches) all.append(lk::to_python(launch));
     lk::lora_launches.clear();
+    return all;
+  });
+  m.def("allocations", [] { return std::exchange(lk::allocations, {}); });
+  // (stream, first, count, length) of what dequantize has decoded since this was last called.
+  m.def("decoded", [] {
+    pybind11::list all;
+    for (const auto& [runs, stream] : lk::decoded_runs)
+      all.append(pybind11::make_tuple(reinterpret_cast<uintptr_t>(stream), runs.first, runs.count, runs.length));
+    lk::decoded_runs.clear();
     return all;
   });
   m.def("grad_s",

@@ -14,6 +14,19 @@ namespace lk {
 template <class Layout, class Element_, bool kAligned_>
 struct Dequantize;
 
+// The part of a run of weights that a warp or a thread has, `weights` of them at most, and where it goes.
+struct Share {
+  int64_t run, in_run, first, out;
+
+  LK_DEVICE Share(const WeightRuns& runs, int64_t index, int weights) {
+    const int64_t of_run = (runs.length + weights - 1) / weights;
+    run = index < of_run ? 0 : index / of_run;  // one run, mostly: nobody waits for a division of 64 bits
+    in_run = (index - run * of_run) * weights;
+    first = runs.first + run * runs.stride + in_run;
+    out = run * runs.length + in_run;
+  }
+};
+
 // A warp has kWarpPackedBytes neighbours, and its own part of shared memory: no barrier is the block's.
 //
 // Packed bytes come as they lie, 16 for a lane. Of these a lane cannot decode its own: the 16-byte stores of a warp's
@@ -28,16 +41,16 @@ struct Dequantize<Layout, Element_, true> {
 
   LK_DEVICE static void run(const DequantizeParams& p) {
     const PackedParts& w = p.weight;
-    const int64_t weights = static_cast<int64_t>(w.n) * w.k;
-    const int64_t first = (static_cast<int64_t>(block_index()) * kWarps + warp_index()) * kWarpWeights;
-    if (first >= weights) return;
+    const Share share(p.runs, static_cast<int64_t>(block_index()) * kWarps + warp_index(), kWarpWeights);
+    if (share.run >= p.runs.count) return;
+    const int64_t first = share.first, left = p.runs.length - share.in_run;
     const uint32_t lane = lane_index(), packed_smem = dynamic_shared() + warp_index() * kWarpBytes;
-    const int count = static_cast<int>(weights - first < kWarpWeights ? weights - first : kWarpWeights);
+    const int count = static_cast<int>(left < kWarpWeights ? left : kWarpWeights);
     copy_packed(packed_smem, w.data + first / kByteWeights, count / kByteWeights);
     typename Layout::Warp warp(w, packed_smem + kWarpPackedBytes, first, count);
     copy_async_wait<0>();
     sync_warp();
-    Bits* const out = static_cast<Bits*>(p.out) + first + lane * kGroup;
+    Bits* const out = static_cast<Bits*>(p.out) + share.out + lane * kGroup;
     LK_UNROLL
     for (int step = 0; step < kWarpWeights / (kWarp * kGroup); ++step) {
       const uint32_t i = (step * kWarp + lane) * kGroup;
@@ -89,14 +102,14 @@ struct Dequantize<Layout, Element_, false> {
 
   LK_DEVICE static void run(const DequantizeParams& p) {
     constexpr int kByteWeights = 8 / Layout::kBits;
-    const int64_t i = kByteWeights * (static_cast<int64_t>(block_index()) * kThreads + thread_index());
-    if (i >= static_cast<int64_t>(p.weight.n) * p.weight.k) return;
+    const Share share(p.runs, static_cast<int64_t>(block_index()) * kThreads + thread_index(), kByteWeights);
+    if (share.run >= p.runs.count) return;
     float weights[kByteWeights];
-    Layout::decode_byte(p.weight, i, weights);
+    Layout::decode_byte(p.weight, share.first, weights);
     LK_UNROLL
     for (int j = 0; j < kByteWeights; ++j) {
       const float f[1] = {weights[j]};
-      Elements<Element>::store(static_cast<typename Elements<Element>::Bits*>(p.out) + i + j, f);
+      Elements<Element>::store(static_cast<typename Elements<Element>::Bits*>(p.out) + share.out + j, f);
     }
   }
 };

@@ -13,9 +13,8 @@ namespace {
 struct DequantizeFields {
   using Params = DequantizeParams;
   static constexpr std::array kFields = {
-      LK_PACKED_WEIGHT_FIELDS,
-      LK_FIELD(type),
-      LK_FIELD(out),
+      LK_PACKED_WEIGHT_FIELDS, LK_FIELD(runs.first), LK_FIELD(runs.count), LK_FIELD(runs.length),
+      LK_FIELD(runs.stride),   LK_FIELD(type),       LK_FIELD(out),
   };
   static_assert(leaves_no_gap<Params>(kFields));
 };
@@ -43,7 +42,7 @@ PyObject* plan_dequantize(PyObject*, PyObject* args, PyObject* keywords) {
   weight.block = static_cast<int32_t>(block);
   weight.block_rows = 1;
   weight.layout = named->layout;
-  const DequantizeConfig config = dequantize_config(weight, aligned != 0);
+  const DequantizeConfig config = dequantize_config(weight, rows_of(weight, 0, n), aligned != 0);
   if (config.blocks > INT32_MAX) return too_many_tiles();
   return to_python({.schedule = named->name,
                     .reason = config.aligned ? "a lane copies packed bytes 16 at a time, and stores 16 bytes of weights"

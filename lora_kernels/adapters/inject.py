@@ -14,12 +14,13 @@ from torch import nn
 
 from .. import formats
 from ..formats.int8 import exact_in_eval
-from ..modules.base import check_adapter_dtype, check_hyperparameters, check_plain_linear, empty_adapter
+from ..modules.base import check_adapter_dtype, check_count, check_hyperparameters, check_plain_linear, empty_adapter
 from ..modules.lora import LoRALinear
-from ..modules.quantized import quantized_lora
+from ..modules.multi import MultiLoRALinear, empty_pools
+from ..modules.quantized import quantized_lora, why_no_packed_base
 from ..plain import is_parametrized, passed_by, why_no_base
 from ..reasons import Reason
-from ..report import FUSED, Report
+from ..report import FUSED, FUSED_POOL, Report
 from .wrappers import check_may_grow, unwrapped, wrapper_kinds
 
 ALL_LINEAR = "all-linear"
@@ -39,9 +40,11 @@ def inject(
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
     adapter_dtype: torch.dtype | None = None,
+    adapters: int | None = None,
 ) -> Report:
     """Turns the chosen linear layers of ``model`` into ``LoRALinear``, in place, and freezes the rest. They are
-    ``nn.Linear``, or keep a quantised weight in a format of ``lora_kernels.formats``.
+    ``nn.Linear``, or keep a quantised weight in a format of ``lora_kernels.formats``. With ``adapters`` they become
+    ``MultiLoRALinear``, whose samples each use one of so many adapters (``lk.route_adapters``).
 
     Choosing follows PEFT's ``LoraConfig``. Parameters, names and hooks of the layers stay; only ``lora_A``
     and ``lora_B`` are added. Nothing is changed if an error is raised. A pattern that chooses nothing while others do
@@ -60,6 +63,7 @@ def inject(
         layers_to_transform: indices of the layers to choose from; not with a string target_modules.
         layers_pattern: name of the list those indices count in ("layers"); by default the first numbered part
             of a name.
+        adapters: how many adapters each layer gets; None for one, as ``LoRALinear`` has it. Weights must be plain.
 
     Returns:
         The layers that were changed, and, for "all-linear", those left alone and why.
@@ -73,6 +77,8 @@ def inject(
             calling it.
     """
     check_adapter_dtype("inject", adapter_dtype)
+    if adapters is not None:
+        check_count("inject", "adapters", adapters)
     targets = Targets(
         target_modules, r, alpha, dict(rank_pattern or {}), dict(alpha_pattern or {}),
         exclude_modules, layers_to_transform, layers_pattern,
@@ -83,9 +89,13 @@ def inject(
         unmatched = list(targets.unmatched(bare, plan))
     for text in unmatched:
         warnings.warn(f"inject: {text}", UserWarning, stacklevel=2)
+    if adapters is not None:
+        _check_plain_weights(plan)
     # What may fail, which is to allocate, comes before the first change.
-    adapters = {
+    parameters = {
         name: empty_adapter(layer.weight, rank, layer.in_features, layer.out_features, adapter_dtype)
+        if adapters is None
+        else empty_pools(layer, adapters, rank, adapter_dtype)
         for name, (layer, rank, _) in plan.items()
     }
     model.requires_grad_(False)
@@ -93,10 +103,18 @@ def inject(
     for name, (layer, rank, scale) in plan.items():
         # The class is swapped, as in patch: other references to the layer and its hooks stay valid.
         is_packed = formats.from_module(layer) is not None
-        layer.__class__ = quantized_lora(type(layer)) if is_packed else LoRALinear
+        layer.__class__ = (
+            quantized_lora(type(layer)) if is_packed else LoRALinear if adapters is None else MultiLoRALinear
+        )
         exact_in_eval(layer, is_packed)
-        layer._adopt(layer.weight, layer.bias, adapters[name], rank, scale, dropout, use_rslora)
-    return Report([(name, FUSED) for name in plan], kept)
+        layer._adopt(layer.weight, layer.bias, parameters[name], rank, scale, dropout, use_rslora)
+    return Report([(name, FUSED if adapters is None else FUSED_POOL) for name in plan], kept)
+
+
+def _check_plain_weights(plan: Mapping[str, tuple[nn.Linear, int, float]]) -> None:
+    packed = next((name for name, (layer, *_) in plan.items() if formats.from_module(layer) is not None), None)
+    if packed is not None:
+        raise ValueError(f"inject: adapters needs plain weights, that of {packed} is quantised")
 
 
 @dataclass(frozen=True)
@@ -260,11 +278,7 @@ def _unserved(module: nn.Module, not_called: bool, shared: bool) -> str | None:
         return Reason.SHARED
     packed = formats.from_module(module)
     if packed is not None:
-        if "forward" in module.__dict__:
-            return Reason.INSTANCE_FORWARD
-        if module._parameters.get("weight") is None:
-            return Reason.DISPLACED
-        return packed if isinstance(packed, Reason) and packed is not Reason.INT8_EVAL else None
+        return why_no_packed_base(module, packed)
     try:
         check_plain_linear("", module)
     except TypeError:
@@ -284,5 +298,5 @@ def _check_no_adapters(op: str, model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, peft_model):
             raise ValueError(f"{op}: {name or 'the model'} is a PEFT model; use lk.patch for it")
-        if isinstance(module, (LoRALinear, peft_layer)):
+        if isinstance(module, (LoRALinear, MultiLoRALinear, peft_layer)):
             raise ValueError(f"{op}: the model already has an adapter, on {name or 'itself'}")

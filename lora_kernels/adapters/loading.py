@@ -26,7 +26,7 @@ from .models import (
     lora_layers,
     peft_slots,
 )
-from .slots import Slot, slots_of
+from .slots import Part, Slot, slots_of
 from .wrappers import check_may_grow, unwrapped, wrapper_kinds
 
 _OP = "load_adapter"
@@ -35,7 +35,7 @@ _PACKED = {getattr(torch, "float4_e2m1fn_x2", None)}
 """Floating point that torch converts to no other."""
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, adapter: int | None = None) -> None:
     """Loads an adapter that ``save_adapter`` or PEFT wrote.
 
     A plain model first gets ``LoRALinear`` layers as the file's config says (they train afterwards). A model
@@ -49,6 +49,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Args:
         model: a plain model, a model with ``LoRALinear`` layers, or a ``PeftModel``; also wrapped.
+        adapter: into which adapter of ``MultiLoRALinear`` layers, for a model that has those.
         directory: where the adapter is. Only safetensors files are read, never pickles.
 
     Raises:
@@ -64,27 +65,30 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         tensors = _read_tensors(weights_file, source / _PICKLE_FILE)
     kinds = wrapper_kinds(model)
     with unwrapped(model) as bare:
-        adapter = active_adapter(_OP, bare)
-        if adapter is not None:
-            _load_into_peft(bare, adapter, config, tensors, source)
+        active = active_adapter(_OP, bare)
+        if active is not None:
+            if adapter is not None:
+                raise ValueError(f"{_OP}: adapter is for models with MultiLoRALinear layers; use set_adapter")
+            _load_into_peft(bare, active, config, tensors, source)
             return
-        layers = lora_layers(_OP, bare)
+        layers = lora_layers(_OP, bare, adapter)
         refuse_more_than_lora(config, source / CONFIG_FILE)
         if not layers:
             check_may_grow(f"{_OP}: {source}", kinds)
-        _load_into_layers(bare, layers, config, tensors, source)
+        _load_into_layers(bare, layers, adapter, config, tensors, source)
 
 
 def _load_into_layers(
-    model: nn.Module, layers: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Path
-) -> None:
+    model: nn.Module, layers: Mapping[str, Any], number: int | None, config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor], source: Path,
+) -> None:  # fmt: skip
     targets, slots = targets_of(config, source / CONFIG_FILE), slots_of(model)
     if layers:
         _check_scaling({name: layer.scaling for name, layer in layers.items()}, config, source / CONFIG_FILE)
         merged = next((name for name, layer in layers.items() if layer.merged), None)
         if merged is not None:
             raise ValueError(f"{_OP}: {source}: {merged} is merged; unmerge it before loading")
-        own = layer_slots(f"{_OP}: {source}", slots, layers, writing=True)
+        own = layer_slots(f"{_OP}: {source}", slots, layers, number, writing=True)
         shapes = {key: slot.shape for key, slot in own.items()}
     else:
         try:
@@ -99,8 +103,8 @@ def _load_into_layers(
     beside = _prepare_embeddings(embeddings, shapes, tensors, source)
     if not layers:
         inject(model, **vars(targets), dropout=config["lora_dropout"], use_rslora=config["use_rslora"])
-        layers = lora_layers(_OP, model)
-        own = layer_slots(f"{_OP}: {source}", slots, layers, writing=True)
+        layers = lora_layers(_OP, model, None)
+        own = layer_slots(f"{_OP}: {source}", slots, layers, None, writing=True)
     _write(own, {key: slot.prepare(tensors[key]) for key, slot in own.items()})
     _write(embeddings, beside)
 
@@ -205,6 +209,6 @@ def _prepare_embeddings(
     return {key: slot.prepare(tensors[key]) for key, slot in slots.items()}
 
 
-def _write(slots: Mapping[str, Slot], prepared: Mapping[str, Tensor]) -> None:
+def _write(slots: Mapping[str, Slot | Part] | Mapping[str, Slot], prepared: Mapping[str, Tensor]) -> None:
     for key, slot in slots.items():
         slot.write(prepared[key])

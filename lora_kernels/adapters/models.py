@@ -10,7 +10,8 @@ from torch import nn
 
 from ..modules.embedding import LoRAEmbedding
 from ..modules.lora import LoRALinear
-from .slots import Slot, Slots
+from ..modules.multi import MultiLoRALinear
+from .slots import Part, Slot, Slots
 
 PREFIX = "base_model.model."
 PARTS = ("lora_A", "lora_B")
@@ -34,12 +35,29 @@ def active_adapter(op: str, model: nn.Module) -> str | None:
     return model.active_adapters[0]
 
 
-def lora_layers(op: str, model: nn.Module) -> dict[str, LoRALinear]:
-    """The ``LoRALinear`` layers of ``model`` by name."""
+Layer = LoRALinear | MultiLoRALinear
+
+
+def lora_layers(op: str, model: nn.Module, number: int | None) -> dict[str, Layer]:
+    """The ``LoRALinear`` layers of ``model`` by name, or those that have an adapter of this number among others."""
     embedding = next((name for name, module in model.named_modules() if isinstance(module, LoRAEmbedding)), None)
     if embedding is not None:
         raise ValueError(f"{op}: {embedding or 'the model'} is a LoRAEmbedding, which adapter files do not hold yet")
-    return {name: module for name, module in model.named_modules() if name and isinstance(module, LoRALinear)}
+    found: dict[str, Layer] = {
+        name: module
+        for name, module in model.named_modules()
+        if name and isinstance(module, (LoRALinear, MultiLoRALinear))
+    }
+    pools = {name: layer for name, layer in found.items() if isinstance(layer, MultiLoRALinear)}
+    if number is None and pools:
+        name, pool = next(iter(pools.items()))
+        raise ValueError(f"{op}: adapter must say which one, {name} has {pool.adapters}")
+    if number is not None and len(pools) < max(1, len(found)):
+        raise ValueError(f"{op}: adapter {number!r} is one of several, and layers of the model have one or none")
+    for name, pool in pools.items():
+        if not isinstance(number, int) or not 0 <= number < pool.adapters:
+            raise ValueError(f"{op}: adapter must be a number from 0 to {pool.adapters - 1} for {name}, got {number!r}")
+    return found
 
 
 def key_of(layer: str, part: str) -> str:
@@ -47,17 +65,23 @@ def key_of(layer: str, part: str) -> str:
     return f"{PREFIX}{layer}.{part}.weight"
 
 
-def layer_slots(op: str, model: Slots, layers: Mapping[str, LoRALinear], *, writing: bool) -> dict[str, Slot]:
-    """``{file key: slot}`` of all tensors of these layers' adapters.
+def layer_slots(
+    op: str, model: Slots, layers: Mapping[str, Layer], number: int | None, *, writing: bool
+) -> dict[str, Slot | Part]:
+    """``{file key: slot}`` of all tensors of these layers' adapters, or of their adapters of this number.
 
     Raises:
         ValueError: the values of one cannot be read or, with ``writing``, replaced.
     """
-    slots = {key_of(name, part): model[f"{name}.{part}"] for name in layers for part in PARTS}
+    slots: dict[str, Slot | Part] = {}
+    for name in layers:
+        for part in PARTS:
+            slot = model[f"{name}.{part}"]
+            slots[key_of(name, part)] = slot if number is None else Part(slot, number)
     check_slots(op, slots.values(), writing=writing)
     for name, layer in layers.items():
         for part, shape in zip(PARTS, adapter_shapes(layer, layer.rank), strict=True):
-            found = model[f"{name}.{part}"].shape
+            found = slots[key_of(name, part)].shape
             if found != shape:
                 raise ValueError(
                     f"{op}: {name}.{part} has shape {found} where the layer says {shape}, as a shard has; call this "
@@ -109,7 +133,7 @@ def peft_slots(
     return result
 
 
-def check_slots(op: str, slots: Iterable[Slot], *, writing: bool) -> None:
+def check_slots(op: str, slots: Iterable[Slot | Part], *, writing: bool) -> None:
     """ValueError, with its name, for the first slot whose values cannot be read or, with ``writing``, replaced."""
     for slot in slots:
         why = slot.misfit(writing=writing)

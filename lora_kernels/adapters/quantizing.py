@@ -25,8 +25,7 @@ def quantize_(
     """Turns linear layers of ``model`` into ``QuantizedLinear``, in place: the base of QLoRA (Dettmers et al., 2023).
 
     The bits are those of the format's own library, which is not needed. Nothing is changed if an error is raised.
-    ``lk.inject`` puts adapters on the result; so does PEFT, for ``lk.patch``, but for DoRA and merging, where it reads
-    weights itself.
+    ``lk.inject`` puts adapters on the result; so does PEFT, for ``lk.patch``, without which it cannot merge them.
 
     Args:
         model: any module without adapters.

@@ -12,11 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..modules.lora import LoRALinear
 from .config import CONFIG_FILE, WEIGHTS_FILE, alpha_of, describe
 from .experts import per_expert
 from .files import replacing
-from .models import active_adapter, layer_slots, lora_layers, peft_slots
+from .models import Layer, active_adapter, layer_slots, lora_layers, peft_slots
 from .slots import slots_of
 from .wrappers import mentions_wrapper, own_class, unwrapped, wrapper_kinds
 
@@ -26,7 +25,9 @@ _ABOUT_NAMES = (
 )  # fmt: skip
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, experts: str = "3d") -> None:
+def save_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], *, adapter: int | None = None, experts: str = "3d"
+) -> None:
     """Writes the adapter of ``model`` into ``directory``, where PEFT's ``from_pretrained`` reads it, too.
 
     The directory is created if needed. The two files replace older ones together: a save that fails leaves the adapter
@@ -38,6 +39,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, experts
     Args:
         model: a model with ``LoRALinear`` layers, or a ``PeftModel``, whose active adapter is saved; also wrapped.
         directory: where to write.
+        adapter: the number of an adapter of ``MultiLoRALinear`` layers, for a model that has those.
         experts: how the adapter of a mixture's experts is written (PEFT's ``target_parameters``). "3d": as PEFT does,
             all experts in two matrices. "2d": two matrices per expert and linear layer, under the names that the base
             model's checkpoints have, as engines for serving load them; gate and up then have the same lora_A.
@@ -55,24 +57,26 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, experts
         raise ValueError(f"{_OP}: {target} is not a directory")
     kinds = wrapper_kinds(model)
     with unwrapped(model) as bare:
-        adapter = active_adapter(_OP, bare)
-        if adapter is not None:
-            _save_peft(bare, adapter, target, kinds, experts)
+        active = active_adapter(_OP, bare)
+        if active is not None:
+            if adapter is not None:
+                raise ValueError(f"{_OP}: adapter is for models with MultiLoRALinear layers; use set_adapter")
+            _save_peft(bare, active, target, kinds, experts)
         elif experts == "2d":
             raise ValueError(f'{_OP}: experts="2d" needs a PeftModel with an adapter of experts')
         else:
-            _save_layers(bare, target)
+            _save_layers(bare, target, adapter)
 
 
-def _save_layers(model: nn.Module, target: Path) -> None:
+def _save_layers(model: nn.Module, target: Path, number: int | None) -> None:
     from safetensors.torch import save_file
 
-    layers = lora_layers(_OP, model)
+    layers = lora_layers(_OP, model, number)
     if not layers:
         raise ValueError(f"{_OP}: the model has no LoRALinear layer")
     _check_one_name_each(model, layers)
     config = _config_of(model, layers)
-    slots = layer_slots(_OP, slots_of(model), layers, writing=False)
+    slots = layer_slots(_OP, slots_of(model), layers, number, writing=False)
     tensors = {key: slot.read() for key, slot in slots.items()}
     with replacing(target) as staged:
         _write_json(staged / CONFIG_FILE, config)
@@ -119,7 +123,7 @@ def _write_json(file: Path, config: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------- the config
 
 
-def _config_of(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Any]:
+def _config_of(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Any]:
     """The ``LoraConfig`` under which PEFT builds these layers."""
     if len({layer.use_rslora for layer in layers.values()}) > 1:
         raise ValueError(f"{_OP}: some layers use rsLoRA and some do not; PEFT's format cannot say so")
@@ -151,7 +155,7 @@ def _names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if name]
 
 
-def _check_one_name_each(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+def _check_one_name_each(model: nn.Module, layers: Mapping[str, Layer]) -> None:
     first = {id(layer): name for name, layer in layers.items()}
     for name, module in model.named_modules(remove_duplicate=False):
         known = first.get(id(module), name)

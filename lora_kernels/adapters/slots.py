@@ -166,6 +166,38 @@ class Slot:
         return None
 
 
+@dataclass(frozen=True)
+class Part:
+    """One entry along the first dimension of a slot's tensor, in a slot's place: an adapter in a pool of them."""
+
+    slot: Slot
+    index: int
+
+    @property
+    def name(self) -> str:
+        return self.slot.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.slot.shape[1:]
+
+    def misfit(self, *, writing: bool) -> str | None:
+        return self.slot.misfit(writing=writing)
+
+    def read(self) -> Tensor:
+        return self.slot.read()[self.index].clone()
+
+    @torch.no_grad()
+    def prepare(self, value: Tensor) -> Tensor:
+        """The whole tensor, with ``value`` in its place."""
+        whole = self.slot.read()
+        whole[self.index] = value.to(whole)
+        return self.slot.prepare(whole)
+
+    def write(self, prepared: Tensor) -> None:
+        self.slot.write(prepared)
+
+
 class _Offloaded:
     """An entry of a weights map of accelerate's: a dict, or a dict in front of files, behind prefixes."""
 

@@ -153,6 +153,5 @@ def _check(stock: Any, fused: Any, x: Tensor, ids: Tensor, weights: Tensor, grad
     for place, (e, p, f) in enumerate(zip(exact, results(stock), results(fused), strict=True)):
         allowed = 4 * (p - e).abs().max() + 4 * torch.finfo(x.dtype).eps * e.abs().max()
         if not (f - e).abs().max() <= allowed:
-            raise WrongResult(
-                f"the fused experts are wrong: result {place} is off by {(f - e).abs().max():.3g}, allowed {allowed:.3g}"
-            )
+            wrong = (f - e).abs().max()
+            raise WrongResult(f"the fused experts are wrong: result {place} is off by {wrong:.3g} of {allowed:.3g}")

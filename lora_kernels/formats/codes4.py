@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reasons import Reason
-from .weight import DECODED, Format, Layout, QuantizedWeight, register
+from .weight import DECODED, Format, Layout, QuantizedWeight, are_together, register
 
 _NESTED_BLOCK = 256
 """How many scales share a scale, under double quantisation."""
@@ -243,7 +243,7 @@ def from_module(module: nn.Module) -> QuantizedWeight | Reason | None:
         return None
     if weight is None:
         return Reason.DISPLACED
-    if getattr(state, "packing_format_for_cpu", False):
+    if state.__dict__.get("packing_format_for_cpu", False):  # its class takes its time to say that it has none
         return Reason.REPACKED
     if state.quant_type not in _NAMES:
         return Reason.FORMAT
@@ -251,7 +251,8 @@ def from_module(module: nn.Module) -> QuantizedWeight | Reason | None:
     block, inner = state.blocksize, state.state2
     if k % block or (inner is not None and inner.blocksize != _NESTED_BLOCK):
         return Reason.BLOCKS
-    data = weight.data
+    with torch._C.DisableTorchFunctionSubclass():  # Params4bit would look at the call first
+        data = weight.data
     if data.dtype != torch.uint8:
         data = data.view(torch.uint8)  # quant_storage: the same bytes under another name
     if type(data) is not Tensor or 2 * data.numel() != n * k:
@@ -259,10 +260,8 @@ def from_module(module: nn.Module) -> QuantizedWeight | Reason | None:
     parts: tuple[Tensor, ...] = (data, state.absmax, state.code)
     if inner is not None:
         parts = (*parts, inner.absmax, inner.code, state.offset)
-    device = data.device
-    for part in parts:
-        if part.device != device:
-            return Reason.DEVICES
+    if not are_together(parts):
+        return Reason.DEVICES
     dtype = getattr(module, "compute_dtype", None)
     if dtype is None:  # until the first call; and for good if that one's x was float16, in which it multiplies then
         dtype = torch.float16 if getattr(module, "compute_type_is_set", False) else state.dtype

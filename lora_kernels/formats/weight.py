@@ -22,6 +22,14 @@ def rounded_to(dtype: torch.dtype, x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype in LOW_PRECISION else dtype
 
 
+def are_together(parts: Sequence[Tensor]) -> bool:
+    """Whether all are on one device. Layers are asked on every call, and ``is_cpu`` is the quickest to answer."""
+    first = parts[0]
+    if first.is_cpu:
+        return all([part.is_cpu for part in parts])
+    return all([part.device == first.device for part in parts])
+
+
 class Layout(ABC):
     """How the parts of a weight lie in memory, and what they stand for.
 
@@ -29,6 +37,8 @@ class Layout(ABC):
     """
 
     name: ClassVar[str]
+    row_step: ClassVar[int] = 1
+    """Only at multiples of so many can rows be taken apart."""
 
     @abstractmethod
     def check(self, parts: Sequence[Tensor], n: int, k: int, block: int) -> None:
@@ -150,9 +160,12 @@ class QuantizedWeight:
         return torch.ops.lora_kernels.dequantize.default(*weight.args)
 
     def split(self, rows: int) -> list[QuantizedWeight]:
-        """Blocks of so many rows, the last of which may have fewer; as ``Tensor.split``."""
+        """Blocks of so many rows, or of a few more where the layout asks for it; the last may have fewer. As
+        ``Tensor.split``.
+        """
         n, k = self.shape
         layout = LAYOUTS[self.layout]
+        rows += -rows % layout.row_step
         blocks = []
         for begin in range(0, n, rows):
             end = min(n, begin + rows)

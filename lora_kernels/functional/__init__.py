@@ -5,6 +5,7 @@ from .embedding import lora_embedding
 from .grouped import grouped_lora_linear
 from .lora import dropout_mask, frozen_linear, lora_linear
 from .merging import merge_, unmerge_
+from .multi import multi_lora_linear
 from .prefix import prefix_kv
 from .prompt import PromptEmbeddingOutput, prompt_embedding
 from .why import why
@@ -19,6 +20,7 @@ __all__ = [
     "lora_embedding",
     "lora_linear",
     "merge_",
+    "multi_lora_linear",
     "prefix_kv",
     "prompt_embedding",
     "unmerge_",

@@ -146,6 +146,14 @@ def check_adapter_dtype(op: str, adapter_dtype: torch.dtype | None) -> None:
         raise TypeError(f"{op}: adapter_dtype must be {names}, got {adapter_dtype!r}")
 
 
+def check_count(op: str, name: str, value: Any) -> None:
+    """``TypeError`` or ``ValueError`` unless ``value`` is a whole number from 1 on."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
+
+
 def check_hyperparameters(op: str, r: Any, alpha: Any, dropout: Any) -> None:
     """Raises ``TypeError`` or ``ValueError`` for a rank, alpha or dropout that cannot be used."""
     for name, value, kind in (

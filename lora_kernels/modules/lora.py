@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,14 @@ from torch import Tensor, nn
 from ..frozen_linears import linear
 from ..functional.lora import lora_linear
 from ..operands import plain_adapter
-from .base import LoRALayer, check_base, check_hyperparameters, check_plain_linear, empty_adapter
+from .base import (
+    LoRALayer,
+    check_adapter_dtype,
+    check_base,
+    check_hyperparameters,
+    check_plain_linear,
+    empty_adapter,
+)
 
 
 class LoRALinear(LoRALayer):
@@ -70,6 +78,11 @@ class LoRALinear(LoRALayer):
         adapter = empty_adapter(base.weight, r, in_features, out_features, adapter_dtype)
         self._adopt(base.weight, base.bias, adapter, r, alpha, dropout, use_rslora)
 
+    _over_packed: ClassVar[Callable[[nn.Module], Any]]
+    """A layer without an adapter yet on what another with a quantised weight holds; None where it has none.
+    ``quantized.py`` brings it, which stands above this file.
+    """
+
     @classmethod
     def from_linear(
         cls,
@@ -83,14 +96,20 @@ class LoRALinear(LoRALayer):
     ) -> LoRALinear:
         """A ``LoRALinear`` around the parameters of ``linear``, which are shared, not copied, and become frozen.
 
+        Of a layer whose weight is quantised, in a format of ``lora_kernels.formats``, it is what ``lk.inject`` makes:
+        a layer of that class, too, which keeps, moves and saves its weight as before.
+
         Hooks on ``linear`` are not carried over. Arguments and errors are those of the class; ``TypeError``
-        if ``linear`` is not a plain ``nn.Linear``, ``ValueError`` if its weight or bias is not a floating-point
-        parameter of its own (pruned, parametrized, quantised) or its forward was replaced.
+        if ``linear`` is neither a plain ``nn.Linear`` nor quantised, ``ValueError`` if its weight or bias is not a
+        parameter of its own (pruned, parametrized), the format is not served or its forward was replaced.
         """
         check_hyperparameters("from_linear", r, alpha, dropout)
-        check_plain_linear("from_linear", linear)
-        check_base("from_linear", linear, adapter_dtype)
-        layer = cls._empty(linear.training)
+        check_adapter_dtype("from_linear", adapter_dtype)
+        layer = cls._over_packed(linear)
+        if layer is None:
+            check_plain_linear("from_linear", linear)
+            check_base("from_linear", linear, adapter_dtype)
+            layer = cls._empty(linear.training)
         adapter = empty_adapter(linear.weight, r, linear.in_features, linear.out_features, adapter_dtype)
         layer._adopt(linear.weight, linear.bias, adapter, r, alpha, dropout, use_rslora)
         return layer

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import dispatch, formats
 from ..class_swaps import give_back, in_place_of
 from ..formats import DECODED, FORMATS, QuantizedWeight
+from ..formats.int8 import exact_in_eval
 from ..functional.lora import lora_linear_of_layer
 from ..functional.packed import linear_of_layer
 from ..plain import FLOATS, PLAIN_TENSORS, inside_transform
@@ -61,6 +62,15 @@ class QuantizedLinear(nn.Linear):
         parts = (self.weight.data, *(self._buffers[f"{_PARTS}{index}"] for index in range(1, count)))
         shape = self.out_features, self.in_features
         return QuantizedWeight.of_layer(name, layout, parts, shape, block, self.compute_dtype)  # type: ignore[arg-type]
+
+    @property
+    def W_q(self) -> Tensor:
+        """``weight`` by HQQ's name, which tells PEFT to ask ``dequantize`` for the numbers."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """The weight as a new tensor, which PEFT's DoRA asks for."""
+        return self.quantized_weight().dequantize()
 
     def forward(self, input: Tensor) -> Tensor:
         return linear_of_layer(input, self.quantized_weight(), self.bias)
@@ -229,8 +239,9 @@ class QuantizedLoRALinear(LoRALinear):
         give_back(self, {ours: theirs for theirs, ours in _CLASSES.items()})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        original = _original(self, _CLASSES)
         parts: Any = super().__reduce_ex__(protocol)
-        return (_empty, (type(self).__bases__[1],), *parts[2:])
+        return (_empty, (original,), *parts[2:])
 
 
 class FrozenPacked(nn.Module):
@@ -286,8 +297,21 @@ def frozen_packed(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _reduce_frozen(self: FrozenPacked, protocol: Any) -> Any:
+    original = _original(self, _FROZEN)
     parts: Any = nn.Module.__reduce_ex__(self, protocol)
-    return (_empty_frozen, (type(self).__bases__[1],), *parts[2:])
+    return (_empty_frozen, (original,), *parts[2:])
+
+
+def _original(layer: nn.Module, made: Mapping[type, type]) -> type:
+    """What the class of a layer stands for, for a copy of it.
+
+    Raises:
+        TypeError: somebody has put a class in front of ours, as FSDP does, whose state no copy would share.
+    """
+    for original, ours in made.items():
+        if ours is type(layer):
+            return original
+    raise TypeError(f"{type(layer).__name__}: a wrapped layer (FSDP) is neither copied nor pickled; use state dicts")
 
 
 def _empty_frozen(base: type[nn.Module]) -> nn.Module:
@@ -321,3 +345,32 @@ _CLASSES: dict[type, type[QuantizedLoRALinear]] = {}
 def _empty(base: type[nn.Module]) -> QuantizedLoRALinear:
     kind = quantized_lora(base)
     return kind.__new__(kind)
+
+
+def why_no_packed_base(layer: nn.Module, packed: QuantizedWeight | Reason) -> Reason | None:
+    """Why an adapter of ours cannot stand on what ``from_module`` has read of a layer; None if it can."""
+    if "forward" in layer.__dict__:
+        return Reason.INSTANCE_FORWARD
+    if layer._parameters.get("weight") is None:
+        return Reason.DISPLACED
+    return packed if isinstance(packed, Reason) and packed is not Reason.INT8_EVAL else None
+
+
+def _over_packed(linear: nn.Module) -> QuantizedLoRALinear | None:
+    """``LoRALinear._over_packed``: another layer with the same tensors, and with what else its class keeps."""
+    packed = formats.from_module(linear)
+    if packed is None:
+        return None
+    reason = why_no_packed_base(linear, packed)
+    if reason is not None:
+        raise ValueError(f"from_linear: {reason}")
+    layer = _empty(type(linear))
+    fresh = nn.Module().__dict__
+    layer.__dict__.update({**linear.__dict__, **fresh, "training": linear.training})
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        layer.__dict__[name].update(linear.__dict__[name])
+    exact_in_eval(layer, True)
+    return layer
+
+
+LoRALinear._over_packed = staticmethod(_over_packed)

@@ -11,6 +11,7 @@ from .adapters import (
     Branch,
     active_adapters,
     branch_operands,
+    is_alora,
     usual_scaling,
     why_not_called_as_is,
 )
@@ -22,6 +23,6 @@ from .linear import Operands, SideBySide, adapter_operands, base_operands, opera
 __all__ = [
     "Branch", "EmbeddingOperands", "ExpertsBranch", "Operands", "SideBySide", "active_adapters", "adapter_operands",
     "base_operands", "branch_operands", "call_reason", "embedding_operands", "experts_branch", "ids_reason",
-    "is_experts", "operands", "plain_adapter", "product_dtype", "projections", "usual_scaling", "why_not_called_as_is",
-    "why_not_experts",
+    "is_alora", "is_experts", "operands", "plain_adapter", "product_dtype", "projections", "usual_scaling",
+    "why_not_called_as_is", "why_not_experts",
 ]  # fmt: skip

@@ -42,10 +42,12 @@ def active_adapters(state: dict[str, Any], container: str) -> str | list[str] | 
     return names[0] if len(names) == 1 else names
 
 
-def branch_operands(layer: Any, name: str, *also_skipped: nn.Module) -> Branch | Reason:
+def branch_operands(layer: Any, name: str, *also_skipped: nn.Module, some_tokens: bool = False) -> Branch | Reason:
     """What the adapter ``name`` adds to the base layer.
 
-    ``also_skipped`` are modules besides the adapter's that will not be called either, so that their hooks matter.
+    Args:
+        also_skipped: modules besides the adapter's that will not be called either, so that their hooks matter.
+        some_tokens: whether it may be an aLoRA, which adds it to some tokens only.
     """
     state = layer.__dict__
     children = state["_modules"]
@@ -81,7 +83,7 @@ def branch_operands(layer: Any, name: str, *also_skipped: nn.Module) -> Branch |
         if type(scaling) is Reason:
             return scaling
     magnitude: Any = None
-    if name in state["lora_variant"]:
+    if name in state["lora_variant"] and not (some_tokens and is_alora(layer, name)):
         magnitude = magnitude_of(layer, name, lora_bias)
         if type(magnitude) is Reason:
             return magnitude
@@ -93,6 +95,12 @@ def branch_operands(layer: Any, name: str, *also_skipped: nn.Module) -> Branch |
 def _variant_or_modules(layer: nn.Module, name: str) -> Reason:
     """Some variants bring their own lora_A and lora_B."""
     return Reason.VARIANT if name in layer.__dict__["lora_variant"] else Reason.ADAPTER_MODULES
+
+
+def is_alora(layer: Any, name: str) -> bool:
+    """Whether an adapter acts from its invocation tokens on (PEFT's ``alora_invocation_tokens``)."""
+    variants = layer.__dict__["lora_variant"]
+    return name in variants and is_peft(variants[name], "variants", "ALoraLinearVariant")
 
 
 def magnitude_of(layer: Any, name: str, lora_bias: Tensor | None, kind: str = "Linear") -> Tensor | Reason:

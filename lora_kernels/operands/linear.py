@@ -69,7 +69,7 @@ def base_operands(base: nn.Module) -> tuple[Tensor | QuantizedWeight, Tensor | N
         packed = formats.from_module(base)
         if not isinstance(packed, QuantizedWeight):
             return packed or Reason.BASE_LAYER
-        bias = parameters.get("bias", _DISPLACED)
+        bias: Any = parameters["bias"] if "bias" in parameters else _bias_elsewhere(base)
         if bias is not None and type(bias) not in PLAIN_TENSORS:
             return not_plain(bias)
         if bias is not None and packed.dtype is not None and bias.dtype != packed.dtype:
@@ -82,6 +82,12 @@ def base_operands(base: nn.Module) -> tuple[Tensor | QuantizedWeight, Tensor | N
     if bias is not None and type(bias) not in PLAIN_TENSORS:
         return not_plain(bias)
     return (weight if plain else weight.t()), bias
+
+
+def _bias_elsewhere(base: nn.Module) -> Tensor | Reason | None:
+    """The bias of a layer with packed weights that has no parameter of this name: a buffer, or None on the instance."""
+    buffers = base.__dict__["_buffers"]
+    return buffers["bias"] if "bias" in buffers else None if base.__dict__.get("bias", base) is None else _DISPLACED
 
 
 def _several_adapters(layer: Any, names: list[str]) -> Operands | SideBySide | Reason:
@@ -135,6 +141,11 @@ def _is_conv1d(base: nn.Module) -> bool:
 
 def plain_adapter(layer: Any, adapter: str | None) -> tuple[Any, ...]:
     """What ``LoRALinear.from_peft`` needs: weight, bias, lora_A, lora_B, alpha, scaling, dropout, use_rslora."""
+    base = getattr(layer, "base_layer", None)
+    packed = None if base is None else formats.from_module(base)
+    if packed is not None:
+        what = packed.format if isinstance(packed, QuantizedWeight) else packed
+        raise ValueError(f"from_peft: the weight under this adapter is packed ({what}); lk.patch serves it as it is")
     linear = getattr(sys.modules.get("peft.tuners.lora.layer"), "Linear", None)
     if linear is None or not isinstance(layer, linear):
         kind = type(layer)

@@ -11,9 +11,12 @@ from .. import dispatch
 from ..formats import LAYOUTS, rounded_to
 from ..spec import Kernel, OpSpec, Verdict
 from ..support import cpu_packed, fits, gpu_packed
+from ..support.packed import LAYOUTS as LAYOUTS_OF_KERNELS
 
 WEIGHT = "Tensor[] weight, str layout, int n, int k, int block, ScalarType dtype"
 """What stands for a quantised weight in a schema: ``QuantizedWeight.args``."""
+PARTS = WEIGHT.rpartition(",")[0]
+"""The same for a weight that is decoded to x's dtype."""
 WEIGHT_ARGS = 6
 """How many arguments these are."""
 
@@ -78,6 +81,8 @@ SPEC = dispatch.register(
 
 
 def decoded_for_product(weight: tuple[Any, ...], x: Tensor) -> Tensor:
-    """``for_product`` by the kernels; counted as a call of this op."""
+    """``for_product`` by the kernels, where there are any for the layout; counted as a call of this op then."""
     *described, dtype = weight
+    if weight[1] not in LAYOUTS_OF_KERNELS:
+        return for_product(weight, x)
     return dispatch.run(SPEC, *described, rounded_to(dtype, x)).to(x.dtype)

@@ -144,8 +144,9 @@ def _fake_backward(
 
 def _cpu_supports_backward(grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, *_: Any) -> Verdict:
     verdict = cpu_groups.verdict(x.shape[0], x.dtype, weight, lora_A.shape[0], grad_y.stride()[1] == 1, True)
-    # A few 16-bit rows are "aten", too, where the CPU has no instructions for them.
-    return cpu.NATIVE if verdict is cpu.ATEN and cpu.is_native_16bit(x.dtype) else verdict
+    # What lora_linear multiplies in 16 bits; a few rows are "aten", too, where the CPU has no instructions for them.
+    is_native = verdict.schedule == "aten" and weight.dim() == 3 and cpu.is_native_16bit(x.dtype)
+    return cpu.NATIVE if is_native else verdict
 
 
 def _cuda_supports_backward(

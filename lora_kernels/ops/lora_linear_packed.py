@@ -15,8 +15,10 @@ from torch import Tensor
 from .. import dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from ..support import cpu_packed, gpu_packed
+from ..support.gpu_packed import COMPOSED, FEW_ROWS, SLABS
+from ..support.packed import TORCH_DECODED
 from . import eager, lora_linear
-from .dequantize import WEIGHT, WEIGHT_ARGS, decoded_for_product, for_product, nbytes
+from .dequantize import PARTS, WEIGHT, WEIGHT_ARGS, decoded_for_product, for_product, nbytes
 from .eager import EagerFunction, as_rows, not_a_view
 
 # ---------------------------------------------------------------------------------------------------- forward
@@ -52,30 +54,42 @@ def _composed(backend: str, spec: OpSpec, args: tuple, first: int) -> Verdict:
     """A backend that decodes the weight, which is at ``first``, serves a call; whoever multiplies, as ``spec`` does.
     Where it was asked for, it must do both.
     """
-    refused = gpu_packed.refusal(backend, args[0].device, args[first + 1])
-    if refused is None and dispatch.forced_backend() == backend:
+    verdict = gpu_packed.composed_verdict(backend, args[0].device, args[first + 1])
+    if verdict.schedule is not None and dispatch.forced_backend() == backend:
         product = spec.kernels[backend].supports(*_plain(args, first))
-        refused = product if product.schedule is None else None
-    return refused or gpu_packed.COMPOSED
+        return product if product.schedule is None else verdict
+    return verdict
 
 
 def _cuda_supports(*args: Any) -> Verdict:
-    x, parts, layout, _, _, block, _, lora_A, _, _, seed, *_ = args
-    refused = gpu_packed.refusal("cuda", x.device, layout)
-    if refused is None and gpu_packed.is_few_rows(x, parts[0], layout, block, lora_A.shape[0], seed is not None):
-        return gpu_packed.FEW_ROWS
-    return refused or _composed("cuda", lora_linear.SPEC, args, 1)
+    x, parts, layout, n, k, block, _, lora_A, _, _, seed, *_ = args
+    has_dropout = seed is not None
+    if gpu_packed.is_few_rows(x, parts[0], layout, block, lora_A.shape[0], has_dropout):
+        return gpu_packed.refusal("cuda", x.device) or FEW_ROWS
+    if gpu_packed.is_slabs(x, n, k, layout, lora_A, has_dropout, backward=False):
+        return SLABS
+    return _composed("cuda", lora_linear.SPEC, args, 1)
+
+
+_IN_PYTHON = COMPOSED.schedule, SLABS.schedule
+_slabs = dispatch.define_native(
+    "lora_linear_slabs",
+    f"(Tensor x, {PARTS}, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, float scaling, float dropout_p, "
+    "int rows) -> (Tensor, Tensor)",
+    lambda *args: _fake(*args[:6], args[0].dtype, *args[6:]),
+)
 
 
 def _cuda_run(schedule: str, *args: Any) -> tuple[Tensor, Tensor]:
-    if schedule == gpu_packed.FEW_ROWS.schedule:
-        return dispatch.native(SPEC)(*args, schedule)
-    return _run_composed(schedule, *args)
+    if schedule != SLABS.schedule:
+        return _run_composed(schedule, *args)
+    x, _, _, n, *_ = args
+    return _slabs(*args[:WEIGHT_ARGS], *args[1 + WEIGHT_ARGS :], gpu_packed.slab(x.shape[:-1].numel(), n))
 
 
 def _cuda_explain(*args: Any) -> Verdict:
     verdict = _cuda_supports(*args)
-    return verdict if verdict is gpu_packed.FEW_ROWS else _explain(*args)
+    return _explain(*args) if verdict.schedule == COMPOSED.schedule else verdict
 
 
 def _triton_supports(*args: Any) -> Verdict:
@@ -134,7 +148,26 @@ def _cpu_supports_backward(
 
 
 def _cuda_supports_backward(*args: Any) -> Verdict:
+    grad_y, _, _, _, layout, n, k, _, _, lora_A, _, seed, _, _, need_x, *_ = args
+    if need_x and gpu_packed.is_slabs(grad_y, k, n, layout, lora_A, seed is not None, backward=True):
+        return SLABS
     return _composed("cuda", lora_linear.BACKWARD, args, 3)
+
+
+_slabs_backward = dispatch.define_native(
+    "lora_linear_slabs_backward",
+    f"(Tensor grad_y, Tensor x, Tensor s, {PARTS}, Tensor lora_A, Tensor lora_B, Tensor? seed, float scaling, "
+    "float dropout_p, bool need_x, bool need_A, bool need_B, int columns) -> (Tensor, Tensor, Tensor)",
+    lambda *args: _fake_backward(*(*args[:8], args[0].dtype, *args[8:-1])),
+)
+
+
+def _cuda_run_backward(schedule: str, *args: Any) -> tuple[Tensor, ...]:
+    if schedule != SLABS.schedule:
+        return _run_composed_backward(schedule, *args)
+    grad_y, k = args[0], args[6]
+    before, after = args[: 2 + WEIGHT_ARGS], args[3 + WEIGHT_ARGS :]
+    return _slabs_backward(*before, *after, gpu_packed.slab(grad_y.shape[:-1].numel(), k))
 
 
 def _triton_supports_backward(*args: Any) -> Verdict:
@@ -181,9 +214,9 @@ BACKWARD = dispatch.register(
         reference=_reference_backward,
         fake=_fake_backward,
         kernels={
-            "cuda": Kernel(_cuda_supports_backward, _run_composed_backward),
+            "cuda": Kernel(_cuda_supports_backward, _cuda_run_backward),
             "triton": Kernel(_triton_supports_backward, _run_composed_backward),
-            "cpu": Kernel(_cpu_supports_backward),
+            "cpu": Kernel(_cpu_supports_backward, _run_composed_backward, run_schedules=(TORCH_DECODED.schedule,)),
         },
         flops=_flops_backward,
         bytes=_bytes_backward,
@@ -241,9 +274,9 @@ SPEC = dispatch.register(
         reference=_reference,
         fake=_fake,
         kernels={
-            "cuda": Kernel(_cuda_supports, _cuda_run, explain=_cuda_explain),
+            "cuda": Kernel(_cuda_supports, _cuda_run, run_schedules=_IN_PYTHON, explain=_cuda_explain),
             "triton": Kernel(_triton_supports, _run_composed, explain=_explain),
-            "cpu": Kernel(_cpu_supports),
+            "cpu": Kernel(_cpu_supports, _run_composed, run_schedules=(TORCH_DECODED.schedule,)),
         },
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 3 + WEIGHT_ARGS),

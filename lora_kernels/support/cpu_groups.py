@@ -1,13 +1,12 @@
 """How the CPU kernels share rows in groups among threads.
 
-A group's product is the vendor's. In fp32 it is made in one of two ways:
+A group's product is the vendor's. In fp32, and in 16 bits that the CPU multiplies, it is made in one of two ways:
 
-- spread: rows are cut into panels of at most ``PANEL_ROWS`` that share a group, and each panel is computed by one thread
-  from beginning to end. Every number is the same on any number of threads, and threads wait for each other once.
-- one group after the other, each by all threads: for fewer rows than give every thread something to do, if the groups
-  do not either.
+- spread: rows are cut into panels of at most ``PANEL_ROWS`` that share a group, and a thread computes a panel from
+  beginning to end. Every number is the same on any number of threads, and threads wait for each other once.
+- one group after the other, each by all threads: where neither rows nor groups give every thread something to do.
 
-That is decided by sizes, not by where groups end: a large group has several panels. Other dtypes go group by group.
+That is decided by sizes, not by where groups end: a large group has several panels.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ def verdict(rows: int, dtype: torch.dtype, weight: Tensor, groups: int, x_by_row
         product = cpu.product_verdict(dtype, rows, weight, is_k_by_n, x_by_rows)
     else:
         product = cpu.product_verdict(dtype, -(-rows // groups), weight[0], is_k_by_n, x_by_rows)
-        if dtype != torch.float32:
-            return product
+        if dtype != torch.float32 and not cpu.is_native_16bit(dtype):
+            return product  # weights go through fp32 as those of lora_linear do
     if product.schedule is None:
         return product
     threads = torch.get_num_threads()

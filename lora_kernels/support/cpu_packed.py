@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..reasons import Reason
 from ..spec import Verdict
 from . import cpu, cpu_product
+from .packed import LAYOUTS, NO_KERNEL, TORCH_DECODED
 
-LAYOUTS = ("codes4", "codes4_low", "int8", "e4m3")
-"""That the kernels decode."""
 DECODE = Verdict("decode", "few rows: weights are decoded in registers, and never written")
 ROWS = Verdict("rows", "some rows: a few rows of the weight at a time are decoded into the nearest cache")
 FEW_ROWS = 4
@@ -19,18 +17,17 @@ SOME_ROWS_16BIT = {torch.bfloat16: 24, torch.float16: 8}
 multiplied as it is, where there are instructions for it, but fp16 in fp32.
 """
 _DECODE_ALL = Verdict("decode", "one pass over the packed weight")
-_NO_LAYOUT = Verdict(None, Reason.FORMAT)
 
 
 def decode_verdict(layout: str) -> Verdict:
     """Whether the kernels decode this layout."""
-    return _DECODE_ALL if layout in LAYOUTS else _NO_LAYOUT
+    return _DECODE_ALL if layout in LAYOUTS else NO_KERNEL
 
 
 def product_verdict(x: torch.Tensor, layout: str, n: int, k: int, is_gradient: bool = False) -> Verdict:
     """How ``x`` [..., K] is multiplied by a packed [N, K], or [..., N] by its transpose where ``is_gradient``."""
     if layout not in LAYOUTS:
-        return _NO_LAYOUT
+        return TORCH_DECODED
     if x.dtype == torch.float64:
         return cpu.REFUSED_DTYPE
     rows = x.shape[:-1].numel()

@@ -34,6 +34,9 @@ def load_lora_linear() -> ModuleType:
     """
     library = _defined("lora_kernels_emulated", lora_linear)
     library.define("frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    for name in ("lora_linear_slabs", "lora_linear_slabs_backward", "linear_slabs", "linear_slabs_backward"):
+        schema = str(getattr(torch.ops.lora_kernels_native, name).default._schema)
+        library.define(schema.removeprefix("lora_kernels_native::"))
     return _build_over_torch("_emu_lora_linear", "emu/bind_lora_linear.cpp")
 
 

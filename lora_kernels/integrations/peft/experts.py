@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.tuners.lora import layer as _peft
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
@@ -20,6 +21,13 @@ from .. import experts as _experts
 
 Experts = tuple[nn.Module, dict[str, ExpertsBranch]]
 """The experts, and what the adapters add to each parameter."""
+
+_FORWARDS = [
+    (kind, kind.forward)
+    for kind in (getattr(_peft, name, None) for name in ("_LoraParameterProxy", "_LoraFactorsProxy"))
+    if kind is not None
+]
+"""What makes PEFT's W + s B A, as it was when this module was imported."""
 
 
 def is_of_linear(wrapper: Any) -> bool:
@@ -74,6 +82,8 @@ def _misfit(weight: Tensor, is_transposed: bool, branch: ExpertsBranch) -> Reaso
 
 def call(wrapper: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The result of a call, or why it is PEFT's own."""
+    if any(kind.forward is not forward for kind, forward in _FORWARDS):
+        return Reason.PROXY_REPLACED
     if is_of_linear(wrapper):
         return Reason.EXTRA_ARGUMENTS if args or kwargs else _call_linear(wrapper, x)
     found: Any = _why_not_routed(x, args, kwargs) or experts_operands(wrapper)

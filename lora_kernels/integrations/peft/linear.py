@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,10 +21,10 @@ from ...formats import QuantizedWeight
 from ...functional.dora import dora_embedding, dora_linear_of_layer
 from ...functional.embedding import lora_embedding
 from ...functional.lora import lora_linear_of_layer
-from ...modules.quantized import set_compute_type
+from ...modules.quantized import QuantizedLinear, set_compute_type
 from ...reasons import Reason
-from ...report import FUSED
-from . import conv, experts, mixed_batch, several_adapters
+from ...report import FUSED, FUSED_POOL
+from . import conv, experts, mixed_batch, packed_merging, several_adapters
 
 original_create_new_module: Any = LoraModel._create_new_module
 """What ``LoraModel`` had when ``patch_peft`` was called last."""
@@ -37,16 +39,15 @@ class FusedForward(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found: Any
-        reason: Reason | None
+        reason: Any = None
+        mixes = False  # some rows use another adapter than others
         set_compute_type(self.__dict__["_modules"]["base_layer"], x)
         if args or kwargs:
-            reason = _extra_arguments(self, args, kwargs)
-            if reason is None:
-                found = mixed_batch.groups(self, x, kwargs["adapter_names"])
-                if type(found) is list:
-                    return mixed_batch.add_updates(mixed_batch.base_result(self.base_layer, x), x, found)
-                reason = found
-        else:
+            reason = Reason.DISABLED if self._disable_adapters else mixed_batch.extra_arguments(args, kwargs)
+            mixes = reason is None and (
+                kwargs.get("adapter_names") is not None or mixed_batch.acts_on_some_tokens(self)
+            )
+        if reason is None and not mixes:
             found = operands.operands(self)
             if type(found) is tuple:
                 weight, lora_A, lora_B, bias, scaling, dropout_p, training, magnitude = found
@@ -58,11 +59,21 @@ class FusedForward(nn.Module):
                         x, weight, lora_A, lora_B, magnitude, bias, scaling, dropout_p, training
                     )
             elif type(found) is Reason:
-                reason = found
+                mixes = found is Reason.VARIANT and mixed_batch.acts_on_some_tokens(self)
+                reason = None if mixes else found
             else:
                 reason = several_adapters.call_reason(x, found)
                 if reason is None:
                     return several_adapters.forward(x, found)
+        if mixes:
+            found = mixed_batch.mixed(self, x, kwargs)
+            if type(found) is not Reason:
+                return mixed_batch.forward(self, x, found)
+            reason = found
+            names = kwargs.get("adapter_names")
+            if type(names) is mixed_batch.Routed and reason is not Reason.ADAPTER_NAMES:
+                _count("multi_lora_linear", reason)
+                return mixed_batch.one_by_one(self, x, names)
         _count("lora_linear", reason)
         return super().forward(x, *args, **kwargs)
 
@@ -70,6 +81,23 @@ class FusedForward(nn.Module):
 @in_place_of(Linear)
 class FusedLinear(FusedForward, Linear):
     """PEFT's ``lora.Linear``, over a plain base layer or a quantised one."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        base = _packed_base(self)
+        if base is not None:
+            return packed_merging.merge(self, base, adapter_names)
+        return super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        base = _packed_base(self)
+        if base is not None:
+            return packed_merging.unmerge(self, base)
+        return super().unmerge()
+
+
+def _packed_base(layer: Any) -> QuantizedLinear | None:
+    base = layer.get_base_layer()
+    return base if isinstance(base, QuantizedLinear) else None
 
 
 @in_place_of(Embedding)
@@ -145,7 +173,19 @@ class FusedTorchaoLinear(FusedForward, TorchaoLoraLinear):
     """PEFT's layer over a weight of torchao's."""
 
 
-SWAPS[TorchaoLoraLinear] = FusedTorchaoLinear
+@in_place_of(GPTQLoraLinear)
+class FusedGPTQLinear(FusedForward, GPTQLoraLinear):
+    """PEFT's layer over GPTQModel's, in GPTQ's format: nothing decoded is kept for backward."""
+
+
+@in_place_of(AwqLoraLinear)
+class FusedAwqLinear(FusedForward, AwqLoraLinear):
+    """The same in AWQ's format."""
+
+
+SWAPS |= {
+    TorchaoLoraLinear: FusedTorchaoLinear, GPTQLoraLinear: FusedGPTQLinear, AwqLoraLinear: FusedAwqLinear,
+}  # fmt: skip
 if is_bnb_available():
     from peft.tuners.lora.bnb import Linear8bitLt
 
@@ -230,6 +270,8 @@ def next_call(layer: Any) -> tuple[Reason | None, str]:
         return (found, "") if type(found) is Reason else (None, "grouped_lora_linear")
     is_conv = isinstance(layer, FusedConv)
     found = conv.adapters(layer) if is_conv else operands.operands(layer)
+    if found is Reason.VARIANT and isinstance(layer, FusedForward) and mixed_batch.acts_on_some_tokens(layer):
+        return None, FUSED_POOL
     if type(found) is Reason:
         return found, ""
     if is_conv:

@@ -15,6 +15,7 @@ from ...formats.int8 import exact_in_eval
 from ...frozen_linears import FrozenLinear, faster_product
 from ...modules.embedding import LoRAEmbedding
 from ...modules.lora import LoRALinear
+from ...modules.multi import MultiLoRALinear
 from ...modules.quantized import FrozenPacked, QuantizedLinear, frozen_originals, frozen_packed
 from ...plain import may_take_fast_path, passed_by
 from ...reasons import Reason
@@ -155,12 +156,14 @@ def unpatch_peft() -> None:
 
 def is_fused(module: nn.Module) -> bool:
     """Whether the forward of this module itself is one of lora_kernels: swapped in by ``patch`` or ``patch_peft``, or a
-    ``LoRALinear`` or ``LoRAEmbedding``.
+    ``LoRALinear``, ``MultiLoRALinear`` or ``LoRAEmbedding``.
 
     A swapped layer keeps its class's name in ``repr``, so this and the report of ``patch`` tell. A call that such a
     layer cannot serve runs the original forward; ``lk.stats()`` counts those, ``lk.verify`` names them.
     """
-    return class_swaps.swapped_in(module) is not None or isinstance(module, (LoRALinear, LoRAEmbedding))
+    return class_swaps.swapped_in(module) is not None or isinstance(
+        module, (LoRALinear, MultiLoRALinear, LoRAEmbedding)
+    )
 
 
 # --------------------------------------------------------------------------------------------------- details

@@ -1,0 +1,151 @@
+"""``route_adapters``: which adapter each sample of a batch uses, in training too."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modules.multi import MultiLoRALinear
+
+BASE = "__base__"
+"""PEFT's name for no adapter."""
+
+
+@contextmanager
+def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> Iterator[None]:
+    """Within it, every sample of a batch uses its own adapter, or none; forward, ``generate``, and backward.
+
+    Gradients of an adapter come from its own samples: they are, up to rounding, those of a step on these alone. Layers
+    that ``lk.patch`` has fused compute the batch by one ``multi_lora_linear``, or, where that cannot serve them (DoRA),
+    each adapter's samples by themselves; PEFT's own code serves the others. Which adapters train is not touched:
+    ``model.base_model.set_adapter(["a", "b"])`` has several do. Outside, a model behaves as before: PEFT's active
+    adapter serves all samples, and ``MultiLoRALinear`` layers are their frozen base.
+
+    Activation checkpointing calls layers again during backward. Backward must then run inside, too; outside it raises
+    ``RuntimeError`` instead of forming gradients of another adapter.
+
+    Args:
+        model: a PEFT model with LoRA, or one with ``MultiLoRALinear`` layers (``lk.inject(..., adapters=...)``).
+        adapters: one per sample: names of PEFT's adapters, or numbers of a pool's. None and ``"__base__"`` are the
+            base alone.
+
+    Raises:
+        ValueError: the model has no such layers; an adapter that no layer has; or, in the call, there are not as many
+            adapters as samples.
+        TypeError: a name where a number belongs, or the other way round.
+    """
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence):
+        raise TypeError(f"route_adapters: adapters must be a sequence, one for each sample, got {adapters!r}")
+    peft_layers, pools = _layers(model)
+    if not peft_layers and not pools:
+        raise ValueError("route_adapters: the model has neither PEFT's LoRA layers nor MultiLoRALinear layers")
+    routes = []
+    if peft_layers:
+        names = _names(peft_layers, adapters)
+        if model.training and torch.is_grad_enabled():
+            _warn_of_frozen(peft_layers, {*names} - {BASE})
+        routes.append(_Route("adapter_names", _routed(names)))
+    if pools:
+        routes.append(_Route("adapter_ids", _numbers(pools, adapters)))
+    for route, layers in zip(routes, [layers for layers in (peft_layers, pools) if layers]):
+        for layer in layers:
+            route.add_to(layer)
+    try:
+        yield
+    finally:
+        for route in routes:
+            route.ends()
+
+
+class _Route:
+    """A forward pre-hook of all layers: gives them their adapters, and afterwards looks for calls that backward makes.
+
+    It stays on a layer until its next call outside of backward, which needs no adapters any more.
+    """
+
+    def __init__(self, argument: str, value: Any) -> None:
+        self._argument, self._value, self._is_over = argument, value, False
+        self._handles: dict[nn.Module, Any] = {}
+
+    def add_to(self, layer: nn.Module) -> None:
+        self._handles[layer] = layer.register_forward_pre_hook(self, with_kwargs=True)
+
+    def ends(self) -> None:
+        self._is_over = True
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if not self._is_over:
+            return args, {**kwargs, self._argument: self._value}
+        if torch._C._current_graph_task_id() == -1:
+            self._handles.pop(layer).remove()
+        elif self._argument not in kwargs:
+            raise RuntimeError(
+                "route_adapters: backward calls a layer again (activation checkpointing) after the adapters of its "
+                "batch were forgotten; call backward inside of `with route_adapters(...)`, too"
+            )
+        return None
+
+
+def _layers(model: nn.Module) -> tuple[list[Any], list[MultiLoRALinear]]:
+    """Whatever PEFT gives ``adapter_names`` to, if there is LoRA among it, and pools."""
+    lora_layer = getattr(sys.modules.get("peft.tuners.lora.layer"), "LoraLayer", ())
+    wrapper = getattr(sys.modules.get("peft.utils.other"), "AuxiliaryTrainingWrapper", ())
+    peft_layers = [m for m in model.modules() if isinstance(m, lora_layer)]
+    if peft_layers:
+        peft_layers += [m for m in model.modules() if isinstance(m, wrapper)]
+    return peft_layers, [m for m in model.modules() if isinstance(m, MultiLoRALinear)]
+
+
+def _names(layers: Sequence[Any], adapters: Sequence[str | int | None]) -> list[str]:
+    known = {name for layer in layers for name in getattr(layer, "scaling", ())}
+    names = []
+    for adapter in adapters:
+        name = BASE if adapter is None else adapter
+        if not isinstance(name, str):
+            raise TypeError(f"route_adapters: adapters of a PEFT model are names, got {adapter!r}")
+        if name != BASE and name not in known:
+            raise ValueError(f"route_adapters: no layer has an adapter {name!r}, known are {', '.join(sorted(known))}")
+        names.append(name)
+    return names
+
+
+def _routed(names: list[str]) -> Any:
+    from .peft.mixed_batch import Routed
+
+    return Routed(names)
+
+
+def _warn_of_frozen(layers: Sequence[Any], names: set[str]) -> None:
+    """PEFT freezes adapters that are not active, and an adapter without gradients is easily overlooked."""
+    training = {
+        part.split(".")[1]
+        for layer in layers
+        for part, parameter in layer.named_parameters()
+        if parameter.requires_grad and part.startswith("lora_") and "." in part
+    }
+    frozen = sorted(names - training)
+    if frozen:
+        warnings.warn(
+            f"route_adapters: {', '.join(frozen)} will get no gradient, since PEFT trains active adapters alone; "
+            f"model.base_model.set_adapter({sorted(names)}) makes all of them active",
+            stacklevel=4,
+        )
+
+
+def _numbers(pools: Sequence[MultiLoRALinear], adapters: Sequence[str | int | None]) -> torch.Tensor:
+    count = min(pool.adapters for pool in pools)
+    numbers = []
+    for adapter in adapters:
+        number = -1 if adapter is None or adapter == BASE else adapter
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"route_adapters: adapters of MultiLoRALinear layers are numbers, got {adapter!r}")
+        if not -1 <= number < count:
+            raise ValueError(f"route_adapters: adapters must be numbers from -1 to {count - 1}, got {number}")
+        numbers.append(number)
+    return torch.tensor(numbers, dtype=torch.int64, device=pools[0].weight.device)
