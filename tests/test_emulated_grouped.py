@@ -29,6 +29,7 @@ ROWS = {
     "rows of nobody first": ((0, 0), 70),
     "single rows": ((1,) * 40, 0),
     "whole tiles": ((128, 64, 128), 64),
+    "more groups than rows": ((0,) * 20 + (1,) + (0,) * 30 + (2,), 0),
 }
 """Rows per group, and behind the last."""
 
@@ -52,7 +53,7 @@ def vendor_serves(case):
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_forward_is_as_accurate_as_torch(case):
     """Kills: the group's number, begin or end off by one; a step of one operand taken for another's; a mask of rows
-    counted from the group's first; rows of nobody left as they were."""
+    counted from the group's first; rows of nobody left as they were; groups without rows that have a number."""
     *_, (launch,) = check_forward(made(case), p=case["p"], sms=case["sms"], schedule=case["schedule"])
     assert launch["counters_were_zero"]
     assert launch["onto_y"] == vendor_serves(case)

@@ -17,9 +17,10 @@ namespace lk {
 constexpr int kGradColumns = 128;  // of A, or rows of B, in one tile
 constexpr int kPartOfGradBRank = 16;
 
-template <class Element_, int kRankTile, Access kAccess, bool kGradYIsWhole>
+template <class Element_, int kRankTile_, Access kAccess, bool kGradYIsWhole>
 struct LoraGrads {
   using Element = Element_;
+  static constexpr int kRankTile = kRankTile_;
   // Rows of x, of dA; and rows of s and s', of dB.
   static constexpr bool kLongRowsAreWhole = is_base_whole(kAccess), kRanksAreWhole = is_s_whole(kAccess);
   using LongChunk = PlainChunk<Element, kLongRowsAreWhole>;
@@ -32,10 +33,17 @@ struct LoraGrads {
   static constexpr int kSharedBytes = larger(TileA::kSharedBytes, larger(TileA::kBytesResult, TileB::kBytesResult));
   static_assert(kPartial<TileA> == kPartial<TileB> && TileA::kSharedBytes == TileB::kSharedBytes);
 
-  // A block's part of a tile's rows. Where there are several, `slot` is the first one's of the tile's sums.
+  // A block's part of a tile's rows. Where there are several, `slot` is the first one's of the tile's sums. Reckoned
+  // where it is asked: over a main loop, registers are scarce.
   struct Part {
-    int first_row, end_row, split, splits;
-    int64_t slot, counter;
+    const LoraGradsParams& p;
+    int tile, split;
+
+    LK_DEVICE int first_row() const { return first_row_of(p, split); }
+    LK_DEVICE int end_row() const { return first_row_of(p, split + 1); }
+    LK_DEVICE int splits() const { return p.splits; }
+    LK_DEVICE int64_t slot() const { return static_cast<int64_t>(tile) * p.splits; }
+    LK_DEVICE int64_t counter() const { return tile; }
   };
 
   LK_DEVICE static void run(const LoraGradsParams& p) {
@@ -43,10 +51,12 @@ struct LoraGrads {
     const int blocks_A = tiles_A(p) * p.splits;
     if (block_index() < blocks_A) {
       const int tile = block_index() / p.splits;
-      product_A(p, smem, part_of(p, tile, block_index() % p.splits), tile);
+      product_A(p, smem, Part{p, tile, block_index() % p.splits}, tile % rank_blocks(p) * kRankTile,
+                tile / rank_blocks(p) * kGradColumns);
     } else if (p.partial_grad_b == nullptr) {
       const int block = block_index() - blocks_A, tile = block / p.splits;
-      product_B(p, smem, part_of(p, blocks_A / p.splits + tile, block % p.splits), tile);
+      product_B(p, smem, Part{p, blocks_A / p.splits + tile, block % p.splits}, tile / rank_blocks(p) * kGradColumns,
+                tile % rank_blocks(p) * kRankTile);
     } else {
       sum_B(p, (block_index() - blocks_A) * kGradColumns);
     }
@@ -60,12 +70,13 @@ struct LoraGrads {
     return p.grad_b == nullptr ? 0 : ceil_div(p.n, kGradColumns) * rank_blocks(p);
   }
 
-  LK_DEVICE static void product_A(const LoraGradsParams& p, uint32_t smem, const Part& part, int tile) {
-    const int rank0 = tile % rank_blocks(p) * kRankTile, column0 = tile / rank_blocks(p) * kGradColumns;
+  template <class SomePart>
+  LK_DEVICE static void product_A(const LoraGradsParams& p, uint32_t smem, const SomePart& part, int rank0,
+                                  int column0) {
     const Operand grad_s{p.grad_s, p.rank, p.rank, p.m}, x{p.x, p.x_stride, p.k, p.m};
     typename TileA::Accumulator acc = {};
     const auto run = [&](auto&& task) {
-      TileA::template run<RankChunk, LongChunk>(smem, grad_s, rank0, x, column0, part.first_row, part.end_row, acc,
+      TileA::template run<RankChunk, LongChunk>(smem, grad_s, rank0, x, column0, part.first_row(), part.end_row(), acc,
                                                 task);
     };
     float scale = p.scaling;
@@ -78,20 +89,16 @@ struct LoraGrads {
     finish<TileA, kLongRowsAreWhole>(p, smem, part, acc, scale, p.grad_a, p.k, p.rank, p.k, rank0, column0);
   }
 
-  LK_DEVICE static void product_B(const LoraGradsParams& p, uint32_t smem, const Part& part, int tile) {
-    const int row0 = tile / rank_blocks(p) * kGradColumns, rank0 = tile % rank_blocks(p) * kRankTile;
+  template <class SomePart>
+  LK_DEVICE static void product_B(const LoraGradsParams& p, uint32_t smem, const SomePart& part, int row0, int rank0) {
     const Operand grad_y{p.grad_y, p.grad_y_stride, p.n, p.m}, s{p.s, p.rank, p.rank, p.m};
     typename TileB::Accumulator acc = {};
-    TileB::template run<GradYChunk, RankChunk>(smem, grad_y, row0, s, rank0, part.first_row, part.end_row, acc,
+    TileB::template run<GradYChunk, RankChunk>(smem, grad_y, row0, s, rank0, part.first_row(), part.end_row(), acc,
                                                NoSideTask{});
     finish<TileB, kRanksAreWhole>(p, smem, part, acc, p.scaling, p.grad_b, p.rank, p.n, p.rank, row0, rank0);
   }
 
  private:
-  LK_DEVICE static Part part_of(const LoraGradsParams& p, int tile, int split) {
-    return {first_row(p, split), first_row(p, split + 1), split, p.splits, static_cast<int64_t>(tile) * p.splits, tile};
-  }
-
   // While x is in shared memory.
   struct DropX {
     static constexpr bool kChangesStage = true;
@@ -104,21 +111,21 @@ struct LoraGrads {
     }
   };
 
-  LK_DEVICE static int first_row(const LoraGradsParams& p, int split) {
+  LK_DEVICE static int first_row_of(const LoraGradsParams& p, int split) {
     const int64_t row = static_cast<int64_t>(split) * p.split_rows;
     return row < p.m ? static_cast<int>(row) : p.m;
   }
 
   // out[row0 ..., column0 ...] = scale · the sum of all parts.
-  template <class Tile, bool kWhole>
-  LK_DEVICE static void finish(const LoraGradsParams& p, uint32_t smem, const Part& part,
+  template <class Tile, bool kWhole, class SomePart>
+  LK_DEVICE static void finish(const LoraGradsParams& p, uint32_t smem, const SomePart& part,
                                typename Tile::Accumulator& acc, float scale, void* out, int64_t stride, int rows,
                                int columns, int row0, int column0) {
-    if (part.splits > 1) {
-      float* const partials = p.partials + part.slot * kPartial<Tile>;
+    if (part.splits() > 1) {
+      float* const partials = p.partials + part.slot() * kPartial<Tile>;
       store_partial<Tile>(partials + part.split * kPartial<Tile>, acc);
-      if (!arrive_last(p.counters + part.counter, part.splits, smem)) return;
-      sum_partials<Tile>(partials, part.splits, acc);
+      if (!arrive_last(p.counters + part.counter(), part.splits(), smem)) return;
+      sum_partials<Tile>(partials, part.splits(), acc);
     }
     if (kElementBytes == 2 && p.grads_are_float) {
       store_floats<Tile, kWhole>(static_cast<float*>(out), stride, rows, columns, row0, column0, acc, scale);
@@ -211,6 +218,17 @@ struct GroupedLoraGrads {
   static constexpr int kThreads = Grads::kThreads, kMinBlocks = Grads::kMinBlocks;
   static constexpr int kSharedBytes = Grads::kSharedBytes + kBytesGroupRows;
 
+  struct Part {
+    int first, end, split, split_count;
+    int64_t first_slot;
+
+    LK_DEVICE int first_row() const { return first; }
+    LK_DEVICE int end_row() const { return end; }
+    LK_DEVICE int splits() const { return split_count; }
+    LK_DEVICE int64_t slot() const { return first_slot; }
+    LK_DEVICE int64_t counter() const { return first_slot; }
+  };
+
   LK_DEVICE static void run(const GroupedLoraGradsParams& p) {
     const LoraGradsParams& all = p.lora;
     const int tiles_A = Grads::tiles_A(all), tiles = tiles_A + Grads::tiles_B(all);
@@ -222,15 +240,17 @@ struct GroupedLoraGrads {
     const int split = (group.first - group.group_first) / rows;
     if (split >= splits) return;
     const int64_t slot = tile * slots_of_parts(all.m, rows) + slots_of_parts(group.group_first, rows);
-    const typename Grads::Part part = {group.first, smaller(group.first + rows, group.end), split, splits, slot, slot};
+    const Part part = {group.first, smaller(group.first + rows, group.end), split, splits, slot};
+    const int rank_blocks = Grads::rank_blocks(all);
     LoraGradsParams one = all;
     const int64_t bytes = all.grads_are_float ? 4 : Grads::kElementBytes;
     if (tile < tiles_A) {
       one.grad_a = static_cast<char*>(one.grad_a) + group.group * bytes * all.rank * all.k;
-      Grads::product_A(one, smem, part, tile);
+      Grads::product_A(one, smem, part, tile % rank_blocks * Grads::kRankTile, tile / rank_blocks * kGradColumns);
     } else {
       one.grad_b = static_cast<char*>(one.grad_b) + group.group * bytes * all.rank * all.n;
-      Grads::product_B(one, smem, part, tile - tiles_A);
+      const int tile_B = tile - tiles_A;
+      Grads::product_B(one, smem, part, tile_B / rank_blocks * kGradColumns, tile_B % rank_blocks * Grads::kRankTile);
     }
   }
 };
