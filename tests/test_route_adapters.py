@@ -208,6 +208,19 @@ def test_alora_beside_lora():
     assert {op for op, _ in lk.stats()["served"]} == {"multi_lora_linear"}
 
 
+def test_an_alora_is_not_taken_for_a_lora_of_its_name():
+    """Kills: ids remembered by names and offsets alone, of which another model's adapters may be aLoRA."""
+    x = torch.randn(4, 5, K)
+    lora, stock = make().eval(), make(alora_invocation_tokens=[1]).eval()
+    patched = copy.deepcopy(stock)
+    for model in (lora, patched):
+        lk.patch(model)
+    with torch.no_grad():
+        lin(lora)(x, adapter_names=["default"] * 4)
+        torch.testing.assert_close(lin(patched)(x), lin(stock)(x))
+    assert lk.stats()["fallback"] == {}
+
+
 def test_alora_in_a_model_and_generation():
     torch.manual_seed(0)
     config = LoraConfig(

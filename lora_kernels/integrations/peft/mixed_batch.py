@@ -24,7 +24,7 @@ from ...plain import inside_transform
 from ...reasons import Reason
 
 Offsets = tuple["int | None", ...] | None
-_Key = tuple[tuple[str, ...], tuple[str, ...], Offsets, int, torch.device]
+_Key = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], Offsets, int, torch.device]
 
 
 class Routed(tuple[str, ...]):
@@ -133,7 +133,7 @@ def _ids_of(
     of_samples = [number.get(name, -1) for name in names]
     if is_compiling() or type(x) is not Tensor:
         return _make_ids(of_samples, _starts(names, partial, offsets, tokens), tokens, x.device)
-    key = (names, used, offsets, tokens, x.device)
+    key = (names, used, partial, offsets, tokens, x.device)
     ids = _ids.get(key)
     if ids is None:
         if len(_ids) >= _MOST_IDS:
