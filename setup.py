@@ -150,7 +150,7 @@ def gencode(archs: list[Arch]) -> list[str]:
 
 
 def compression(cuda_home: Path) -> list[str]:
-    """nvcc's flags. Packed for size, machine code takes a fifth of the room, and the driver unpacks it when it is loaded:
+    """nvcc's flags. Packed for size, machine code takes a fifth of the room; the driver unpacks it when it is loaded:
     every driver that runs what a toolkit from 13 on has built.
     """
     header = (cuda_home / "include" / "cuda_runtime_api.h").read_text(errors="replace")
