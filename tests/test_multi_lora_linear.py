@@ -68,7 +68,7 @@ def check_values(batch, dtypes, p, bias):
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_values_and_gradients(batch, dtypes, backend):
     """Kills: rows of one adapter computed with another's factors; ranks that the adapter does not use (they hold NaN);
-    gradients of adapters without rows, or s of rows without an adapter, left as they were; the mask of the row's place
+    gradients of adapters without rows left as they were; the mask of the row's place
     among its adapter's rows instead of its own.
     """
     for p, bias in ((0.0, True), (0.3, False)):
@@ -224,6 +224,20 @@ def test_operands_lie_anyhow(backend):
     y2, *grads2 = grads_of(leaves, ranks=torch.stack([ranks] * 2, 1)[:, 1])
     for a, b in zip((y, *grads), (y2, *grads2)):
         torch.testing.assert_close(a, b)
+
+
+def test_s_is_zero_where_no_adapter_writes(backend):
+    """Of rows of none, of adapters of no rank, and beyond an adapter's rank. Kills: these left as they were."""
+    batch = BATCHES[0]
+    t = {k: v.detach() for k, v in small(batch).items()}
+    tensors = (t[n] for n in ("x", "weight", "lora_A", "lora_B", "adapter_ids"))
+    for _ in range(3):
+        torch.full((len(batch.ids), batch.rank), torch.nan)  # freed, and likely to be s
+    _, s = torch.ops.lora_kernels.multi_lora_linear(*tensors, torch.tensor(batch.ranks), *(None,) * 3, 1.0, 0.0)
+    for row, slot in enumerate(batch.ids):
+        rank = 0 if slot < 0 else batch.ranks[slot]
+        torch.testing.assert_close(s[row, :rank], t["lora_A"][slot, :rank] @ t["x"][row])
+        assert not s[row, rank:].any()
 
 
 def test_scaling(backend):
