@@ -81,3 +81,13 @@ def looped(
             s = F.linear(dropped[rows], lora_A[slot, :rank])
             y = y.index_add(0, rows, F.linear(s, lora_B[slot, :, :rank]) * SCALINGS[slot])
     return y
+
+
+def small(batch: Batch = BATCHES[0], dtype: torch.dtype = torch.float32, bias: bool = True) -> dict[str, Tensor | None]:
+    """Arguments of the op, leaves that require grad; pools hold numbers everywhere."""
+    problem = make_problem(batch, dtype, dtype, bias)
+    t = {k: None if v is None else v.nan_to_num(0.5).to(dtype) for k, v in problem.items()}
+    del t["grad_y"]
+    for name in ("x", "lora_A", "lora_B"):
+        t[name].requires_grad_()
+    return {**t, "adapter_ids": batch.ids_tensor()}
