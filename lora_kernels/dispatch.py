@@ -277,6 +277,8 @@ def run(spec: OpSpec, *args: Any) -> Any:
     if any_autocast() and autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             return _compute(spec, kernel, verdict, args)
+    if kernel is None and device_type == "meta":
+        return spec.fake(*args)  # some references read numbers, and there are none
     return _compute(spec, kernel, verdict, args)
 
 

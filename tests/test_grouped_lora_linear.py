@@ -5,6 +5,8 @@ import pytest
 import torch
 from grouped import SCALING, SEED, SIZES, Sizes, looped, make_problem, offsets_of, run
 from numerics import assert_as_accurate
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
@@ -152,6 +154,19 @@ def test_checkpointing_and_autocast_and_compile():
         y4 = lk.grouped_lora_linear(**t)
     assert y4.dtype == BF16
     torch.testing.assert_close(y4.float(), y, rtol=0.05, atol=0.05)
+
+
+def test_shapes_alone():
+    """On meta, and under modes that trace: no offset is read."""
+    t = small(Sizes((6, 0, 9), 24, 32, 4), bias="each")
+    on_meta = {name: value.to("meta") for name, value in t.items()}
+    y, *grads = grads_of(on_meta)
+    assert [g.shape for g in (y, *grads)] == [g.shape for g in grads_of(t)]
+    with FakeTensorMode() as mode:
+        y = lk.grouped_lora_linear(**{name: mode.from_tensor(value) for name, value in t.items()})
+    assert y.shape == (15, 32)
+    traced = make_fx(lambda t: lk.grouped_lora_linear(**t), tracing_mode="fake")(t)
+    assert "grouped_lora_linear" in traced.code
 
 
 @pytest.mark.parametrize("dropout", [False, True])

@@ -306,6 +306,12 @@ def test_adapters_that_lie_apart_are_not_stacked(dtypes, backend):
     assert multi_lora_linear_apart(t["x"].detach(), t["weight"], A, B, [ids.sum()] * 4, ids, None) is None
 
 
+def test_on_meta_there_are_shapes():
+    t = small(Batch((1, 0, -1, 1), (2, 3), 8, 6))
+    on_meta = grads_of({name: value.to("meta") for name, value in t.items()})
+    assert [g.shape for g in on_meta] == [g.shape for g in grads_of(t)]
+
+
 @pytest.mark.parametrize("dropout", [False, True])
 def test_opcheck(dropout):
     t = small(Batch((1, 0, -1, 1), (2, 3), 8, 6))

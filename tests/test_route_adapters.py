@@ -134,6 +134,14 @@ def test_generation():
     assert torch.equal(tokens, expected)
 
 
+def test_beams_are_samples():
+    model = model_with_two().eval()
+    options = {"input_ids": IDS, "num_beams": 2, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with lk.route_adapters(model, [name for name in NAMES for _ in range(2)]):
+        tokens = model.generate(**options)
+    assert torch.equal(tokens, model.generate(adapter_names=NAMES, **options))
+
+
 def test_bad_arguments():
     model = model_with_two()
     for value, error, message in (

@@ -1,6 +1,7 @@
 """route_adapters: each adapter of a mixed batch trains as on its own samples, whatever serves its layers."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -222,3 +223,72 @@ def test_refusals_and_a_warning():
         pytest.raises(ValueError, match="when there are merged adapters"),
     ):
         model(x)
+
+
+def checkpointed(reentrant):
+    """Adapters of one rank, whose recomputed tensors cannot be told apart."""
+    model = make(each={}, checkpoints=True)
+    if reentrant:
+        model.base_model.model.forward = lambda x: model.base_model.model.down(
+            checkpoint(model.base_model.model.up, x, use_reentrant=True)
+        )
+    return model
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_one_backward_of_batches_with_other_adapters_says_so(reentrant):
+    """Kills: the first batch recomputed by the adapters of the second one."""
+    model, x = checkpointed(reentrant), torch.randn(2, T, K, requires_grad=True)
+    with lk.route_adapters(model, ["default"] * 2):
+        first = model(x).square().sum()
+    with lk.route_adapters(model, ["second"] * 2):
+        loss = first + model(x).square().sum()
+        with pytest.raises(RuntimeError, match="for another batch than that of this context"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_batches_of_the_same_adapters_are_accumulated(reentrant):
+    model, names = checkpointed(reentrant), ["default", "second"]
+    batches = [torch.randn(2, T, K, requires_grad=True) for _ in range(3)]
+    with lk.route_adapters(model, ["third"] * 2):
+        model(batches[0])  # of which there is no backward
+    for x in batches:
+        with lk.route_adapters(model, names):
+            model(x).square().sum().backward()
+    wanted = gradients(model)
+    with lk.route_adapters(model, names):
+        losses = [model(x).square().sum() for x in batches[:2]]
+    with lk.route_adapters(model, names):
+        (sum(losses) + model(batches[2]).square().sum()).backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, wanted[name])
+
+
+def test_code_that_was_compiled_before_is_routed():
+    """Kills: hooks alone, for which compiled code does not look again."""
+    model, x = make().eval(), torch.randn(6, T, K)
+    pools = nn.Sequential(nn.Linear(K, N), nn.GELU())
+    lk.inject(pools, ["0"], r=2, alpha=2, adapters=2)
+    nn.init.normal_(pools[0].lora_B)
+    for module, routes in ((model, (NAMES, NAMES[::-1])), (pools, ([0, 1, -1] * 2, [1] * 6))):
+        compiled = torch.compile(module, backend="eager")
+        with torch.no_grad():
+            for route in (None, *routes, None):
+                if route is None:
+                    torch.testing.assert_close(compiled(x), module(x))
+                    continue
+                with lk.route_adapters(module, route):
+                    torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_a_copy_is_routed_as_long_as_its_original():
+    model, x = make(), torch.randn(6, T, K)
+    unrouted = model(x)
+    with lk.route_adapters(model, NAMES):
+        twin, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        assert torch.equal(twin(x), model(x))
+        torch.testing.assert_close(pickled(x), unrouted)
+    torch.testing.assert_close(twin(x), unrouted)
+    torch.testing.assert_close(model(x), unrouted)
+    assert not any(m._forward_pre_hooks for copied in (model, twin, pickled) for m in copied.modules())

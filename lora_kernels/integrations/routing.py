@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from ..modules.multi import MultiLoRALinear
 
@@ -28,12 +29,17 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
     adapter serves all samples, and ``MultiLoRALinear`` layers are their frozen base.
 
     Activation checkpointing calls layers again during backward. Backward must then run inside, too; outside it raises
-    ``RuntimeError`` instead of forming gradients of another adapter.
+    ``RuntimeError`` instead of forming gradients of another adapter. So does one backward of several batches that were
+    called with different adapters.
+
+    A model serves one such context at a time, in whichever thread. Code that ``torch.compile`` has made of fused layers
+    and pools is made anew for other adapters; of PEFT's own layers it must have been made inside, since hooks that come
+    later are not looked for.
 
     Args:
         model: a PEFT model with LoRA, or one with ``MultiLoRALinear`` layers (``lk.inject(..., adapters=...)``).
         adapters: one per sample: names of PEFT's adapters, or numbers of a pool's. None and ``"__base__"`` are the
-            base alone.
+            base alone. Beams of ``generate`` are samples, each ``num_beams`` times in turn.
 
     Raises:
         ValueError: the model has no such layers; an adapter that no layer has; or, in the call, there are not as many
@@ -50,9 +56,9 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
         names = _names(peft_layers, adapters)
         if model.training and torch.is_grad_enabled():
             _warn_of_frozen(peft_layers, {*names} - {BASE})
-        routes.append(_Route("adapter_names", _routed(names)))
+        routes.append(_Route("adapter_names", _routed(names), tuple(names)))
     if pools:
-        routes.append(_Route("adapter_ids", _numbers(pools, adapters)))
+        routes.append(_Route("adapter_ids", _numbers(pools, adapters), tuple(adapters)))
     for route, layers in zip(routes, [layers for layers in (peft_layers, pools) if layers]):
         for layer in layers:
             route.add_to(layer)
@@ -66,30 +72,84 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
 class _Route:
     """A forward pre-hook of all layers: gives them their adapters, and afterwards looks for calls that backward makes.
 
-    It stays on a layer until its next call outside of backward, which needs no adapters any more.
+    It stays on a layer until its next call outside of backward, which needs no adapters any more, or until another
+    route takes its place. A copy of a layer is routed as long as the layer is, a pickled one is not.
     """
 
-    def __init__(self, argument: str, value: Any) -> None:
-        self._argument, self._value, self._is_over = argument, value, False
-        self._handles: dict[nn.Module, Any] = {}
+    def __init__(self, argument: str, value: Any, adapters: tuple[Any, ...]) -> None:
+        self._argument, self._value, self._adapters, self._is_over = argument, value, adapters, False
+        self._calls: dict[nn.Module, int] = {}
+        self._again: dict[nn.Module, tuple[int, int]] = {}  # a backward, and how often it has called
+        self._others: set[nn.Module] = set()  # called for other batches, of which backward may not be over
 
     def add_to(self, layer: nn.Module) -> None:
-        self._handles[layer] = layer.register_forward_pre_hook(self, with_kwargs=True)
+        for route in [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, _Route)]:
+            if route._is_over:
+                self._takes_over(layer, route)
+                route._leave(layer)
+        layer.register_forward_pre_hook(self, with_kwargs=True)
+        layer.__dict__["is_routed"] = True
 
     def ends(self) -> None:
         self._is_over = True
 
+    def _takes_over(self, layer: nn.Module, before: _Route) -> None:
+        calls = before._calls.get(layer, 0)
+        if before._adapters == self._adapters:
+            self._calls[layer] = calls
+        elif calls > before._again.get(layer, (0, 0))[1]:
+            self._others.add(layer)
+        if layer in before._others:
+            self._others.add(layer)
+
+    def _leave(self, layer: nn.Module) -> None:
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if hook is self:
+                del layer._forward_pre_hooks[key]
+                layer._forward_pre_hooks_with_kwargs.pop(key, None)
+        if not any(isinstance(hook, _Route) for hook in layer._forward_pre_hooks.values()):
+            layer.__dict__.pop("is_routed", None)
+
+    def _count(self, layer: nn.Module) -> None:
+        """``RuntimeError`` if backward calls the layer more often than this batch has, and so for another one."""
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            self._calls[layer] = self._calls.get(layer, 0) + 1
+            return
+        before, times = self._again.get(layer, (task, 0))
+        times = times + 1 if before == task else 1
+        self._again[layer] = task, times
+        if layer in self._others and times > self._calls.get(layer, 0):
+            raise RuntimeError(
+                "route_adapters: backward calls a layer again (activation checkpointing) for another batch than that "
+                "of this context; call a batch's backward inside of its own `with route_adapters(...)`, before the next"
+            )
+
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if not self._is_over:
+            if not is_compiling():
+                self._count(layer)
             return args, {**kwargs, self._argument: self._value}
         if torch._C._current_graph_task_id() == -1:
-            self._handles.pop(layer).remove()
+            self._leave(layer)
         elif self._argument not in kwargs:
             raise RuntimeError(
                 "route_adapters: backward calls a layer again (activation checkpointing) after the adapters of its "
                 "batch were forgotten; call backward inside of `with route_adapters(...)`, too"
             )
         return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Route:
+        return self  # a copy would never be over
+
+    def __reduce__(self) -> tuple[Any, tuple]:
+        return _over, ()
+
+
+def _over() -> _Route:
+    route = _Route("", None, ())
+    route.ends()
+    return route
 
 
 def _layers(model: nn.Module) -> tuple[list[Any], list[MultiLoRALinear]]:

@@ -14,6 +14,16 @@ from ..functional.merging import merge_, stays_finite, unmerge_
 from ..plain import FLOATS, LOW_PRECISION, why_no_base
 
 
+def is_given(layer: Any, given: Any) -> bool:
+    """Whether a call has more than x, which the hook of ``route_adapters`` may have put in.
+
+    torch.compile looks at what a forward reads, ``is_routed``, but not for hooks that come later.
+    """
+    if layer.is_routed and given:
+        return True
+    return bool(given)
+
+
 class LoRALayer(nn.Module):
     """What ``LoRALinear`` and ``LoRAEmbedding`` share: an adapter's numbers, and merging."""
 

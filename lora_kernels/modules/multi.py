@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from ..frozen_linears import linear
 from ..functional.multi import multi_lora_linear
-from .base import check_base, check_count, check_hyperparameters, check_plain_linear, empty_adapter, scaling_of
+from .base import (
+    check_base,
+    check_count,
+    check_hyperparameters,
+    check_plain_linear,
+    empty_adapter,
+    is_given,
+    scaling_of,
+)
 
 
 class MultiLoRALinear(nn.Module):
@@ -44,6 +52,8 @@ class MultiLoRALinear(nn.Module):
     bias: nn.Parameter | None
     merged = False
     """A pool never is."""
+    is_routed = False
+    """Set by ``route_adapters``."""
 
     def __init__(
         self,
@@ -88,7 +98,7 @@ class MultiLoRALinear(nn.Module):
 
     def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
         """``adapter_ids``: as ``lk.multi_lora_linear`` takes them."""
-        if adapter_ids is None:
+        if not is_given(self, adapter_ids is not None) or adapter_ids is None:
             return linear(x, self.weight, self.bias)
         return multi_lora_linear(
             x, self.weight, self.lora_A, self.lora_B, adapter_ids, self.bias,

@@ -229,11 +229,16 @@ SPEC = dispatch.register(
     )
 )
 
+
+def _fake_apart(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 _apart = dispatch.define_native(
     "multi_lora_apart",
     "(Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor adapter_ids, Tensor? bias, float[] scalings, "
     "str schedule) -> Tensor",
-    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    _fake_apart,
 )
 
 
@@ -253,7 +258,7 @@ APART = OpSpec(
     name=SPEC.name,
     schema="",
     reference=_reference_apart,
-    fake=SPEC.fake,
+    fake=_fake_apart,
     kernels={"cpu": Kernel(_cpu_supports, native=_apart)},
 )
 """``multi_lora_linear`` without gradients and dropout, of adapters that lie each by itself, as PEFT has them: stacking

@@ -21,6 +21,7 @@ from ...formats import QuantizedWeight
 from ...functional.dora import dora_embedding, dora_linear_of_layer
 from ...functional.embedding import lora_embedding
 from ...functional.lora import lora_linear_of_layer
+from ...modules.base import is_given
 from ...modules.quantized import QuantizedLinear, set_compute_type
 from ...reasons import Reason
 from ...report import FUSED, FUSED_POOL
@@ -37,12 +38,15 @@ class FusedForward(nn.Module):
     Nothing but ``forward`` differs: parameters, merging, adapter switching and hooks are PEFT's.
     """
 
+    is_routed = False
+    """Set by ``route_adapters``."""
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found: Any
         reason: Any = None
         mixes = False  # some rows use another adapter than others
         set_compute_type(self.__dict__["_modules"]["base_layer"], x)
-        if args or kwargs:
+        if is_given(self, args or kwargs):
             reason = Reason.DISABLED if self._disable_adapters else mixed_batch.extra_arguments(args, kwargs)
             mixes = reason is None and (
                 kwargs.get("adapter_names") is not None or mixed_batch.acts_on_some_tokens(self)
@@ -104,8 +108,10 @@ def _packed_base(layer: Any) -> QuantizedLinear | None:
 class FusedEmbedding(Embedding):
     """PEFT's ``lora.Embedding``, as ``FusedLinear`` is its ``lora.Linear``."""
 
+    is_routed = False
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs:
+        if is_given(self, args or kwargs):
             reason: Any = _extra_arguments(self, args, kwargs) or Reason.ADAPTER_NAMES
         else:
             found: Any = operands.embedding_operands(self)
@@ -122,8 +128,10 @@ class FusedEmbedding(Embedding):
 class FusedConv(nn.Module):
     """What replaces PEFT's convolutions, beside their own class, as ``FusedLinear`` its ``lora.Linear``."""
 
+    is_routed = False
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs:
+        if is_given(self, args or kwargs):
             reason: Any = _extra_arguments(self, args, kwargs) or Reason.ADAPTER_NAMES
         else:
             found: Any = conv.adapters(self)
