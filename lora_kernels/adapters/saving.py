@@ -42,7 +42,9 @@ def save_adapter(
         adapter: the number of an adapter of ``MultiLoRALinear`` layers, for a model that has those.
         experts: how the adapter of a mixture's experts is written (PEFT's ``target_parameters``). "3d": as PEFT does,
             all experts in two matrices. "2d": two matrices per expert and linear layer, under the names that the base
-            model's checkpoints have, as engines for serving load them; gate and up then have the same lora_A.
+            model's checkpoints have, as engines for serving load them; gate and up then have the same lora_A. PEFT
+            reads that back where the family's checkpoints have a layer per expert, no other layer has its name, and
+            rsLoRA is off; elsewhere it says nothing and leaves the experts' adapter out, or scales it otherwise.
 
     Raises:
         ValueError: there is no adapter, or not exactly one; experts is neither, or "2d" without experts; the directory

@@ -22,9 +22,19 @@ ExpertsBranch = tuple[Tensor, Tensor, "float | Tensor"]
 """lora_A [experts, rank, in_features], lora_B [experts, out_features, rank], scaling."""
 
 
+_INTERFACES: dict[type, Any] = {}
+"""Of the classes that were asked about: torch.compile cannot read a function's closure and then follow the function."""
+
+
 def _interface(module: nn.Module) -> Any:
     """What experts that transformers' decorator has made look their implementations up in; None for other modules."""
-    forward = type(module).forward
+    kind = type(module)
+    if kind not in _INTERFACES:
+        _INTERFACES[kind] = _declared(kind.forward)
+    return _INTERFACES[kind]
+
+
+def _declared(forward: Any) -> Any:
     code, closure = getattr(forward, "__code__", None), getattr(forward, "__closure__", None)
     if code is None or not closure or "experts_interface" not in code.co_freevars:
         return None
