@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -292,3 +293,16 @@ def test_a_copy_is_routed_as_long_as_its_original():
     torch.testing.assert_close(twin(x), unrouted)
     torch.testing.assert_close(model(x), unrouted)
     assert not any(m._forward_pre_hooks for copied in (model, twin, pickled) for m in copied.modules())
+
+
+def test_threads_take_turns():
+    """Kills: the adapters of whoever came last, for all threads."""
+    model, x = make(), torch.randn(6, T, K)
+    with ThreadPoolExecutor(1) as other, lk.route_adapters(model, NAMES):
+        mine = model(x)
+        with pytest.raises(RuntimeError, match="let threads take turns"):
+            other.submit(lk.route_adapters(model, ["default"] * 6).__enter__).result()
+        assert torch.equal(model(x), mine)
+        assert torch.equal(other.submit(model, x).result(), mine)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(lk.route_adapters(model, NAMES).__enter__).result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ..modules.multi import MultiLoRALinear
 
 BASE = "__base__"
 """PEFT's name for no adapter."""
+_entering = threading.Lock()
 
 
 @contextmanager
@@ -32,9 +34,9 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
     ``RuntimeError`` instead of forming gradients of another adapter. So does one backward of several batches that were
     called with different adapters.
 
-    A model serves one such context at a time, in whichever thread. Code that ``torch.compile`` has made of fused layers
-    and pools is made anew for other adapters; of PEFT's own layers it must have been made inside, since hooks that come
-    later are not looked for.
+    A model serves one such context at a time, whichever thread calls it. Code that ``torch.compile`` has made of fused
+    layers and pools is made anew for other adapters; of PEFT's own layers it must have been made inside, since hooks
+    that come later are not looked for.
 
     Args:
         model: a PEFT model with LoRA, or one with ``MultiLoRALinear`` layers (``lk.inject(..., adapters=...)``).
@@ -45,6 +47,7 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
         ValueError: the model has no such layers; an adapter that no layer has; or, in the call, there are not as many
             adapters as samples.
         TypeError: a name where a number belongs, or the other way round.
+        RuntimeError: another thread is inside of such a context of this model.
     """
     if isinstance(adapters, str) or not isinstance(adapters, Sequence):
         raise TypeError(f"route_adapters: adapters must be a sequence, one for each sample, got {adapters!r}")
@@ -59,9 +62,11 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
         routes.append(_Route("adapter_names", _routed(names), tuple(names)))
     if pools:
         routes.append(_Route("adapter_ids", _numbers(pools, adapters), tuple(adapters)))
-    for route, layers in zip(routes, [layers for layers in (peft_layers, pools) if layers]):
-        for layer in layers:
-            route.add_to(layer)
+    with _entering:
+        _check_thread([*peft_layers, *pools])
+        for route, layers in zip(routes, [layers for layers in (peft_layers, pools) if layers]):
+            for layer in layers:
+                route.add_to(layer)
     try:
         yield
     finally:
@@ -78,12 +83,13 @@ class _Route:
 
     def __init__(self, argument: str, value: Any, adapters: tuple[Any, ...]) -> None:
         self._argument, self._value, self._adapters, self._is_over = argument, value, adapters, False
+        self._thread = threading.get_ident()
         self._calls: dict[nn.Module, int] = {}
         self._again: dict[nn.Module, tuple[int, int]] = {}  # a backward, and how often it has called
         self._others: set[nn.Module] = set()  # called for other batches, of which backward may not be over
 
     def add_to(self, layer: nn.Module) -> None:
-        for route in [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, _Route)]:
+        for route in _routes_of(layer):
             if route._is_over:
                 self._takes_over(layer, route)
                 route._leave(layer)
@@ -92,6 +98,10 @@ class _Route:
 
     def ends(self) -> None:
         self._is_over = True
+
+    @property
+    def is_elsewhere(self) -> bool:
+        return not self._is_over and self._thread != threading.get_ident()
 
     def _takes_over(self, layer: nn.Module, before: _Route) -> None:
         calls = before._calls.get(layer, 0)
@@ -107,8 +117,11 @@ class _Route:
             if hook is self:
                 del layer._forward_pre_hooks[key]
                 layer._forward_pre_hooks_with_kwargs.pop(key, None)
-        if not any(isinstance(hook, _Route) for hook in layer._forward_pre_hooks.values()):
+        if not _routes_of(layer):
             layer.__dict__.pop("is_routed", None)
+        self._calls.pop(layer, None)  # a copy's layers would live as long as the original's
+        self._again.pop(layer, None)
+        self._others.discard(layer)
 
     def _count(self, layer: nn.Module) -> None:
         """``RuntimeError`` if backward calls the layer more often than this batch has, and so for another one."""
@@ -144,6 +157,18 @@ class _Route:
 
     def __reduce__(self) -> tuple[Any, tuple]:
         return _over, ()
+
+
+def _routes_of(layer: nn.Module) -> list[_Route]:
+    return [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, _Route)]
+
+
+def _check_thread(layers: Sequence[nn.Module]) -> None:
+    if any(route.is_elsewhere for layer in layers for route in _routes_of(layer)):
+        raise RuntimeError(
+            "route_adapters: another thread is inside of such a context of this model, whose calls would get these "
+            "adapters, too; let threads take turns"
+        )
 
 
 def _over() -> _Route:
