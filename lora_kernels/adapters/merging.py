@@ -76,7 +76,7 @@ def unmerge_adapter(model: nn.Module) -> None:
 def _lora_layers(op: str, model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoRAEmbedding))}
     if not layers:
-        raise ValueError(f"{op}: the model has no LoRALinear layer")
+        raise ValueError(f"{op}: the model has no LoRALinear layer; a pool (MultiLoRALinear) is never merged")
     return layers
 
 

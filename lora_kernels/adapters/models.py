@@ -55,7 +55,7 @@ def lora_layers(op: str, model: nn.Module, number: int | None) -> dict[str, Laye
     if number is not None and len(pools) < max(1, len(found)):
         raise ValueError(f"{op}: adapter {number!r} is one of several, and layers of the model have one or none")
     for name, pool in pools.items():
-        if not isinstance(number, int) or not 0 <= number < pool.adapters:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < pool.adapters:
             raise ValueError(f"{op}: adapter must be a number from 0 to {pool.adapters - 1} for {name}, got {number!r}")
     return found
 

@@ -42,7 +42,7 @@ def multi_lora_linear(
 
     and the frozen layer alone where i is -1, with one dropout mask over all of x. The base is one product over all
     rows; nothing is formed per adapter that it does not use. On a CPU, a row's result is the same bits whichever
-    adapters other rows have, and those of the frozen layer where it has none; everywhere an adapter that holds NaN
+    adapters other rows have, and those of ``frozen_linear`` where it has none; everywhere an adapter that holds NaN
     spoils its own rows alone. An adapter without rows gets a gradient of zeros. For backward x, s = dropout(x) Aᵀ
     [rows, rank] and the seed are saved.
 

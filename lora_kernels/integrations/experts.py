@@ -56,12 +56,12 @@ def _project(experts: Any, name: str, x: Tensor, routing: Routing, branches: Map
     bias = getattr(experts, name + "_bias") if experts.has_bias else None
     with torch.autocast(x.device.type, enabled=False):
         if name not in branches:
-            return _frozen(x, weight, routing.offsets, bias)
+            return _without_adapter(x, weight, routing.offsets, bias)
         lora_A, lora_B, scaling = branches[name]
         return grouped_lora_linear(x, weight, lora_A, lora_B, routing.offsets, bias, scaling=scaling)
 
 
-def _frozen(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+def _without_adapter(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
     """``grouped_lora_linear`` without an adapter, by torch's product where that takes the operands.
 
     It leaves rows behind the last group as they happen to be.
