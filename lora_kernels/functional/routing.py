@@ -28,7 +28,8 @@ def route(expert_ids: Tensor, experts: int) -> Routing:
     """Sorts the choices of tokens by expert.
 
     Args:
-        expert_ids: integer [tokens, top_k], from 0 on. Ids of ``experts`` and more are somebody else's (expert parallelism).
+        expert_ids: integer [tokens, top_k], from 0 on. Ids of ``experts`` and more are somebody else's (expert
+            parallelism).
         experts: how many there are.
 
     Returns:
