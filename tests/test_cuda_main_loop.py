@@ -54,7 +54,8 @@ def main_loop(found: list[Loop]) -> Loop:
 
 
 def lora_loop(arch: str, *parts: str) -> Loop:
-    """Of the kernel in the extension whose name has these parts."""
+    """Of the kernel in the extension, for rows of one group, whose name has these parts."""
+    parts = (*parts, "8OneGroup")
     (name,) = [name for name in _native.cuda.kernels() if all(part in name for part in parts)]
     return main_loop(loops(Path(_native.cuda.__file__), name, arch))
 

@@ -125,9 +125,13 @@ def every_cuda_verdict():
     kv = torch.empty(1, 2, 4, 2, dtype=BF16, device=meta)
     embeds = torch.empty(1, 9, 8, dtype=BF16, device=meta)
     needs = (True, True, True)
+    groups_W, groups_A, groups_B = (torch.empty(2, *t, dtype=BF16, device=meta) for t in ((8, 8), (2, 8), (8, 2)))
+    ends = torch.empty(2, dtype=torch.int32, device=meta)
     calls = {
         "lora_linear": (x, weight, A, B, None, None, 1.0, 0.0),
         "lora_linear_backward": (y, x, s, weight, A, B, None, 1.0, 0.0, *needs),
+        "grouped_lora_linear": (x, groups_W, groups_A, groups_B, ends, None, None, 1.0, 0.0),
+        "grouped_lora_linear_backward": (x, x, s, groups_W, groups_A, groups_B, ends, None, 1.0, 0.0, *needs),
         "dropout_mask": (ids, 3, 8, 0.5),
         "prompt_embedding": (rows, ids, weight, *(None,) * 5, False),
         "prompt_embedding_backward": (embeds, ids, None, None, 0, 4, BF16, 0, True, False, False),

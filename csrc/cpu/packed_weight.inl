@@ -303,6 +303,9 @@ constexpr int kTileRows = 6, kTileColumns = 4;
 constexpr int kTileRows = 4, kTileColumns = 3;
 #endif
 constexpr int64_t kTileDepth = 1024;  // columns: at most 16 KB of W in fp32
+// Columns that are summed on their own, as in decode_rows. Vectors of eight and more have few terms a lane anyway, and
+// sums beside those of the tile would not fit into the registers.
+constexpr int64_t kSumDepth = kLanes < 8 ? 32 * kLanes : kTileDepth;
 
 // A vector of the numbers that a product is of, which are added up in fp32.
 template <class Number>
@@ -371,7 +374,18 @@ inline void multiply_tile(const TileOperands<Number>& base, const TileOperands<f
                           float* y, int64_t y_stride, int64_t columns) {
   VecF acc[kRows][kTileColumns] = {};
   if (branch.depth > 0) add_products<kRows>(branch, m, acc);
-  if (base.depth > 0) add_products<kRows>(base, m, acc);
+  for (int64_t c = 0; c < base.depth; c += kSumDepth) {
+    const TileOperands<Number> part{base.x + c, base.x_stride, base.w + c, smaller(kSumDepth, base.depth - c)};
+    if constexpr (kSumDepth == kTileDepth) {
+      add_products<kRows>(part, m, acc);
+    } else {
+      VecF sums[kRows][kTileColumns] = {};
+      add_products<kRows>(part, m, sums);
+      for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kTileColumns; ++j) acc[i][j] = acc[i][j] + sums[i][j];
+      }
+    }
+  }
   for (int i = 0; i < kRows; ++i) {
     VecF last[4] = {};
     for (int j = 0; j < kTileColumns; ++j) last[j] = acc[i][j];
