@@ -335,8 +335,8 @@ def test_plan_without_the_extension(capsys, monkeypatch):
 
 @needs_extension
 def test_kernels_are_named_and_listed_as_they_were_compiled():
-    # The names under which the CUDA runtime finds the kernels of a module are strings in it; host functions are, too, and
-    # their variables, which have the type of a parameter twice. A kernel takes parameters.
+    # The names under which the CUDA runtime finds the kernels of a module are strings in it; host functions are, too,
+    # and their variables, which have the type of a parameter twice. A kernel takes parameters.
     module = Path(_native.cuda.__file__).read_bytes()
     compiled = {name.decode() for name in re.findall(rb"(_ZN2lk\d+\w*?_kernel[IE]\w*)(?<!Ev)(?=\0)", module)}
     assert {name for name in compiled if "RKN2lk" not in name} == set(_native.cuda.kernels())
