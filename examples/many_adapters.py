@@ -1,6 +1,6 @@
 """Four adapters of SmolLM2 on four texts: trained in one batch, each as if alone, and served in one batch.
 
-    python examples/many_adapters.py      # after `make demo`, which makes the model; about four minutes
+    python examples/many_adapters.py      # after `make demo`, which makes the model; about a minute
 
 Every sample of a batch uses an adapter of its own (``lk.route_adapters``). Beside the mixed training, each adapter is
 trained alone, on its own samples; the losses and the trained adapters must agree. Then each adapter continues a prompt,
@@ -106,6 +106,8 @@ def time_steps(model: nn.Module, tokens: Tensor, rounds: int) -> Timings:
         model.zero_grad(set_to_none=True)
 
     model.base_model.set_adapter(names[0])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)  # set_adapter has frozen the others
 
     def one() -> None:
         losses_of(model, tokens).sum().backward()

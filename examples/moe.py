@@ -1,6 +1,6 @@
 """LoRA on the experts of a mixture: stock PEFT and fused layers, side by side.
 
-    python examples/moe.py                # about three minutes; the picture is build/demo/moe.png
+    python examples/moe.py                # less than a minute; the picture is build/demo/moe.png
 
 The model is made here: a small Qwen3-MoE over bytes, trained as a whole on the first half of the demo's text. Its
 experts then get adapters (PEFT's ``target_parameters``), which learn the second half. Every claim printed here is
