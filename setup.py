@@ -48,6 +48,8 @@ EXACT = ["-ffp-contract=off"]
 ISA_FLAGS = {  # of x86 alone
     "lora_branch_avx2.cpp": AVX2,
     "lora_branch_avx512.cpp": AVX512,
+    "gated_activation_avx2.cpp": AVX2,
+    "gated_activation_avx512.cpp": AVX512,
     "packed_weight_avx2.cpp": [*AVX2, "-mf16c", *EXACT],
     "packed_weight_avx512.cpp": [*AVX512, "-mavx512bw", *EXACT],
     "packed_weight_avx512_bf16.cpp": [*AVX512, "-mavx512bw", "-mavx512dq", "-mavx512bf16", *EXACT],

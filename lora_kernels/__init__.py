@@ -12,6 +12,7 @@ from .formats import FORMATS, QuantizedWeight
 from .frozen_linears import FrozenLinear
 from .functional.dora import dora_linear
 from .functional.embedding import lora_embedding
+from .functional.gated import gated_activation
 from .functional.grouped import grouped_lora_linear
 from .functional.lora import dropout_mask, frozen_linear, lora_linear
 from .functional.merging import merge_, unmerge_
@@ -28,6 +29,7 @@ from .modules.multi import MultiLoRALinear
 from .modules.prefix import PrefixEncoder
 from .modules.prompt import PromptEmbedding, PromptEncoder
 from .modules.quantized import QuantizedLinear
+from .ops.gated_activation import GatedActivationFunction
 from .ops.grouped_lora_linear import GroupedLoRALinearFunction
 from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
@@ -43,6 +45,7 @@ __all__ = [
     "FORMATS",
     "Choice",
     "FrozenLinear",
+    "GatedActivationFunction",
     "GroupedLoRALinearFunction",
     "LoRAEmbedding",
     "LoRAEmbeddingFunction",
@@ -67,6 +70,7 @@ __all__ = [
     "dora_linear",
     "dropout_mask",
     "frozen_linear",
+    "gated_activation",
     "grouped_lora_linear",
     "inject",
     "is_fused",

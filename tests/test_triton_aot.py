@@ -24,7 +24,7 @@ from packed import random_packed, random_scaled
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_launches import BF16, FP32, compile_for, launches, prompt_launches
 
-from lora_kernels.triton_kernels import dequantize, dropout_mask, prefix_kv
+from lora_kernels.triton_kernels import dequantize, dropout_mask, gated_activation, prefix_kv
 
 # Matrix instructions of 16-bit tiles, by their number of rows: the wide ones need 64.
 INSTRUCTIONS = {
@@ -162,6 +162,21 @@ def check_prompt(arch, tmp_path, **problem):
             assert "ld.global.v4.b32" in code, name
             assert "st.global.v4.b32" in code, name
             assert not re.findall(r"(?:ld|st)\.global\.b16", code), f"{name}: an element at a time"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_gated_activation(arch, activation, dtype, tmp_path):
+    t = torch.empty(3, 1536, dtype=dtype)
+    for launch in (
+        gated_activation.forward_launch(t, t, activation, t),
+        gated_activation.backward_launch(t, t, t, activation, t, t),
+    ):
+        compiled = compile_for(arch, launch)
+        if arch.startswith("sm_"):
+            assert "ld.global.v4" in compiled.asm["ptx"] or "ld.global.v2" in compiled.asm["ptx"]
+            assert stack_bytes(compiled, tmp_path) == 0
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])

@@ -5,6 +5,7 @@
 
 #include "../params/dropout_mask.h"
 #include "../philox.h"
+#include "gated_activation.h"
 #include "packed_weight.h"
 
 namespace lk {
@@ -103,6 +104,7 @@ struct Kernels {
   int64_t (*lora_grad_scratch_size)(int64_t rank, int64_t tiles);
 
   const PackedWeightKernels* packed;
+  const GatedActivationKernels* gated;
 };
 
 const Kernels& kernels();

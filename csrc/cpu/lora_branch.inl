@@ -1,6 +1,7 @@
 // The narrow products of a LoRA branch, with the dropout mask made in registers on the way where there is one.
 // A vendor GEMM is built for wide outputs: where one side is the rank, it reaches little more than half of its speed.
-// Included once per instruction set; LK_TABLE names the table it defines, LK_PACKED_TABLE that of packed_weight.inl.
+// Included once per instruction set; LK_TABLE names the table it defines, LK_PACKED_TABLE and LK_GATED_TABLE those of
+// packed_weight.inl and gated_activation.inl.
 #include "branch_tiles.h"
 #include "kernels.h"
 #include "simd.h"
@@ -351,6 +352,7 @@ void lora_grad_any(const LoraGradParams& p, float* scratch, int64_t begin, int64
 }  // namespace
 
 extern const PackedWeightKernels LK_PACKED_TABLE;
+extern const GatedActivationKernels LK_GATED_TABLE;
 extern const Kernels LK_TABLE;
 const Kernels LK_TABLE = {
     .isa = LK_ISA,
@@ -364,6 +366,7 @@ const Kernels LK_TABLE = {
     .lora_grad_tile = lora_grad_tile,
     .lora_grad_scratch_size = lora_grad_scratch_size,
     .packed = &LK_PACKED_TABLE,
+    .gated = &LK_GATED_TABLE,
 };
 
 }  // namespace lk::cpu

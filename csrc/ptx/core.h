@@ -32,6 +32,9 @@ LK_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector)
 LK_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 LK_DEVICE float rounded_sum(float a, float b) { return __fadd_rn(a, b); }
 
+LK_DEVICE float exponential(float f) { return expf(f); }
+LK_DEVICE float complementary_error(float f) { return erfcf(f); }
+
 // The same number, in a register: the compiler does not see that it is a parameter of the kernel, which it would use
 // from where parameters are, and then, where registers are scarce, spill another one.
 LK_DEVICE float in_register(float f) {

@@ -2,6 +2,7 @@
 
 from .dora import dora_embedding, dora_linear
 from .embedding import lora_embedding
+from .gated import gated_activation
 from .grouped import grouped_lora_linear
 from .lora import dropout_mask, frozen_linear, lora_linear
 from .merging import merge_, unmerge_
@@ -16,6 +17,7 @@ __all__ = [
     "dora_linear",
     "dropout_mask",
     "frozen_linear",
+    "gated_activation",
     "grouped_lora_linear",
     "lora_embedding",
     "lora_linear",

@@ -132,6 +132,12 @@ def check_packed(parts: list[Tensor], layout: str, n: int, k: int, block: int) -
     _check(_are_beside(*parts), "dequantize: the parts of the weight are on several devices")
 
 
+def check_alike(first: Tensor, *others: Tensor) -> None:
+    """``RuntimeError`` unless all are of one shape and dtype, on one device."""
+    _check(all(t.shape == first.shape and t.dtype == first.dtype for t in others), "tensors differ in shape or dtype")
+    _check(_are_beside(first, *others), "tensors are on several devices")
+
+
 def _check_gradient(grad_y: Tensor, x: Tensor, s: Tensor, n: int, rank: int) -> None:
     lead = x.shape[:-1]
     _check(grad_y.shape == (*lead, n), "grad_y must be [..., n], with x's leading sizes")

@@ -112,3 +112,13 @@ def rows_refusal(
     if any(dtype not in _FLOATS for dtype in dtypes):
         return _DTYPE
     return _SIZE if configs.most_copying_programs(batch, rows, hidden) > MAX_SIZE else None
+
+
+def elementwise_refusal(t: torch.Tensor) -> Verdict | None:
+    """Why no kernel goes over the elements of tensors like ``t``; None where one does."""
+    refused = refusal(t.device)
+    if refused is not None:
+        return refused
+    if t.dtype not in _FLOATS:
+        return _DTYPE
+    return _SIZE if t.numel() > MAX_SIZE * configs.ELEMENTWISE_BLOCK else None

@@ -60,6 +60,12 @@ def load_prefix_kv() -> ModuleType:
 
 
 @functools.cache
+def load_gated_activation() -> ModuleType:
+    """The same for gated_activation, in ``torch.ops.lora_kernels_emulated_gated``."""
+    return _build_over_torch("_emu_gated_activation", "emu/bind_gated_activation.cpp")
+
+
+@functools.cache
 def load_dropout_mask() -> ModuleType:
     """The same for dropout_mask, in ``torch.ops.lora_kernels_emulated_mask``, by three blocks at most."""
     return _build_over_torch("_emu_dropout_mask", "emu/bind_dropout_mask.cpp")

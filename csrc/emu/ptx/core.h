@@ -48,6 +48,9 @@ inline float rounded_product(float a, float b) {
 
 inline float rounded_sum(float a, float b) { return a + b; }
 
+inline float exponential(float f) { return std::exp(f); }
+inline float complementary_error(float f) { return std::erfc(f); }
+
 inline float in_register(float f) { return f; }
 
 // ------------------------------------------------------------------------------------------------ the thread

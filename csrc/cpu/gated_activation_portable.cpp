@@ -1,0 +1,2 @@
+#define LK_GATED_TABLE kPortableGated
+#include "gated_activation.inl"

@@ -1,0 +1,41 @@
+"""The Triton kernels of gated_activation in Triton's interpreter, on the CPU. Run by test_triton_gated.py."""
+
+from __future__ import annotations
+
+import gated
+import pytest
+import torch
+from gated import FP16, FP32, SHAPES, make
+
+import lora_kernels as lk
+from lora_kernels.ops.gated_activation import ACTIVATIONS, BACKWARD_OUT, OUT
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """What torch.empty returns is NaN, so that an element nobody writes is noticed."""
+    torch.use_deterministic_algorithms(True)
+    with lk.use_backend("triton"):
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_values_and_gradients(activation, shape, dtype):
+    gate, up, grad_h = make(shape, dtype)
+    leaves = gate.requires_grad_(), up.requires_grad_()
+    h = lk.gated_activation(*leaves, activation)
+    gradients = torch.autograd.grad(h, leaves, grad_h)
+    gated.check((h.detach(), *gradients), gate, up, grad_h, activation)
+    assert set(lk.stats()["served"]) == {("gated_activation", "triton"), ("gated_activation_backward", "triton")}
+
+
+def test_results_in_the_operands_memory():
+    given = make((3, 700), FP32)
+    gate, up, grad_h = (t.clone() for t in given)
+    lk.dispatch.run(BACKWARD_OUT, grad_h, gate, up, "silu", gate, up)
+    h = given[0].clone()
+    lk.dispatch.run(OUT, h, given[1], "silu", h)
+    gated.check((h, gate, up), *given, "silu")
