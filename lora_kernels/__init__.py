@@ -16,6 +16,7 @@ from .functional.grouped import grouped_lora_linear
 from .functional.lora import dropout_mask, frozen_linear, lora_linear
 from .functional.merging import merge_, unmerge_
 from .functional.multi import multi_lora_linear
+from .functional.pack import lora_pack
 from .functional.prefix import prefix_kv
 from .functional.prompt import PromptEmbeddingOutput, prompt_embedding
 from .functional.why import why
@@ -31,6 +32,7 @@ from .modules.quantized import QuantizedLinear
 from .ops.grouped_lora_linear import GroupedLoRALinearFunction
 from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
+from .ops.lora_pack import LoRAPackFunction
 from .ops.multi_lora_linear import MultiLoRALinearFunction
 from .ops.prefix_kv import PrefixKVFunction
 from .ops.prompt_embedding import PromptEmbeddingFunction
@@ -48,6 +50,7 @@ __all__ = [
     "LoRAEmbeddingFunction",
     "LoRALinear",
     "LoRALinearFunction",
+    "LoRAPackFunction",
     "MultiLoRALinear",
     "MultiLoRALinearFunction",
     "PrefixEncoder",
@@ -74,6 +77,7 @@ __all__ = [
     "load_pretrained",
     "lora_embedding",
     "lora_linear",
+    "lora_pack",
     "merge_",
     "merge_adapter",
     "multi_lora_linear",
