@@ -132,5 +132,11 @@ def test_lists_of_other_lengths_are_not_read():
     for schedule in ("aten, aten, aten", "aten, onednn, aten"):
         with pytest.raises(RuntimeError, match="one schedule, or one per member"):
             torch.ops.lora_kernels_native.lora_pack.default(*args, schedule)
+    decode = torch.ops.lora_kernels_native.lora_pack_decode.default
+    for operands in (args[1], [*args[1], *args[2], *args[3], args[4][0]]):
+        with pytest.raises(RuntimeError, match="operands must be weights, lora_As, lora_Bs and maybe biases"):
+            decode(args[0], operands, args[6])
+    with pytest.raises(RuntimeError, match=r"lora_A must be"):
+        decode(args[0], [*args[1], *args[3], *args[2]], args[6])
     with pytest.raises(RuntimeError, match="biases must be of no member or of each"):
         torch.ops.lora_kernels_native.lora_pack.default(*args[:4], args[4][:1], *args[5:], "aten")

@@ -152,14 +152,15 @@ void run_decodes(const std::vector<LoraDecodeParams>& products) {
 
 // y of a few fp32 rows, and into `s` that of each member, [rows, its rank], one behind the other. As decode_rows of
 // lora_linear, with one pass over all A and one over all W.
-Tensors decode(const Tensor& rows, const Pack& pack, float* s) {
+Tensors decode(const Tensor& x, const Pack& pack, float* s) {
+  const Tensor rows = as_rows(x);
   const int64_t m = rows.size(0);
   Tensors ys, kept;  // kept: operands that are read where they were copied to
   std::vector<LoraDecodeParams> shrinks, products;
   for (const Member& member : pack.members) {
     STD_TORCH_CHECK(is_fp32(rows) && member.weight.stride(1) == 1,
                     "the decode schedule serves fp32 with unit column stride");
-    ys.push_back(new_empty_as(rows, {m, member.n()}));
+    ys.push_back(new_empty_rows_as(x, member.n()));
     LoraDecodeParams p = decode_params(rows, member.weight, mutable_floats(ys.back()));
     if (member.rank() > 0) {
       const Tensor a = as_float_rows(member.a), b = as_float_rows(member.b);
@@ -183,28 +184,35 @@ Tensors decode(const Tensor& rows, const Pack& pack, float* s) {
   return ys;
 }
 
-// The decode schedule where s is not asked for.
-Tensors lora_pack_decode(Tensor x, Tensors weights, Tensors lora_As, Tensors lora_Bs, Tensors biases,
-                         std::vector<double> scalings) {
+// The decode schedule where s is not asked for. A list takes as long on its way here as a tensor does: weights, all A,
+// all B and biases come as one.
+Tensors lora_pack_decode(Tensor x, Tensors operands, std::vector<double> scalings) {
+  const size_t members = scalings.size();
+  STD_TORCH_CHECK(operands.size() == 3 * members || operands.size() == 4 * members,
+                  "operands must be weights, lora_As, lora_Bs and maybe biases, of as many members as scalings");
+  const auto list = [&](size_t i) {
+    return Tensors(operands.begin() + i * members, operands.begin() + (i + 1) * members);
+  };
+  const Tensors weights = list(0), lora_As = list(1), lora_Bs = list(2);
+  const Tensors biases = operands.size() == 4 * members ? list(3) : Tensors();
   check_lora_pack(x, weights, lora_As, lora_Bs, biases, std::nullopt, scalings, scalings);
-  const Tensor rows = as_rows(x);
   const Pack pack(weights, lora_As, lora_Bs, biases, std::nullopt, scalings, scalings, "decode");
-  const std::unique_ptr<float[]> s(new float[rows.size(0) * pack.rank]);
-  return with_leading_sizes_of(decode(rows, pack, s.get()), x);
+  const std::unique_ptr<float[]> s(new float[x.numel() / std::max<int64_t>(1, weights[0].size(1)) * pack.rank]);
+  return decode(x, pack, s.get());
 }
 
 std::tuple<Tensors, Tensor> decode_with_s(const Tensor& x, const Pack& pack) {
-  const Tensor rows = as_rows(x), s = new_empty_as(x, {rows.size(0), pack.rank});
-  const int64_t m = rows.size(0);
+  const Tensor s = new_empty_rows_as(x, pack.rank);
+  const int64_t m = as_rows(x).size(0);
   const std::unique_ptr<float[]> apart(new float[m * pack.rank]);
-  const Tensors ys = decode(rows, pack, apart.get());
+  const Tensors ys = decode(x, pack, apart.get());
   for (const Member& member : pack.members) {
     for (int64_t row = 0; row < m; ++row) {
       std::copy_n(apart.get() + m * member.begin + row * member.rank(), member.rank(),
                   mutable_floats(s) + row * pack.rank + member.begin);
     }
   }
-  return {with_leading_sizes_of(ys, x), lk::with_leading_sizes_of(s, x)};
+  return {ys, s};
 }
 
 std::tuple<Tensors, Tensor> lora_pack(Tensor x, Tensors weights, Tensors lora_As, Tensors lora_Bs, Tensors biases,

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import dispatch
 from ..formats import QuantizedWeight
 from ..ops import eager
 from ..ops import lora_pack as _op
 from ..ops.lora_pack import LoRAPackFunction
+from ..plain import FLOATS
 from .checks import (
     check_adapter,
     check_adapter_dtype,
@@ -21,12 +22,11 @@ from .checks import (
     check_probability,
     scaled,
     seed_tensor,
-    sizes_fit,
-    types_fit,
 )
 from .why import explains
 
 _NAME = "lora_pack"
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def lora_pack(
@@ -109,20 +109,39 @@ def _arguments(
     factors, ps = _numbers("scalings", scalings, count), _numbers("dropout_p", dropout_p, count)
     members = list(zip(weights, As, Bs, bias_of))
     drops_nothing = not training or (type(dropout_p) is float and dropout_p == 0.0)
-    if (
-        drops_nothing
-        and _are_plain(factors, ps)
-        and all(types_fit(x, *member) and sizes_fit(x, *member) for member in members)
-    ):
+    if drops_nothing and _are_plain(factors, ps) and _fit(x, members):
         return x, list(weights), As, Bs, _laid_out(x, bias_of), None, factors, [0.0] * count
     return _checked(x, members, factors, ps, training, seed)
 
 
+def _fit(x: Tensor, members: list[tuple]) -> bool:
+    """Whether a glance shows that tensors pass the checks below; ``types_fit`` and ``sizes_fit`` would look at x anew
+    for each member.
+    """
+    if type(x) not in _PLAIN or not x.is_cpu:  # no other device's calls are so short
+        return False
+    dtype, lead = x.dtype, x.shape
+    if dtype not in FLOATS or not lead:
+        return False
+    k = lead[-1]
+    for weight, A, B, bias in members:
+        for t in (weight, A, B) if bias is None else (weight, A, B, bias):
+            if type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu:
+                return False
+        w, a = weight.shape, A.shape
+        if len(w) != 2 or len(a) != 2 or w[1] != k or a[1] != k or a[0] < 1 or B.shape != (w[0], a[0]):
+            return False
+        if bias is not None and bias.shape != (w[0],):
+            return False
+    return True
+
+
 def _are_plain(factors: list[Any], ps: list[Any]) -> bool:
     """Whether a glance shows that the numbers pass the checks below."""
-    return all(type(factor) is float and -math.inf < factor < math.inf for factor in factors) and all(
-        type(p) is float and 0.0 <= p <= 1.0 for p in ps
-    )
+    for factor, p in zip(factors, ps):
+        if type(factor) is not float or type(p) is not float or not (-math.inf < factor < math.inf and 0.0 <= p <= 1.0):
+            return False
+    return True
 
 
 def _checked(

@@ -60,7 +60,7 @@ def _cpu_supports(
 ) -> Verdict:
     if seed is not None and x.dtype == torch.float64:
         return cpu.REFUSED_DTYPE
-    if seed is None and all(cpu.reads_weight_once(x, weight) for weight in weights):
+    if seed is None and cpu.reads_weight_once(x, weights[0]) and all(w.stride()[1] == 1 for w in weights):
         return cpu.DECODE
     return _of_all([cpu.matmul_verdict(x, weight) for weight in weights])
 
@@ -247,8 +247,8 @@ lora_A [0, K] and a lora_B [N, 0].
 
 _decode = dispatch.define_native(
     "lora_pack_decode",
-    "(Tensor x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] biases, float[] scalings) -> Tensor[]",
-    lambda x, weights, *_: [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights],
+    "(Tensor x, Tensor[] operands, float[] scalings) -> Tensor[]",
+    lambda x, operands, scalings: [x.new_empty((*x.shape[:-1], len(w))) for w in operands[: len(scalings)]],
 )
 
 
@@ -257,7 +257,7 @@ def _cpu_inference(
     scalings: list[float], dropout_p: list[float], schedule: str,
 ) -> tuple[Any, ...]:  # fmt: skip
     if schedule == "decode":
-        return (_decode(x, weights, lora_As, lora_Bs, biases, scalings),)
+        return (_decode(x, [*weights, *lora_As, *lora_Bs, *biases], scalings),)
     return dispatch.native(SPEC)(x, weights, lora_As, lora_Bs, biases, seed, scalings, dropout_p, schedule)
 
 
