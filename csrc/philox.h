@@ -55,6 +55,9 @@ inline Dropout make_dropout(int64_t seed, double p) {
   return {static_cast<uint64_t>(seed), threshold, kept == 0 ? 0.0f : static_cast<float>(65536.0 / kept)};
 }
 
+// Of the i-th of several masks that are drawn from one seed.
+LK_HOST_DEVICE uint64_t member_seed(uint64_t seed, uint64_t member) { return seed + member * 0xD1B54A32D192ED03u; }
+
 LK_HOST_DEVICE int64_t dropout_groups_per_row(int64_t columns) { return (columns + kDropoutGroup - 1) / kDropoutGroup; }
 
 // The 16 bits of element `j` (0..7) of a group: word j / 2, low half first.

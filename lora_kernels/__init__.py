@@ -17,6 +17,7 @@ from .functional.grouped import grouped_lora_linear
 from .functional.lora import dropout_mask, frozen_linear, lora_linear
 from .functional.merging import merge_, unmerge_
 from .functional.multi import multi_lora_linear
+from .functional.pack import lora_pack
 from .functional.prefix import prefix_kv
 from .functional.prompt import PromptEmbeddingOutput, prompt_embedding
 from .functional.why import why
@@ -33,6 +34,7 @@ from .ops.gated_activation import GatedActivationFunction
 from .ops.grouped_lora_linear import GroupedLoRALinearFunction
 from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
+from .ops.lora_pack import LoRAPackFunction
 from .ops.multi_lora_linear import MultiLoRALinearFunction
 from .ops.prefix_kv import PrefixKVFunction
 from .ops.prompt_embedding import PromptEmbeddingFunction
@@ -51,6 +53,7 @@ __all__ = [
     "LoRAEmbeddingFunction",
     "LoRALinear",
     "LoRALinearFunction",
+    "LoRAPackFunction",
     "MultiLoRALinear",
     "MultiLoRALinearFunction",
     "PrefixEncoder",
@@ -78,6 +81,7 @@ __all__ = [
     "load_pretrained",
     "lora_embedding",
     "lora_linear",
+    "lora_pack",
     "merge_",
     "merge_adapter",
     "multi_lora_linear",

@@ -104,9 +104,16 @@ def autocast_args(spec: OpSpec, device_type: str, args: tuple) -> tuple:
     dtype = torch.get_autocast_dtype(device_type)
     cast = list(args)
     for i in spec.autocast:
-        if cast[i] is not None and cast[i].dtype != torch.float64:
-            cast[i] = cast[i].to(dtype)
+        given = cast[i]
+        if isinstance(given, list):
+            cast[i] = [_cast_unless_float64(t, dtype) for t in given]
+        elif given is not None:
+            cast[i] = _cast_unless_float64(given, dtype)
     return tuple(cast)
+
+
+def _cast_unless_float64(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return t if t.dtype == torch.float64 else t.to(dtype)
 
 
 def specs() -> dict[str, OpSpec]:

@@ -11,11 +11,14 @@ low half first. With ``T = round(65536 * p)`` the element is kept iff its 16 bit
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 _LOW32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_MEMBER = 0xD1B54A32D192ED03
 
 
 def philox4x32(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -36,6 +39,26 @@ def philox4x32(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch
         c0, c1, c2, c3 = (p1 >> 32 & _LOW32) ^ c1 ^ k0, p1 & _LOW32, (p0 >> 32 & _LOW32) ^ c3 ^ k1, p0 & _LOW32
         k0, k1 = k0 + _WEYL[0] & _LOW32, k1 + _WEYL[1] & _LOW32
     return c0, c1, c2, c3
+
+
+def member_seed(seed: torch.Tensor | int, member: int) -> Any:
+    """The seed of the i-th of several masks that are drawn from one: ``seed + member * 0xD1B54A32D192ED03`` mod 2**64.
+
+    The number is odd, so that no two members' seeds are equal; the first member has the seed itself.
+
+    Args:
+        seed: int64 [1], or an int.
+        member: its place, from 0 on.
+
+    Returns:
+        As ``seed`` is given; an int is the one that int64 holds.
+    """
+    step = _as_int64(member * _MEMBER)
+    return seed + step if isinstance(seed, torch.Tensor) else _as_int64(seed + step)
+
+
+def _as_int64(number: int) -> int:
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def keep_threshold(p: float) -> int:

@@ -51,7 +51,9 @@ def refuse_transforms(op: str, args: tuple) -> None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(f"{op}: {Reason.TRANSFORM} (vmap, grad, jvp) is not supported; use plain autograd")
     if forward_ad._current_level >= 0 and any(
-        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args
+        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None
+        for given in args
+        for t in (given if isinstance(given, list) else (given,))
     ):
         raise RuntimeError(f"{op}: {Reason.TRANSFORM} (vmap, grad, jvp) is not supported; use plain autograd")
 

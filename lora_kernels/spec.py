@@ -65,7 +65,7 @@ class OpSpec:
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     autograd: Autograd | None = None
     autocast: tuple[int, ...] = ()
-    """Positions of the floating-point arguments that autocast casts, as it does for ``F.linear``."""
+    """Positions of the floating-point arguments that autocast casts, as it does for ``F.linear``; lists, too."""
     flops: Callable[..., int] | None = None
     """Multiply-adds count as two. Same arguments as the op."""
     bytes: Callable[..., int] | None = None

@@ -42,21 +42,40 @@ inline Tensor column_block(const Tensor& t, int64_t begin, int64_t end) {
   return view2d(t, {t.size(0), end - begin}, {t.stride(0), t.stride(1)}, begin * t.stride(1));
 }
 
+// Strides of a contiguous tensor of these sizes.
+template <class Sizes>
+void set_strides(const Sizes& size, size_t dim, Sizes& stride) {
+  if (dim > 0) stride[dim - 1] = 1;
+  for (size_t d = dim; d-- > 1;) stride[d - 1] = stride[d] * std::max<int64_t>(size[d], 1);
+}
+
 // Contiguous, on like's device; dtype defaults to like's. The shim allocates without a trip through the dispatcher.
-inline Tensor new_empty_as(const Tensor& like, std::initializer_list<int64_t> sizes,
+inline Tensor new_empty_as(const Tensor& like, const int64_t* size, const int64_t* stride, size_t dim,
                            std::optional<ScalarType> dtype = {}) {
-  std::array<int64_t, 6> size{}, stride{};
-  stride.fill(1);
-  std::copy(sizes.begin(), sizes.end(), size.begin());
-  for (size_t d = sizes.size(); d-- > 1;) stride[d - 1] = stride[d] * std::max<int64_t>(size[d], 1);
   int32_t like_dtype, device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &like_dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   if (dtype) like_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), size.data(), stride.data(),
-                                                         like_dtype, device_type, like.get_device_index(), &out));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dim), size, stride, like_dtype,
+                                                         device_type, like.get_device_index(), &out));
   return Tensor(out);
+}
+
+inline Tensor new_empty_as(const Tensor& like, std::initializer_list<int64_t> sizes,
+                           std::optional<ScalarType> dtype = {}) {
+  std::array<int64_t, 6> size{}, stride{};
+  std::copy(sizes.begin(), sizes.end(), size.begin());
+  set_strides(size, sizes.size(), stride);
+  return new_empty_as(like, size.data(), stride.data(), sizes.size(), dtype);
+}
+
+// [..., columns] with like's leading sizes.
+inline Tensor new_empty_rows_as(const Tensor& like, int64_t columns) {
+  std::vector<int64_t> size(like.sizes().begin(), like.sizes().end()), stride(size.size());
+  size.back() = columns;
+  set_strides(size, size.size(), stride);
+  return new_empty_as(like, size.data(), stride.data(), size.size());
 }
 
 // [..., n] -> [rows, n] with unit column stride: a view where the strides allow it, else a copy.
@@ -92,9 +111,9 @@ inline Tensor as_rows(const Tensor& t) {
 inline Tensor with_leading_sizes_of(const Tensor& rows, const Tensor& like) {
   const int64_t dim = like.dim();
   if (dim == 2) return rows;
-  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end()), strides(dim, 1);
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end()), strides(dim);
   sizes.back() = rows.size(1);
-  for (int64_t d = dim - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  set_strides(sizes, dim, strides);
   AtenTensorHandle out;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(rows.get(), dim, sizes.data(), strides.data(), 0, &out));
   return Tensor(out);

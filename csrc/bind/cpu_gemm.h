@@ -17,6 +17,9 @@
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
     AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* attr, const double** scalars,
     int64_t scalars_len, const char** algorithm, AtenTensorHandle* out);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_cpu__linear_pointwise_binary(AtenTensorHandle x, AtenTensorHandle other, AtenTensorHandle weight,
+                                        AtenTensorHandle* bias, const char* attr, AtenTensorHandle* out);
 
 namespace lk {
 
@@ -170,6 +173,25 @@ void linear_backward(const Tensor& grad_x, const Tensor& grad_y, const Weight& w
     Tensor target = grad_x;
     torch::stable::copy_(target, *sum);
   }
+}
+
+// grad_x += grad_y W, in fp32 where W goes through fp32 in panels.
+template <class Weight>
+void add_linear_backward(const Tensor& grad_x, const Tensor& grad_y, const Weight& weight) {
+  weight.for_panels(grad_y.scalar_type(), [&](const Tensor& w, int64_t begin, int64_t end) {
+    addmm_out(grad_x, grad_x, column_block(grad_y, begin, end), w, 1.0, 1.0);
+  });
+}
+
+// sum + x Wᵀ by oneDNN, in a tensor of its own; sum is dense.
+inline Tensor onednn_linear_plus(const Tensor& sum, const Tensor& x, const Tensor& w) {
+  if (aoti_torch_cpu__linear_pointwise_binary == nullptr || w.numel() == 0)
+    return added(sum, onednn_linear(x, w, std::nullopt));
+  const Tensor weight = dense(w);
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu__linear_pointwise_binary(x.get(), sum.get(), weight.get(), nullptr, "add", &out));
+  return Tensor(out);
 }
 
 // grad_y W by oneDNN.

@@ -182,6 +182,7 @@ inline void shrink_panel(const FloatMatrix& rows, const PanelRows& source, const
                    .x_stride = rows.row_stride,
                    .packed = packed.get(),
                    .s = out,
+                   .s_stride = rank,
                    .rows = p.rows(),
                    .k = k,
                    .rank = rank,
@@ -312,12 +313,12 @@ inline void add_panel_gradients(const Adapters& adapters, const Panel& p, const 
   const PanelRows from(grad_y, ids);
   const FloatMatrix grad = from.get(p, n);
   if (need_B) {
-    FloatMatrix rows = PanelRows(s, ids).get(p, rank);
-    if (rows.row_stride != rank) rows = by_rows(rows, p.rows(), rank);
+    const FloatMatrix rows = PanelRows(s, ids).get(p, rank);
     LoraGradParams g{};
     g.x = grad.data;
     g.x_stride = grad.row_stride;
     g.s = rows.data;
+    g.s_stride = rows.row_stride;
     g.grad = grads.b(p);
     g.grad_stride_j = 1;
     g.grad_stride_c = adapters.rank();
@@ -334,6 +335,7 @@ inline void add_panel_gradients(const Adapters& adapters, const Panel& p, const 
   shrink_panel(grad, from, p, b.data, b.column_stride, b.row_stride, rank, n, std::nullopt, grad_s.get());
   LoraGradParams g{};
   g.s = grad_s.get();
+  g.s_stride = rank;
   g.alpha = alpha;
   g.rows = p.rows();
   g.k = k;

@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "../cpu/kernels.h"
 #include "cpu_decode.h"
@@ -42,13 +43,23 @@ inline void run_lora_shrink(const LoraShrinkParams& p) {
                               [&](int64_t begin, int64_t end) { cpu::kernels().lora_shrink(p, begin, end); });
 }
 
-// s = dropout(x) Wᵀ for blocks of rows of x, W [rank, k] packed once for all of them.
+// s = factor · dropout(x) Wᵀ for blocks of rows of x, W [rank, k] packed once for all of them. Several W, each with its
+// mask and the next columns of s, share one pass over x.
 class Shrink {
  public:
-  Shrink(const Tensor& w, const std::optional<Dropout>& dropout)
-      : rank_(w.size(0)), k_(w.size(1)), dropout_(dropout), packed_(packed(cast(w, ScalarType::Float))) {}
+  explicit Shrink(int64_t k) : k_(k) {}
+  Shrink(const Tensor& w, const std::optional<Dropout>& dropout, double factor = 1.0) : k_(w.size(1)) {
+    add(w, dropout, factor);
+  }
 
-  // x: rows from `first_row` of the whole matrix on. s: fp32 [rows, rank], contiguous.
+  void add(const Tensor& w, const std::optional<Dropout>& dropout, double factor = 1.0) {
+    Part part{packed(cast(w, ScalarType::Float)), rank_, w.size(0), dropout.has_value(), dropout.value_or(kNoDropout)};
+    part.dropout.scale *= static_cast<float>(factor);
+    rank_ += part.rank;
+    parts_.push_back(std::move(part));
+  }
+
+  // x: rows from `first_row` of the whole matrix on. s: fp32 [rows, all ranks], unit column stride.
   void operator()(const Tensor& s, const Tensor& x, int64_t first_row) const {
     if (k_ == 0) {  // the kernel writes s along with the first of k's chunks
       Tensor all = s;
@@ -57,25 +68,43 @@ class Shrink {
     }
     for_row_blocks(x.size(0), !is_fp32(x), [&](int64_t m0, int64_t m1) {
       const Tensor rows = as_float_rows(row_block(x, m0, m1));
-      run_lora_shrink({.x = floats(rows),
-                       .x_stride = rows.stride(0),
-                       .packed = packed_.get(),
-                       .s = mutable_floats(s) + m0 * rank_,
-                       .rows = m1 - m0,
-                       .k = k_,
-                       .rank = rank_,
-                       .has_dropout = dropout_.has_value(),
-                       .first_row = first_row + m0,
-                       .dropout = dropout_.value_or(kNoDropout)});
+      const auto multiply = [&](const Part& part, int64_t begin, int64_t end) {
+        const LoraShrinkParams p{.x = floats(rows),
+                                 .x_stride = rows.stride(0),
+                                 .packed = part.packed.get(),
+                                 .s = mutable_floats(s) + m0 * s.stride(0) + part.column,
+                                 .s_stride = s.stride(0),
+                                 .rows = m1 - m0,
+                                 .k = k_,
+                                 .rank = part.rank,
+                                 .has_dropout = part.has_dropout,
+                                 .first_row = first_row + m0,
+                                 .dropout = part.dropout};
+        cpu::kernels().lora_shrink(p, begin, end);
+      };
+      torch::stable::parallel_for(0, m1 - m0, kNarrowRows, [&](int64_t begin, int64_t end) {
+        const int64_t step = parts_.size() == 1 ? end - begin : kSharedRows;
+        for (int64_t m = begin; m < end; m += step) {
+          for (const Part& part : parts_) multiply(part, m, std::min(end, m + step));
+        }
+      });
     });
   }
 
  private:
+  static constexpr int64_t kSharedRows = 24;  // whole tiles of rows, which stay in a cache from one W to the next
+
+  struct Part {
+    PackedColumns packed;
+    int64_t column, rank;
+    bool has_dropout;
+    Dropout dropout;
+  };
+
   static PackedColumns packed(const Tensor& w) { return {floats(w), w.stride(0), w.stride(1), w.size(0), w.size(1)}; }
 
-  int64_t rank_, k_;
-  std::optional<Dropout> dropout_;
-  PackedColumns packed_;
+  int64_t k_, rank_ = 0;
+  std::vector<Part> parts_;
 };
 
 inline void run_lora_grad(const LoraGradParams& p) {
@@ -86,7 +115,7 @@ inline void run_lora_grad(const LoraGradParams& p) {
   });
 }
 
-// grad[rank, k] += alpha · sᵀ x, for blocks of rows; grad may be a transposed view.
+// grad[rank, k] += alpha · sᵀ x, for blocks of rows; grad may be a transposed view. s has unit column stride.
 inline void add_grad(const Tensor& grad, const Tensor& s, const Tensor& x, double alpha) {
   if (!is_fp32(grad) || x.size(0) < kOwnProductRows || x.stride(1) != 1) {
     addmm_out(grad, grad, transposed(s), x, 1.0, alpha);
@@ -96,6 +125,7 @@ inline void add_grad(const Tensor& grad, const Tensor& s, const Tensor& x, doubl
   p.x = floats(x);
   p.x_stride = x.stride(0);
   p.s = floats(s);
+  p.s_stride = s.stride(0);
   p.grad = mutable_floats(grad);
   p.grad_stride_j = grad.stride(0);
   p.grad_stride_c = grad.stride(1);
@@ -125,6 +155,7 @@ inline void add_dropout_grads(const Tensor* grad_x, const Tensor* grad_A, const 
     p.grad_x_stride = grad_x->stride(0);
   }
   p.s = floats(grad_s);
+  p.s_stride = grad_s.stride(0);
   p.alpha = static_cast<float>(scaling) * dropout.scale;
   p.rows = x.size(0);
   p.k = x.size(1);

@@ -17,7 +17,8 @@ struct LoraShrinkParams {
   const float* x;  // [rows, k]
   int64_t x_stride;
   const float* packed;
-  float* s;  // [rows, rank], contiguous
+  float* s;  // [rows, rank]
+  int64_t s_stride;
   int64_t rows, k, rank;
   bool has_dropout;
   int64_t first_row;  // of x within the matrix that the mask belongs to
@@ -44,8 +45,9 @@ struct LoraExpandParams {
 struct LoraGradParams {
   const float* x;  // [rows, k]; null where grad is not wanted
   int64_t x_stride;
-  const float* s;  // [rows, rank], contiguous
-  float* grad;     // element (j, c) at grad[j * grad_stride_j + c * grad_stride_c]
+  const float* s;  // [rows, rank]
+  int64_t s_stride;
+  float* grad;  // element (j, c) at grad[j * grad_stride_j + c * grad_stride_c]
   int64_t grad_stride_j, grad_stride_c;
   const float* a;  // [rank, k]; null where grad_x is not wanted
   int64_t a_stride;

@@ -93,7 +93,7 @@ inline void shrink_tile(const LoraShrinkParams& p, const float* x, int64_t x_str
   multiply_tile(x, x_stride, 1, packed + j, packed_width(p.rank), depth, acc);
   const int64_t valid = smaller(kVectors * kLanes, p.rank - j);
   for (int i = 0; i < kRows; ++i) {
-    float* out = s + i * p.rank + j;
+    float* out = s + i * p.s_stride + j;
     for (int64_t c = 0; c < valid; ++c) {
       out[c] = (is_first ? 0.0f : out[c]) + p.dropout.scale * acc[i][c / kLanes][c % kLanes];
     }
@@ -124,7 +124,7 @@ void lora_shrink(const LoraShrinkParams& p, int64_t begin, int64_t end) {
         x_stride = kDepth;
       }
       const float* packed = p.packed + k0 * width;
-      float* s = p.s + m * p.rank;
+      float* s = p.s + m * p.s_stride;
       int64_t j = 0;
       for (; j + kLanes < width; j += kTileColumns) {
         shrink_tile<kRows, kTileVectors>(p, x, x_stride, packed, depth, k0 == 0, s, j);
@@ -283,7 +283,7 @@ void lora_grad(const LoraGradParams& p, float* scratch, int64_t begin, int64_t e
           constexpr int kRows = decltype(count)::value;
           for (int64_t c0 = 0; c0 < valid; c0 += kTileColumns) {
             VecF acc[kRows][kTileVectors] = {};
-            multiply_tile(p.s + (m0 + i0) * p.rank, p.rank, 1, a_tile + c0, kColumns, p.rank, acc);
+            multiply_tile(p.s + (m0 + i0) * p.s_stride, p.s_stride, 1, a_tile + c0, kColumns, p.rank, acc);
             for (int i = 0; i < kRows; ++i) {
               float* grad_x = p.grad_x + (m0 + i0 + i) * p.grad_x_stride + k0 + c0;
               for (int v = 0; v < kTileVectors; ++v) {
@@ -314,7 +314,7 @@ void lora_grad(const LoraGradParams& p, float* scratch, int64_t begin, int64_t e
           for (int64_t c0 = 0; c0 < valid; c0 += kTileColumns) {
             // A block of rows is summed on its own and then added: the rounding error grows with the number of blocks.
             VecF acc[kRows][kTileVectors] = {};
-            multiply_tile(p.s + m0 * p.rank + j0, 1, p.rank, x + c0, x_stride, rows, acc);
+            multiply_tile(p.s + m0 * p.s_stride + j0, 1, p.s_stride, x + c0, x_stride, rows, acc);
             for (int i = 0; i < kRows; ++i) {
               float* sum = grad_tile + (j0 + i) * kColumns + c0;
               for (int v = 0; v < kTileVectors; ++v) store(sum + v * kLanes, load(sum + v * kLanes) + acc[i][v]);

@@ -7,6 +7,7 @@ from .grouped import grouped_lora_linear
 from .lora import dropout_mask, frozen_linear, lora_linear
 from .merging import merge_, unmerge_
 from .multi import multi_lora_linear
+from .pack import lora_pack
 from .prefix import prefix_kv
 from .prompt import PromptEmbeddingOutput, prompt_embedding
 from .why import why
@@ -21,6 +22,7 @@ __all__ = [
     "grouped_lora_linear",
     "lora_embedding",
     "lora_linear",
+    "lora_pack",
     "merge_",
     "multi_lora_linear",
     "prefix_kv",

@@ -149,13 +149,19 @@ def check_branch(
     """lora_B, bias, seed, scaling and dropout_p as the ops take them, checked: a scaling in a tensor is multiplied into
     lora_B, and a seed is drawn where dropout is active.
     """
-    if isinstance(scaling, Tensor):
-        lora_B, scaling = lora_B * scaling_tensor(op, scaling, x.device), 1.0
-    check_scaling(op, scaling)
+    lora_B, factor = scaled(op, lora_B, scaling)
     check_probability(op, "dropout_p", dropout_p)
     if not training or dropout_p == 0.0:
-        return lora_B, bias, None, float(scaling), 0.0
-    return lora_B, bias, seed_tensor(op, seed, x.device), float(scaling), float(dropout_p)
+        return lora_B, bias, None, factor, 0.0
+    return lora_B, bias, seed_tensor(op, seed, x.device), factor, float(dropout_p)
+
+
+def scaled(op: str, lora_B: Tensor, scaling: float | Tensor) -> tuple[Tensor, float]:
+    """lora_B and the factor of its update, checked; one in a tensor is multiplied into lora_B."""
+    if isinstance(scaling, Tensor):
+        lora_B, scaling = lora_B * scaling_tensor(op, scaling, lora_B.device), 1.0
+    check_scaling(op, scaling)
+    return lora_B, float(scaling)
 
 
 def check_scaling(op: str, scaling: float) -> None:

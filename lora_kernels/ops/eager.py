@@ -26,7 +26,12 @@ class EagerFunction(torch.autograd.Function):
     """What the Functions of the ops are made of."""
 
     differentiable: ClassVar[tuple[int, ...]]
-    """Positions of the arguments that may require grad; those may be None."""
+    """Positions of the arguments that may require grad, tensors or lists of them; a tensor may be None."""
+
+    @classmethod
+    def on(cls, args: tuple) -> Any:
+        """The Function's results for the op's arguments."""
+        return cls.apply(*args)
 
     @staticmethod
     def results(output: Any) -> Any:
@@ -56,9 +61,17 @@ def run(function: type[EagerFunction], args: tuple, inference: OpSpec) -> Any:
     if torch.is_grad_enabled():
         for i in function.differentiable:
             t = args[i]
-            if t is not None and t.requires_grad:
-                return function.apply(*args)
+            if t is not None and (any_requires_grad(t) if type(t) is list else t.requires_grad):
+                return function.on(args)
     return function.results(dispatch.run(inference, *args))
+
+
+def any_requires_grad(tensors: list[Tensor]) -> bool:
+    """Whether one of them does."""
+    for t in tensors:  # felt in a small layer, as a generator's start is
+        if t.requires_grad:
+            return True
+    return False
 
 
 def forward(ctx: Any, spec: OpSpec, args: tuple, save: Callable[[Any, tuple, Any], None]) -> Any:

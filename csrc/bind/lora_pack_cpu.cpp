@@ -1,0 +1,344 @@
+// lora_pack and its backward on the CPU: several lora_linears of one x. Members' factors A lie in one matrix, so that s
+// of all is one product, or one pass over x where each has a mask; grad_x is summed where it is. The base product of
+// each member has its own schedule of cpu_gemm.h.
+#include <memory>
+#include <string>
+#include <tuple>
+
+#include "cpu_lora.h"
+#include "pack_checks.h"
+
+namespace lk {
+namespace {
+
+// A member, with the columns of s that are its own.
+struct Member {
+  Tensor weight, a, b;
+  std::optional<Tensor> bias = {};
+  double scaling = 1.0;
+  std::optional<Dropout> dropout = {};
+  bool onednn = false;
+  int64_t begin = 0, end = 0;
+
+  int64_t n() const { return weight.size(0); }
+  int64_t rank() const { return end - begin; }
+  Tensor of(const Tensor& s) const { return column_block(s, begin, end); }
+};
+
+// "aten", or "onednn, aten" where members differ.
+std::vector<std::string> split(const std::string& schedule) {
+  std::vector<std::string> names;
+  for (size_t begin = 0, end = 0; end != std::string::npos; begin = end + 2) {
+    end = schedule.find(", ", begin);
+    names.push_back(schedule.substr(begin, end == std::string::npos ? end : end - begin));
+  }
+  return names;
+}
+
+class Pack {
+ public:
+  Pack(const Tensors& weights, const Tensors& lora_As, const Tensors& lora_Bs, const Tensors& biases,
+       const std::optional<Tensor>& seed, const std::vector<double>& scalings, const std::vector<double>& dropout_p,
+       const std::string& schedule)
+      : has_dropout(seed) {
+    const std::vector<std::string> schedules = split(schedule);
+    STD_TORCH_CHECK(schedules.size() == 1 || schedules.size() == weights.size(), "one schedule, or one per member");
+    upcast = schedules[0] == "upcast";
+    in_16_bits = schedules[0] == "native";
+    const int64_t first_seed = seed ? *static_cast<const int64_t*>(seed->const_data_ptr()) : 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      Member m{weights[i], lora_As[i], lora_Bs[i]};
+      m.scaling = scalings[i];
+      if (i < biases.size() && biases[i].numel() != 0) m.bias = biases[i];
+      if (seed) m.dropout = make_dropout(static_cast<int64_t>(member_seed(first_seed, i)), dropout_p[i]);
+      m.onednn = schedules[schedules.size() == 1 ? 0 : i] == "onednn";
+      m.begin = rank;
+      m.end = rank += m.a.size(0);
+      members.push_back(m);
+    }
+  }
+
+  // All A, one below the other, in a dtype.
+  Tensor stacked_a(ScalarType dtype) const {
+    if (members.size() == 1) return as_rows(cast(members[0].a, dtype));
+    const Tensor a = new_empty_as(members[0].a, {rank, members[0].a.size(1)}, dtype);
+    for (const Member& m : members) {
+      Tensor rows = row_block(a, m.begin, m.end);
+      if (m.rank() > 0) torch::stable::copy_(rows, m.a);
+    }
+    return a;
+  }
+
+  std::vector<Member> members;
+  int64_t rank = 0;
+  bool has_dropout, upcast, in_16_bits;
+};
+
+Tensors with_leading_sizes_of(const Tensors& all, const Tensor& like) {
+  Tensors shown;
+  for (const Tensor& rows : all) shown.push_back(lk::with_leading_sizes_of(rows, like));
+  return shown;
+}
+
+// ------------------------------------------------------------------------------------------------- forward
+
+std::tuple<Tensors, Tensor> forward(const Tensor& x, const Pack& pack) {
+  const Tensor rows = as_rows(x);
+  const int64_t m = rows.size(0);
+  const ScalarType compute = pack.upcast ? ScalarType::Float : x.scalar_type();
+  const Tensor s = new_empty_as(x, {m, pack.rank});
+  Tensors ys, bs;  // bs: B transposed
+  for (const Member& member : pack.members) {
+    ys.push_back(member.onednn ? onednn_linear(rows, PlainMatrix(member.weight), member.bias)
+                               : new_empty_as(x, {m, member.n()}));
+    bs.push_back(transposed(cast(member.b, compute)));
+  }
+  std::optional<Shrink> shrink;
+  std::optional<Tensor> a;
+  if (pack.has_dropout) {
+    shrink.emplace(rows.size(1));
+    for (const Member& member : pack.members) {
+      if (member.rank() > 0) shrink->add(member.a, member.dropout);
+    }
+  } else if (a = pack.stacked_a(compute); compute == ScalarType::Float && m >= kOwnProductRows && pack.rank > 0) {
+    shrink.emplace(*a, std::nullopt);
+  }
+
+  for_row_blocks(m, pack.upcast, [&](int64_t m0, int64_t m1) {
+    const Tensor x_block = cast(row_block(rows, m0, m1), compute);
+    Tensor s_block = row_block(s, m0, m1), s_wide = s_block;
+    if (!is_fp32(s) && (shrink || pack.upcast)) s_wide = new_empty_as(s, {m1 - m0, pack.rank}, ScalarType::Float);
+    if (shrink) {
+      (*shrink)(s_wide, x_block, m0);
+    } else {
+      mm_out(s_wide, x_block, transposed(*a));
+    }
+    if (s_wide.get() != s_block.get()) torch::stable::copy_(s_block, s_wide);
+    const Tensor s_compute = cast(s_block, compute);
+    for (size_t i = 0; i < ys.size(); ++i) {
+      const Member& member = pack.members[i];
+      const auto add_branch = [&](const Tensor& block, int64_t n0, int64_t n1) {
+        if (member.rank() == 0) return;
+        addmm_out(block, block, member.of(s_compute), column_block(bs[i], n0, n1), 1.0, member.scaling);
+      };
+      if (member.onednn) {
+        add_branch(ys[i], 0, member.n());
+      } else {
+        linear(row_block(ys[i], m0, m1), x_block, PlainMatrix(member.weight), member.bias, add_branch);
+      }
+    }
+  });
+  return {with_leading_sizes_of(ys, x), lk::with_leading_sizes_of(s, x)};
+}
+
+// ------------------------------------------------------------------------------------------------- decode
+
+// Products of a few rows whose columns are shared out to threads as if they were those of one.
+void run_decodes(const std::vector<LoraDecodeParams>& products) {
+  int64_t columns = 0, work = 0;
+  for (const LoraDecodeParams& p : products) {
+    columns += p.n;
+    work = std::max(work, p.rows * (p.k + p.rank));
+  }
+  torch::stable::parallel_for(0, columns, decode_grain(work), [&](int64_t begin, int64_t end) {
+    int64_t first = 0;
+    for (const LoraDecodeParams& p : products) {
+      const int64_t from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, p.n);
+      if (from < to) cpu::kernels().lora_decode(p, from, to);
+      first += p.n;
+    }
+  });
+}
+
+// y of a few fp32 rows, and into `s` that of each member, [rows, its rank], one behind the other. As decode_rows of
+// lora_linear, with one pass over all A and one over all W.
+Tensors decode(const Tensor& x, const Pack& pack, float* s) {
+  const Tensor rows = as_rows(x);
+  const int64_t m = rows.size(0);
+  Tensors ys, kept;  // kept: operands that are read where they were copied to
+  std::vector<LoraDecodeParams> shrinks, products;
+  for (const Member& member : pack.members) {
+    STD_TORCH_CHECK(is_fp32(rows) && member.weight.stride(1) == 1,
+                    "the decode schedule serves fp32 with unit column stride");
+    ys.push_back(new_empty_rows_as(x, member.n()));
+    LoraDecodeParams p = decode_params(rows, member.weight, mutable_floats(ys.back()));
+    if (member.rank() > 0) {
+      const Tensor a = as_float_rows(member.a), b = as_float_rows(member.b);
+      shrinks.push_back(decode_params(rows, a, s + m * member.begin));
+      p.s = s + m * member.begin;
+      p.rank = member.rank();
+      p.b = floats(b);
+      p.b_stride = b.stride(0);
+      p.alpha = static_cast<float>(member.scaling);
+      kept.push_back(a);
+      kept.push_back(b);
+    }
+    if (member.bias) {
+      kept.push_back(torch::stable::contiguous(*member.bias));
+      p.bias = floats(kept.back());
+    }
+    products.push_back(p);
+  }
+  run_decodes(shrinks);
+  run_decodes(products);
+  return ys;
+}
+
+// The decode schedule where s is not asked for. A list takes as long on its way here as a tensor does: weights, all A,
+// all B and biases come as one.
+Tensors lora_pack_decode(Tensor x, Tensors operands, std::vector<double> scalings) {
+  const size_t members = scalings.size();
+  STD_TORCH_CHECK(operands.size() == 3 * members || operands.size() == 4 * members,
+                  "operands must be weights, lora_As, lora_Bs and maybe biases, of as many members as scalings");
+  const auto list = [&](size_t i) {
+    return Tensors(operands.begin() + i * members, operands.begin() + (i + 1) * members);
+  };
+  const Tensors weights = list(0), lora_As = list(1), lora_Bs = list(2);
+  const Tensors biases = operands.size() == 4 * members ? list(3) : Tensors();
+  check_lora_pack(x, weights, lora_As, lora_Bs, biases, std::nullopt, scalings, scalings);
+  const Pack pack(weights, lora_As, lora_Bs, biases, std::nullopt, scalings, scalings, "decode");
+  const std::unique_ptr<float[]> s(new float[x.numel() / std::max<int64_t>(1, weights[0].size(1)) * pack.rank]);
+  return decode(x, pack, s.get());
+}
+
+std::tuple<Tensors, Tensor> decode_with_s(const Tensor& x, const Pack& pack) {
+  const Tensor s = new_empty_rows_as(x, pack.rank);
+  const int64_t m = as_rows(x).size(0);
+  const std::unique_ptr<float[]> apart(new float[m * pack.rank]);
+  const Tensors ys = decode(x, pack, apart.get());
+  for (const Member& member : pack.members) {
+    for (int64_t row = 0; row < m; ++row) {
+      std::copy_n(apart.get() + m * member.begin + row * member.rank(), member.rank(),
+                  mutable_floats(s) + row * pack.rank + member.begin);
+    }
+  }
+  return {ys, s};
+}
+
+std::tuple<Tensors, Tensor> lora_pack(Tensor x, Tensors weights, Tensors lora_As, Tensors lora_Bs, Tensors biases,
+                                      std::optional<Tensor> seed, std::vector<double> scalings,
+                                      std::vector<double> dropout_p, std::string schedule) {
+  check_lora_pack(x, weights, lora_As, lora_Bs, biases, seed, scalings, dropout_p);
+  const Pack pack(weights, lora_As, lora_Bs, biases, seed, scalings, dropout_p, schedule);
+  return schedule == "decode" ? decode_with_s(x, pack) : forward(x, pack);
+}
+
+// ------------------------------------------------------------------------------------------------ backward
+
+// The sum of grad_y W over members, which is rounded after each of them.
+Tensor base_gradient(const Pack& pack, const Tensors& grads, int64_t k) {
+  std::optional<Tensor> sum;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Member& member = pack.members[i];
+    if (member.onednn) {
+      const Tensor w = transposed(member.weight);
+      sum = sum ? onednn_linear_plus(*sum, grads[i], w) : onednn_linear(grads[i], w, std::nullopt);
+    } else if (sum) {
+      add_linear_backward(*sum, grads[i], PlainMatrix(member.weight));
+    } else {
+      sum = new_empty_as(grads[i], {grads[i].size(0), k});
+      linear_backward(*sum, grads[i], PlainMatrix(member.weight));
+    }
+  }
+  return *sum;
+}
+
+bool has_only(const Tensors& all, ScalarType dtype) {
+  return std::all_of(all.begin(), all.end(), [&](const Tensor& t) { return t.scalar_type() == dtype; });
+}
+
+// Zeros to add to, of those that are needed.
+Tensor zeros_as(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
+  Tensor zeros = new_empty_as(like, {rows, columns}, dtype);
+  torch::stable::zero_(zeros);
+  return zeros;
+}
+
+std::tuple<Tensor, Tensors, Tensors> lora_pack_backward(Tensors grad_ys, Tensor x, Tensor s, Tensors weights,
+                                                        Tensors lora_As, Tensors lora_Bs, std::optional<Tensor> seed,
+                                                        std::vector<double> scalings, std::vector<double> dropout_p,
+                                                        bool need_x, std::vector<bool> need_A, std::vector<bool> need_B,
+                                                        std::string schedule) {
+  check_lora_pack_backward(grad_ys, x, s, weights, lora_As, lora_Bs, seed, scalings, dropout_p, need_A, need_B);
+  const Pack pack(weights, lora_As, lora_Bs, {}, seed, scalings, dropout_p, schedule);
+  // The adapters' gradients are summed in fp32 (fp64 for fp64) and rounded to the adapter's dtype once, unless all is
+  // of 16 bits that the CPU multiplies itself, as in lora_linear.
+  const ScalarType dtype = x.scalar_type();
+  const bool keeps = dtype == ScalarType::Double || (pack.in_16_bits && !seed && has_only(lora_As, dtype));
+  const ScalarType wide = keeps ? dtype : ScalarType::Float;
+  const Tensor x_rows = as_rows(x), s_rows = as_rows(torch::stable::contiguous(s)), a = pack.stacked_a(wide);
+  const int64_t m = x_rows.size(0), k = x_rows.size(1);
+  const bool need_any_A = std::find(need_A.begin(), need_A.end(), true) != need_A.end();
+  const bool need_grad_s = (need_x || need_any_A) && pack.rank > 0;
+  Tensors grads, grad_Bs;
+  std::vector<std::optional<Shrink>> shrinks(weights.size());  // grad_s = scaling · grad_y · B
+  std::vector<Tensor> bs;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Member& member = pack.members[i];
+    grads.push_back(as_rows(grad_ys[i]));
+    grad_Bs.push_back(zeros_as(x, need_B[i] ? member.n() : 0, member.rank(), wide));
+    bs.push_back(cast(member.b, wide));
+    if (need_grad_s && member.rank() > 0 && wide == ScalarType::Float && m >= kOwnProductRows)
+      shrinks[i].emplace(transposed(bs[i]), std::nullopt, member.scaling);
+  }
+  const Tensor grad_A = zeros_as(x, need_any_A ? pack.rank : 0, k, wide);
+  const Tensor grad_x = need_x && !pack.upcast ? base_gradient(pack, grads, k) : new_empty_as(x, {need_x ? m : 0, k});
+
+  for_row_blocks(m, dtype != wide, [&](int64_t m0, int64_t m1) {
+    const Tensor x_block = row_block(x_rows, m0, m1), s_block = cast(row_block(s_rows, m0, m1), wide);
+    const Tensor grad_s = new_empty_as(x, {m1 - m0, pack.rank}, wide);
+    Tensors wide_grads;
+    for (size_t i = 0; i < grads.size(); ++i) {
+      const Member& member = pack.members[i];
+      const Tensor grad = wide_grads.emplace_back(cast(row_block(grads[i], m0, m1), wide));
+      if (member.rank() == 0) continue;
+      const Tensor part = member.of(grad_s);
+      if (shrinks[i]) {
+        (*shrinks[i])(part, grad, m0);
+      } else if (need_grad_s) {
+        addmm_out(part, part, grad, bs[i], 0.0, member.scaling);
+      }
+      if (need_B[i]) add_grad(transposed(grad_Bs[i]), member.of(s_block), grad, member.scaling);
+    }
+    if (need_grad_s && need_any_A && !seed) add_grad(grad_A, grad_s, cast(x_block, wide), 1.0);
+    Tensor target = need_x ? row_block(grad_x, m0, m1) : grad_x, sum = target;
+    if (need_x && pack.upcast) {
+      sum = base_gradient(pack, wide_grads, k);
+    } else if (need_x && seed) {
+      sum = cast(target, wide);
+    }
+    if (!need_grad_s) {
+    } else if (seed) {
+      for (const Member& member : pack.members) {
+        if (member.rank() == 0) continue;
+        const Tensor a_rows = row_block(a, member.begin, member.end);
+        const Tensor grad_rows = need_any_A ? row_block(grad_A, member.begin, member.end) : grad_A;
+        add_dropout_grads(need_x ? &sum : nullptr, need_any_A ? &grad_rows : nullptr, x_block, a_rows,
+                          member.of(grad_s), m0, *member.dropout, 1.0);
+      }
+    } else if (need_x) {
+      addmm_out(sum, sum, cast(grad_s, sum.scalar_type()), cast(a, sum.scalar_type()), 1.0, 1.0);
+    }
+    if (need_x && sum.get() != target.get()) torch::stable::copy_(target, sum);
+  });
+
+  Tensors grad_As;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Member& member = pack.members[i];
+    Tensor of_a = new_empty_as(member.a, {need_A[i] ? member.rank() : 0, k}), of_b = grad_Bs[i];
+    if (of_a.numel() != 0) torch::stable::copy_(of_a, row_block(grad_A, member.begin, member.end));
+    grad_As.push_back(need_A[i] ? of_a : new_empty_as(member.a, {0}));
+    grad_Bs[i] = need_B[i] ? cast(of_b, member.b.scalar_type()) : new_empty_as(member.b, {0});
+  }
+  return {need_x ? lk::with_leading_sizes_of(grad_x, x) : new_empty_as(x, {0}), grad_As, grad_Bs};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
+  m.impl("lora_pack", TORCH_BOX(&lora_pack));
+  m.impl("lora_pack_decode", TORCH_BOX(&lora_pack_decode));
+  m.impl("lora_pack_backward", TORCH_BOX(&lora_pack_backward));
+}
+
+}  // namespace lk

@@ -1,0 +1,196 @@
+"""``lora_pack``: arguments are checked here, then dispatched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import dispatch
+from ..formats import QuantizedWeight
+from ..ops import eager
+from ..ops import lora_pack as _op
+from ..ops.lora_pack import LoRAPackFunction
+from ..plain import FLOATS
+from .checks import (
+    check_adapter,
+    check_adapter_dtype,
+    check_base,
+    check_dense,
+    check_probability,
+    scaled,
+    seed_tensor,
+)
+from .why import explains
+
+_NAME = "lora_pack"
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def lora_pack(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    scalings: float | Tensor | Sequence[float | Tensor] = 1.0,
+    dropout_p: float | Sequence[float] = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Several LoRA linears of one x in one op, as q, k and v or gate and up are.
+
+    Equivalent to::
+
+        tuple(
+            lora_linear(x, weights[i], lora_As[i], lora_Bs[i], biases[i], scaling=scalings[i], dropout_p=dropout_p[i],
+                        training=training, seed=philox.member_seed(seed, i))
+            for i in range(len(weights))
+        )
+
+    with the same masks bit for bit, one of its own for each member. x is read once for all low-rank products, and its
+    gradient is formed in one sum. For backward x, s = dropout(x) Aᵀ of each member and the seed are saved.
+
+    Args:
+        x: [..., in_features]; float32, bfloat16, float16 or float64. Any strides.
+        weights: of each member, [out_features, in_features], dtype of x.
+        lora_As: of each member, [rank, in_features], dtype of x, or float32 over a bfloat16/float16 x; None, as in
+            lora_Bs, for a member that has no adapter. Ranks may differ.
+        lora_Bs: of each member, [out_features, rank], dtype of its lora_A.
+        biases: None, or of each member, [out_features], dtype of x, or None.
+        scalings: factor of the updates, or of each member's: as ``scaling`` of ``lora_linear``.
+        dropout_p: probability of zeroing an element of x on the LoRA branch, in [0, 1], or of each member. Active when
+            ``training``.
+        training: whether dropout is applied.
+        seed: as ``lora_linear``; member i has the mask of ``philox.member_seed(seed, i)``, the first that of the seed.
+
+    Returns:
+        A tuple, of each member [..., out_features], dtype of x.
+
+    Raises:
+        TypeError: an argument is not a tensor, is sparse or nested, or has a dtype that does not fit.
+        ValueError: counts, shapes, devices or numbers do not fit. The message names the member and the argument.
+    """
+    try:
+        args = _arguments(x, weights, lora_As, lora_Bs, biases, scalings, dropout_p, training, seed)
+        return eager.call(_op.SPEC, LoRAPackFunction, args, inference=_op.INFERENCE)
+    except RuntimeError:  # asking every call for its layouts is felt in a small layer
+        for name, given in (("x", (x,)), ("weights", weights), ("lora_As", lora_As), ("lora_Bs", lora_Bs)):
+            for t in given:
+                if t is not None:
+                    check_dense(_NAME, name, t)
+        raise
+
+
+@explains(_NAME, _op.SPEC)
+def arguments(
+    x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None] | None = None, *, scalings: float | Tensor | Sequence[float | Tensor] = 1.0,
+    dropout_p: float | Sequence[float] = 0.0, training: bool = False, seed: int | Tensor | None = None,
+) -> tuple:  # fmt: skip
+    """The op's positional arguments from those of ``lora_pack``, checked; no seed is drawn."""
+    seed = 0 if seed is None else seed
+    return _arguments(x, weights, lora_As, lora_Bs, biases, scalings, dropout_p, training, seed)
+
+
+def _arguments(
+    x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None] | None, scalings: Any, dropout_p: Any, training: bool, seed: int | Tensor | None,
+) -> tuple:  # fmt: skip
+    """The op's positional arguments, checked; draws the seed where dropout is active."""
+    count = len(_sequence("weights", weights))
+    if count == 0:
+        raise ValueError(f"{_NAME}: weights must be of one member at least, got none")
+    As, Bs = _of_each("lora_As", lora_As, count), _of_each("lora_Bs", lora_Bs, count)
+    bias_of = [None] * count if biases is None else _of_each("biases", biases, count)
+    factors, ps = _numbers("scalings", scalings, count), _numbers("dropout_p", dropout_p, count)
+    members = list(zip(weights, As, Bs, bias_of))
+    drops_nothing = not training or (type(dropout_p) is float and dropout_p == 0.0)
+    if drops_nothing and _are_plain(factors, ps) and _fit(x, members):
+        return x, list(weights), As, Bs, _laid_out(x, bias_of), None, factors, [0.0] * count
+    return _checked(x, members, factors, ps, training, seed)
+
+
+def _fit(x: Tensor, members: list[tuple]) -> bool:
+    """Whether a glance shows that tensors pass the checks below; ``types_fit`` and ``sizes_fit`` would look at x anew
+    for each member.
+    """
+    if type(x) not in _PLAIN or not x.is_cpu:  # no other device's calls are so short
+        return False
+    dtype, lead = x.dtype, x.shape
+    if dtype not in FLOATS or not lead:
+        return False
+    k = lead[-1]
+    for weight, A, B, bias in members:
+        for t in (weight, A, B) if bias is None else (weight, A, B, bias):
+            if type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu:
+                return False
+        w, a = weight.shape, A.shape
+        if len(w) != 2 or len(a) != 2 or w[1] != k or a[1] != k or a[0] < 1 or B.shape != (w[0], a[0]):
+            return False
+        if bias is not None and bias.shape != (w[0],):
+            return False
+    return True
+
+
+def _are_plain(factors: list[Any], ps: list[Any]) -> bool:
+    """Whether a glance shows that the numbers pass the checks below."""
+    for factor, p in zip(factors, ps):
+        if type(factor) is not float or type(p) is not float or not (-math.inf < factor < math.inf and 0.0 <= p <= 1.0):
+            return False
+    return True
+
+
+def _checked(
+    x: Tensor, members: list[tuple], factors: list[Any], ps: list[Any], training: bool, seed: int | Tensor | None
+) -> tuple:
+    """As ``_arguments``, of members (weight, lora_A, lora_B, bias) that a glance does not pass."""
+    weights, As, Bs, bias_of, scalings = [], [], [], [], []
+    for i, ((weight, A, B, bias), factor, p) in enumerate(zip(members, factors, ps)):
+        op = f"{_NAME}: member {i}"
+        if isinstance(weight, QuantizedWeight):
+            raise TypeError(f"{op}: weight must be a tensor, got a QuantizedWeight: packs are of plain weights")
+        check_base(op, x, weight, bias)
+        if A is None and B is None:
+            A, B = x.new_empty((0, weight.shape[1])), x.new_empty((weight.shape[0], 0))
+        else:
+            check_adapter(op, weight, A, B)
+        if A.dtype != weight.dtype and not dispatch.autocast_enabled(x.device.type):
+            check_adapter_dtype(op, "weight", weight.dtype, A)
+        check_probability(op, "dropout_p", p)
+        B, scaling = scaled(op, B, factor)
+        weights.append(weight)
+        As.append(A)
+        Bs.append(B)
+        bias_of.append(bias)
+        scalings.append(scaling)
+    probabilities = [float(p) if training else 0.0 for p in ps]
+    drawn = seed_tensor(_NAME, seed, x.device) if any(probabilities) else None
+    return x, weights, As, Bs, _laid_out(x, bias_of), drawn, scalings, probabilities
+
+
+def _laid_out(x: Tensor, bias_of: list[Tensor | None]) -> list[Tensor]:
+    """The biases as the op takes them."""
+    if all(bias is None for bias in bias_of):
+        return []
+    return [x.new_empty(0) if bias is None else bias for bias in bias_of]
+
+
+def _sequence(name: str, given: Any) -> Sequence[Any]:
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(f"{_NAME}: {name} must be a list or tuple, got {type(given).__name__}")
+    return given
+
+
+def _of_each(name: str, given: Any, count: int) -> list[Any]:
+    if len(_sequence(name, given)) != count:
+        raise ValueError(f"{_NAME}: {name} must be of {count} members, as weights are, got {len(given)}")
+    return list(given)
+
+
+def _numbers(name: str, given: Any, count: int) -> list[Any]:
+    """Of each member, where one is given for all, too."""
+    return _of_each(name, given, count) if isinstance(given, (list, tuple)) else [given] * count

@@ -1,0 +1,310 @@
+"""``lora_pack``: several LoRA linears of one x, as q, k and v or gate and up are, and their gradients.
+
+Member i is a ``lora_linear`` with weight [N_i, K] and rank r_i of its own, 0 where it has no adapter. Its mask is that
+of the seed ``philox.member_seed(seed, i)``. What each reads of x is read once; the gradient of x is one sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, philox
+from ..spec import Autograd, Kernel, OpSpec, Verdict
+from ..support import cpu
+from . import eager, lora_linear
+from .eager import EagerFunction, as_rows, not_a_view
+
+Tensors = list[Tensor]
+
+# ---------------------------------------------------------------------------------------------------- forward
+
+
+def members(
+    weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, seed: Tensor | None, scalings: list[float],
+    dropout_p: list[float],
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, float, float]]:  # fmt: skip
+    """(weight, lora_A, lora_B, seed, scaling, dropout_p) of each member."""
+    for i, (weight, A, B, scaling, p) in enumerate(zip(weights, lora_As, lora_Bs, scalings, dropout_p, strict=True)):
+        yield weight, A, B, None if seed is None else philox.member_seed(seed, i), scaling, p
+
+
+def _reference(
+    x: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, biases: Tensors, seed: Tensor | None,
+    scalings: list[float], dropout_p: list[float],
+) -> tuple[Tensors, Tensor]:  # fmt: skip
+    ys, parts = [], []
+    for i, (weight, A, B, *rest) in enumerate(members(weights, lora_As, lora_Bs, seed, scalings, dropout_p)):
+        bias = biases[i] if biases and biases[i].numel() else None
+        y, s = lora_linear.SPEC.reference(x, weight, A, B, bias, *rest)
+        ys.append(y)
+        parts.append(s)
+    return ys, torch.cat(parts, -1)
+
+
+def _total_rank(lora_As: Tensors) -> int:
+    return sum(A.shape[0] for A in lora_As)
+
+
+def _fake(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> tuple[Tensors, Tensor]:
+    lead = x.shape[:-1]
+    return [x.new_empty((*lead, w.shape[0])) for w in weights], x.new_empty((*lead, _total_rank(lora_As)))
+
+
+def _cpu_supports(
+    x: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, biases: Tensors, seed: Tensor | None, *_: Any
+) -> Verdict:
+    if seed is not None and x.dtype == torch.float64:
+        return cpu.REFUSED_DTYPE
+    if seed is None and cpu.reads_weight_once(x, weights[0]) and all(w.stride()[1] == 1 for w in weights):
+        return cpu.DECODE
+    return _of_all([cpu.matmul_verdict(x, weight) for weight in weights])
+
+
+def _of_all(verdicts: Sequence[Verdict]) -> Verdict:
+    """One schedule where members have the same, or theirs one after the other."""
+    first = verdicts[0]
+    if all(verdict.schedule == first.schedule for verdict in verdicts):
+        return first
+    return Verdict(", ".join(str(verdict.schedule) for verdict in verdicts), "members' products differ in what is best")
+
+
+def _sizes(x: Tensor, weights: Tensors, lora_As: Tensors) -> tuple[int, int, int, int]:
+    """m, the sum of n, k, the sum of ranks."""
+    return x.shape[:-1].numel(), sum(w.shape[0] for w in weights), x.shape[-1], _total_rank(lora_As)
+
+
+def _expansions(weights: Tensors, lora_As: Tensors) -> int:
+    """Elements of all B."""
+    return sum(weight.shape[0] * A.shape[0] for weight, A in zip(weights, lora_As))
+
+
+def _flops(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> int:
+    m, n, k, r = _sizes(x, weights, lora_As)
+    return 2 * m * k * (n + r) + 2 * m * _expansions(weights, lora_As)
+
+
+def _bytes(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> int:
+    m, n, k, r = _sizes(x, weights, lora_As)
+    adapters = (r * k + _expansions(weights, lora_As)) * lora_As[0].element_size()
+    return (m * (k + n + r) + n * k) * x.element_size() + adapters
+
+
+# --------------------------------------------------------------------------------------------------- backward
+
+
+def _reference_backward(
+    grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, seed: Tensor | None,
+    scalings: list[float], dropout_p: list[float], need_x: bool, need_A: list[bool], need_B: list[bool],
+) -> tuple[Tensor, Tensors, Tensors]:  # fmt: skip
+    grad_x, grad_As, grad_Bs = x.new_empty(0), [], []
+    parts = s.split([A.shape[0] for A in lora_As], -1)
+    each = members(weights, lora_As, lora_Bs, seed, scalings, dropout_p)
+    for i, (weight, A, B, *rest) in enumerate(each):
+        of_member, grad_A, grad_B = lora_linear.BACKWARD.reference(
+            grad_ys[i], x, parts[i], weight, A, B, *rest, need_x, need_A[i], need_B[i]
+        )
+        grad_x = grad_x + of_member if i and need_x else of_member
+        grad_As.append(grad_A if need_A[i] else A.new_empty(0))
+        grad_Bs.append(grad_B if need_B[i] else B.new_empty(0))
+    return grad_x, grad_As, grad_Bs
+
+
+def _fake_backward(
+    grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, seed: Tensor | None,
+    scalings: list[float], dropout_p: list[float], need_x: bool, need_A: list[bool], need_B: list[bool],
+) -> tuple[Tensor, Tensors, Tensors]:  # fmt: skip
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        [A.new_empty(A.shape if need else 0) for A, need in zip(lora_As, need_A)],
+        [B.new_empty(B.shape if need else 0) for B, need in zip(lora_Bs, need_B)],
+    )
+
+
+def _cpu_supports_backward(
+    grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, seed: Tensor | None,
+    *_: Any,
+) -> Verdict:  # fmt: skip
+    if seed is not None and x.dtype == torch.float64:
+        return cpu.REFUSED_DTYPE
+    verdict = _of_all([cpu.matmul_verdict(grad, w, is_k_by_n=True) for grad, w in zip(grad_ys, weights)])
+    # A few 16-bit rows are "aten", too, where the CPU has no instructions for them.
+    return cpu.NATIVE if verdict is cpu.ATEN and cpu.is_native_16bit(x.dtype) else verdict
+
+
+def _needs(lora_As: Tensors, need_A: list[bool], need_B: list[bool], weights: Tensors) -> tuple[int, int]:
+    """Elements of the gradients of all A and of all B that are asked for."""
+    of_A = sum(A.numel() for A, need in zip(lora_As, need_A) if need)
+    return of_A, sum(w.shape[0] * A.shape[0] for w, A, need in zip(weights, lora_As, need_B) if need)
+
+
+def _flops_backward(
+    grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, seed: Tensor | None,
+    scalings: list[float], dropout_p: list[float], need_x: bool, need_A: list[bool], need_B: list[bool],
+) -> int:  # fmt: skip
+    m, n, k, r = _sizes(x, weights, lora_As)
+    of_A, of_B = _needs(lora_As, need_A, need_B, weights)
+    of_s = _expansions(weights, lora_As) if need_x or any(need_A) else 0
+    return 2 * m * (of_s + need_x * k * (n + r) + of_A + of_B)
+
+
+def _bytes_backward(
+    grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, seed: Tensor | None,
+    scalings: list[float], dropout_p: list[float], need_x: bool, need_A: list[bool], need_B: list[bool],
+) -> int:  # fmt: skip
+    m, n, k, r = _sizes(x, weights, lora_As)
+    elements = m * n + m * r + (n * k + m * k if need_x else 0) + (m * k if any(need_A) else 0)
+    adapters = r * k + _expansions(weights, lora_As) + sum(_needs(lora_As, need_A, need_B, weights))
+    return elements * x.element_size() + adapters * lora_As[0].element_size()
+
+
+BACKWARD = dispatch.register(
+    OpSpec(
+        name="lora_pack_backward",
+        schema=(
+            "(Tensor[] grad_ys, Tensor x, Tensor s, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, "
+            "Tensor? seed, float[] scalings, float[] dropout_p, bool need_x, bool[] need_A, bool[] need_B) "
+            "-> (Tensor, Tensor[], Tensor[])"
+        ),
+        reference=_reference_backward,
+        fake=_fake_backward,
+        kernels={"cpu": Kernel(_cpu_supports_backward)},
+        flops=_flops_backward,
+        bytes=_bytes_backward,
+    )
+)
+
+# --------------------------------------------------------------------------------------------------- autograd
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensors, Tensor]) -> None:
+    x, weights, lora_As, lora_Bs, _, seed, ctx.scalings, ctx.dropout_p = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], seed, *weights, *lora_As, *lora_Bs)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensors, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    _save(ctx, inputs, output)
+
+
+def _gradients(ctx: Any, grad_ys: Sequence[Tensor | None], needs: tuple, backward: Callable[..., Any]) -> tuple:
+    """Gradients of (x, weights, lora_As, lora_Bs, biases), whose ``needs`` are a bool or a list of them.
+
+    ``backward`` calls the op. A result that nobody has used has a gradient of zeros.
+    """
+    x, s, seed, *others = ctx.saved_tensors
+    count = len(ctx.scalings)
+    weights, lora_As, lora_Bs = others[:count], others[count : 2 * count], others[2 * count :]
+    need_x, need_weights, need_As, need_Bs, need_biases = needs
+    grads = [
+        x.new_zeros((*x.shape[:-1], weight.shape[0])) if grad is None else grad
+        for grad, weight in zip(grad_ys, weights)
+    ]
+    grad_x, grad_As, grad_Bs = None, [None] * count, [None] * count
+    if need_x or any(need_As) or any(need_Bs):
+        grad_x, grad_As, grad_Bs = backward(
+            grads, x, s, weights, lora_As, lora_Bs, seed, ctx.scalings, ctx.dropout_p, need_x, need_As, need_Bs
+        )
+    return (
+        grad_x if need_x else None,
+        [as_rows(grad).t() @ as_rows(x) if need else None for grad, need in zip(grads, need_weights)],
+        [grad if need else None for grad, need in zip(grad_As, need_As)],
+        [grad if need else None for grad, need in zip(grad_Bs, need_Bs)],
+        [as_rows(grad).sum(0) if need else None for grad, need in zip(grads, need_biases)],
+    )
+
+
+@torch.autograd.function.once_differentiable
+def _backward(ctx: Any, grad_ys: Sequence[Tensor | None], grad_s: None) -> tuple:
+    op = torch.ops.lora_kernels.lora_pack_backward.default
+    return *_gradients(ctx, grad_ys, ctx.needs_input_grad[:5], op), None, None, None
+
+
+SPEC = dispatch.register(
+    OpSpec(
+        name="lora_pack",
+        schema=(
+            "(Tensor x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] biases, Tensor? seed, "
+            "float[] scalings, float[] dropout_p) -> (Tensor[], Tensor)"
+        ),
+        reference=_reference,
+        fake=_fake,
+        kernels={"cpu": Kernel(_cpu_supports)},
+        autograd=Autograd(_setup_context, _backward),
+        autocast=(0, 1, 4),
+        flops=_flops,
+        bytes=_bytes,
+    )
+)
+"""``biases`` is of no member, or of each, with no elements where there is none; a member without an adapter has a
+lora_A [0, K] and a lora_B [N, 0].
+"""
+
+_decode = dispatch.define_native(
+    "lora_pack_decode",
+    "(Tensor x, Tensor[] operands, float[] scalings) -> Tensor[]",
+    lambda x, operands, scalings: [x.new_empty((*x.shape[:-1], len(w))) for w in operands[: len(scalings)]],
+)
+
+
+def _cpu_inference(
+    x: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, biases: Tensors, seed: Tensor | None,
+    scalings: list[float], dropout_p: list[float], schedule: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    if schedule == "decode":
+        return (_decode(x, [*weights, *lora_As, *lora_Bs, *biases], scalings),)
+    return dispatch.native(SPEC)(x, weights, lora_As, lora_Bs, biases, seed, scalings, dropout_p, schedule)
+
+
+INFERENCE = replace(SPEC, kernels={**SPEC.kernels, "cpu": Kernel(_cpu_supports, native=_cpu_inference)})
+"""``lora_pack`` where only the first result is asked for: a kernel may leave s out."""
+
+
+class LoRAPackFunction(EagerFunction):
+    """``lora_pack`` for eager autograd: one dispatch forward, one backward.
+
+    Saves x once, s [..., sum of ranks], the weights (by reference) and the 8-byte seed; never a mask or dropout(x).
+    Call it through ``lk.lora_pack``, which checks the arguments. Autograd looks into no list: ``forward`` takes the
+    number of members and the op's arguments with every list of tensors laid out.
+    """
+
+    differentiable = (0, 1, 2, 3, 4)
+
+    @classmethod
+    def on(cls, args: tuple) -> Any:
+        x, weights, lora_As, lora_Bs, biases, seed, scalings, dropout_p = args
+        return cls.apply(x, seed, scalings, dropout_p, *weights, *lora_As, *lora_Bs, *biases)
+
+    @staticmethod
+    def results(output: tuple[Tensors, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(output[0])
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, seed: Tensor | None, scalings: list[float], dropout_p: list[float], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        args = x, *_lists(tensors, len(scalings)), seed, scalings, dropout_p
+        return tuple(map(not_a_view, eager.forward(ctx, SPEC, args, _save)[0]))
+
+    @staticmethod
+    @eager.backward
+    def backward(ctx: Any, *grad_ys: Tensor | None) -> tuple:  # type: ignore[override]
+        need_x, _, _, _, *needs = ctx.needs_input_grad
+        lists = _lists(needs, len(ctx.scalings))
+        grad_x, *grads = _gradients(ctx, grad_ys, (need_x, *lists), _run_backward)
+        return grad_x, None, None, None, *(grad for of_list in grads for grad in of_list)
+
+
+def _lists(laid_out: Sequence[Any], count: int) -> tuple[list, list, list, list]:
+    """Of weights, lora_As, lora_Bs and biases."""
+    first, second, third, biases = (list(laid_out[i * count : (i + 1) * count]) for i in range(4))
+    return first, second, third, biases
+
+
+def _run_backward(*args: Any) -> tuple[Any, ...]:
+    return dispatch.run(BACKWARD, *args)
