@@ -16,6 +16,7 @@ from .functional.gated import gated_activation
 from .functional.grouped import grouped_lora_linear
 from .functional.lora import dropout_mask, frozen_linear, lora_linear
 from .functional.merging import merge_, unmerge_
+from .functional.mlp import Projection, lora_mlp
 from .functional.multi import multi_lora_linear
 from .functional.pack import lora_pack
 from .functional.prefix import prefix_kv
@@ -34,6 +35,7 @@ from .ops.gated_activation import GatedActivationFunction
 from .ops.grouped_lora_linear import GroupedLoRALinearFunction
 from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
+from .ops.lora_mlp import LoRAMLPFunction
 from .ops.lora_pack import LoRAPackFunction
 from .ops.multi_lora_linear import MultiLoRALinearFunction
 from .ops.prefix_kv import PrefixKVFunction
@@ -53,11 +55,13 @@ __all__ = [
     "LoRAEmbeddingFunction",
     "LoRALinear",
     "LoRALinearFunction",
+    "LoRAMLPFunction",
     "LoRAPackFunction",
     "MultiLoRALinear",
     "MultiLoRALinearFunction",
     "PrefixEncoder",
     "PrefixKVFunction",
+    "Projection",
     "PromptEmbedding",
     "PromptEmbeddingFunction",
     "PromptEmbeddingOutput",
@@ -81,6 +85,7 @@ __all__ = [
     "load_pretrained",
     "lora_embedding",
     "lora_linear",
+    "lora_mlp",
     "lora_pack",
     "merge_",
     "merge_adapter",

@@ -70,6 +70,13 @@ class Reason(str, enum.Enum):
     DEVICES = "tensors on several devices"
     TASK_IDS = "task_ids missing, or not one integer per sample"
     MODEL_CACHE = "the model's cache is of its own kind"
+    PACK_APART = "the layers of a pack were not called with one tensor, one after the other"
+    PACK_DORA = "DoRA in a pack of layers"
+    PACK_QUANTIZED = "quantised weights in a pack of layers"
+    PACK_DROPOUTS = "layers of one MLP drop in different ways"
+    SIDE_BY_SIDE = "several adapters that drop for themselves, in a pack of layers"
+    NOT_GATED = "not down(activation(gate(x)) * up(x)), or of an activation that is not served"
+    BIAS_REQUIRES_GRAD = "a bias of the MLP requires grad"
     FAST_PRODUCT = "torch multiplies this dtype fast here"
 
     def __str__(self) -> str:

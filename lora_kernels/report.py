@@ -12,6 +12,10 @@ FUSED = "lora_linear"
 """Reason of a fused row: every plain call of the layer is one ``lora_linear``."""
 FUSED_POOL = "multi_lora_linear"
 """Reason of a fused row: every call is one ``multi_lora_linear``."""
+FUSED_PACK = "lora_pack"
+"""Reason of a fused row: the layer and its siblings, which read the same tensor, are one ``lora_pack``."""
+FUSED_MLP = "lora_mlp"
+"""Reason of a fused row: the layer is one of the three of a gated MLP, which is one ``lora_mlp``."""
 FROZEN_UPCAST = "frozen, upcast"
 """Reason of a fused row: a frozen ``nn.Linear`` whose low-precision product goes through fp32."""
 FROZEN_PAST_MKL = "frozen, past MKL"
@@ -40,17 +44,19 @@ class Report:
         fused: (module name, what serves it), in the model's order.
         kept: (module name, why it keeps its own forward).
         status, done: the words for ``fused`` in the table and above it.
+        apart: (module name, why its layers are not one op); they are in ``fused`` or ``kept`` by themselves.
     """
 
     fused: list[tuple[str, str]] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
     status: str = "fused"
     done: str = "LoRA layers fused"
+    apart: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
         rows = [
             (status, str(count), reason, pattern)
-            for status, pairs in ((self.status, self.fused), ("kept", self.kept))
+            for status, pairs in ((self.status, self.fused), ("kept", self.kept), ("apart", self.apart))
             for reason, names in _by_reason(pairs).items()
             for pattern, count in collapse(names)
         ]

@@ -6,6 +6,7 @@ from .gated import gated_activation
 from .grouped import grouped_lora_linear
 from .lora import dropout_mask, frozen_linear, lora_linear
 from .merging import merge_, unmerge_
+from .mlp import Projection, lora_mlp
 from .multi import multi_lora_linear
 from .pack import lora_pack
 from .prefix import prefix_kv
@@ -13,6 +14,7 @@ from .prompt import PromptEmbeddingOutput, prompt_embedding
 from .why import why
 
 __all__ = [
+    "Projection",
     "PromptEmbeddingOutput",
     "dora_embedding",
     "dora_linear",
@@ -22,6 +24,7 @@ __all__ = [
     "grouped_lora_linear",
     "lora_embedding",
     "lora_linear",
+    "lora_mlp",
     "lora_pack",
     "merge_",
     "multi_lora_linear",

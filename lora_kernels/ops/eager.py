@@ -68,7 +68,7 @@ def run(function: type[EagerFunction], args: tuple, inference: OpSpec) -> Any:
 
 def any_requires_grad(tensors: list[Tensor]) -> bool:
     """Whether one of them does."""
-    for t in tensors:  # felt in a small layer, as a generator's start is
+    for t in tensors:  # noqa: SIM110 - felt in a small layer, as a generator's start is
         if t.requires_grad:
             return True
     return False

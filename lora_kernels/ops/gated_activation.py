@@ -1,4 +1,4 @@
-"""``gated_activation``: ``h = activation(gate) * up``, what stands between the layers of a gated MLP, and its gradients.
+"""``gated_activation``: ``h = activation(gate) * up``, as a gated MLP has it between its layers, and its gradients.
 
 Of Shazeer, "GLU Variants Improve Transformer", 2020. Nothing is saved but gate and up, and their own memory can take
 the gradients.

@@ -16,6 +16,7 @@ from ..formats.int8 import exact_in_eval
 from ..functional.checks import draw_seed
 from ..functional.lora import dropout_mask
 from ..integrations.peft import patching as integration
+from ..integrations.peft.packs import first_layer, without_pack
 from ..modules.embedding import LoRAEmbedding
 from ..modules.lora import LoRALinear
 from ..operands import is_experts, projections
@@ -29,14 +30,15 @@ def check_layer(layer: nn.Module, rows: int) -> Check:
     ours = _alone(layer)
     exact_in_eval(ours, True)  # which is how the layer trains; what bitsandbytes rounds in eval mode is not ours
     _fill_zeros(ours)
-    base = _base_of(ours)
+    first = first_layer(ours)  # of an MLP, whose x it takes
+    base = _base_of(ours.get_submodule(first))
     packed = formats.from_module(base)
     dtype = packed.decoded_dtype if isinstance(packed, QuantizedWeight) else _weight_of(base).dtype
     original: Any = copy.deepcopy(ours)
     if isinstance(packed, QuantizedWeight):  # which no product in float64 can take
         _decode(original, packed)
     original = _as_original(original)
-    inputs = _inputs(_base_of(original), rows)
+    inputs = _inputs(_base_of(original.get_submodule(first)), rows)
     plain, exact = copy.deepcopy(original).to(dtype), original.double()
     worst = Check("", "", OK)
     p = _dropout_p(ours)
@@ -61,7 +63,7 @@ def check_layer(layer: nn.Module, rows: int) -> Check:
 
 def _alone(layer: nn.Module) -> nn.Module:
     """A copy without hooks, which may count, record, or be others'."""
-    twin = copy.deepcopy(layer)
+    twin = copy.deepcopy(layer, without_pack(layer))
     for module in twin.modules():
         for hooks in (
             module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,

@@ -25,7 +25,7 @@ from ...modules.base import is_given
 from ...modules.quantized import QuantizedLinear, set_compute_type
 from ...reasons import Reason
 from ...report import FUSED, FUSED_POOL
-from . import conv, experts, mixed_batch, packed_merging, several_adapters
+from . import conv, experts, mixed_batch, packed_merging, packs, several_adapters
 
 original_create_new_module: Any = LoraModel._create_new_module
 """What ``LoraModel`` had when ``patch_peft`` was called last."""
@@ -52,6 +52,12 @@ class FusedForward(nn.Module):
                 kwargs.get("adapter_names") is not None or mixed_batch.acts_on_some_tokens(self)
             )
         if reason is None and not mixes:
+            pack = packs.of_layer(self)
+            if pack is not None:
+                found = packs.call(*pack, x)
+                if type(found) is not Reason:
+                    return found
+                _count("lora_pack", found)
             found = operands.operands(self)
             if type(found) is tuple:
                 weight, lora_A, lora_B, bias, scaling, dropout_p, training, magnitude = found

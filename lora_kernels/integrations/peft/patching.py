@@ -20,11 +20,13 @@ from ...modules.quantized import FrozenPacked, QuantizedLinear, frozen_originals
 from ...plain import may_take_fast_path, passed_by
 from ...reasons import Reason
 from ...report import FROZEN_PACKED, PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
+from ..siblings import siblings
 
 
 def patch(
-    model: nn.Module, frozen_linears: bool = False, left_padding: str = "peft", int8_eval: str = "peft"
-) -> Report:
+    model: nn.Module, frozen_linears: bool = False, left_padding: str = "peft", int8_eval: str = "peft", *,
+    packs: bool | Mapping[str, Any] = False,
+) -> Report:  # fmt: skip
     """Swaps the LoRA layers and the prompts of a PEFT model for fused ones, in place; ``unpatch`` restores them.
 
     Only the class of a layer changes, so parameters, ``state_dict``, hooks, optimizers, merging and adapter
@@ -48,6 +50,12 @@ def patch(
             affected.
         int8_eval: what layers of bitsandbytes' 8-bit ``Linear8bitLt`` do in eval mode, and on CUDA in training, too.
             "peft": they round activations to eight bits, by bitsandbytes' own code. "exact": they do not.
+        packs: also serve layers together: those of one module that read the same tensor (q, k and v; gate and up) by
+            one ``lora_pack``, and a gated MLP whose three layers have LoRA by one ``lora_mlp``, which keeps less for
+            backward. Which layers these are is found by what they do: one forward of a few tokens shows who reads what,
+            and an MLP's own code is run once with stand-ins for its layers. That forward is given the ``dummy_inputs``
+            of a model of transformers; for other models, ``packs`` is a dict of keyword arguments of their forward.
+            Dropout then draws one seed per pack, not one per layer. False takes earlier packs apart.
 
     Returns:
         What was swapped, and what was left alone and why. ``print`` it.
@@ -55,7 +63,7 @@ def patch(
     Raises:
         ValueError: there is no PEFT layer or prompt in ``model`` and ``frozen_linears`` is False, or left_padding is
             neither "peft" nor "fixed", or it is "fixed" and a prompt cannot be fused, or int8_eval is neither "peft"
-            nor "exact". Nothing is swapped then.
+            nor "exact", or the model cannot be called as ``packs`` needs it. Nothing is swapped then.
     """
     if left_padding not in ("peft", "fixed"):
         raise ValueError(f'patch: left_padding must be "peft" or "fixed", got {left_padding!r}')
@@ -70,7 +78,10 @@ def patch(
         )
     if left_padding == "fixed":
         _check_all_fusable(prompts)
+    groups = siblings(model, peft_layers, None if packs is True else packs) if packs and peft_layers else None
     exact_in_eval(model, int8_eval == "exact")
+    if peft_layers:
+        _packing().take_apart(model)
     report, not_called = Report(), _passed_by(model, peft_layers.values())
     for name, layer in peft_layers.items():
         is_fused, by_what_or_why_not = _fuse(layer)
@@ -84,6 +95,8 @@ def patch(
         tuner.__dict__["_create_new_module"] = _fused_layers().create_in_patched_model
     for name, peft_model in prompts.items():
         _patch_prompts(name, peft_model, left_padding == "fixed", report)
+    if groups is not None:
+        _packing().pack(model, peft_layers, groups, report)
     if frozen_linears:
         _patch_frozen(model, peft_layers, report)
     return report
@@ -96,6 +109,7 @@ def unpatch(model: nn.Module) -> None:
         _give_back(module, {FrozenLinear: nn.Linear, **frozen_originals()})
     if not _peft_imported():
         return
+    _packing().take_apart(model)
     fused = _fused_layers()
     originals = {ours: theirs for theirs, ours in fused.SWAPS.items()}
     for module in model.modules():
@@ -178,6 +192,12 @@ def _fused_layers() -> Any:
     from . import linear
 
     return linear
+
+
+def _packing() -> Any:
+    from . import packing
+
+    return packing
 
 
 def _fused_prompts() -> Any:

@@ -1,0 +1,140 @@
+"""Layers that read one x, served by one ``lora_pack``: the first of them that is called computes what all give.
+
+The others, called with the same tensor, hand out what is theirs. Each layer is still called, with its hooks; a layer
+that is called with another tensor, or is not as it was when the first was, computes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ... import operands
+from ...formats import QuantizedWeight
+from ...functional.pack import lora_pack
+from ...reasons import Reason
+
+_PACK = "_lora_pack"
+"""Where a layer has (its pack, its place in it)."""
+ROLES = "_gated_mlp"
+"""Where a gated MLP that is fused has the names of its layers (``mlp.py``)."""
+_MISSES = 2
+"""After so many calls in a row whose results nobody asked for, a pack is given up."""
+
+
+class Pack:
+    """Layers in the order in which a forward calls them."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.layers = layers
+        self.misses = 0
+        self.waiting: tuple[Tensor, int, bool, list[Tensor | None]] | None = None
+        """x, its version, whether gradients are recorded, and the results that are not handed out."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pack:
+        from copy import deepcopy
+
+        twin = Pack([])
+        memo[id(self)] = twin
+        twin.layers = deepcopy(self.layers, memo)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "misses": 0, "waiting": None}
+
+
+def attach(layers: list[nn.Module]) -> None:
+    """Makes a pack of these layers."""
+    pack = Pack(layers)
+    for place, layer in enumerate(layers):
+        layer.__dict__[_PACK] = pack, place
+
+
+def detach(layers: Iterable[nn.Module]) -> None:
+    """Takes them out of their packs."""
+    for layer in layers:
+        layer.__dict__.pop(_PACK, None)
+
+
+def of_layer(layer: nn.Module) -> tuple[Pack, int] | None:
+    """The pack of a layer, and its place there."""
+    return layer.__dict__.get(_PACK)
+
+
+def without_pack(layer: nn.Module) -> dict[int, Any]:
+    """What ``copy.deepcopy`` takes as its memo for a copy of one layer alone."""
+    found = of_layer(layer)
+    return {} if found is None else {id(found): None}
+
+
+def first_layer(module: nn.Module) -> str:
+    """The name of a fused MLP's gate; that of ``module`` itself, "", for any other."""
+    roles = module.__dict__.get(ROLES)
+    return "" if roles is None else roles.gate
+
+
+def call(pack: Pack, place: int, x: Any) -> Tensor | Reason:
+    """What the layer in this place gives for x, or why it computes that itself."""
+    if place == 0:
+        return _compute(pack, x)
+    waiting = pack.waiting
+    if waiting is None or waiting[0] is not x:
+        return Reason.PACK_APART
+    _, version, records, results = waiting
+    if records != torch.is_grad_enabled() or version != _version(x):
+        return Reason.PACK_APART
+    result = results[place]
+    results[place] = None
+    if all(left is None for left in results):
+        pack.waiting = None
+    return Reason.PACK_APART if result is None else result
+
+
+def why_not(pack: Pack, x: Tensor) -> list[operands.Operands] | Reason:
+    """What the pack computes with, or why the layers compute for themselves."""
+    found: list[Any] = []
+    for layer in pack.layers:
+        of_layer: Any = operands.operands(layer)
+        if type(of_layer) is not tuple:
+            return of_layer if type(of_layer) is Reason else Reason.SIDE_BY_SIDE
+        weight, lora_A, lora_B, _, _, _, _, magnitude = of_layer
+        if magnitude is not None:
+            return Reason.PACK_DORA
+        if type(weight) is QuantizedWeight:
+            return Reason.PACK_QUANTIZED
+        reason = operands.call_reason(x, weight, lora_A, lora_B)
+        if reason is not None:
+            return reason
+        if weight.device != x.device:
+            return Reason.DEVICES
+        found.append(of_layer)
+    return found
+
+
+def _compute(pack: Pack, x: Any) -> Tensor | Reason:
+    if pack.waiting is not None:
+        pack.waiting = None
+        pack.misses += 1
+    if pack.misses >= _MISSES:
+        return Reason.PACK_APART
+    found: Any = why_not(pack, x)
+    if type(found) is Reason:
+        return found
+    weights, lora_As, lora_Bs, biases, scalings, ps, training, _ = zip(*found)
+    drops = any(training)
+    probabilities = [p if trains else 0.0 for p, trains in zip(ps, training)] if drops else 0.0
+    results: list[Any] = list(
+        lora_pack(x, weights, lora_As, lora_Bs, biases, scalings=scalings, dropout_p=probabilities, training=drops)
+    )
+    first, results[0] = results[0], None
+    pack.waiting = x, _version(x), torch.is_grad_enabled(), results
+    return first
+
+
+def _version(x: Tensor) -> int:
+    """Traced code, and inference mode, know none."""
+    return 0 if is_compiling() or x.is_inference() else x._version

@@ -1,0 +1,300 @@
+"""patch(packs=True): which layers are served together, that they compute the same, and when they go their own way."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from pack_models import block, fallbacks, fill, llama, lora, patched, served
+from peft import LoraConfig, get_peft_model
+from test_model_zoo import IDS, ZOO, assert_same, make_base
+from tiny_models import tiny_llama
+from torch import nn
+
+import lora_kernels as lk
+from lora_kernels.reasons import Reason
+
+# family: packs and gated MLPs of its two blocks
+FOUND = {
+    "Llama": (2, 2), "Llama, biased": (2, 2), "Qwen2": (2, 2), "Qwen3": (2, 2), "Mistral": (2, 2), "Gemma": (2, 2),
+    "Phi": (2, 0), "GPT2": (0, 0), "OPT": (2, 0), "BERT": (2, 0), "T5": (6, 0), "Mixtral": (2, 0),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- what is found
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_every_family(family):
+    stock = lora(make_base(*ZOO[family][:3]))
+    twin, report = patched(stock)
+    packs, mlps = FOUND[family]
+    assert [what for _, what in report.fused].count("lora_mlp") == 3 * mlps
+    assert report.apart == []
+    assert_same(twin, stock)
+    calls = served()
+    assert calls.get("lora_mlp", 0) == mlps
+    assert calls.get("lora_pack", 0) == packs + mlps  # gate and up are one, inside of the MLP
+    assert Reason.PACK_APART not in {reason for _, reason in fallbacks()}
+
+
+def test_the_report_names_them():
+    _, report = patched(llama())
+    assert str(report).splitlines() == [
+        "21 of 21 LoRA layers fused",
+        "  fused  9  lora_pack    base_model.model.model.layers.{0..2}.self_attn.{q_proj,k_proj,v_proj}",
+        "  fused  3  lora_linear  base_model.model.model.layers.{0..2}.self_attn.o_proj",
+        "  fused  9  lora_mlp     base_model.model.model.layers.{0..2}.mlp.{gate_proj,up_proj,down_proj}",
+    ]
+
+
+def test_some_layers_of_a_block():
+    stock = llama(target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
+    twin, report = patched(stock)
+    assert {name.rpartition(".")[2] for name, what in report.fused if what == "lora_pack"} == {"q_proj", "v_proj"}
+    assert_same(twin, stock)
+    assert served()["lora_pack"] == 3
+    assert "lora_mlp" not in served()
+
+
+class Gated(nn.Module):
+    """Stands in for a gated MLP; subclasses only look like one."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Swapped(Gated):
+    def forward(self, x):
+        return self.down(self.up(x) * nn.functional.gelu(self.gate(x), approximate="tanh"))
+
+
+class Tanh(Gated):
+    def forward(self, x):
+        return self.down(torch.tanh(self.gate(x)) * self.up(x))
+
+
+class Residual(Gated):
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x)) + x
+
+
+class Detached(Gated):
+    """Right in value, wrong in gradient."""
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)).detach() * self.up(x))
+
+
+class Dropping(Gated):
+    """Right in eval mode only."""
+
+    def forward(self, x):
+        return self.down(nn.functional.dropout(nn.functional.silu(self.gate(x)) * self.up(x), 0.3, self.training))
+
+
+class Clamped(Gated):
+    """Right for small values only."""
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x).clamp(max=7.0)) * self.up(x))
+
+
+class Twice(Gated):
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x) + 0.0 * self.up(x))
+
+
+def one_mlp(kind, **options):
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(kind()), LoraConfig(r=2, target_modules=["gate", "up", "down"], **options))
+    fill(model)
+    return model.eval()
+
+
+EXAMPLE = {"input": torch.zeros(2, 8)}
+
+
+@pytest.mark.parametrize("kind", [Gated, Swapped])
+def test_an_mlp_of_ones_own(kind):
+    stock = one_mlp(kind)
+    twin = copy.deepcopy(stock)
+    report = lk.patch(twin, packs=EXAMPLE)
+    assert [what for _, what in report.fused] == ["lora_mlp"] * 3
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(twin(x), stock(x))
+    assert set(served()) == {"lora_mlp", "lora_pack", "gated_activation", "lora_linear"}
+
+
+@pytest.mark.parametrize("kind", [Tanh, Residual, Detached, Dropping, Clamped, Twice])
+def test_what_only_looks_like_one(kind):
+    stock = one_mlp(kind)
+    twin = copy.deepcopy(stock)
+    report = lk.patch(twin, packs=EXAMPLE)
+    if kind is not Twice:  # whose up is called twice: it reads x, but is in no pack
+        assert report.apart == [("base_model.model.0", Reason.NOT_GATED)]
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(twin(x), stock(x))
+    assert "lora_mlp" not in served()
+
+
+def test_parts_that_hold_tensors_make_it_another_module():
+    model = one_mlp(Gated)
+    model.base_model.model[0].register_buffer("scale", torch.ones(1))
+    report = lk.patch(model, packs=EXAMPLE)
+    assert [what for _, what in report.fused] == ["lora_pack", "lora_pack", "lora_linear"]
+    assert report.apart == []
+
+
+def test_an_activation_that_is_replaced_later():
+    model = one_mlp(Gated)
+    mlp = model.base_model.model[0]
+    mlp.activation = nn.SiLU()
+    lk.patch(model, packs=EXAMPLE)
+    model(torch.randn(3, 8))
+    assert served()["lora_mlp"] == 1
+    mlp.activation = nn.ReLU()
+    model(torch.randn(3, 8))
+    assert served()["lora_mlp"] == 1
+    assert fallbacks() == {("lora_mlp", Reason.NOT_GATED): 1}
+
+
+def test_a_model_that_cannot_be_called_is_left_alone():
+    model = one_mlp(Gated)
+    for given in (True, {"nonsense": 1}):
+        with pytest.raises(ValueError, match=r"packs=\{\.\.\.\}"):
+            lk.patch(model, packs=given)
+    assert not any(map(lk.is_fused, model.modules()))
+
+
+def test_the_watching_is_not_noticed():
+    model = llama(lora_dropout=0.5).train()
+    block(model).eval()
+    before, modes = torch.get_rng_state(), [module.training for module in model.modules()]
+    lk.reset_stats()
+    lk.patch(model, packs=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in model.modules()] == modes
+    assert lk.stats() == {"served": {}, "fallback": {}}
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+# --------------------------------------------------------------------------------------- going one's own way
+
+
+def shifted(module, args):
+    return (args[0] + 1.0, *args[1:])
+
+
+def test_a_layer_that_is_given_another_input():
+    stock = llama()
+    block(stock).self_attn.k_proj.register_forward_pre_hook(shifted)
+    twin = copy.deepcopy(stock)
+    lk.patch(twin, packs=True)
+    assert_same(twin, stock)
+    # k is in no pack: it was given another tensor when the model was watched, too.
+    assert fallbacks() == {}
+    late, _ = patched(llama())
+    block(late).self_attn.k_proj.register_forward_pre_hook(shifted)
+    lk.reset_stats()
+    assert_same(late, stock)
+    assert fallbacks()[("lora_pack", Reason.PACK_APART)] >= 1
+    for _ in range(3):  # it does not pay to compute what nobody takes
+        late(IDS)
+    before = served()["lora_pack"]
+    late(IDS)
+    assert served()["lora_pack"] - before == 5, "packs of two blocks and three MLPs are left"
+
+
+def test_hooks_of_a_layer_are_called():
+    stock = llama()
+    twin, _ = patched(stock)
+    seen = []
+    for model in (stock, twin):
+        for name in ("gate_proj", "down_proj"):
+            getattr(block(model).mlp, name).register_forward_hook(lambda m, args, y: seen.append(y.detach()) or 2 * y)
+        block(model).self_attn.v_proj.register_forward_hook(lambda m, args, y: seen.append(y.detach()) or 3 * y)
+    outputs = stock(IDS).logits, twin(IDS).logits
+    torch.testing.assert_close(*outputs)
+    assert len(seen) == 6
+    assert fallbacks() == {("lora_mlp", Reason.ADAPTER_HOOKS): 1}
+
+
+def test_adapters_that_are_disabled_merged_or_switched():
+    stock = llama()
+    stock.add_adapter("other", LoraConfig(r=5, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]))
+    fill(stock)
+    twin, _ = patched(stock)
+
+    def same():
+        torch.testing.assert_close(twin(IDS).logits, stock(IDS).logits)
+
+    same()
+    with twin.disable_adapter(), stock.disable_adapter():
+        same()
+    for model in (twin, stock):
+        model.set_adapter("other")
+    same()
+    assert_same(twin, stock)
+    for model in (twin, stock):
+        model.base_model.set_adapter(["default", "other"])
+    same()
+    for model in (twin, stock):
+        model.set_adapter("default")
+        model.merge_adapter()
+    same()
+    for model in (twin, stock):
+        model.unmerge_adapter()
+    lk.reset_stats()
+    assert_same(twin, stock)
+    assert served()["lora_mlp"] == 3
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}], ids=str)
+def test_variants(options):
+    stock = llama(**options) if options != {"bias": "all"} else lora(make_base(*ZOO["Llama, biased"][:3]), **options)
+    for name, parameter in stock.named_parameters():
+        if parameter.requires_grad and name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.2)
+    twin, report = patched(stock)
+    assert_same(twin, stock)
+    if "use_dora" in options:
+        assert {reason for _, reason in report.apart} == {Reason.PACK_DORA}
+        assert fallbacks() == {("lora_mlp", Reason.PACK_DORA): 3}
+    else:
+        assert fallbacks() == {("lora_mlp", Reason.BIAS_REQUIRES_GRAD): len(stock.base_model.model.model.layers)}
+
+
+def test_a_quantised_base():
+    pytest.importorskip("bitsandbytes")
+    base = tiny_llama().eval()
+    lk.quantize_(base, "nf4", block=8)
+    stock = lora(base, target_modules=["q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"])
+    report = lk.patch(stock, packs=True)
+    assert {reason for _, reason in report.apart} == {Reason.PACK_QUANTIZED}
+    stock(IDS)
+    assert set(served()) == {"lora_linear_packed", "linear_packed"} or "lora_pack" not in served()
+
+
+def test_adapter_names_and_routes():
+    stock = llama()
+    stock.add_adapter("other", LoraConfig(r=5, target_modules="all-linear"))
+    fill(stock)
+    twin, _ = patched(stock)
+    names = ["other", "__base__"]
+    torch.testing.assert_close(
+        twin(IDS, adapter_names=names).logits, stock(IDS, adapter_names=names).logits, rtol=1e-4, atol=1e-5
+    )
+    lk.reset_stats()
+    with lk.route_adapters(twin, names):
+        routed = twin(IDS).logits
+    torch.testing.assert_close(routed, stock(IDS, adapter_names=names).logits, rtol=1e-4, atol=1e-5)
+    assert "lora_mlp" not in served()
+    for _ in range(2):  # the route's hooks go with the first call after it
+        twin(IDS)
+    assert served()["lora_mlp"] == 3
