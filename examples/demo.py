@@ -1,4 +1,5 @@
-"""The whole story on a real model: SmolLM2-135M trained with stock PEFT and with fused layers, side by side.
+"""The whole story on a real model: SmolLM2-135M trained with stock PEFT and with fused layers, side by side; then with
+these served together, and without logits.
 
     python examples/demo.py               # what `make demo` runs; the picture is build/demo/demo.png
 
@@ -35,7 +36,9 @@ RANK, ALPHA, LR, WARMUP, STEPS, BATCH, SEQ, SEED = 16, 32, 1e-3, 5, 40, 4, 128, 
 ROUNDS = 9
 DROPOUTS = (0.0, 0.1)
 PROMPT = "LAWYER, n."
-VARIANTS = ("frozen", "PEFT", "fused")
+TOGETHER = "packs and loss"
+"""The fourth variant: ``lk.patch(model, packs=True, loss=True)``."""
+VARIANTS = ("frozen", "PEFT", "fused", TOGETHER)
 QLORA_STEPS, QLORA_FORMAT = 10, "nf4"
 
 MAX_GRADIENT_ERROR = 2e-4
@@ -164,27 +167,42 @@ def compare_gradients(stock: nn.Module, fused: nn.Module, tokens: Tensor) -> flo
     return max(relative(g, reference) for reference, g in zip(*gradients, strict=True))
 
 
-def train(stock: Trainer, fused: Trainer, steps: int) -> Timings:
-    """Both runs, step by step in turn, on the same batches. Returns the times of their steps, optimizer included."""
-    sync = synchronizer(stock.device)
-    seconds: dict[str, list[float]] = {"PEFT": [], "fused": []}
-    turns = [("PEFT", stock), ("fused", fused)]
+def train(trainers: dict[str, Trainer], steps: int) -> Timings:
+    """All runs, step by step in turn, on the same batches. Returns the times of their steps, optimizer included."""
+    sync = synchronizer(next(iter(trainers.values())).device)
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    turns = list(trainers.items())
     with progress(steps, "  step") as display:
         for done in range(1, steps + 1):
-            turns.reverse()  # neither always runs first
+            turns.append(turns.pop(0))  # none always runs first
             for name, trainer in turns:
                 sync()
                 start = time.perf_counter()
                 trainer.step()
                 sync()
                 seconds[name].append(time.perf_counter() - start)
-            display.update(done, f"loss PEFT {stock.losses[-1]:.4f}  fused {fused.losses[-1]:.4f}")
+            losses = "  ".join(f"{name} {trainer.losses[-1]:.4f}" for name, trainer in trainers.items())
+            display.update(done, f"loss {losses}")
     return Timings(seconds)
 
 
-def largest_difference(stock: Trainer, fused: Trainer) -> float:
-    """Largest difference between the two loss curves."""
-    return max(abs(a - b) for a, b in zip(stock.losses, fused.losses, strict=True))
+def trainers_of(models: dict[str, nn.Module], blocks: Tensor) -> dict[str, Trainer]:
+    """A run of each model."""
+    return {
+        name: Trainer(model, blocks, batch=BATCH, lr=LR, warmup=WARMUP, seed=SEED) for name, model in models.items()
+    }
+
+
+def largest_difference(stock: Trainer, *others: Trainer) -> float:
+    """Largest difference between the first loss curve and another."""
+    return max(abs(a - b) for other in others for a, b in zip(stock.losses, other.losses, strict=True))
+
+
+def step_times(steps: Timings, count: int) -> str:
+    """What a training step of each took, and the share of PEFT's."""
+    medians = ", ".join(f"{name} {steps.median(name):.3f} s" for name in steps.seconds)
+    ratios = ", ".join(f"{name} / PEFT {steps.ratio(name, 'PEFT')}" for name in steps.seconds if name != "PEFT")
+    return f"  training step: {medians}; {ratios}, median [quartiles] of {count} rounds"
 
 
 def check_adapter(base: nn.Module, fused: nn.Module, tokens: Tensor, adapter: Path, claims: Claims) -> None:
@@ -258,18 +276,16 @@ def qlora(folder: Path, blocks: Tensor, tokens: Tensor, claims: Claims) -> tuple
     print(f"  frozen parameters: {packed / 1e6:.0f} MB")
     claims.require(f"they take at most {MAX_PACKED_BYTES / 1e6:.0f} MB", packed <= MAX_PACKED_BYTES)
     claims.check("largest relative error of a gradient", compare_gradients(stock, fused, tokens), MAX_GRADIENT_ERROR)
-    trainers = [Trainer(m, blocks, batch=BATCH, lr=LR, warmup=WARMUP, seed=SEED) for m in (stock, fused)]
-    steps = train(*trainers, QLORA_STEPS)
-    claims.check("largest difference between the loss curves", largest_difference(*trainers), MAX_LOSS_DIFFERENCE)
-    print(
-        f"  training step: PEFT + bitsandbytes {steps.median('PEFT'):.3f} s, fused {steps.median('fused'):.3f} s, "
-        f"fused / PEFT {steps.ratio('fused', 'PEFT')}, median [quartiles] of {QLORA_STEPS} pairs"
-    )
-    return *trainers, steps
+    trainers = trainers_of({"PEFT": stock, "fused": fused}, blocks)
+    steps = train(trainers, QLORA_STEPS)
+    difference = largest_difference(*trainers.values())
+    claims.check("largest difference between the loss curves", difference, MAX_LOSS_DIFFERENCE)
+    print(step_times(steps, QLORA_STEPS))
+    return trainers["PEFT"], trainers["fused"], steps
 
 
 def plot(
-    path: Path, stock: Trainer, fused: Trainer, held: dict[str, float], results: dict,
+    path: Path, trainers: dict[str, Trainer], held: dict[str, float], results: dict,
     packed: tuple[Trainer, Trainer, Timings],
 ) -> None:  # fmt: skip
     """One picture: loss curves, held-out loss, step time, saved bytes; the curves and the step over a 4-bit base."""
@@ -278,20 +294,20 @@ def plot(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = {"frozen": "#9a9a9a", "PEFT": "#4477aa", "fused": "#cc6633", "before": "#cccccc"}
+    colours = {"frozen": "#9a9a9a", "PEFT": "#4477aa", "fused": "#cc6633", TOGETHER: "#228833", "before": "#cccccc"}
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 7.5), layout="constrained")
     figure.suptitle(f"SmolLM2-135M, LoRA r={RANK} on all linear layers, {BATCH}x{SEQ} tokens, fp32")
     (curves, losses, packed_curves), (step_time, memory, packed_time) = axes
     packed_stock, packed_fused, packed_steps = packed
 
-    for axis, what, (a, b) in (
-        (curves, "training loss", (stock, fused)),
-        (packed_curves, f"training loss over {QLORA_FORMAT}", (packed_stock, packed_fused)),
+    for axis, what, runs in (
+        (curves, "training loss", trainers),
+        (packed_curves, f"training loss over {QLORA_FORMAT}", {"PEFT": packed_stock, "fused": packed_fused}),
     ):
-        steps = range(1, a.done + 1)
-        axis.plot(steps, a.losses, color=colours["PEFT"], linewidth=4, alpha=0.5, label="PEFT")
-        axis.plot(steps, b.losses, color=colours["fused"], linewidth=1.4, label="fused")
-        axis.set(title=f"{what} (largest difference {largest_difference(a, b):.1e})", xlabel="step", ylabel="loss")
+        for (name, run), width in zip(runs.items(), (6, 3, 1)):
+            axis.plot(range(1, run.done + 1), run.losses, color=colours[name], linewidth=width, alpha=0.6, label=name)
+        difference = largest_difference(*runs.values())
+        axis.set(title=f"{what} (largest difference {difference:.1e})", xlabel="step", ylabel="loss")
         axis.legend(frameon=False)
     seconds = [packed_steps.median(name) for name in ("PEFT", "fused")]
     bars = packed_time.bar(
@@ -306,18 +322,18 @@ def plot(
     losses.set(title="held-out loss", ylabel="loss", ylim=(0, 1.15 * max(held.values())))
 
     groups = list(results)
-    for offset, name in zip((-0.27, 0.0, 0.27), VARIANTS, strict=True):
+    for offset, name in zip((-0.3, -0.1, 0.1, 0.3), VARIANTS, strict=True):
         measured = [p for p in groups if name in results[p][1]]
         places = [groups.index(p) + offset for p in measured]
         for axis, values, label in (
             (step_time, [results[p][0].median(name) for p in measured], "%.2f"),
             (memory, [results[p][1][name] / 2**20 for p in measured], "%.0f"),
         ):
-            axis.bar_label(axis.bar(places, values, 0.25, color=colours[name], label=name), fmt=label, padding=2)
+            axis.bar_label(axis.bar(places, values, 0.19, color=colours[name], label=name), fmt=label, padding=2)
     for axis, title, unit in ((step_time, "loss + backward", "seconds"), (memory, "saved for backward", "MiB")):
         axis.set(title=title, ylabel=unit, xticks=range(len(groups)), xticklabels=[f"dropout {p:g}" for p in groups])
         axis.margins(y=0.25)
-        axis.legend(frameon=False, ncols=3, loc="upper left")
+        axis.legend(frameon=False, ncols=2, loc="upper left")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -371,21 +387,23 @@ def main() -> int:
     for name, reason in report.kept:
         print(f"  kept: {name} ({reason})")
     claims.require("every LoRA layer is fused", bool(report.fused) and not report.kept)
+    together = with_peft(base)
+    print("\n".join(f"  {line}" for line in str(lk.patch(together, packs=True, loss=True)).splitlines()))
 
     stage("gradients of every LoRA parameter, fused against PEFT, B not zero")
-    claims.check("largest relative error", compare_gradients(stock, fused, tokens), MAX_GRADIENT_ERROR)
+    for name, model in (("fused", fused), (TOGETHER, together)):
+        error = compare_gradients(stock, model, tokens)
+        claims.check(f"{name}, largest relative error", error, MAX_GRADIENT_ERROR)
 
     stage(f"training, {options.steps} steps each, in turn")
     losses = {"before": held_out_loss(stock, held, BATCH, device)}
     before = sample(base, tokenizer, device)
-    trainers = [Trainer(m, blocks, batch=BATCH, lr=LR, warmup=WARMUP, seed=SEED) for m in (stock, fused)]
+    trainers = trainers_of({"PEFT": stock, "fused": fused, TOGETHER: together}, blocks)
     lk.reset_stats()
-    steps = train(*trainers, options.steps)
-    claims.check("largest difference between the loss curves", largest_difference(*trainers), MAX_LOSS_DIFFERENCE)
-    print(
-        f"  training step: PEFT {steps.median('PEFT'):.3f} s, fused {steps.median('fused'):.3f} s, "
-        f"fused / PEFT {steps.ratio('fused', 'PEFT')}, median [quartiles] of {options.steps} pairs"
-    )
+    steps = train(trainers, options.steps)
+    difference = largest_difference(*trainers.values())
+    claims.check("largest difference between the loss curves", difference, MAX_LOSS_DIFFERENCE)
+    print(step_times(steps, options.steps))
     print("\n".join(f"  {line}" for line in counters()))
     losses |= {"PEFT": held_out_loss(stock, held, BATCH, device), "fused": held_out_loss(fused, held, BATCH, device)}
     print(f"  held-out loss: before {losses['before']:.4f}, PEFT {losses['PEFT']:.4f}, fused {losses['fused']:.4f}")
@@ -397,11 +415,11 @@ def main() -> int:
     check_adapter(base, fused, tokens, adapter, claims)
 
     stage(f"step time and memory, {options.rounds} interleaved rounds per dropout")
-    models = dict(zip(VARIANTS, (frozen_reference(base), stock, fused), strict=True))
+    models = dict(zip(VARIANTS, (frozen_reference(base), stock, fused, together), strict=True))
     results = {}
     for p in DROPOUTS:
-        set_dropout(stock, p)
-        set_dropout(fused, p)
+        for model in (stock, fused, together):
+            set_dropout(model, p)
         results[p] = measure(models, tokens, options.rounds)
         models.pop("frozen", None)  # it has no dropout to change
     print(report_measurements(results))
@@ -411,6 +429,9 @@ def main() -> int:
             f"fused at dropout {p:g} saves no more than PEFT without dropout, but for the seeds",
             saved["fused"] <= ceiling,
         )
+        claims.require(
+            f"{TOGETHER} at dropout {p:g} saves less than the frozen model", saved[TOGETHER] < results[0.0][1]["frozen"]
+        )
         if abs(times.ratio("null", "PEFT").median - 1) > MAX_NULL:
             print(f"  dropout {p:g}: {NOISE}")
 
@@ -418,7 +439,7 @@ def main() -> int:
     packed = qlora(folder, blocks, tokens, claims)
 
     picture = options.png or options.cache / "demo.png"
-    plot(picture, *trainers, losses, results, packed)
+    plot(picture, trainers, losses, results, packed)
     stage(f"done; picture in {picture}, adapter in {adapter}")
     if claims.failed:
         print("FAILED: " + "; ".join(claims.failed), file=sys.stderr)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -101,6 +103,22 @@ def test_nothing_is_left_waiting():
     packs = {pack for pack, _ in filter(None, map(_packs.of_layer, twin.modules()))}
     assert packs
     assert all(pack.waiting is None for pack in packs)
+
+
+def test_a_model_is_freed_at_once():
+    """Kills: a pack that holds its layers, which hold it."""
+    gone = []
+    for packs in (False, True):
+        model = llama()
+        lk.patch(model, packs=packs)
+        outputs_and_gradients(model)
+        layer = weakref.ref(block(model).self_attn.q_proj)
+        gc.collect()
+        gc.disable()
+        del model
+        gone.append(layer() is None)
+        gc.enable()
+    assert gone == [True, True]
 
 
 def states(model):

@@ -6,6 +6,8 @@ that is called with another tensor, or is not as it was when the first was, comp
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,24 +29,30 @@ _MISSES = 2
 
 
 class Pack:
-    """Layers in the order in which a forward calls them."""
+    """Layers in the order in which a forward calls them. They hold it, it does not hold them: a model that nobody has
+    any more is freed at once.
+    """
 
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
         self.misses = 0
         self.waiting: tuple[Tensor, int, bool, list[Tensor | None]] | None = None
         """x, its version, whether gradients are recorded, and the results that are not handed out."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Pack:
-        from copy import deepcopy
+    @property
+    def layers(self) -> list[Any]:
+        return [layer() for layer in self._layers]
 
-        twin = Pack([])
-        memo[id(self)] = twin
-        twin.layers = deepcopy(self.layers, memo)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pack:
+        twin = memo[id(self)] = Pack([])
+        twin._layers = [weakref.ref(copy.deepcopy(layer, memo)) for layer in self.layers]
         return twin
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "misses": 0, "waiting": None}
+    def __getstate__(self) -> list[nn.Module]:
+        return self.layers
+
+    def __setstate__(self, layers: list[nn.Module]) -> None:
+        self.__init__(layers)  # type: ignore[misc]
 
 
 def attach(layers: list[nn.Module]) -> None:
@@ -90,7 +98,7 @@ def call(pack: Pack, place: int, x: Any) -> Tensor | Reason:
     result = results[place]
     results[place] = None
     if all(left is None for left in results):
-        pack.waiting = None
+        pack.waiting, pack.misses = None, 0
     return Reason.PACK_APART if result is None else result
 
 
@@ -98,6 +106,8 @@ def why_not(pack: Pack, x: Tensor) -> list[operands.Operands] | Reason:
     """What the pack computes with, or why the layers compute for themselves."""
     found: list[Any] = []
     for layer in pack.layers:
+        if layer is None:
+            return Reason.PACK_APART
         of_layer: Any = operands.operands(layer)
         if type(of_layer) is not tuple:
             return of_layer if type(of_layer) is Reason else Reason.SIDE_BY_SIDE

@@ -1,0 +1,26 @@
+"""lora_mlp by Triton's kernels, in the interpreter, on the CPU. Run by test_triton_gated.py."""
+
+from __future__ import annotations
+
+import pytest
+import test_lora_mlp
+import torch
+from test_lora_mlp import FP16, FP32, SHAPES
+
+import lora_kernels as lk
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """What torch.empty returns is NaN, so that an element nobody writes is noticed."""
+    torch.use_deterministic_algorithms(True)
+    with lk.use_backend("triton"):
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", [(FP32, None), (FP16, None), (FP16, FP32)], ids=str)
+def test_values_and_gradients(dtypes, p):
+    test_lora_mlp.check(test_lora_mlp.make(SHAPES[3], *dtypes, bias=True), "silu", p, seed=7)
+    assert {backend for _, backend in lk.stats()["served"]} == {"triton"}
