@@ -10,6 +10,7 @@ from .adapters.quantizing import quantize_
 from .dispatch import BACKENDS, Choice, backends, reset_stats, stats, use_backend
 from .formats import FORMATS, QuantizedWeight
 from .frozen_linears import FrozenLinear
+from .functional.cross_entropy import linear_cross_entropy
 from .functional.dora import dora_linear
 from .functional.embedding import lora_embedding
 from .functional.gated import gated_activation
@@ -33,6 +34,7 @@ from .modules.prompt import PromptEmbedding, PromptEncoder
 from .modules.quantized import QuantizedLinear
 from .ops.gated_activation import GatedActivationFunction
 from .ops.grouped_lora_linear import GroupedLoRALinearFunction
+from .ops.linear_cross_entropy import LinearCrossEntropyFunction
 from .ops.lora_embedding import LoRAEmbeddingFunction
 from .ops.lora_linear import LoRALinearFunction
 from .ops.lora_mlp import LoRAMLPFunction
@@ -51,6 +53,7 @@ __all__ = [
     "FrozenLinear",
     "GatedActivationFunction",
     "GroupedLoRALinearFunction",
+    "LinearCrossEntropyFunction",
     "LoRAEmbedding",
     "LoRAEmbeddingFunction",
     "LoRALinear",
@@ -81,6 +84,7 @@ __all__ = [
     "grouped_lora_linear",
     "inject",
     "is_fused",
+    "linear_cross_entropy",
     "load_adapter",
     "load_pretrained",
     "lora_embedding",

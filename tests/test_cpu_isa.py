@@ -27,7 +27,12 @@ def test_narrower_kernels_pass_the_numerical_tests(name):
         pytest.skip(f"this CPU has no {name}")
     tests = [
         str(Path(__file__).with_name(name))
-        for name in ("test_lora_linear.py", "test_dropout_mask.py", "test_packed_cpu.py")
+        for name in (
+            "test_lora_linear.py",
+            "test_dropout_mask.py",
+            "test_packed_cpu.py",
+            "test_linear_cross_entropy.py",
+        )
     ]
     chosen = "values or bits or one_token or strided or non_contiguous or definition or threads"
     run = subprocess.run(

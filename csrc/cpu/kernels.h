@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../params/cross_entropy_rows.h"
 #include "../params/dropout_mask.h"
 #include "../philox.h"
 #include "gated_activation.h"
@@ -104,6 +105,9 @@ struct Kernels {
   void (*lora_grad)(const LoraGradParams&, float* scratch, int64_t begin, int64_t end);
   int64_t (*lora_grad_tile)(bool has_dropout);
   int64_t (*lora_grad_scratch_size)(int64_t rank, int64_t tiles);
+
+  // Rows [begin, end) of logits; the gradient, in fp32, takes their place.
+  void (*cross_entropy_rows)(const CrossEntropyParams&, int64_t begin, int64_t end);
 
   const PackedWeightKernels* packed;
   const GatedActivationKernels* gated;

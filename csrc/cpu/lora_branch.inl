@@ -3,6 +3,7 @@
 // Included once per instruction set; LK_TABLE names the table it defines, LK_PACKED_TABLE and LK_GATED_TABLE those of
 // packed_weight.inl and gated_activation.inl.
 #include "branch_tiles.h"
+#include "cross_entropy_rows.inl"
 #include "kernels.h"
 #include "simd.h"
 
@@ -365,6 +366,7 @@ const Kernels LK_TABLE = {
     .lora_grad = lora_grad_any,
     .lora_grad_tile = lora_grad_tile,
     .lora_grad_scratch_size = lora_grad_scratch_size,
+    .cross_entropy_rows = cross_entropy_rows,
     .packed = &LK_PACKED_TABLE,
     .gated = &LK_GATED_TABLE,
 };

@@ -1,5 +1,6 @@
 """The ops as functions: arguments are checked here, then dispatched (``ops/eager.py``)."""
 
+from .cross_entropy import linear_cross_entropy
 from .dora import dora_embedding, dora_linear
 from .embedding import lora_embedding
 from .gated import gated_activation
@@ -22,6 +23,7 @@ __all__ = [
     "frozen_linear",
     "gated_activation",
     "grouped_lora_linear",
+    "linear_cross_entropy",
     "lora_embedding",
     "lora_linear",
     "lora_mlp",
