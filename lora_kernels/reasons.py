@@ -77,6 +77,10 @@ class Reason(str, enum.Enum):
     SIDE_BY_SIDE = "several adapters that drop for themselves, in a pack of layers"
     NOT_GATED = "not down(activation(gate(x)) * up(x)), or of an activation that is not served"
     BIAS_REQUIRES_GRAD = "a bias of the MLP requires grad"
+    HEAD_DROPOUT = "dropout on the adapter of the head"
+    LOGITS = "logits are asked for"
+    LOSS_FUNCTION = "the loss is not transformers' ForCausalLMLoss"
+    LOSS_FORWARD = "forward is not just a backbone, a head and its loss"
     FAST_PRODUCT = "torch multiplies this dtype fast here"
 
     def __str__(self) -> str:

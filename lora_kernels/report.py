@@ -28,6 +28,10 @@ PROMPT_FIXED = "prompt_embedding, left padding fixed"
 """The same, in the layout of ``patch(left_padding="fixed")``."""
 PREFIX = "prefix_kv"
 """Reason of a fused row: the op makes an adapter's keys and values."""
+LOSS = "linear_cross_entropy"
+"""Reason of a fused row: head and loss of a language model are one op, which makes no logits."""
+LOSS_ROW = "loss_function"
+"""How the row of a language model's loss is named, behind the model."""
 PROMPT_MODULE = "prompt_encoder"
 """Where PEFT's models keep what makes their prompts."""
 
@@ -70,12 +74,17 @@ class Report:
         frozen = Counter(reason for _, reason in self.fused if reason in _FROZEN_PRODUCTS)
         fused_prompts = sum(reason in _PROMPT_ROWS for _, reason in self.fused)
         prompts = fused_prompts + sum(PROMPT_MODULE in name.split(".") for name, _ in self.kept)
-        layers = sum(reason not in _FROZEN_ROWS for _, reason in self.fused + self.kept) - prompts
+        fused_losses, losses = (
+            sum(name.split(".")[-1] == LOSS_ROW for name, _ in rows) for rows in (self.fused, self.fused + self.kept)
+        )
+        layers = sum(reason not in _FROZEN_ROWS for _, reason in self.fused + self.kept) - prompts - losses
         parts = []
         if layers:
-            parts.append(f"{len(self.fused) - frozen.total() - fused_prompts} of {layers} {self.done}")
+            parts.append(f"{len(self.fused) - frozen.total() - fused_prompts - fused_losses} of {layers} {self.done}")
         if prompts:
             parts.append(f"{fused_prompts} of {prompts} prompt{'' if prompts == 1 else 's'} fused")
+        if losses:
+            parts.append(f"{fused_losses} of {losses} loss{'' if losses == 1 else 'es'} fused")
         for reason, count in frozen.items():
             parts.append(f"{count} frozen linear{'' if count == 1 else 's'} {_FROZEN_PRODUCTS[reason]}")
         if not parts:

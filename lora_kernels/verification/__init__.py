@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import dispatch
+from ..integrations.loss import FusedLoss
 from ..integrations.peft import patching as integration
 from ..report import PROMPT_MODULE
 from .layers import check_layer
@@ -49,7 +50,7 @@ def verify(model: nn.Module, rows: int = 8) -> Verification:
         layers = dict(integration.tuner_layers(model))
         of_fused: set[nn.Module] = set()
         for name, module in model.named_modules():
-            if PROMPT_MODULE in module._modules or module in of_fused:
+            if PROMPT_MODULE in module._modules or isinstance(module, FusedLoss) or module in of_fused:
                 continue
             if integration.is_fused(module):
                 of_fused.update(module.modules())

@@ -20,12 +20,13 @@ from ...modules.quantized import FrozenPacked, QuantizedLinear, frozen_originals
 from ...plain import may_take_fast_path, passed_by
 from ...reasons import Reason
 from ...report import FROZEN_PACKED, PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
+from .. import loss as losses
 from ..siblings import siblings
 
 
 def patch(
     model: nn.Module, frozen_linears: bool = False, left_padding: str = "peft", int8_eval: str = "peft", *,
-    packs: bool | Mapping[str, Any] = False,
+    packs: bool | Mapping[str, Any] = False, loss: bool = False,
 ) -> Report:  # fmt: skip
     """Swaps the LoRA layers and the prompts of a PEFT model for fused ones, in place; ``unpatch`` restores them.
 
@@ -56,14 +57,20 @@ def patch(
             and an MLP's own code is run once with stand-ins for its layers. That forward is given the ``dummy_inputs``
             of a model of transformers; for other models, ``packs`` is a dict of keyword arguments of their forward.
             Dropout then draws one seed per pack, not one per layer. False takes earlier packs apart.
+        loss: also have a causal language model of transformers form its loss without logits, by
+            ``linear_cross_entropy``, where its forward is a backbone, a head and ``ForCausalLMLoss``: that is tried on
+            eight tokens first, loss and gradient. Works without PEFT. Such a call returns ``logits=None``;
+            ``model(..., output_logits=True)`` has them made, by the model's own forward. So has every call without
+            gradients, as an evaluation is, but with ``output_logits=False``.
 
     Returns:
         What was swapped, and what was left alone and why. ``print`` it.
 
     Raises:
-        ValueError: there is no PEFT layer or prompt in ``model`` and ``frozen_linears`` is False, or left_padding is
-            neither "peft" nor "fixed", or it is "fixed" and a prompt cannot be fused, or int8_eval is neither "peft"
-            nor "exact", or the model cannot be called as ``packs`` needs it. Nothing is swapped then.
+        ValueError: there is no PEFT layer or prompt in ``model`` and ``frozen_linears`` and ``loss`` are False, or
+            left_padding is neither "peft" nor "fixed", or it is "fixed" and a prompt cannot be fused, or int8_eval is
+            neither "peft" nor "exact", or the model cannot be called as ``packs`` needs it, or ``loss`` is True and
+            there is no language model. Nothing is swapped then.
     """
     if left_padding not in ("peft", "fixed"):
         raise ValueError(f'patch: left_padding must be "peft" or "fixed", got {left_padding!r}')
@@ -71,11 +78,13 @@ def patch(
         raise ValueError(f'patch: int8_eval must be "peft" or "exact", got {int8_eval!r}')
     peft_layers = dict(tuner_layers(model))
     prompts = dict(prompt_models(model))
-    if not peft_layers and not prompts and not frozen_linears:
+    if not peft_layers and not prompts and not frozen_linears and not loss:
         raise ValueError(
             f"patch: {type(model).__name__} holds no PEFT layer; make it a PEFT model first, use lk.inject, "
-            "or pass frozen_linears=True"
+            "or pass frozen_linears=True or loss=True"
         )
+    if loss:
+        losses.check_model(model)
     if left_padding == "fixed":
         _check_all_fusable(prompts)
     groups = siblings(model, peft_layers, None if packs is True else packs) if packs and peft_layers else None
@@ -99,6 +108,7 @@ def patch(
         _packing().pack(model, peft_layers, groups, report)
     if frozen_linears:
         _patch_frozen(model, peft_layers, report)
+    losses.patch(model, loss, report)
     return report
 
 
@@ -106,6 +116,7 @@ def unpatch(model: nn.Module) -> None:
     """Restores the classes that ``patch`` or ``patch_peft`` changed in ``model``; without any, does nothing."""
     exact_in_eval(model, False)
     for module in model.modules():
+        losses.unpatch(module)
         _give_back(module, {FrozenLinear: nn.Linear, **frozen_originals()})
     if not _peft_imported():
         return
