@@ -24,7 +24,7 @@ from packed import random_packed, random_scaled
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_launches import BF16, FP32, compile_for, launches, prompt_launches
 
-from lora_kernels.triton_kernels import dequantize, dropout_mask, gated_activation, prefix_kv
+from lora_kernels.triton_kernels import cross_entropy_rows, dequantize, dropout_mask, gated_activation, prefix_kv
 
 # Matrix instructions of 16-bit tiles, by their number of rows: the wide ones need 64.
 INSTRUCTIONS = {
@@ -141,6 +141,24 @@ def test_dropout_mask_compiles(arch, tmp_path):
     mask = torch.empty(100, 300, dtype=torch.bool)
     launch = dropout_mask.dropout_mask_launch(torch.zeros(1, dtype=torch.int64), mask, 0.3)
     assert stack_bytes(compile_for(arch, launch), tmp_path) == 0
+
+
+@pytest.mark.parametrize("columns", [128256, 50257])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_cross_entropy_rows(arch, dtype, columns, tmp_path):
+    """A barrier between what is read and what a narrow gradient overwrites, and none that the compiler has left out."""
+    logits, labels, losses = torch.empty(4, columns), torch.zeros(4, dtype=torch.int64), torch.empty(4)
+    gradient = logits if dtype == FP32 else logits.view(dtype)[:, :columns]
+    launch = cross_entropy_rows.launch(losses, logits, labels, losses, gradient, -100, 0.0, 30.0, 1.0)
+    compiled = compile_for(arch, launch)
+    assert stack_bytes(compiled, tmp_path) == 0
+    code = compiled.asm["ptx"].splitlines()
+    stores = [i for i, line in enumerate(code) if "st.global" in line]
+    loads = [i for i, line in enumerate(code) if "ld.global" in line and i < stores[-1]]
+    assert any("bar" in line for line in code[loads[-1] : stores[-1]])
+    if columns % 16 == 0:
+        assert any("ld.global.v4.b32" in line for line in code)
 
 
 PROMPTS = {

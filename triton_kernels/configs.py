@@ -322,6 +322,11 @@ def scaled_tile(k: int, scale_columns: int | None) -> RowTile:
     return RowTile(4096 // columns, columns, tile.num_warps)
 
 
+def row_block(columns: int) -> int:
+    """Columns that a program with a whole row takes at a time: eight per thread of 16 warps, two loads of 16 bytes."""
+    return min(4096, max(256, 1 << (columns - 1).bit_length()))
+
+
 def most_copying_programs(batch: int, rows: int, hidden: int) -> int:
     """Bound on the programs of a launch that copies or adds up rows of a [batch, rows, hidden] tensor."""
     return batch * (1 + rows * blocks(hidden, MIN_COPY_COLUMNS))
