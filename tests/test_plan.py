@@ -250,6 +250,18 @@ def test_plan_of_dequantize_refuses_a_block_over_row_ends(capsys):
     assert "block must be even, and k a multiple of it, got 64 and 96" in capsys.readouterr().err
 
 
+@needs_extension
+@pytest.mark.parametrize(("columns", "aligned"), [(128256, True), (50257, False)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_plan_of_cross_entropy_rows(capsys, dtype, columns, aligned):
+    sizes = ["--rows", "512", "--columns", str(columns), "--dtype", dtype, "--arch", "sm_90"]
+    assert main(["plan", "cross_entropy_rows", *sizes]) == 0
+    launch = json.loads(capsys.readouterr().out)
+    assert launch["grid"] == [512, 1, 1]
+    assert ("Lb1E" in launch["kernel"]) == aligned
+    assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
+
+
 PACKED = {"--m": 1, "--n": 4096, "--k": 4096, "--r": 16, "--dtype": "bf16", "--arch": "sm_80"}
 
 

@@ -66,6 +66,16 @@ def load_gated_activation() -> ModuleType:
 
 
 @functools.cache
+def load_cross_entropy_rows() -> ModuleType:
+    """The same for cross_entropy_rows, in ``torch.ops.lora_kernels_emulated_cross_entropy``."""
+    library = torch.library.Library("lora_kernels_emulated_cross_entropy", "DEF")
+    _libraries.append(library)
+    schema = str(torch.ops.lora_kernels_native.cross_entropy_rows.default._schema)
+    library.define(schema.removeprefix("lora_kernels_native::"))
+    return _build_over_torch("_emu_cross_entropy_rows", "emu/bind_cross_entropy_rows.cpp")
+
+
+@functools.cache
 def load_dropout_mask() -> ModuleType:
     """The same for dropout_mask, in ``torch.ops.lora_kernels_emulated_mask``, by three blocks at most."""
     return _build_over_torch("_emu_dropout_mask", "emu/bind_dropout_mask.cpp")
