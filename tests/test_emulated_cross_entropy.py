@@ -8,10 +8,14 @@ import emulator
 import pytest
 import torch
 from covering import case_id, covering_pairs
+from head_loss import assert_all_as_accurate, make_problem
 from numerics import assert_as_accurate
+from pretended_gpu import pretend_gpu
 
-from lora_kernels.ops import cross_entropy_rows
+import lora_kernels as lk
+from lora_kernels.ops import cross_entropy_rows, linear_cross_entropy, vocabulary_chunks
 from lora_kernels.ops.cross_entropy_rows import Loss
+from lora_kernels.spec import Kernel
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -135,6 +139,32 @@ def test_every_barrier_and_store_that_is_left_out_is_caught(dtype, native):
 
     assert all(is_caught(drop_barrier=site) for site in range(len(report.barrier_sites)))
     assert all(is_caught(drop_global_store=site) for site in range(len(report.global_store_sites)))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_the_whole_op_around_it(dtype, monkeypatch):
+    """Products by gradients that lie in the place of logits, which are twice as wide."""
+    op = torch.ops.lora_kernels_emulated_cross_entropy.cross_entropy_rows
+    monkeypatch.setattr(cross_entropy_rows, "_native", op)
+    monkeypatch.setattr(vocabulary_chunks, "LEAST_ROWS", 16)
+    monkeypatch.setattr(vocabulary_chunks, "CPU_AREA", 16 * 61)
+
+    def kernels(spec, function):
+        run = Kernel(
+            spec.kernels["cuda"].supports, lambda _, *args: function(vocabulary_chunks.cuda_tools(args[0]), *args)
+        )
+        monkeypatch.setitem(spec.kernels, "cpu", run)
+
+    pretend_gpu(monkeypatch)
+    for spec, function in ((linear_cross_entropy.SPEC, linear_cross_entropy._sum),
+                           (linear_cross_entropy.EACH, linear_cross_entropy._each),
+                           (linear_cross_entropy.EACH_BACKWARD, linear_cross_entropy._each_backward)):  # fmt: skip
+        kernels(spec, function)
+    emulator.load_cross_entropy_rows().set_options({"resident_blocks": 3})
+    for reduction in ("mean", "none"):
+        problem = make_problem((37,), rank=4)
+        grad = torch.rand(37) if reduction == "none" else None
+        assert_all_as_accurate(lk.linear_cross_entropy, problem, dtype, None, grad, reduction=reduction, softcap=5.0)
 
 
 def test_no_rows():

@@ -14,8 +14,8 @@ from ..support import cpu
 from . import cross_entropy_rows, frozen_linear
 from .cross_entropy_rows import Loss, Rows
 
-CPU_AREA = 1 << 24
-"""Logits of a chunk: 64 MB, which are 128 rows of 131072 columns. The weight is read twice for every chunk."""
+CPU_AREA = 1 << 23
+"""Logits of a chunk: 32 MB, which are 256 rows of 32768 columns. The weight is read twice for every chunk."""
 GPU_AREA = 1 << 26
 """256 MB, which are 512 rows: a product of a few waves of tiles."""
 LEAST_ROWS = 64
@@ -89,6 +89,7 @@ def losses_and_gradients(
         losses[these], gradient = tools.rows(logits, labels[these], weights, loss, tools.operands)
         if grad_losses is not None:
             sums.add(these, x_rows, s, gradient)
+        del logits, gradient  # two chunks would be there at a time
     return losses, sums.gradients()
 
 
