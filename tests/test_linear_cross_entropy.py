@@ -60,8 +60,8 @@ def test_values_and_gradients(case, backend):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_a_wide_range_of_logits_and_long_rows(dtype):
-    """Sums over many columns, of logits whose exponentials do not fit into fp32; kills sums in one accumulator, and a
-    largest logit that is not subtracted.
+    """Sums over many columns, of logits whose exponentials do not fit into fp32; kills a largest logit that is not
+    subtracted.
     """
     problem = make_problem((33,), 5000, 40)
     problem["x"] *= 40

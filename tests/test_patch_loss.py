@@ -348,6 +348,16 @@ def test_copies_and_pickles():
         assert type(twin) is type(llama())
 
 
+def test_a_wrapper_that_has_kept_the_forward():
+    """As accelerate's hooks and its autocast do; kills a plan that is taken for granted."""
+    model, inputs = llama(), batch()
+    lk.patch(model, loss=True)
+    model._old_forward, kept_elsewhere = model.forward, model.forward
+    lk.unpatch(model)
+    assert model._old_forward.__func__ is type(llama()).forward
+    assert kept_elsewhere(**inputs).logits is not None
+
+
 def test_patching_again_and_verifying():
     model = with_adapters(llama())
     lk.patch(model, loss=True)

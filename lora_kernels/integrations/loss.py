@@ -56,21 +56,6 @@ class FusedLoss(nn.Module):
     gradients, as in an evaluation, unless ``output_logits`` is False. Calls without labels are the model's own.
     """
 
-    def _forward(self, original: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        output_logits = kwargs.pop("output_logits", None)
-        plan: Plan = self.__dict__[_PLAN]
-        given = {**dict(zip(plan.names, args)), **kwargs}
-        if given.get("labels") is None:
-            return original(self, *args, **kwargs)
-        asked = not torch.is_grad_enabled() if output_logits is None else output_logits
-        reason: Any = Reason.LOGITS if asked else _call_reason(self, plan, given)
-        head: Any = reason or _head(self, plan)
-        if isinstance(head, Reason):
-            if not is_compiling():
-                dispatch.count_fallback(LOSS, head)
-            return original(self, *args, **kwargs)
-        return _loss_of(self, plan, head, given)
-
 
 class _Head(NamedTuple):
     """Arguments of ``linear_cross_entropy``."""
@@ -99,10 +84,14 @@ def patch(model: nn.Module, wanted: bool, report: Report) -> None:
         (report.kept if reason else report.fused).append((f"{name}.{LOSS_ROW}".lstrip("."), reason or LOSS))
 
 
-def unpatch(module: nn.Module) -> None:
-    """Restores the class of a language model; of any other module, does nothing."""
-    if class_swaps.give_back(module, {ours: theirs for theirs, ours in _CLASSES.items()}) is not None:
-        module.__dict__.pop(_PLAN, None)
+def originals() -> dict[type, type]:
+    """The classes that take the place of models' own, and what they stand for."""
+    return {ours: theirs for theirs, ours in _CLASSES.items()}
+
+
+def forget(module: nn.Module) -> None:
+    """What is kept on a model that has its class back."""
+    module.__dict__.pop(_PLAN, None)
 
 
 def _language_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -117,7 +106,7 @@ def _language_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _fuse(model: Any) -> Reason | None:
     """Swaps the class of a language model. Why its loss stays its own, None if it does not."""
-    unpatch(model)
+    class_swaps.give_back(model, originals())
     plan: Any = Reason.INSTANCE_FORWARD if "forward" in model.__dict__ else _plan(model)
     if isinstance(plan, Reason):
         return plan
@@ -141,7 +130,7 @@ def _fused(original: type[Any]) -> type[Any]:
 
         @functools.wraps(original.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._forward(original.forward, args, kwargs)
+            return _forward(self, original.forward, args, kwargs)
 
         kind: Any = type(f"Fused{original.__name__}", (FusedLoss, original), {"forward": forward})
         kind = class_swaps.in_place_of(original)(kind)
@@ -167,6 +156,23 @@ def _empty(original: type[nn.Module]) -> nn.Module:
 
 
 # -------------------------------------------------------------------------------------------------------- one call
+
+
+def _forward(model: Any, original: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Of a model of a swapped class; no method, since a wrapper may keep it when the class is gone."""
+    output_logits = kwargs.pop("output_logits", None)
+    plan: Plan | None = model.__dict__.get(_PLAN)  # None where a wrapper has kept this forward of a model let go
+    given = {} if plan is None else {**dict(zip(plan.names, args)), **kwargs}
+    if plan is None or given.get("labels") is None:
+        return original(model, *args, **kwargs)
+    asked = not torch.is_grad_enabled() if output_logits is None else output_logits
+    reason: Any = Reason.LOGITS if asked else _call_reason(model, plan, given)
+    head: Any = reason or _head(model, plan)
+    if isinstance(head, Reason):
+        if not is_compiling():
+            dispatch.count_fallback(LOSS, head)
+        return original(model, *args, **kwargs)
+    return _loss_of(model, plan, head, given)
 
 
 def _call_reason(model: Any, plan: Plan, given: dict[str, Any]) -> Reason | None:

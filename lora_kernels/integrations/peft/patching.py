@@ -116,8 +116,8 @@ def unpatch(model: nn.Module) -> None:
     """Restores the classes that ``patch`` or ``patch_peft`` changed in ``model``; without any, does nothing."""
     exact_in_eval(model, False)
     for module in model.modules():
-        losses.unpatch(module)
-        _give_back(module, {FrozenLinear: nn.Linear, **frozen_originals()})
+        _give_back(module, {FrozenLinear: nn.Linear, **frozen_originals(), **losses.originals()})
+        losses.forget(module)
     if not _peft_imported():
         return
     _packing().take_apart(model)
