@@ -7,6 +7,7 @@ the batch, and compares the losses, which must agree up to rounding. Works on CP
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --out build/adapter
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --base nf4  # QLoRA: a base in four bits
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --base experts  # a mixture of experts
+    torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --together  # packs of layers, and no logits
     accelerate launch --config_file examples/accelerate.yaml examples/distributed.py --strategy accelerate  # on GPUs
 """
 
@@ -35,8 +36,8 @@ TOLERANCE = 1e-5
 """Relative difference of losses: the processes sum the same gradients in another order."""
 
 
-def make_model(device: torch.device, base: str) -> PeftModel:
-    """The same model in every process, with its LoRA layers fused."""
+def make_model(device: torch.device, base: str, together: bool) -> PeftModel:
+    """The same model in every process, with its LoRA layers fused, and, if ``together``, served by blocks."""
     torch.manual_seed(0)
     size = 64 if base == "nf4" else 32  # as many weights share a scale
     sizes = {
@@ -55,7 +56,7 @@ def make_model(device: torch.device, base: str) -> PeftModel:
         in_4_bits(causal_lm.model)
         causal_lm.is_loaded_in_4bit = True  # what transformers says of a model that it has loaded so
     model = get_peft_model(causal_lm.to(device), LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **targets))
-    lk.patch(model)
+    lk.patch(model, packs=together, loss=together)
     return model
 
 
@@ -103,17 +104,19 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tens
     return losses
 
 
-def train_with(strategy: str, shares: list[Tensor], device: torch.device, base: str) -> tuple[nn.Module, list[float]]:
+def train_with(
+    strategy: str, shares: list[Tensor], device: torch.device, base: str, together: bool
+) -> tuple[nn.Module, list[float]]:
     """The trained model, and the losses over all processes."""
     if strategy == "accelerate":
         from accelerate import Accelerator
 
         accelerator = Accelerator(cpu=device.type == "cpu")
-        model = make_model(accelerator.device, base)
+        model = make_model(accelerator.device, base, together)
         model, optimizer = accelerator.prepare(model, optimizer_of(model))
         losses = train(model, optimizer, shares, accelerator.backward)
     else:
-        model = distribute(make_model(device, base), strategy, device)
+        model = distribute(make_model(device, base, together), strategy, device)
         losses = train(model, optimizer_of(model), shares)  # the optimizer is made of the sharded parameters
     for loss in losses:
         dist.all_reduce(loss)
@@ -133,6 +136,7 @@ def main() -> int:
     parser.add_argument("--strategy", choices=("all", *STRATEGIES), default="all")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--base", choices=BASES, default="plain", help="nf4: in four bits (needs bitsandbytes)")
+    parser.add_argument("--together", action="store_true", help="lk.patch(model, packs=True, loss=True)")
     parser.add_argument("--out", type=Path, help="where to save the adapters, one directory per strategy")
     options = parser.parse_args()
 
@@ -145,7 +149,7 @@ def main() -> int:
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(VOCABULARY, (BATCH, TOKENS), generator=generator).to(device)] * options.steps
 
-    model = make_model(device, options.base)
+    model = make_model(device, options.base, options.together)
     expected = [loss.item() for loss in train(model, optimizer_of(model), batches)]
     if rank == 0:
         print(f"{'one process':12}", *(f"{loss:.6f}" for loss in expected))
@@ -155,7 +159,8 @@ def main() -> int:
     agree = True
     for strategy in STRATEGIES if options.strategy == "all" else [options.strategy]:
         lk.reset_stats()
-        model, losses = train_with(strategy, [batch.chunk(world)[rank] for batch in batches], device, options.base)
+        shares = [batch.chunk(world)[rank] for batch in batches]
+        model, losses = train_with(strategy, shares, device, options.base, options.together)
         difference = max(abs(ours - one) / one for ours, one in zip(losses, expected))
         agree = agree and difference <= TOLERANCE
         stats = lk.stats()

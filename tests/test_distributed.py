@@ -52,6 +52,21 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
     assert model.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight.any()
 
 
+def test_two_processes_with_packs_and_no_logits(tmp_path):
+    """FSDP2 shards a block with its layers, whose parameters are whole again when the block is called."""
+    for strategy in ("ddp", "fsdp2"):
+        lines = launch("--steps", "3", "--strategy", strategy, "--together", "--out", str(tmp_path))
+        expected = losses(lines, "one process")
+        assert expected[-1] < expected[0] - 0.03, "nothing was learned"
+        assert losses(lines, strategy) == pytest.approx(expected, rel=1e-5)
+        assert any("fused calls in this one, fallbacks {}" in line for line in lines), lines
+    one, *others = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "ddp", "fsdp2"))
+    for other in others:
+        assert other.keys() == one.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-6)
+
+
 def test_two_processes_over_a_base_in_four_bits(tmp_path):
     """FSDP2 shards the packed bytes and makes plain parameters of them; the layers keep their state."""
     pytest.importorskip("bitsandbytes", reason="the layers are bitsandbytes'")
