@@ -40,7 +40,7 @@ struct DropX {
 
   LK_DEVICE void fill(uint32_t) const {}
   LK_DEVICE void on_stage_ready(uint32_t stage, int k0) const {
-    drop_tile<typename Shrink::TileP::Tile, Shrink::kM, Shrink::kThreads>(stage, row0, k0, mask);
+    drop_tile<typename Shrink::TileP::Tile, Shrink::kM, Shrink::kThreads>(stage, NextRows{row0}, k0, mask);
   }
 };
 
@@ -174,7 +174,8 @@ struct GradXRoles {
     template <class Add>
     LK_DEVICE static void with_sum(const LoraLinearParams& p, uint32_t smem, int row0, int column0, const Add& add) {
       if (p.seed != nullptr) {
-        Keep::template compute<Base::kThreads>(smem, row0, column0, DropoutMask(p.seed, p.dropout_threshold, p.n));
+        Keep::template compute<Base::kThreads>(smem, NextRows{row0}, column0,
+                                                    DropoutMask(p.seed, p.dropout_threshold, p.n));
         add(MaskedSum<Base>{p.scaling * p.dropout_scale, smem});
       } else {
         add(ScaledSum{in_register(p.scaling)});
