@@ -1,5 +1,5 @@
-// multi_lora_linear and its gradients on CUDA: tensors to a problem (multi_lora_problem.h), its workspace, the launches.
-// Nothing is asked of the device: who has which adapter, and of which rank, is read by the kernels.
+// multi_lora_linear and its gradients on CUDA: tensors to a problem (multi_lora_problem.h), its workspace, the
+// launches. Nothing is asked of the device: who has which adapter, and of which rank, is read by the kernels.
 #include <string>
 #include <tuple>
 
@@ -36,9 +36,7 @@ MatrixRef first_of(const Tensor& pool) {
 
 int64_t step_of(const Tensor& pool) { return pool.stride(0) * static_cast<int64_t>(pool.element_size()); }
 
-MatrixRef matrix_ref(const Tensor& t) {
-  return {t.const_data_ptr(), t.stride(0), t.size(0), t.size(1), float_type(t)};
-}
+MatrixRef matrix_ref(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.size(0), t.size(1), float_type(t)}; }
 
 Integers integers_of(const std::optional<Tensor>& t) {
   if (!t) return {nullptr, 0, false};
@@ -82,7 +80,8 @@ struct Operands {
                           .scalings_step = scalings ? scalings->stride(0) : 0,
                           .a_step = step_of(a),
                           .b_step = step_of(b),
-                          .count = static_cast<int32_t>(a.size(0))},
+                          .count = static_cast<int32_t>(a.size(0)),
+                          .ranks_are_whole = false},
                 .ids = integers_of(ids)} {}
 };
 
@@ -131,8 +130,7 @@ std::tuple<Tensor, Tensor> multi_lora_linear(Tensor x, Tensor weight, Tensor lor
   const int64_t m = problem.first.m(), n = problem.first.n();
   const MultiLoraForwardConfig config = multi_forward_config(problem, device_limits(call.device), wanted(schedule));
   const Tensor y = new_empty_as(x, {m, n});
-  const Tensor s =
-      config.decodes ? new_empty_as(x, {m, problem.first.rank()}) : zeros_of_s(operands.x, call, problem);
+  const Tensor s = config.decodes ? new_empty_as(x, {m, problem.first.rank()}) : zeros_of_s(operands.x, call, problem);
   const OutputRef out{y.mutable_data_ptr(), n};
   const auto result = [&] { return std::make_tuple(with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)); };
   if (m == 0) return result();
@@ -203,11 +201,10 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_linear_backward(
                                         .partial_grad_b = nullptr,
                                         .partials = static_cast<float*>(partials.mutable_data_ptr())};
   const Order rows(x, multi);
-  check_cuda(launch_multi_lora_order(multi_order_params(multi, rows.order), call.stream),
-             "multi_lora_linear_backward");
-  const MultiLoraGradsParams g = multi_grads_params(problem, multi, need_A ? grad_a.mutable_data_ptr() : nullptr,
-                                                    need_B ? grad_b.mutable_data_ptr() : nullptr, config, workspace,
-                                                    rows.order);
+  check_cuda(launch_multi_lora_order(multi_order_params(multi, rows.order), call.stream), "multi_lora_linear_backward");
+  const MultiLoraGradsParams g =
+      multi_grads_params(problem, multi, need_A ? grad_a.mutable_data_ptr() : nullptr,
+                         need_B ? grad_b.mutable_data_ptr() : nullptr, config, workspace, rows.order);
   const cudaError_t error = with_element(multi.first.x.type, [&]<class Element>(std::type_identity<Element>) {
     for (const MultiLoraConfig* which : {&config.shrink, &config.expand}) {
       if (which->launch.blocks == 0) continue;

@@ -42,8 +42,7 @@ cudaError_t run_multi(const char* name, void (*kernel)(Params), int64_t blocks, 
                       const uint32_t* counters, int64_t count) {
   if (blocks == 0) return cudaSuccess;
   launches.push_back({.name = name, .blocks = blocks, .counters = count});
-  launches.back().counters_were_zero =
-      std::all_of(counters, counters + count, [](uint32_t word) { return word == 0; });
+  launches.back().counters_were_zero = std::all_of(counters, counters + count, [](uint32_t word) { return word == 0; });
   memory.input(counters, sizeof(uint32_t), 1, count, 0);
   launches.back().report = emulate<Kernel>(kernel, blocks, p, memory);
   return cudaSuccess;

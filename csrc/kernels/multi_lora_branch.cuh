@@ -1,9 +1,11 @@
 // The branch of many rows that have adapters in pools, beside the vendor's product of all rows with the weight:
 //
 // - MultiLoraOrder looks up each adapter's rows (multi_lora_order.cuh). What follows has blocks of rows that share an
-//   adapter, numbered as those of groups are (row_groups.cuh), and finds the rows through this order, wherever they lie;
+//   adapter, numbered as those of groups are (row_groups.cuh), and finds the rows through this order, wherever they
+//   lie;
 // - MultiLoraShrink computes s = dropout(x) aᵀ, or s' = dY B;
-// - MultiLoraExpand adds scaling · s bᵀ to y, or mask ∘ (s' A) to dX. Rows without an adapter are in nobody's blocks: no
+// - MultiLoraExpand adds scaling · s bᵀ to y, or mask ∘ (s' A) to dX. Rows without an adapter are in nobody's blocks:
+// no
 //   bit of theirs is touched;
 // - MultiLoraGrads sums dA and dB of each adapter over its rows, with the kernel of groups (lora_grads.cuh).
 //
@@ -72,7 +74,7 @@ LK_DEVICE void with_pool_factor(const MultiLoraBranchParams& p, const Operand& f
   const bool is_float = p.lora.adapters_are_float;
   if constexpr (kRanksInMemoryRows) {
     with_adapter_chunk<Element, true>(is_float, [&](auto chunk) { f(factor, chunk); });
-  } else if (p.ranks_are_whole) {
+  } else if (p.pools.ranks_are_whole) {
     if constexpr (sizeof(typename Element::Storage) == 2) {
       if (is_float) return f(factor, RoundedEndingChunk<Element>{});
     }
@@ -131,15 +133,15 @@ struct MultiLoraShrink {
     });
     sync_block();
     using Storage = typename Element::Storage;
-    for_ordered_chunks<Element, kM, kRankTile, kThreads>(
-        smem, all.s, all.rank, rows, adapter.rank, column0, [&](uint32_t source, Storage* target, int column) {
-          const Vec16 v = load_shared_16(source);
-          if (p.ranks_are_whole) {
-            store_global(reinterpret_cast<Vec16*>(target), v);
-          } else {
-            store_elements(target, v, adapter.rank - column);
-          }
-        });
+    for_ordered_chunks<Element, kM, kRankTile, kThreads>(smem, all.s, all.rank, rows, adapter.rank, column0,
+                                                         [&](uint32_t source, Storage* target, int column) {
+                                                           const Vec16 v = load_shared_16(source);
+                                                           if (p.pools.ranks_are_whole) {
+                                                             store_global(reinterpret_cast<Vec16*>(target), v);
+                                                           } else {
+                                                             store_elements(target, v, adapter.rank - column);
+                                                           }
+                                                         });
   }
 
  private:
@@ -187,7 +189,7 @@ struct MultiLoraExpand {
             Base::template run<decltype(chunk_of_s), decltype(chunk)>(smem, s, rows.first, b, column0, 0, adapter.rank,
                                                                       acc, NoSideTask{});
           };
-          if (p.ranks_are_whole) {
+          if (p.pools.ranks_are_whole) {
             run(InOrder<EndingChunk<Element>>{});
           } else {
             run(InOrder<GatheredChunk<Element>>{});

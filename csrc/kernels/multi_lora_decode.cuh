@@ -226,7 +226,7 @@ struct MultiLoraDecode {
             const int column = first_column + ni * 8 + i;
             if (column >= all.n) continue;
             Numbers of_b = {};
-            if (p.ranks_are_whole) {
+            if (p.pools.ranks_are_whole) {
               of_b.load(b + column * all.b_stride + r);
             } else {
               of_b.load_some(b + column * all.b_stride + r, ranks);

@@ -9,10 +9,10 @@ cudaError_t launch_multi_lora_order(const MultiLoraOrderParams& p, cudaStream_t 
 }
 
 KernelInfo describe_multi_lora_order() {
-  return {.name = "_ZN2lk" + mangled_identifier("multi_lora_order_kernel") + "ENS_" +
-                  mangled_in_lk<MultiLoraOrderParams>(),
-          .threads = MultiLoraOrder::kThreads,
-          .shared_bytes = MultiLoraOrder::kSharedBytes};
+  return {
+      .name = "_ZN2lk" + mangled_identifier("multi_lora_order_kernel") + "ENS_" + mangled_in_lk<MultiLoraOrderParams>(),
+      .threads = MultiLoraOrder::kThreads,
+      .shared_bytes = MultiLoraOrder::kSharedBytes};
 }
 
 }  // namespace lk

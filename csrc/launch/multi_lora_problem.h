@@ -12,15 +12,19 @@ namespace lk {
 
 // The problem of all rows with the first adapter's factors, and where the others' are.
 struct MultiLoraProblem {
-  LoraProblem first;  // w_in_columns: no kernel of ours reads w
-  AdapterPools pools;
+  LoraProblem first;   // w_in_columns: no kernel of ours reads w
+  AdapterPools pools;  // whether ranks are whole: what launched_pools says
   Integers ids;
 
   int64_t adapters() const { return pools.count; }
   bool w_is_whole() const { return !first.w_in_columns && first.w.aligned() && first.w.stride <= kMaxRowStride; }
   bool ranks_are_whole() const {
-    return first.is_whole(first.rank()) && first.b.aligned() &&
-           pools.b_step % (chunk_elements(first.element_bytes()) * first.element_bytes()) == 0;
+    return first.is_whole(first.rank()) && first.b.aligned() && pools.b_step % kChunkBytes == 0;
+  }
+  AdapterPools launched_pools() const {
+    AdapterPools launched = pools;
+    launched.ranks_are_whole = ranks_are_whole();
+    return launched;
   }
 };
 
@@ -39,8 +43,8 @@ inline MultiLoraForwardConfig multi_forward_config(const MultiLoraProblem& p, co
   if (config.decodes) {
     config.decode = multi_lora_decode_config(f.m(), f.n(), f.k(), f.rank(), f.element_bytes(), device);
   } else {
-    config.shrink = multi_lora_shrink_config(LoraRole::kForward, f.m(), f.k(), f.rank(), p.adapters(),
-                                             f.element_bytes(), device);
+    config.shrink =
+        multi_lora_shrink_config(LoraRole::kForward, f.m(), f.k(), f.rank(), p.adapters(), f.element_bytes(), device);
     config.expand = multi_lora_expand_config(LoraRole::kForward, f.m(), f.n(), p.adapters());
   }
   return config;
@@ -48,10 +52,7 @@ inline MultiLoraForwardConfig multi_forward_config(const MultiLoraProblem& p, co
 
 inline MultiLoraDecodeParams multi_decode_params(const MultiLoraProblem& p, OutputRef y, void* s,
                                                  const LoraLinearConfig& config, const LoraWorkspace& workspace) {
-  return {.lora = forward_params(p.first, y, s, config, workspace),
-          .pools = p.pools,
-          .ids = p.ids,
-          .ranks_are_whole = p.ranks_are_whole()};
+  return {.lora = forward_params(p.first, y, s, config, workspace), .pools = p.launched_pools(), .ids = p.ids};
 }
 
 // The rows of each adapter: [m] and [adapters].
@@ -60,9 +61,9 @@ struct RowOrder {
 };
 
 inline MultiLoraOrderParams multi_order_params(const MultiLoraProblem& p, const RowOrder& order) {
-  return {.ids = p.ids,
-          .m = static_cast<int32_t>(p.first.m()),
+  return {.m = static_cast<int32_t>(p.first.m()),
           .count = p.pools.count,
+          .ids = p.ids,
           .rows = order.rows,
           .ends = order.ends};
 }
@@ -71,9 +72,8 @@ inline MultiLoraBranchParams multi_branch_params(const MultiLoraProblem& p, cons
                                                  const RowOrder& order) {
   return {.lora = lora,
           .groups = {.ends = order.ends, .count = p.pools.count},
-          .pools = p.pools,
-          .order = order.rows,
-          .ranks_are_whole = p.ranks_are_whole()};
+          .pools = p.launched_pools(),
+          .order = order.rows};
 }
 
 // s, zero where no adapter has ranks; or y, where the product with w and the bias are, and the branch is added.
@@ -96,8 +96,8 @@ inline MultiLoraBackwardConfig multi_backward_config(const LoraBackwardProblem& 
   MultiLoraBackwardConfig config{};
   const bool has_rows = f.m() > 0;
   if (has_rows && (p.need_x || p.need_a)) {
-    config.shrink = multi_lora_shrink_config(LoraRole::kGradX, f.m(), f.n(), f.rank(), multi.adapters(),
-                                             f.element_bytes(), device);
+    config.shrink =
+        multi_lora_shrink_config(LoraRole::kGradX, f.m(), f.n(), f.rank(), multi.adapters(), f.element_bytes(), device);
   }
   if (has_rows && p.need_x) {
     config.expand = multi_lora_expand_config(LoraRole::kGradX, f.m(), f.k(), multi.adapters());
@@ -130,7 +130,7 @@ inline MultiLoraGradsParams multi_grads_params(const LoraBackwardProblem& p, con
   workspace.partials += config.shrink.launch.partials;
   return {.lora = grads_params(p, grad_a, grad_b, launches, workspace),
           .groups = {.ends = order.ends, .count = multi.pools.count},
-          .pools = multi.pools,
+          .pools = multi.launched_pools(),
           .order = order.rows};
 }
 

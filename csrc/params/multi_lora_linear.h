@@ -20,6 +20,7 @@ struct AdapterPools {
   int64_t scalings_step;
   int64_t a_step, b_step;
   int32_t count;
+  bool ranks_are_whole;  // rows of as many elements as pools have ranks consist of chunks
 };
 
 // Each row of x has the adapter of its id, or none where that is no adapter's number.
@@ -27,13 +28,12 @@ struct MultiLoraDecodeParams {
   LoraLinearParams lora;
   AdapterPools pools;
   Integers ids;  // [m]
-  bool ranks_are_whole;
 };
 
 // The rows of each adapter, in their order, adapter by adapter: `rows`, and where they end there.
 struct MultiLoraOrderParams {
-  Integers ids;
   int32_t m, count;
+  Integers ids;
   int32_t* rows;  // [m], of which those behind the last end are not written
   int32_t* ends;  // [count]
 };
@@ -44,7 +44,6 @@ struct MultiLoraBranchParams {
   RowGroups groups;
   AdapterPools pools;
   const int32_t* order;  // the rows of groups
-  bool ranks_are_whole;  // rows of s, and of what has as many elements a row, are whole chunks
 };
 
 struct MultiLoraGradsParams {

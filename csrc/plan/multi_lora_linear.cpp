@@ -14,15 +14,17 @@ struct MultiLoraDecodeFields {
       joined(LoraLinearFields::kFields,
              std::array{LK_FIELD(pools.ranks.data), LK_FIELD(pools.ranks.stride), LK_FIELD(pools.ranks.are_wide),
                         LK_FIELD(pools.scalings), LK_FIELD(pools.scalings_step), LK_FIELD(pools.a_step),
-                        LK_FIELD(pools.b_step), LK_FIELD(pools.count), LK_FIELD(ids.data), LK_FIELD(ids.stride),
-                        LK_FIELD(ids.are_wide), LK_FIELD(ranks_are_whole)});
+                        LK_FIELD(pools.b_step), LK_FIELD(pools.count), LK_FIELD(pools.ranks_are_whole),
+                        LK_FIELD(ids.data), LK_FIELD(ids.stride), LK_FIELD(ids.are_wide)});
+  static_assert(leaves_no_gap<Params>(kFields));
 };
 
 struct MultiLoraOrderFields {
   using Params = MultiLoraOrderParams;
-  static constexpr std::array kFields = {LK_FIELD(ids.data), LK_FIELD(ids.stride), LK_FIELD(ids.are_wide),
-                                         LK_FIELD(m),        LK_FIELD(count),      LK_FIELD(rows),
+  static constexpr std::array kFields = {LK_FIELD(m),          LK_FIELD(count),        LK_FIELD(ids.data),
+                                         LK_FIELD(ids.stride), LK_FIELD(ids.are_wide), LK_FIELD(rows),
                                          LK_FIELD(ends)};
+  static_assert(leaves_no_gap<Params>(kFields));
 };
 
 struct MultiLoraBranchFields {
@@ -33,7 +35,8 @@ struct MultiLoraBranchFields {
              std::array{LK_FIELD(groups.ends), LK_FIELD(groups.count), LK_FIELD(pools.ranks.data),
                         LK_FIELD(pools.ranks.stride), LK_FIELD(pools.ranks.are_wide), LK_FIELD(pools.scalings),
                         LK_FIELD(pools.scalings_step), LK_FIELD(pools.a_step), LK_FIELD(pools.b_step),
-                        LK_FIELD(pools.count), LK_FIELD(order), LK_FIELD(ranks_are_whole)});
+                        LK_FIELD(pools.count), LK_FIELD(pools.ranks_are_whole), LK_FIELD(order)});
+  static_assert(leaves_no_gap<Params>(kFields));
 };
 
 struct MultiLoraGradsFields {
@@ -44,7 +47,8 @@ struct MultiLoraGradsFields {
              std::array{LK_FIELD(groups.ends), LK_FIELD(groups.count), LK_FIELD(pools.ranks.data),
                         LK_FIELD(pools.ranks.stride), LK_FIELD(pools.ranks.are_wide), LK_FIELD(pools.scalings),
                         LK_FIELD(pools.scalings_step), LK_FIELD(pools.a_step), LK_FIELD(pools.b_step),
-                        LK_FIELD(pools.count), LK_FIELD(order)});
+                        LK_FIELD(pools.count), LK_FIELD(pools.ranks_are_whole), LK_FIELD(order)});
+  static_assert(leaves_no_gap<Params>(kFields));
 };
 
 struct Problem {
@@ -60,8 +64,9 @@ struct Problem {
 
 // False with a Python error.
 bool parse(PyObject* args, PyObject* keywords, Problem& p) {
-  const char* const names[] = {"dtype",       "m",   "n",                "k",          "rank",     "adapters", "w_is_whole",
-                               "has_dropout", "sms", "shared_per_block", "capability", "schedule", nullptr};
+  const char* const names[] = {"dtype",      "m",          "n",           "k",   "rank",
+                               "adapters",   "w_is_whole", "has_dropout", "sms", "shared_per_block",
+                               "capability", "schedule",   nullptr};
   const char *dtype, *schedule = "auto";
   if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLLppiii|s", const_cast<char**>(names), &dtype, &p.m, &p.n, &p.k,
                                    &p.rank, &p.adapters, &p.w_is_whole, &p.has_dropout, &p.device.sms,
@@ -132,11 +137,11 @@ PyObject* plan_multi_lora_linear(PyObject*, PyObject* args, PyObject* keywords) 
     });
     return to_python(plan_of(decode, kernel, sizeof(MultiLoraDecodeParams), MultiLoraDecodeFields::kFields));
   }
-  return listed("y = x wT + bias",
-                {order_plan(p),
-                 branch_plan(p, multi_lora_shrink_config(LoraRole::kForward, p.m, p.k, p.rank, p.adapters, p.bytes(),
-                                                         p.device)),
-                 branch_plan(p, multi_lora_expand_config(LoraRole::kForward, p.m, p.n, p.adapters))});
+  return listed(
+      "y = x wT + bias",
+      {order_plan(p),
+       branch_plan(p, multi_lora_shrink_config(LoraRole::kForward, p.m, p.k, p.rank, p.adapters, p.bytes(), p.device)),
+       branch_plan(p, multi_lora_expand_config(LoraRole::kForward, p.m, p.n, p.adapters))});
 }
 
 PyObject* plan_multi_lora_linear_backward(PyObject*, PyObject* args, PyObject* keywords) {
@@ -147,18 +152,18 @@ PyObject* plan_multi_lora_linear_backward(PyObject*, PyObject* args, PyObject* k
   const KernelInfo kernel = with_element(p.type, [&]<class Element>(std::type_identity<Element>) {
     return describe_multi_lora_grads<Element>(grads.key);
   });
-  return listed("dX = dY W",
-                {order_plan(p),
-                 branch_plan(p, multi_lora_shrink_config(LoraRole::kGradX, p.m, p.n, p.rank, p.adapters, p.bytes(),
-                                                         p.device)),
-                 branch_plan(p, multi_lora_expand_config(LoraRole::kGradX, p.m, p.k, p.adapters)),
-                 {.schedule = "split rows",
-                  .reason = "a block sums rows of one adapter; those of one with many rows are shared out",
-                  .kernel = kernel,
-                  .blocks = grads.blocks,
-                  .workspace_bytes = (grads.counters + grads.partials) * kBytesWord,
-                  .params_size = sizeof(MultiLoraGradsParams),
-                  .fields = MultiLoraGradsFields::kFields}});
+  return listed(
+      "dX = dY W",
+      {order_plan(p),
+       branch_plan(p, multi_lora_shrink_config(LoraRole::kGradX, p.m, p.n, p.rank, p.adapters, p.bytes(), p.device)),
+       branch_plan(p, multi_lora_expand_config(LoraRole::kGradX, p.m, p.k, p.adapters)),
+       {.schedule = "split rows",
+        .reason = "a block sums rows of one adapter; those of one with many rows are shared out",
+        .kernel = kernel,
+        .blocks = grads.blocks,
+        .workspace_bytes = (grads.counters + grads.partials) * kBytesWord,
+        .params_size = sizeof(MultiLoraGradsParams),
+        .fields = MultiLoraGradsFields::kFields}});
 }
 
 std::vector<KernelInfo> kernels() {
