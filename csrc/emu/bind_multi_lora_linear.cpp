@@ -1,6 +1,7 @@
 // The CUDA binding of multi_lora_linear and its gradients as it is, over CPU tensors and emulated launches: ops of
 // `lora_kernels_emulated_multi`. Test only.
 #include <algorithm>
+#include <stdexcept>
 #include <vector>
 
 #include "../kernels/multi_lora_linear_variants.cuh"
@@ -37,14 +38,21 @@ struct Inputs : Memory {
   }
 };
 
+bool all_zero(const uint32_t* begin, const uint32_t* end) {
+  return std::all_of(begin, end, [](uint32_t word) { return word == 0; });
+}
+
+// kept: of the counters, the first so many are not set back.
 template <class Kernel, class Params>
 cudaError_t run_multi(const char* name, void (*kernel)(Params), int64_t blocks, const Params& p, Inputs memory,
-                      const uint32_t* counters, int64_t count) {
+                      const uint32_t* counters, int64_t count, int kept = 0) {
   if (blocks == 0) return cudaSuccess;
-  launches.push_back({.name = name, .blocks = blocks, .counters = count});
-  launches.back().counters_were_zero = std::all_of(counters, counters + count, [](uint32_t word) { return word == 0; });
+  const uint32_t* const end = counters + count;
+  launches.push_back(
+      {.name = name, .blocks = blocks, .counters = count, .counters_were_zero = all_zero(counters, end)});
   memory.input(counters, sizeof(uint32_t), 1, count, 0);
   launches.back().report = emulate<Kernel>(kernel, blocks, p, memory);
+  if (!all_zero(counters + kept, end)) throw std::runtime_error("the launch left a counter other than zero");
   return cudaSuccess;
 }
 
@@ -66,7 +74,7 @@ cudaError_t launch_multi_lora_decode(const MultiLoraDecodeParams& p, const LoraL
   memory.output(all.partials, config.partials * sizeof(float));
   return with_variant(MultiDecodeVariants<Element>{}, config.key, [&]<class Kernel>(Kernel) {
     return run_multi<Kernel>("decode", &multi_lora_decode_kernel<Kernel>, config.blocks, p, memory, all.counters,
-                             config.counters);
+                             config.counters, 2);
   });
 }
 
