@@ -14,7 +14,7 @@ from test_emulated_multi import ids_of
 import lora_kernels as lk
 from lora_kernels import _native, dispatch
 from lora_kernels.reasons import Reason
-from lora_kernels.support import cuda, fits
+from lora_kernels.support import cuda, pools_fit
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_nothing_is_launched_on_what_does_not_fit():
         with pytest.raises(RuntimeError, match=says):
             ops.multi_lora_linear(*arguments, 1.0, 0.5, "auto")
         with pytest.raises(RuntimeError, match=says):
-            fits.check_multi_lora_linear(*arguments)
+            pools_fit.check_multi_lora_linear(*arguments)
     del given["bias"]
     given = dict(grad_y=torch.zeros(23, 72).bfloat16(), x=q.x, s=torch.zeros(23, 8).bfloat16()) | given
     for name, replacement in BACKWARD.items():
@@ -131,4 +131,4 @@ def test_nothing_is_launched_on_what_does_not_fit():
         with pytest.raises(RuntimeError, match=says):
             ops.multi_lora_linear_backward(*arguments, 1.0, 0.5, True, True, True, "auto")
         with pytest.raises(RuntimeError, match=says):
-            fits.check_multi_lora_linear_backward(*arguments)
+            pools_fit.check_multi_lora_linear_backward(*arguments)

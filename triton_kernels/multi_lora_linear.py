@@ -3,8 +3,8 @@
 torch multiplies all rows by the weight; what these kernels do then leaves rows without an adapter alone.
 
 * Few rows: a program has one row, and reads that row's own adapter.
-* Many rows: ``_order`` looks up each adapter's rows. What follows has blocks of rows that share an adapter, numbered as
-  those of groups are (``grouped_lora_linear.py``), and finds the rows through this order.
+* Many rows: each adapter's rows are looked up (``adapter_pools.py``). What follows has blocks of rows that share an
+  adapter, numbered as those of groups are (``grouped_lora_linear.py``), and finds the rows through this order.
 
 s is zero before where no adapter has ranks. No float atomics, and every sum has an order that depends on sizes alone.
 """
@@ -22,28 +22,26 @@ from lora_kernels import philox
 from lora_kernels.plain import float32_products
 
 from . import configs
+from .adapter_pools import Order, Pools, order_launch, pools_of, rank_of, scaling_of
 from .dropout_mask import keep_tile
 from .grouped_lora_linear import rows_of_block
 from .launching import LAST_CONSTANT, Device, Launch, device_of, on_device, run_all
 from .lora_linear import (
-    Matrix, ReduceTask, add_parts, are_rows_aligned, dot, load, matrix_of, place, pointers_to, store_gradient,
+    Matrix,
+    ReduceTask,
+    add_parts,
+    are_rows_aligned,
+    dot,
+    load,
+    matrix_of,
+    place,
+    pointers_to,
+    store_gradient,
 )  # fmt: skip
 
-_ORDER_BLOCK = 1024
 _ROW_DEPTH, _ROW_COLUMNS = 512, 64  # of a program that has one row
 
 # ------------------------------------------------------------------------------------------------ device code
-
-
-class Pools(NamedTuple):
-    """Adapters: those of a task's ``down`` and ``up`` are the first one's, the next has its own so many elements on."""
-
-    ranks: Any  # [count] integers, or None: all ranks of the task
-    scalings: Any  # [count], or None
-    down_step: Any
-    up_step: Any
-    count: Any
-    end: None = LAST_CONSTANT
 
 
 class BranchTask(NamedTuple):
@@ -65,44 +63,12 @@ class BranchTask(NamedTuple):
 
 
 @triton.jit
-def _rank_of(pools, number, most):
-    rank = most
-    if pools.ranks is not None:
-        rank = tl.minimum(tl.maximum(tl.load(pools.ranks + number), 0), most).to(tl.int32)
-    return rank
-
-
-@triton.jit
-def _scaling_of(pools, number, scaling):
-    if pools.scalings is not None:
-        scaling = tl.load(pools.scalings + number).to(tl.float32) * scaling
-    return scaling
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _order(ids, rows, order, ends, BLOCK: tl.constexpr):
-    """The rows of adapter ``program_id(0)``, behind those of lower ones, and where they end."""
-    adapter = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
-    first = tl.zeros((), tl.int32)
-    for row0 in range(0, rows, BLOCK):
-        id = tl.load(ids + row0 + i, mask=i < rows - row0, other=-1)
-        first += tl.sum(((id >= 0) & (id < adapter)).to(tl.int32), 0)
-    for row0 in range(0, rows, BLOCK):
-        id = tl.load(ids + row0 + i, mask=i < rows - row0, other=-1)
-        own = (id == adapter).to(tl.int32)
-        tl.store(order + first + tl.cumsum(own, 0) - 1, row0 + i, mask=own == 1)
-        first += tl.sum(own, 0)
-    tl.store(ends + adapter, first)
-
-
-@triton.jit
 def _inner_of_row(task, pools, ids, BLOCK_DEPTH: tl.constexpr, BLOCK_RANK: tl.constexpr, DROPS_P: tl.constexpr):
     """A block of ranks of one row's ``inner``."""
     row = tl.program_id(0)
     number = tl.load(ids + row).to(tl.int64)
     if (number >= 0) & (number < pools.count):
-        rank = _rank_of(pools, number, task.rank)
+        rank = rank_of(pools, number, task.rank)
         r = tl.program_id(1) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
         k = tl.arange(0, BLOCK_DEPTH)
         total = tl.zeros((BLOCK_RANK,), tl.float32)
@@ -126,7 +92,7 @@ def _out_of_row(task, pools, ids, BLOCK_COLUMNS: tl.constexpr, BLOCK_RANK: tl.co
     row = tl.program_id(0)
     number = tl.load(ids + row).to(tl.int64)
     if (number >= 0) & (number < pools.count):
-        rank = _rank_of(pools, number, task.rank)
+        rank = rank_of(pools, number, task.rank)
         n = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         n_valid = n < task.columns
         branch = tl.zeros((BLOCK_COLUMNS,), tl.float32)
@@ -137,7 +103,7 @@ def _out_of_row(task, pools, ids, BLOCK_COLUMNS: tl.constexpr, BLOCK_RANK: tl.co
             branch += tl.sum(tl.trans(inner).to(tl.float32) * up.to(inner.dtype).to(tl.float32), 0)
         if rank > 0:
             target = pointers_to(task.out, row, 0, tl.arange(0, 1), n)
-            y = load(target, None, n_valid).to(tl.float32) + branch[None, :] * _scaling_of(pools, number, task.scaling)
+            y = load(target, None, n_valid).to(tl.float32) + branch[None, :] * scaling_of(pools, number, task.scaling)
             tl.store(target, y.to(task.out.data.dtype.element_ty), mask=n_valid[None, :])
 
 
@@ -150,7 +116,7 @@ def _inner(task, pools, rows, order, ends, BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH
     block = tl.program_id(0) // rank_blocks
     number, _, m0, end = rows_of_block(ends, pools.count, pools.count + 1, rows, block, BLOCK_ROWS, MANY)
     if (m0 < end) & (number < pools.count):
-        rank = _rank_of(pools, number, task.rank)
+        rank = rank_of(pools, number, task.rank)
         r = tl.program_id(0) % rank_blocks * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
         m = m0 + tl.arange(0, BLOCK_ROWS)
         row = tl.load(order + tl.minimum(m, end - 1))
@@ -179,7 +145,7 @@ def _out(task, pools, rows, order, ends, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS
     block = tl.program_id(0) // column_blocks
     number, _, m0, end = rows_of_block(ends, pools.count, pools.count + 1, rows, block, BLOCK_ROWS, MANY)
     if (m0 < end) & (number < pools.count):
-        rank = _rank_of(pools, number, task.rank)
+        rank = rank_of(pools, number, task.rank)
         n0 = tl.program_id(0) % column_blocks * BLOCK_COLUMNS
         n = n0 + tl.arange(0, BLOCK_COLUMNS)
         n_valid = None if EVEN_COLUMNS else n < task.columns
@@ -197,7 +163,7 @@ def _out(task, pools, rows, order, ends, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS
                 keep = keep_tile(task.seed, row, n0, task.columns, task.threshold, BLOCK_COLUMNS)
                 branch = tl.where(keep, branch * task.keep_scale, 0.0)
             target = pointers_to(task.out, 0, 0, row, n)
-            y = load(target, None, n_valid).to(tl.float32) + branch * _scaling_of(pools, number, task.scaling)
+            y = load(target, None, n_valid).to(tl.float32) + branch * scaling_of(pools, number, task.scaling)
             stored = (m < end)[:, None] & (n < task.columns)[None, :]
             tl.store(target, y.to(task.out.data.dtype.element_ty), mask=stored)
 
@@ -216,7 +182,7 @@ def _reduce(task, pools, rows, order, ends, out_step, parts, slots,
     if share < shares:
         at = number.to(tl.int64)
         column0, n, r = place(task, tile, BLOCK_COLUMNS, BLOCK_RANK)
-        n_valid, r_valid = n < task.columns, r < _rank_of(pools, at, task.rank)
+        n_valid, r_valid = n < task.columns, r < rank_of(pools, at, task.rank)
         i = tl.arange(0, BLOCK_ROWS)
         last = tl.minimum(first + PER_SHARE, end)
         accumulator = tl.zeros((BLOCK_COLUMNS, BLOCK_RANK), tl.float32)
@@ -229,7 +195,7 @@ def _reduce(task, pools, rows, order, ends, out_step, parts, slots,
                 big = tl.where(tl.trans(keep), big, 0.0)
             inner = load(pointers_to(task.inner, 0, 0, row, r), m_valid, r_valid)
             accumulator = dot(big, inner, accumulator, PRECISION)
-        accumulator *= _scaling_of(pools, at, 1.0)
+        accumulator *= scaling_of(pools, at, 1.0)
         if shares == 1:
             store_gradient(task, accumulator, n, r, at * out_step)
         elif parts is not None:
@@ -240,13 +206,6 @@ def _reduce(task, pools, rows, order, ends, out_step, parts, slots,
 
 
 # -------------------------------------------------------------------------------------------------- host code
-
-
-class Order(NamedTuple):
-    """The rows of each adapter."""
-
-    rows: Tensor  # int32 [rows]
-    ends: Tensor  # int32 [adapters]
 
 
 def forward(
@@ -260,9 +219,7 @@ def forward(
     s = x.new_zeros((len(rows), lora_A.shape[1]))
     if len(rows) > 0:
         ids = adapter_ids.contiguous()
-        task, pools = forward_operands(
-            y, s, rows, weight, lora_A, lora_B, ranks, scalings, seed, scaling, dropout_p
-        )
+        task, pools = forward_operands(y, s, rows, weight, lora_A, lora_B, ranks, scalings, seed, scaling, dropout_p)
         device: Any = device_of(x.device)  # of a GPU that ``supports`` has seen
         with on_device(x):
             if schedule == "by row":
@@ -303,11 +260,6 @@ def backward(
     return grad_x.view(x.shape) if need_x else grad_x, grad_A, grad_B
 
 
-def _pools(down: Tensor, up: Tensor, ranks: Tensor | None, scalings: Tensor | None) -> Pools:
-    ranks, scalings = (None if t is None else t.contiguous() for t in (ranks, scalings))
-    return Pools(ranks, scalings, down.stride(0), up.stride(0), len(down))
-
-
 def forward_operands(
     y: Tensor, s: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, ranks: Tensor | None,
     scalings: Tensor | None, seed: Tensor | None, scaling: float, dropout_p: float,
@@ -319,7 +271,7 @@ def forward_operands(
         inner=matrix_of(s), seed=seed, threshold=philox.keep_threshold(dropout_p),
         keep_scale=philox.keep_scale(dropout_p), scaling=scaling, depth=k, columns=n, rank=lora_A.shape[1],
     )  # fmt: skip
-    return task, _pools(lora_A, lora_B, ranks, scalings)
+    return task, pools_of(lora_A, lora_B, ranks, scalings)
 
 
 def backward_operands(
@@ -333,17 +285,7 @@ def backward_operands(
         inner=matrix_of(grad_s), seed=seed, threshold=philox.keep_threshold(dropout_p),
         keep_scale=philox.keep_scale(dropout_p), scaling=scaling, depth=n, columns=k, rank=lora_A.shape[1],
     )  # fmt: skip
-    return task, _pools(lora_B, lora_A, ranks, scalings)
-
-
-def order_launch(ids: Tensor, adapters: int) -> tuple[Order, Launch]:
-    """Where each adapter's rows will stand, and how they are looked up."""
-    rows = len(ids)
-    order = Order(*(torch.empty(size, dtype=torch.int32, device=ids.device) for size in (rows, adapters)))
-    return order, Launch(
-        kernel=_order, grid=(adapters,), args=(ids, rows, *order), constants={"BLOCK": _ORDER_BLOCK}, num_warps=4,
-        num_stages=1,
-    )  # fmt: skip
+    return task, pools_of(lora_B, lora_A, ranks, scalings)
 
 
 def row_launches(task: BranchTask, pools: Pools, ids: Tensor) -> list[Launch]:
@@ -428,7 +370,7 @@ def reduce_launch(
     return Launch(
         kernel=_reduce,
         grid=(tiles, rows // config.rows + adapters),
-        args=(task, _pools(lora_A, lora_B, ranks, scalings), rows, *order, out.stride(0), parts, slots),
+        args=(task, pools_of(lora_A, lora_B, ranks, scalings), rows, *order, out.stride(0), parts, slots),
         constants={
             "BLOCK_ROWS": tile.rows,
             "BLOCK_COLUMNS": tile.columns,

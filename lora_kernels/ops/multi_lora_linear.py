@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _native, dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from ..support import cpu, cuda, fits, triton
+from ..support import cpu, cuda, pools_fit, triton
 from . import eager, lora_linear
 from .eager import EagerFunction, as_rows, not_a_view
 from .lora_linear import dropped
@@ -89,7 +89,7 @@ def _triton_supports(x: Tensor, weight: Tensor, lora_A: Tensor, *_: Any) -> Verd
 
 
 def _triton_run(schedule: str, *args: Any) -> tuple[Tensor, Tensor]:
-    fits.check_multi_lora_linear(*args[:9])
+    pools_fit.check_multi_lora_linear(*args[:9])
     from ..triton_kernels import multi_lora_linear
 
     return multi_lora_linear.forward(schedule, *args)
@@ -172,7 +172,7 @@ def _triton_supports_backward(
 
 
 def _triton_run_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    fits.check_multi_lora_linear_backward(*args[:10])
+    pools_fit.check_multi_lora_linear_backward(*args[:10])
     from ..triton_kernels import multi_lora_linear
 
     return multi_lora_linear.backward(*args)

@@ -70,49 +70,6 @@ def check_grouped_lora_linear_backward(
     _check_gradient(grad_y, x, s, weight.shape[-2], lora_A.shape[1])
 
 
-def check_multi_lora_linear(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, adapter_ids: Tensor, ranks: Tensor | None,
-    scalings: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-) -> None:  # fmt: skip
-    """``RuntimeError`` unless the operands of ``multi_lora_linear`` fit together."""
-    _check(x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1], "x must be [..., k] and weight [n, k]")
-    _check(weight.dtype == x.dtype, "weight must have x's dtype")
-    _check(bias is None or bias.shape == weight.shape[:1], "bias must be [n]")
-    _check(bias is None or bias.dtype == x.dtype, "bias must have x's dtype")
-    (n, k), (adapters, rank) = weight.shape, lora_A.shape[:2] if lora_A.dim() == 3 else (0, 0)
-    _check(
-        adapters >= 1 and rank >= 1 and lora_A.shape == (adapters, rank, k),
-        "lora_A must be [adapters, rank, k], with at least one adapter and a rank of at least 1",
-    )
-    _check(lora_B.shape == (adapters, n, rank), "lora_B must be [adapters, n, rank]")
-    _check(lora_B.dtype == lora_A.dtype, "lora_B must have lora_A's dtype")
-    integers = (torch.int32, torch.int64)
-    _check(
-        adapter_ids.shape == (x.shape[:-1].numel(),) and adapter_ids.dtype in integers,
-        "adapter_ids must be one integer for each row of x",
-    )
-    _check(
-        ranks is None or (ranks.shape == (adapters,) and ranks.dtype in integers),
-        "ranks must be one integer for each adapter",
-    )
-    _check(scalings is None or scalings.shape == (adapters,), "scalings must be one number for each adapter")
-    if seed is not None:
-        check_seed(seed)
-    _check_beside(
-        x, weight=weight, lora_A=lora_A, lora_B=lora_B, adapter_ids=adapter_ids, ranks=ranks, scalings=scalings,
-        bias=bias, seed=seed,
-    )  # fmt: skip
-
-
-def check_multi_lora_linear_backward(
-    grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, adapter_ids: Tensor,
-    ranks: Tensor | None, scalings: Tensor | None, seed: Tensor | None,
-) -> None:  # fmt: skip
-    """``RuntimeError`` unless the operands of ``multi_lora_linear_backward`` fit together."""
-    check_multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, ranks, scalings, None, seed)
-    _check_gradient(grad_y, x, s, weight.shape[0], lora_A.shape[1])
-
-
 def check_seed(seed: Tensor) -> None:
     """``RuntimeError`` unless this is the seed of a dropout mask."""
     _check(seed.dtype == torch.int64 and seed.numel() == 1, "seed must be one int64 number")

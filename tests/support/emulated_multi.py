@@ -9,7 +9,16 @@ from typing import NamedTuple
 import emulator
 import torch
 from emulated import (
-    ALL, DTYPES, SCALING, SEED, assert_gradients, expected_backward, expected_forward, mask, operand, unfused_forward,
+    ALL,
+    DTYPES,
+    SCALING,
+    SEED,
+    assert_gradients,
+    expected_backward,
+    expected_forward,
+    mask,
+    operand,
+    unfused_forward,
 )  # fmt: skip
 from numerics import assert_as_accurate
 from torch import Tensor
