@@ -18,7 +18,8 @@
 // - store.cuh: accumulators to rows of memory, and sums of parts of the depth.
 // lora_linear_dual.cuh has the schedules of few rows or columns, lora_shrink_expand.cuh the branch by itself for where
 // the vendor multiplies x by w, lora_grads.cuh dA and dB; lora_linear_variants.cuh lists all kernels with their keys,
-// and config/lora_linear.h chooses one.
+// and config/lora_linear.h chooses one. multi_lora_decode.cuh and multi_lora_branch.cuh are for rows with adapters of
+// their own.
 //
 // The gradient of x is the same computation: dX = dY W + scaling · mask ∘ (s' A), s' = dY B, where w, a and b lie the
 // other way round in memory, and dropout acts on the branch's result.
