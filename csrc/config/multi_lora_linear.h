@@ -37,13 +37,11 @@ struct MultiLoraConfig {
   LoraLinearConfig launch;
 };
 
-constexpr int multi_rank_tile_of(int64_t rank) { return rank_tile_of(rank); }
-
 inline MultiLoraConfig multi_lora_shrink_config(LoraRole role, int64_t m, int64_t k, int64_t rank, int64_t adapters,
                                                 int element_bytes, const DeviceLimits& device) {
   MultiLoraConfig config{};
   LoraLinearConfig& launch = config.launch;
-  const int rank_tile = multi_rank_tile_of(rank);
+  const int rank_tile = rank_tile_of(rank);
   const LoraTile tile = rank_tile == 16 ? LoraTile::kNarrow : LoraTile::kSmall;
   launch.key = {role, Schedule::kShrink, tile, rank_tile, Access::kWhole};
   launch.reason = "s alone, of rows that are looked up by adapter";

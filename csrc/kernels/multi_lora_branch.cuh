@@ -1,12 +1,10 @@
 // The branch of many rows that have adapters in pools, beside the vendor's product of all rows with the weight:
 //
 // - MultiLoraOrder looks up each adapter's rows (multi_lora_order.cuh). What follows has blocks of rows that share an
-//   adapter, numbered as those of groups are (row_groups.cuh), and finds the rows through this order, wherever they
-//   lie;
+//   adapter, numbered as those of groups are (row_groups.cuh), and finds the rows through this order;
 // - MultiLoraShrink computes s = dropout(x) aᵀ, or s' = dY B;
-// - MultiLoraExpand adds scaling · s bᵀ to y, or mask ∘ (s' A) to dX. Rows without an adapter are in nobody's blocks:
-// no
-//   bit of theirs is touched;
+// - MultiLoraExpand adds scaling · s bᵀ to y, or mask ∘ (s' A) to dX. Rows without an adapter are in nobody's blocks,
+//   and no bit of theirs is touched;
 // - MultiLoraGrads sums dA and dB of each adapter over its rows, with the kernel of groups (lora_grads.cuh).
 //
 // What a pool holds beyond an adapter's ranks is multiplied by nothing, and s is zero there before the launches.

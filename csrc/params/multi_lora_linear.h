@@ -16,7 +16,7 @@ struct Integers {
 // bytes further on, and uses so many ranks of them.
 struct AdapterPools {
   Integers ranks;         // null: all of them use the launch's
-  const float* scalings;  // null: all have the launch's, which is multiplied with them otherwise
+  const float* scalings;  // each times the launch's; null: all have that
   int64_t scalings_step;
   int64_t a_step, b_step;
   int32_t count;
