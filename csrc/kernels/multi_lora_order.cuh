@@ -32,7 +32,7 @@ struct MultiLoraOrder {
         if (first + i < thread) place += static_cast<int>(owns.word[i]);
       }
     }
-    for (int row = begin; row < end; ++row) {
+    for (int row = own > 0 ? begin : end; row < end; ++row) {
       if (integer_at(p.ids, row) == adapter) store_global(p.rows + place++, row);
     }
     if (thread == kThreads - 1) store_global(p.ends + adapter, place);
