@@ -26,7 +26,9 @@ def kernels():
     """(architecture, mangled name, code) of every kernel of a LoRA linear and its gradients in bf16."""
     assert _native.cuda is not None, f"nvcc is installed, but lora_kernels._cuda: {_native.cuda_error}"
     module = Path(_native.cuda.__file__)
-    names = [name for name in sorted(_native.cuda.kernels()) if re.match(r"_ZN2lk\d+(grouped_)?lora_.*BFloat16", name)]
+    names = [
+        name for name in sorted(_native.cuda.kernels()) if re.match(r"_ZN2lk\d+(grouped_|multi_)?lora_.*BFloat16", name)
+    ]
     archs = sass.architectures(module)
     assert archs
     return [(arch, *kernel) for arch in archs for kernel in sass.code(module, arch, *names).items()]
@@ -71,7 +73,15 @@ def faults(name: str, order: str) -> list[str]:
     found = ["a" in order and "an atomic operation that other SMs need not see"]
     if "16LoraLinearPackedI" in name:  # the last part of s, which publishes what it has summed
         found.append(not re.search(f"{ARRIVE}.*s{PUBLISH}", order) and "s is published before its parts have arrived")
-    if "10LoraLinearI" in name or "16LoraLinearPackedI" in name:  # tickets, and flags of s
+    if "15MultiLoraDecodeI" in name:  # parts of the depth arrive, too: the last looks for s
+        found += [
+            len(re.findall("(?<!M)A", order)) != 1 and "one addition orders nothing: drawing a ticket",
+            not re.search(PUBLISH, re.sub(ARRIVE, "", order)) and "s is not published",
+            not re.search(ARRIVE, order) and "the last block may miss partial sums",
+            "L" not in order and "no flag is polled",
+            "L" in re.sub(ACQUIRE, "", order) and "s may be loaded before its flag",
+        ]
+    elif "10LoraLinearI" in name or "16LoraLinearPackedI" in name:  # tickets, and flags of s
         found += [
             len(re.findall("(?<!M)A", order)) != 1 and "one addition orders nothing: drawing a ticket",
             not re.search(PUBLISH, order) and "s is not published",
@@ -98,6 +108,7 @@ ORDERS = {
     "10LoraLinearI": "AlBlBsBMAIlBlLILIBlBlBsMAIs",
     "10LoraLinearIForwardRolesELb1E": "ABlBlBsBMAILILIBlBsBMSBsMAIs",
     "16LoraLinearPackedI": "ABlBsBMAIsBlsBMAIlBLILIBls",
+    "15MultiLoraDecodeI": "ABlsBMAIlBlsBMAIsBlLILIBlBBs",
     "9LoraGradsI": "lBlsBMAIsBlsBs",
 }
 """As they are, shortened, by a part of the kernel's name."""
@@ -124,6 +135,11 @@ def test_the_check_knows_what_is_right(name):
         ("16LoraLinearPackedI", "lsBMAI", "lsBA"),
         ("16LoraLinearPackedI", "LILIBl", "LILIlB"),
         ("16LoraLinearPackedI", "LILIB", "LLB"),
+        ("15MultiLoraDecodeI", "sBMAIlB", "sBAlB"),  # s is released by an addition that orders nothing
+        ("15MultiLoraDecodeI", "lsBMAIlB", "lBsMAIlB"),
+        ("15MultiLoraDecodeI", "BMAIsB", "BAsB"),
+        ("15MultiLoraDecodeI", "LILIBl", "LILIlB"),
+        ("15MultiLoraDecodeI", "LILIB", "LLB"),
         ("9LoraGradsI", "BMAIsB", "BAsB"),
         ("9LoraGradsI", "BMAIsBl", "BMAIslB"),
         ("9LoraGradsI", "sBMAI", "BsMAI"),

@@ -127,11 +127,14 @@ def every_cuda_verdict():
     needs = (True, True, True)
     groups_W, groups_A, groups_B = (torch.empty(2, *t, dtype=BF16, device=meta) for t in ((8, 8), (2, 8), (8, 2)))
     ends = torch.empty(2, dtype=torch.int32, device=meta)
+    pools = x, groups_W[0], groups_A, groups_B, torch.empty(3, dtype=torch.int64, device=meta), None, None
     calls = {
         "lora_linear": (x, weight, A, B, None, None, 1.0, 0.0),
         "lora_linear_backward": (y, x, s, weight, A, B, None, 1.0, 0.0, *needs),
         "grouped_lora_linear": (x, groups_W, groups_A, groups_B, ends, None, None, 1.0, 0.0),
         "grouped_lora_linear_backward": (x, x, s, groups_W, groups_A, groups_B, ends, None, 1.0, 0.0, *needs),
+        "multi_lora_linear": (*pools, None, None, 1.0, 0.0),
+        "multi_lora_linear_backward": (x, x, s, *pools[1:], None, 1.0, 0.0, *needs),
         "dropout_mask": (ids, 3, 8, 0.5),
         "prompt_embedding": (rows, ids, weight, *(None,) * 5, False),
         "prompt_embedding_backward": (embeds, ids, None, None, 0, 4, BF16, 0, True, False, False),

@@ -8,6 +8,7 @@ are stalled, outputs poisoned, and the order of all accesses is tracked.
 from __future__ import annotations
 
 import emulated_grouped as grouped
+import emulated_multi as multi
 import pytest
 import torch
 from emulated import check_backward, check_forward, grad_y_of, matrices, saved_s
@@ -41,6 +42,16 @@ def of_groups(check, rows, *sizes, **options):
     return run
 
 
+def of_pools(check, rows, *sizes, ranks=(24, 5, 40), **options):
+    ids = [-1 if row % 7 == 3 else row * row % 3 for row in range(rows)]
+
+    def run(**fault):
+        *_, launches = check(multi.problem(ids, ranks, *sizes, "bf16"), **options, **fault)
+        return "multi", [launch["report"] for launch in launches]
+
+    return run
+
+
 # More k-tiles than stages, so that the last one lies where a result is staged first; two batches of ranks where there
 # can be. tf32 has other stages and fragments: half as deep, and transposed without ldmatrix.
 SCENARIOS = {
@@ -61,8 +72,16 @@ SCENARIOS = {
     "grouped": of_groups(grouped.check_forward, (70, 0, 130), 136, 272, 24, p=0.3),
     "grouped-onto-y": of_groups(grouped.check_forward, (70, 0, 130), 136, 272, 24, p=0.3, schedule="cublas"),
     "grouped-backward": of_groups(grouped.check_backward, (0, 300, 20), 232, 136, 16, p=0.3, sms=MANY),
+    "multi-decode": of_pools(multi.check_forward, 13, 136, 1544, sms=40),
+    "multi-decode-small": of_pools(multi.check_forward, 60, 136, 272),
+    "multi": of_pools(multi.check_forward, 150, 136, 1544, p=0.3, sms=40),
+    "multi-ragged": of_pools(multi.check_forward, 150, 136, 1544, ranks=(23, 5, 37), p=0.3, sms=40),
+    "multi-backward": of_pools(multi.check_backward, 900, 136, 72, p=0.3, sms=MANY),
     "backward-wide-tf32": backward((520, 100, 68, 72), "tf32", p=0.3, sms=MANY),
 }
+
+
+WITHOUT_FLAGS = ("decode", "dual-split", "multi", "multi-ragged", "multi-backward")
 
 
 def attempt(scenario, seed=0, **fault):
@@ -94,7 +113,12 @@ def test_the_unchanged_kernel_survives(scenario):
 
 
 # Of ranks that are gathered, the branch copies nothing asynchronously: nothing is waited for there.
-WITHOUT_EFFECT = {("ticketed-ranks", "drop_async_wait"): "lora_branch.cuh"}
+# Where few rows have waited for s, the stages are free already.
+WITHOUT_EFFECT = {
+    ("ticketed-ranks", "drop_async_wait"): "lora_branch.cuh",
+    ("multi-decode", "drop_barrier"): "lora_branch.cuh",
+    ("multi-decode-small", "drop_barrier"): "lora_branch.cuh",
+}
 LEFT_OUT = {
     "drop_barrier": "barrier_sites",
     "drop_async_wait": "async_wait_sites",
@@ -119,13 +143,14 @@ def test_everything_left_out_is_caught(scenario, fault):
 
 @pytest.mark.parametrize(
     ("scenario", "fault"),
-    # The blocks of dual do not meet, and those of decode and cublas meet in one atomic addition: no flag is loaded.
+    # The blocks of dual do not meet, and those of decode, cublas and many adapters in one atomic addition: no flag is
+    # loaded.
     [
         (s, f)
         for s in SCENARIOS
         if s != "dual"
         for f in ("drop_acquire", "drop_release_order", "early_release")
-        if f != "drop_acquire" or not ("cublas" in s or s in ("decode", "dual-split"))
+        if f != "drop_acquire" or not ("cublas" in s or s in WITHOUT_FLAGS)
     ],
 )
 def test_a_missing_order_between_blocks_is_caught(scenario, fault):

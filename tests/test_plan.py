@@ -147,6 +147,33 @@ def test_plan_of_rows_in_groups(capsys, changes, flags, schedules, reason):
 
 
 @needs_extension
+@pytest.mark.parametrize(
+    ("changes", "flags", "schedules", "reason"),
+    [
+        ({"m": 1}, [], ["decode"], "w is streamed once"),
+        ({"m": 64, "r": 13}, [], ["decode"], "w is streamed once"),
+        ({"m": 65}, [], ["cublas", "order", "shrink", "expand"], "one product over all rows"),
+        ({"m": 1}, ["--dropout"], ["cublas", "order", "shrink", "expand"], "one product over all rows"),
+        ({"m": 1}, ["--in-columns"], ["cublas", "order", "shrink", "expand"], "one product over all rows"),
+        ({"m": 1, "schedule": "cublas"}, [], ["cublas", "order", "shrink", "expand"], "one product over all rows"),
+    ],
+)
+def test_plan_of_many_adapters(capsys, changes, flags, schedules, reason):
+    options = {"--adapters": 8, **PROBLEM} | {f"--{name}": value for name, value in changes.items()}
+    flags = [str(part) for option in options.items() for part in option] + flags
+    gradients = ["cublas", "order", "shrink", "expand", "split rows"]
+    for op, expected in (("multi_lora_linear", schedules), ("multi_lora_linear_backward", gradients)):
+        assert main(["plan", op, *flags]) == 0
+        launches = json.loads(capsys.readouterr().out)
+        launches = launches if isinstance(launches, list) else [launches]
+        assert [launch["schedule"] for launch in launches] == expected
+        assert op.endswith("backward") or reason in launches[0]["reason"]
+        for launch in launches:
+            if launch["schedule"] != "cublas":
+                assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
+
+
+@needs_extension
 @pytest.mark.parametrize("op", ["lora_linear", "lora_linear_backward"])
 def test_no_plan_of_an_unknown_schedule(op):
     """Kills: a name that nobody knows means the fastest."""

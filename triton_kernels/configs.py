@@ -14,6 +14,8 @@ MAX_GROUPS = 4096
 """A program looks for its group among all, which are in its registers."""
 ELEMENTWISE_BLOCK = 1024
 """Elements of one program that treats each by itself: 16 bytes per load and thread for 16-bit elements."""
+FEW_ROWS = 64
+"""Rows that each read their own adapter, in programs of their own: of more, those that share one read it together."""
 _BLOCK_RANK = 64
 """Ranks beyond it take several tile columns of ``inner``: its accumulators would not fit into registers."""
 _DUAL_RANK = 32

@@ -60,7 +60,7 @@ def _first_row(ends, group, rows):
 
 
 @triton.jit
-def _rows_of_block(ends, groups, count, rows, block, BLOCK: tl.constexpr, MANY: tl.constexpr):
+def rows_of_block(ends, groups, count, rows, block, BLOCK: tl.constexpr, MANY: tl.constexpr):
     """(group, its first row, the block's first row, the group's end) of BLOCK rows with this number; none where the
     first is past the end. Of ``count`` groups, the last of which may be nobody's, out of MANY.
     """
@@ -102,7 +102,7 @@ def _fused(task, rows, row_blocks, ends, groups, steps,
         ticket = tl.atomic_add(counters + TICKET, 1, sem="relaxed", scope="gpu")
         row, column = work(ticket, row_blocks, inner_columns + out_columns, GROUP)
         flag = counters + FIRST_FLAG + row
-    group, _, m0, end = _rows_of_block(ends, groups, groups + 1, rows, row, BLOCK_ROWS, MANY)
+    group, _, m0, end = rows_of_block(ends, groups, groups + 1, rows, row, BLOCK_ROWS, MANY)
     at = group.to(tl.int64)
     is_nobodys = group == groups
     if m0 < end:
@@ -136,7 +136,7 @@ def _reduce(task, rows, ends, groups, out_step, parts, slots,
     begins in the slot 2 / PER_SHARE of its first row: it has no more shares than slots. counters: one per slot.
     """
     tile = tl.program_id(0)
-    group, group_first, first, end = _rows_of_block(ends, groups, groups, rows, tl.program_id(1), PER_SHARE, MANY)
+    group, group_first, first, end = rows_of_block(ends, groups, groups, rows, tl.program_id(1), PER_SHARE, MANY)
     shares = tl.maximum(tl.cdiv(end - group_first, PER_SHARE), 1)
     share = (first - group_first) // PER_SHARE
     if share < shares:

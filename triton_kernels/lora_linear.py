@@ -101,7 +101,7 @@ def pointers_to(matrix, row0, column0, rows, columns):
 
 
 @triton.jit
-def _load(pointers, rows_valid, columns_valid):
+def load(pointers, rows_valid, columns_valid):
     """A tile, zero where a row or column is not valid; None means that all of them are."""
     if rows_valid is None and columns_valid is None:
         tile = tl.load(pointers)
@@ -116,12 +116,12 @@ def _load(pointers, rows_valid, columns_valid):
 
 @triton.jit
 def _load_tile(descriptor, TRANSPOSED: tl.constexpr, row0, column0, pointers, rows_valid, columns_valid):
-    """The tile at (row0, column0): by TMA, zero past the matrix's edges, or what ``_load`` finds at ``pointers``.
+    """The tile at (row0, column0): by TMA, zero past the matrix's edges, or what ``load`` finds at ``pointers``.
 
     descriptor: of the matrix, or of its transpose if TRANSPOSED; None: not fetched that way.
     """
     if descriptor is None:
-        tile = _load(pointers, rows_valid, columns_valid)
+        tile = load(pointers, rows_valid, columns_valid)
     elif TRANSPOSED:
         tile = descriptor.load([column0, row0]).T
     else:
@@ -138,7 +138,7 @@ def _tf32(tile):
 
 
 @triton.jit
-def _dot(a, b, accumulator, PRECISION: tl.constexpr):
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
     """accumulator + a @ b, in float32. PRECISION: of float32 factors, "tf32" or "ieee"; None for 16-bit ones."""
     if PRECISION == "tf32":
         a, b = _tf32(a), _tf32(b)
@@ -176,8 +176,8 @@ def inner_tile(task, rows, p_tiles, m0, rank_block, down0,
         p = _load_tile(p_tiles, P_TRANSPOSED, m0, k0, pointers_to(task.p, 0, k0, clamped, k), None, k_valid)
         if DROPS_P:
             p = tl.where(keep_tile(task.seed, clamped, k0, task.depth, task.threshold, BLOCK_DEPTH), p, 0.0)
-        down = _load(pointers_to(task.down, k0, 0, k, r) + down0, k_valid, r < task.rank)
-        accumulator = _dot(p, down.to(p.dtype), accumulator, PRECISION)
+        down = load(pointers_to(task.down, k0, 0, k, r) + down0, k_valid, r < task.rank)
+        accumulator = dot(p, down.to(p.dtype), accumulator, PRECISION)
     if DROPS_P:
         accumulator *= task.keep_scale
     inner = accumulator.to(task.inner.data.dtype.element_ty)
@@ -223,7 +223,7 @@ def out_tile(task, rows, p_tiles, q_tiles, m0, column_block, flag, q0, up0, bias
         k_valid = None if EVEN_DEPTH else k < task.depth - k0
         p = _load_tile(p_tiles, P_TRANSPOSED, m0, k0, pointers_to(task.p, 0, k0, clamped, k), None, k_valid)
         q = _load_tile(q_tiles, Q_TRANSPOSED, k0, n0, pointers_to(task.q, k0, 0, k, n) + q0, k_valid, n_valid)
-        accumulator = _dot(p, q, accumulator, PRECISION)
+        accumulator = dot(p, q, accumulator, PRECISION)
 
     if flag is not None:
         while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < tl.cdiv(task.rank, BLOCK_RANK):
@@ -237,8 +237,8 @@ def out_tile(task, rows, p_tiles, q_tiles, m0, column_block, flag, q0, up0, bias
         # Past the L1 cache, which is not coherent with the program that wrote it.
         inner = tl.load(pointers_to(task.inner, 0, 0, clamped, r), mask=(r < task.rank)[None, :], other=0.0,
                         cache_modifier=".cg")  # fmt: skip
-        up = _load(pointers_to(task.up, 0, 0, r, n) + up0, r < task.rank, n_valid)
-        branch = _dot(inner, up.to(inner.dtype), branch, PRECISION)
+        up = load(pointers_to(task.up, 0, 0, r, n) + up0, r < task.rank, n_valid)
+        branch = dot(inner, up.to(inner.dtype), branch, PRECISION)
     if IN_PLACE:
         accumulator = branch * task.scaling
     else:
@@ -262,19 +262,19 @@ def _dual_tile(task, rows, row_block,
     inner = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
     for k0 in range(0, task.depth, BLOCK_DEPTH):
         k_valid = None if EVEN_DEPTH else k < task.depth - k0
-        p = _load(pointers_to(task.p, 0, k0, clamped, k), None, k_valid)
-        q = _load(pointers_to(task.q, k0, 0, k, n), k_valid, n_valid)
-        down = _load(pointers_to(task.down, k0, 0, k, r), k_valid, r < task.rank)
-        accumulator = _dot(p, q, accumulator, PRECISION)
+        p = load(pointers_to(task.p, 0, k0, clamped, k), None, k_valid)
+        q = load(pointers_to(task.q, k0, 0, k, n), k_valid, n_valid)
+        down = load(pointers_to(task.down, k0, 0, k, r), k_valid, r < task.rank)
+        accumulator = dot(p, q, accumulator, PRECISION)
         if DROPS_P:
             p = tl.where(keep_tile(task.seed, clamped, k0, task.depth, task.threshold, BLOCK_DEPTH), p, 0.0)
-        inner = _dot(p, down.to(p.dtype), inner, PRECISION)
+        inner = dot(p, down.to(p.dtype), inner, PRECISION)
     if DROPS_P:
         inner *= task.keep_scale
     rounded = inner.to(task.inner.data.dtype.element_ty)
     tl.store(pointers_to(task.inner, 0, 0, m, r), rounded, mask=(m < rows)[:, None] & (r < task.rank)[None, :])
-    up = _load(pointers_to(task.up, 0, 0, r, n), r < task.rank, n_valid)
-    branch = _dot(rounded, up.to(rounded.dtype), None, PRECISION)
+    up = load(pointers_to(task.up, 0, 0, r, n), r < task.rank, n_valid)
+    branch = dot(rounded, up.to(rounded.dtype), None, PRECISION)
     accumulator = _add_branch(accumulator, branch, task, clamped, 0, DROPS_BRANCH, BLOCK_COLUMNS)
     _store_out(task, accumulator, rows, m, n, 0)
 
@@ -358,12 +358,12 @@ def sum_of_rows(task, column0, n, r, first_row, end_row, BLOCK_ROWS: tl.constexp
     accumulator = tl.zeros((BLOCK_COLUMNS, BLOCK_RANK), tl.float32)
     for m0 in range(first_row, end_row, BLOCK_ROWS):
         m_valid = m < end_row - m0
-        big = _load(pointers_to(task.big, 0, m0, n, m), n_valid, m_valid)
+        big = load(pointers_to(task.big, 0, m0, n, m), n_valid, m_valid)
         if DROPS:
             keep = keep_tile(task.seed, m0 + m, column0, task.columns, task.threshold, BLOCK_COLUMNS)
             big = tl.where(tl.trans(keep), big, 0.0)
-        inner = _load(pointers_to(task.inner, m0, 0, m, r), m_valid, r_valid)
-        accumulator = _dot(big, inner, accumulator, PRECISION)
+        inner = load(pointers_to(task.inner, m0, 0, m, r), m_valid, r_valid)
+        accumulator = dot(big, inner, accumulator, PRECISION)
     return accumulator
 
 

@@ -45,8 +45,8 @@ py::tuple kept_in_tile(int64_t seed, uint32_t threshold, int columns, int row0, 
     }
     sync_block();
     const DropoutMask mask(&seed, threshold, columns);
-    drop_tile<Tile, kTileRows, kTileThreads>(tile, row0, column0, mask);
-    Keep::template compute<kTileThreads>(words, row0, column0, mask);
+    drop_tile<Tile, kTileRows, kTileThreads>(tile, NextRows{row0}, column0, mask);
+    Keep::template compute<kTileThreads>(words, NextRows{row0}, column0, mask);
     sync_block();
     for (int i = thread_index(); i < kElements; i += kTileThreads) {
       const int row = i / kTileColumns, column = i % kTileColumns;

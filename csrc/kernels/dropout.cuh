@@ -22,14 +22,25 @@ struct DropoutMask {
   }
 };
 
-// Zeroes what is dropped in a tile in shared memory, whose first element is (row0, column0) of the matrix. A Philox
-// group is one chunk of 16-bit elements, or two of 32-bit ones.
-template <class Tile, int kRows, int kThreads>
-LK_DEVICE void drop_tile(uint32_t smem, int row0, int column0, const DropoutMask& mask) {
+// Which row of the matrix a tile's row is: they follow each other, or stand in an order, which ends.
+struct NextRows {
+  int first;
+  LK_DEVICE int operator()(int row) const { return first + row; }
+};
+struct OrderedRows {
+  const int32_t* order;
+  int first, end;
+  LK_DEVICE int operator()(int row) const { return first + row < end ? load_global(order + first + row) : 0; }
+};
+
+// Zeroes what is dropped in a tile in shared memory, whose columns are the matrix' from column0 on. A Philox group is
+// one chunk of 16-bit elements, or two of 32-bit ones.
+template <class Tile, int kRows, int kThreads, class Rows>
+LK_DEVICE void drop_tile(uint32_t smem, const Rows& row_of, int column0, const DropoutMask& mask) {
   constexpr int kGroupChunks = kDropoutGroup / Tile::kChunkElements, kGroups = Tile::kChunks / kGroupChunks;
   for (int i = thread_index(); i < kRows * kGroups; i += kThreads) {
     const int row = i / kGroups, group = i % kGroups;
-    PhiloxWords words = mask.words(row0 + row, column0 + group * kDropoutGroup);
+    PhiloxWords words = mask.words(row_of(row), column0 + group * kDropoutGroup);
     // Of two chunks, half of the threads that access memory together take the second one first: other banks.
     const int first = kGroupChunks == 1 ? 0 : i >> 2 & 1;
     if (first == 1) words = {{words.word[2], words.word[3], words.word[0], words.word[1]}};
@@ -61,15 +72,15 @@ struct KeepBits {
     return load_shared_4(smem + (row * kWords + column / 32) * 4);
   }
 
-  template <int kThreads>
-  LK_DEVICE static void compute(uint32_t smem, int row0, int column0, const DropoutMask& mask) {
+  template <int kThreads, class Rows>
+  LK_DEVICE static void compute(uint32_t smem, const Rows& row_of, int column0, const DropoutMask& mask) {
     LK_NO_UNROLL
     for (int i = thread_index(); i < kRows * kWords; i += kThreads) {
       uint32_t bits = 0;
       LK_NO_UNROLL
       for (int group = 0; group < 32 / kDropoutGroup; ++group) {
         const int column = column0 + i % kWords * 32 + group * kDropoutGroup;
-        const PhiloxWords words = mask.words(row0 + i / kWords, column);
+        const PhiloxWords words = mask.words(row_of(i / kWords), column);
         LK_UNROLL
         for (int j = 0; j < kDropoutGroup; ++j) {
           bits |= (dropout_bits(words, j) >= mask.threshold ? 1u : 0u) << (group * kDropoutGroup + j);

@@ -67,8 +67,8 @@ struct Gemm {
   template <class ChunkP, class ChunkQ, class Task>
   LK_DEVICE static void run(uint32_t smem, const Operand& p, int row0, const Operand& q, int column0, int k0, int k1,
                             Accumulator& acc, Task&& task) {
-    LoaderP<ChunkP> load_P({p.data, p.stride, p.rows, k1}, row0, k0);
-    LoaderQ<ChunkQ> load_Q({q.data, q.stride, q.rows, k1}, column0, k0);
+    LoaderP<ChunkP> load_P({p.data, p.stride, p.rows, k1, p.order}, row0, k0);
+    LoaderQ<ChunkQ> load_Q({q.data, q.stride, q.rows, k1, q.order}, column0, k0);
     const auto load_stage = [&](uint32_t stage) {
       load_P.load(stage);
       load_Q.load(stage + kOffsetQ);

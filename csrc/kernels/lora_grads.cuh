@@ -36,8 +36,13 @@ struct LoraGrads {
   // A block's part of a tile's rows. Where there are several, `slot` is the first one's of the tile's sums. Reckoned
   // where it is asked: over a main loop, registers are scarce.
   struct Part {
+    template <class Chunk>
+    using Of = Chunk;  // of x, dY, s and s'
     const LoraGradsParams& p;
     int tile, split;
+
+    LK_DEVICE static const int32_t* order() { return nullptr; }
+    LK_DEVICE static NextRows rows_from(int row0) { return {row0}; }
 
     LK_DEVICE int first_row() const { return first_row_of(p, split); }
     LK_DEVICE int end_row() const { return first_row_of(p, split + 1); }
@@ -73,15 +78,16 @@ struct LoraGrads {
   template <class SomePart>
   LK_DEVICE static void product_A(const LoraGradsParams& p, uint32_t smem, const SomePart& part, int rank0,
                                   int column0) {
-    const Operand grad_s{p.grad_s, p.rank, p.rank, p.m}, x{p.x, p.x_stride, p.k, p.m};
+    using ChunkP = typename SomePart::template Of<RankChunk>;
+    using ChunkQ = typename SomePart::template Of<LongChunk>;
+    const Operand grad_s{p.grad_s, p.rank, p.rank, p.m, part.order()}, x{p.x, p.x_stride, p.k, p.m, part.order()};
     typename TileA::Accumulator acc = {};
     const auto run = [&](auto&& task) {
-      TileA::template run<RankChunk, LongChunk>(smem, grad_s, rank0, x, column0, part.first_row(), part.end_row(), acc,
-                                                task);
+      TileA::template run<ChunkP, ChunkQ>(smem, grad_s, rank0, x, column0, part.first_row(), part.end_row(), acc, task);
     };
     float scale = p.scaling;
     if (p.seed != nullptr) {
-      run(DropX{column0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
+      run(DropX<SomePart>{part, column0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
       scale *= p.dropout_scale;
     } else {
       run(NoSideTask{});
@@ -91,23 +97,28 @@ struct LoraGrads {
 
   template <class SomePart>
   LK_DEVICE static void product_B(const LoraGradsParams& p, uint32_t smem, const SomePart& part, int row0, int rank0) {
-    const Operand grad_y{p.grad_y, p.grad_y_stride, p.n, p.m}, s{p.s, p.rank, p.rank, p.m};
+    using ChunkP = typename SomePart::template Of<GradYChunk>;
+    using ChunkQ = typename SomePart::template Of<RankChunk>;
+    const Operand grad_y{p.grad_y, p.grad_y_stride, p.n, p.m, part.order()}, s{p.s, p.rank, p.rank, p.m, part.order()};
     typename TileB::Accumulator acc = {};
-    TileB::template run<GradYChunk, RankChunk>(smem, grad_y, row0, s, rank0, part.first_row(), part.end_row(), acc,
-                                               NoSideTask{});
+    TileB::template run<ChunkP, ChunkQ>(smem, grad_y, row0, s, rank0, part.first_row(), part.end_row(), acc,
+                                        NoSideTask{});
     finish<TileB, kRanksAreWhole>(p, smem, part, acc, p.scaling, p.grad_b, p.rank, p.n, p.rank, row0, rank0);
   }
 
  private:
   // While x is in shared memory.
+  template <class SomePart>
   struct DropX {
     static constexpr bool kChangesStage = true;
+    const SomePart& part;
     int column0;
     DropoutMask mask;
 
     LK_DEVICE void fill(uint32_t) const {}
     LK_DEVICE void on_stage_ready(uint32_t stage, int row0) const {
-      drop_tile<typename TileA::TileQ::Tile, kDepth, kThreads>(stage + TileA::kOffsetQ, row0, column0, mask);
+      drop_tile<typename TileA::TileQ::Tile, kDepth, kThreads>(stage + TileA::kOffsetQ, part.rows_from(row0), column0,
+                                                               mask);
     }
   };
 
@@ -210,18 +221,38 @@ struct LoraGrads {
   }
 };
 
+// What GroupedLoraGrads asks of the rows of groups: how they are found, and what a group's gradients are made with.
+//
+// They lie group by group, and all groups use all ranks.
+struct RowsInPlace {
+  using Params = GroupedLoraGradsParams;
+  static constexpr bool kRanksDiffer = false;
+  template <class Chunk>
+  using Of = Chunk;
+
+  LK_DEVICE static const int32_t* order(const Params&) { return nullptr; }
+  LK_DEVICE static NextRows rows_from(const int32_t*, int first, int) { return {first}; }
+  LK_DEVICE static int rank_of(const Params& p, int) { return p.lora.rank; }
+  LK_DEVICE static float scaling_of(const Params& p, int) { return p.lora.scaling; }
+};
+
 // The same of every group. A group's rows are cut into parts as blocks of rows are numbered (row_groups.cuh); one
 // without rows has a part, too, whose sums are zero. Groups of several parts, that is of more than split_rows rows,
 // begin in slots 2 / split_rows of their first row apart: at least as many as they have parts.
-template <class Grads>
+template <class Grads, class Rows = RowsInPlace>
 struct GroupedLoraGrads {
   static constexpr int kThreads = Grads::kThreads, kMinBlocks = Grads::kMinBlocks;
   static constexpr int kSharedBytes = Grads::kSharedBytes + kBytesGroupRows;
 
   struct Part {
+    template <class Chunk>
+    using Of = typename Rows::template Of<Chunk>;
     int first, end, split, split_count;
     int64_t first_slot;
+    const int32_t* all_rows;
 
+    LK_DEVICE const int32_t* order() const { return all_rows; }
+    LK_DEVICE auto rows_from(int row0) const { return Rows::rows_from(all_rows, row0, end); }
     LK_DEVICE int first_row() const { return first; }
     LK_DEVICE int end_row() const { return end; }
     LK_DEVICE int splits() const { return split_count; }
@@ -229,7 +260,7 @@ struct GroupedLoraGrads {
     LK_DEVICE int64_t counter() const { return first_slot; }
   };
 
-  LK_DEVICE static void run(const GroupedLoraGradsParams& p) {
+  LK_DEVICE static void run(const typename Rows::Params& p) {
     const LoraGradsParams& all = p.lora;
     const int tiles_A = Grads::tiles_A(all), tiles = tiles_A + Grads::tiles_B(all);
     const int tile = block_index() % tiles, rows = all.split_rows;
@@ -240,17 +271,21 @@ struct GroupedLoraGrads {
     const int split = (group.first - group.group_first) / rows;
     if (split >= splits) return;
     const int64_t slot = tile * slots_of_parts(all.m, rows) + slots_of_parts(group.group_first, rows);
-    const Part part = {group.first, smaller(group.first + rows, group.end), split, splits, slot};
-    const int rank_blocks = Grads::rank_blocks(all);
+    Part part = {group.first, smaller(group.first + rows, group.end), split, splits, slot, Rows::order(p)};
+    const int rank_blocks = Grads::rank_blocks(all), tile_B = tile - tiles_A;
+    const bool is_A = tile < tiles_A;
+    const int rank0 = (is_A ? tile : tile_B) % rank_blocks * Grads::kRankTile;
+    // Of ranks that the group does not use, zeros.
+    if (Rows::kRanksDiffer && Rows::rank_of(p, group.group) <= rank0) part.end = part.first;
     LoraGradsParams one = all;
+    one.scaling = Rows::scaling_of(p, group.group);
     const int64_t bytes = all.grads_are_float ? 4 : Grads::kElementBytes;
-    if (tile < tiles_A) {
+    if (is_A) {
       one.grad_a = static_cast<char*>(one.grad_a) + group.group * bytes * all.rank * all.k;
-      Grads::product_A(one, smem, part, tile % rank_blocks * Grads::kRankTile, tile / rank_blocks * kGradColumns);
+      Grads::product_A(one, smem, part, rank0, tile / rank_blocks * kGradColumns);
     } else {
       one.grad_b = static_cast<char*>(one.grad_b) + group.group * bytes * all.rank * all.n;
-      const int tile_B = tile - tiles_A;
-      Grads::product_B(one, smem, part, tile_B / rank_blocks * kGradColumns, tile_B % rank_blocks * Grads::kRankTile);
+      Grads::product_B(one, smem, part, tile_B / rank_blocks * kGradColumns, rank0);
     }
   }
 };

@@ -18,7 +18,8 @@
 // - store.cuh: accumulators to rows of memory, and sums of parts of the depth.
 // lora_linear_dual.cuh has the schedules of few rows or columns, lora_shrink_expand.cuh the branch by itself for where
 // the vendor multiplies x by w, lora_grads.cuh dA and dB; lora_linear_variants.cuh lists all kernels with their keys,
-// and config/lora_linear.h chooses one.
+// and config/lora_linear.h chooses one. multi_lora_decode.cuh and multi_lora_branch.cuh are for rows with adapters of
+// their own.
 //
 // The gradient of x is the same computation: dX = dY W + scaling · mask ∘ (s' A), s' = dY B, where w, a and b lie the
 // other way round in memory, and dropout acts on the branch's result.
@@ -40,7 +41,7 @@ struct DropX {
 
   LK_DEVICE void fill(uint32_t) const {}
   LK_DEVICE void on_stage_ready(uint32_t stage, int k0) const {
-    drop_tile<typename Shrink::TileP::Tile, Shrink::kM, Shrink::kThreads>(stage, row0, k0, mask);
+    drop_tile<typename Shrink::TileP::Tile, Shrink::kM, Shrink::kThreads>(stage, NextRows{row0}, k0, mask);
   }
 };
 
@@ -174,7 +175,8 @@ struct GradXRoles {
     template <class Add>
     LK_DEVICE static void with_sum(const LoraLinearParams& p, uint32_t smem, int row0, int column0, const Add& add) {
       if (p.seed != nullptr) {
-        Keep::template compute<Base::kThreads>(smem, row0, column0, DropoutMask(p.seed, p.dropout_threshold, p.n));
+        Keep::template compute<Base::kThreads>(smem, NextRows{row0}, column0,
+                                               DropoutMask(p.seed, p.dropout_threshold, p.n));
         add(MaskedSum<Base>{p.scaling * p.dropout_scale, smem});
       } else {
         add(ScaledSum{in_register(p.scaling)});

@@ -38,8 +38,9 @@ template <class Element, int kSide>
 using FlatTile =
     Gemm<Element, 16, 64, kDepthOf<Element, LoraTile::kFlat>, 1, 4, 4, Layout::kRows, Layout::kRows, kSide>;
 // Of s alone, and of the branch alone.
-template <class Element, LoraTile kTile, int kRankTile>
-using ShrinkTile = Gemm<Element, 64, kRankTile, kDepthOf<Element, kTile>, 4, 1, tile_shape(kTile).stages>;
+template <class Element, LoraTile kTile, int kRankTile, Layout kFactors = Layout::kRows>
+using ShrinkTile =
+    Gemm<Element, 64, kRankTile, kDepthOf<Element, kTile>, 4, 1, tile_shape(kTile).stages, Layout::kRows, kFactors>;
 template <class Element, Layout kFactors>
 using BranchTile = Gemm<Element, 128, 128, kDepthOf<Element, LoraTile::kBranch>, 2, 4, 2, Layout::kRows, kFactors>;
 static_assert(has_shape<LargeTile<BFloat16, 2>>(tile_shape(LoraTile::kLarge)));

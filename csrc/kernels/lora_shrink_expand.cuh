@@ -79,7 +79,8 @@ struct LoraExpand {
     stage_with_bias<Base>(p, smem, column0, acc);
     if (drops) {
       const DropoutMask mask(p.seed, p.dropout_threshold, p.n);
-      drop_tile<SharedTile<Base::kN, sizeof(typename Element::Storage)>, Base::kM, kThreads>(smem, row0, column0, mask);
+      drop_tile<SharedTile<Base::kN, sizeof(typename Element::Storage)>, Base::kM, kThreads>(smem, NextRows{row0},
+                                                                                             column0, mask);
       sync_block();
     }
     store_tile<Element, Base::kM, Base::kN, kThreads>(smem, p.y, p.y_stride, p.m, p.n, row0, column0,

@@ -1,22 +1,14 @@
 // The operands of a product on their way: from memory to a tile in shared memory, and from there to fragments.
 //
-// A loader is a *walk*, which knows where this thread's next chunk is and how much of it exists, and a *chunk*, which
-// knows how one gets into shared memory.
+// A loader is a *walk*, which knows where this thread's next chunk is and how much of it exists (walks.cuh), and a
+// *chunk*, which knows how one gets into shared memory.
 #pragma once
 
 #include <type_traits>
 
-#include "../tile.h"
+#include "walks.cuh"
 
 namespace lk {
-
-// One of the two factors: [rows, depth], or in Layout::kColumns [depth, rows]. `stride` lies between the rows of
-// memory.
-struct Operand {
-  const void* data;
-  int64_t stride;
-  int32_t rows, depth;
-};
 
 // A tile of an operand, kRows x kDepth, in shared memory. `Lanes` says how a fragment is spread over the lanes.
 template <class Element, int kRows, int kDepth, Layout kLayout, class Lanes>
@@ -113,6 +105,17 @@ struct GatheredChunk {
   }
 };
 
+// 16 bytes at a multiple of 16 bytes, of which those behind the depth are zero: what rows go on with is not used.
+template <class Element>
+struct EndingChunk {
+  static constexpr bool kAligned = false;
+
+  LK_DEVICE static constexpr int element_bytes() { return sizeof(typename Element::Storage); }
+  LK_DEVICE static void load(uint32_t smem, const unsigned char* source, bool inside, int elements) {
+    copy_async_16(smem, source, inside ? smaller(larger(elements, 0) * element_bytes(), kChunkBytes) : 0);
+  }
+};
+
 // In another format, decoded on the way (formats/).
 template <class Format, bool kAligned_>
 struct DecodedChunk {
@@ -141,6 +144,14 @@ struct EitherChunk {
   }
 };
 
+// Any of these, of an operand whose row i in memory is row order[i] of a matrix.
+template <class Chunk>
+struct InOrder : Chunk {};
+template <class>
+constexpr bool kIsInOrder = false;
+template <class Chunk>
+constexpr bool kIsInOrder<InOrder<Chunk>> = true;
+
 // Elements as they are multiplied.
 template <class Element, bool kAligned>
 using PlainChunk = std::conditional_t<kAligned, AsyncChunk<Element>, GatheredChunk<Element>>;
@@ -156,106 +167,6 @@ constexpr bool is_b_whole(Access access, Layout factors) {
   return factors == Layout::kRows ? is_s_whole(access) : is_base_whole(access);
 }
 
-// -------------------------------------------------------------------------------------------------------- walks
-
-// How the threads of a block share out the chunks of a tile. A thread's chunks lie in one column of chunks, kRowStep
-// rows of the tile apart.
-template <class Tile_, int kTileRows_, int kThreads>
-struct ChunkGrid {
-  using Tile = Tile_;
-  static constexpr int kTileRows = kTileRows_, kRowStep = kThreads / Tile::kChunks;
-  static constexpr int kSteps = (kTileRows + kRowStep - 1) / kRowStep;
-  static_assert(kThreads % Tile::kChunks == 0 && (kRowStep & (kRowStep - 1)) == 0,
-                "sums of a row and steps do not carry");
-
-  // This thread's first chunk, in elements, and its place in the tile.
-  const int row = thread_index() / Tile::kChunks, column = thread_index() % Tile::kChunks * Tile::kChunkElements;
-  const uint32_t first_target = Tile::offset(row, thread_index() % Tile::kChunks);
-
-  LK_DEVICE static uint32_t target(uint32_t smem, uint32_t first, int step) {
-    const uint32_t swizzle = static_cast<uint32_t>(Tile::swizzle(step * kRowStep)) * kChunkBytes;
-    return smem + (first ^ swizzle) + step * kRowStep * Tile::kRowBytes;
-  }
-  // Whether the tile has a row there.
-  LK_DEVICE static bool has(int step) {
-    return kTileRows % kRowStep == 0 || thread_index() / Tile::kChunks + step * kRowStep < kTileRows;
-  }
-};
-
-LK_DEVICE const unsigned char* place_in(const Operand& m, int row, int column, int element_bytes) {
-  return static_cast<const unsigned char*>(m.data) + (row * m.stride + column) * element_bytes;
-}
-
-// Through rows [row0, row0 + kRows) of an operand in Layout::kRows, kDepth of the depth at a time.
-template <class Grid, int kDepth, bool kAligned>
-class RowWalk {
- public:
-  LK_DEVICE RowWalk(const Grid& grid, const Operand& m, int row0, int k0, int element_bytes) {
-    left_ = m.depth - k0 - grid.column;
-    // Rows past the end are others of the tile once more, whose products nobody stores: not all the last one, which a
-    // tile with few rows would fetch from one place of the cache as often as it has rows.
-    const int rows = m.rows - row0;
-    const int first = grid.row < rows ? grid.row : grid.row % rows;
-    source_ = place_in(m, row0 + first, k0 + grid.column, element_bytes);
-    LK_UNROLL
-    for (int i = 1; i < Grid::kSteps; ++i) {
-      const int row = grid.row + i * Grid::kRowStep;
-      const int64_t beyond = row < rows ? row - first : 0;
-      // Never negative: rows past the end begin again at this thread's first. Known to fit in 32 bits as a count of
-      // chunks, an offset takes one register of the main loop, not two.
-      if constexpr (kAligned) {
-        constexpr uint64_t kUnit = kChunkBytes;
-        offset_[i - 1] =
-            static_cast<uint32_t>(static_cast<uint64_t>(beyond * m.stride * element_bytes) / kUnit) * kUnit;
-      } else {
-        offset_[i - 1] = static_cast<uint64_t>(beyond * m.stride * element_bytes);
-      }
-    }
-  }
-
-  LK_DEVICE const unsigned char* source(int step) const { return step == 0 ? source_ : source_ + offset_[step - 1]; }
-  LK_DEVICE bool inside(int) const { return 0 < left_; }
-  LK_DEVICE int elements() const { return kAligned ? Grid::Tile::kChunkElements : left_; }
-  LK_DEVICE void next_step() {}
-  LK_DEVICE void next_tile(int element_bytes) {
-    source_ += kDepth * element_bytes;
-    left_ -= kDepth;
-  }
-
- private:
-  const unsigned char* source_;
-  uint64_t offset_[larger(Grid::kSteps - 1, 1)];  // bytes from there to the thread's other rows
-  int left_;                                      // of the depth, from this thread's chunk on
-};
-
-// The same in Layout::kColumns: a row of memory is one of the depth.
-template <class Grid, int kDepth, bool kAligned>
-class ColumnWalk {
- public:
-  LK_DEVICE ColumnWalk(const Grid& grid, const Operand& m, int row0, int k0, int element_bytes) {
-    static_assert(Grid::kTileRows % Grid::kRowStep == 0 || Grid::kSteps == 1, "steps lead from one tile to the next");
-    const int column = row0 + grid.column;
-    valid_ = m.rows - column;
-    left_ = m.depth - k0 - grid.row;
-    // Aligned, a row of memory ends with a whole chunk; past it, that chunk once more.
-    source_ = place_in(m, k0 + grid.row, !kAligned || valid_ > 0 ? column : m.rows - Grid::Tile::kChunkElements,
-                       element_bytes);
-    step_ = (Grid::kSteps == 1 ? kDepth : Grid::kRowStep) * m.stride * element_bytes;
-  }
-
-  LK_DEVICE const unsigned char* source(int) const { return source_; }
-  LK_DEVICE bool inside(int step) const { return step * Grid::kRowStep < left_; }
-  LK_DEVICE int elements() const { return kAligned ? Grid::Tile::kChunkElements : valid_; }
-  LK_DEVICE void next_step() { source_ += step_; }
-  LK_DEVICE void next_tile(int) { left_ -= kDepth; }
-
- private:
-  const unsigned char* source_;
-  int left_;      // of the depth, from this thread's first chunk on
-  int valid_;     // elements of a chunk
-  int64_t step_;  // bytes between the chunks of this thread
-};
-
 // ------------------------------------------------------------------------------------------------------- loader
 
 // Brings rows [row0, row0 + kRows) of an operand into shared memory, kDepth of the depth at a time. What lies past the
@@ -265,8 +176,11 @@ class TileLoader {
   static constexpr bool kTransposed = kLayout == Layout::kColumns;
   using Tile = SharedTile<kTransposed ? kRows : kDepth, sizeof(typename Element::Storage)>;
   using Grid = ChunkGrid<Tile, kTransposed ? kDepth : kRows, kThreads>;
-  using Walk = std::conditional_t<kTransposed, ColumnWalk<Grid, kDepth, Chunk::kAligned>,
-                                  RowWalk<Grid, kDepth, Chunk::kAligned>>;
+  using PlainWalk = std::conditional_t<kTransposed, ColumnWalk<Grid, kDepth, Chunk::kAligned>,
+                                       RowWalk<Grid, kDepth, Chunk::kAligned>>;
+  using OrderedWalk = std::conditional_t<kTransposed, OrderedColumnWalk<Grid, kDepth, Chunk::kAligned>,
+                                         OrderedRowWalk<Grid, kDepth, Chunk::kAligned>>;
+  using Walk = std::conditional_t<kIsInOrder<Chunk>, OrderedWalk, PlainWalk>;
 
  public:
   LK_DEVICE TileLoader(const Operand& m, int row0, int k0, Chunk chunk = {}) : TileLoader(Grid(), m, row0, k0, chunk) {}

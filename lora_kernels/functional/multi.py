@@ -41,10 +41,10 @@ def multi_lora_linear(
         y[m] = lora_linear(x[m], weight, lora_A[i, :r], lora_B[i, :, :r], bias, scaling=scaling[i], ...)
 
     and the frozen layer alone where i is -1, with one dropout mask over all of x. The base is one product over all
-    rows; nothing is formed per adapter that it does not use. On a CPU, a row's result is the same bits whichever
-    adapters other rows have, and those of ``frozen_linear`` where it has none; everywhere an adapter that holds NaN
-    spoils its own rows alone. An adapter without rows gets a gradient of zeros. For backward x, s = dropout(x) Aᵀ
-    [rows, rank] and the seed are saved.
+    rows; nothing is formed per adapter that it does not use, and kernels on a GPU look up ids and ranks without the
+    host. By every kernel, a row's result is the same bits whichever adapters other rows have, on a CPU those of
+    ``frozen_linear`` where it has none; everywhere an adapter that holds NaN spoils its own rows alone. An adapter
+    without rows gets a gradient of zeros. For backward x, s = dropout(x) Aᵀ [rows, rank] and the seed are saved.
 
     Args:
         x: [..., in_features]; float32, bfloat16, float16 or float64. Any strides.

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import _native, dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from ..support import cpu
+from ..support import cpu, cuda, pools_fit, triton
 from . import eager, lora_linear
 from .eager import EagerFunction, as_rows, not_a_view
 from .lora_linear import dropped
@@ -70,6 +70,29 @@ def _cpu_supports(x: Tensor, weight: Tensor, *_: Any) -> Verdict:
     if x.dtype == torch.float64:
         return cpu.REFUSED_DTYPE  # the branch is computed in fp32
     return cpu.DECODE if cpu.reads_weight_once(x, weight) else cpu.matmul_verdict(x, weight)
+
+
+def _cuda_supports(x: Tensor, weight: Tensor, lora_A: Tensor, *_: Any) -> Verdict:
+    return cuda.multi_verdict(x, weight, lora_A.shape[0], lora_A.shape[1])
+
+
+def _cuda_explain(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, adapter_ids: Tensor, ranks: Any, scalings: Any,
+    bias: Any, seed: Tensor | None, *_: Any,
+) -> Verdict:  # fmt: skip
+    schedule: Any = _cuda_supports(x, weight, lora_A).schedule  # it is a yes
+    return cuda.planned_pools(_native.cuda.plan_multi_lora_linear, x, weight, lora_A, seed is not None, schedule)
+
+
+def _triton_supports(x: Tensor, weight: Tensor, lora_A: Tensor, *_: Any) -> Verdict:
+    return triton.multi_verdict(x, *weight.shape, *lora_A.shape[:2], backward=False)
+
+
+def _triton_run(schedule: str, *args: Any) -> tuple[Tensor, Tensor]:
+    pools_fit.check_multi_lora_linear(*args[:9])
+    from ..triton_kernels import multi_lora_linear
+
+    return multi_lora_linear.forward(schedule, *args)
 
 
 def _sizes(x: Tensor, weight: Tensor, lora_A: Tensor) -> tuple[int, int, int, int]:
@@ -135,6 +158,26 @@ def _cpu_supports_backward(grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor,
     return cpu.matmul_verdict(grad_y, weight, is_k_by_n=True)
 
 
+def _cuda_supports_backward(
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, *_: Any
+) -> Verdict:  # fmt: skip
+    return cuda.multi_verdict(x, weight, lora_A.shape[0], lora_A.shape[1])
+
+
+def _triton_supports_backward(
+    grad_y: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, *_: Any
+) -> Verdict:  # fmt: skip
+    n, k = weight.shape
+    return triton.multi_verdict(x, k, n, *lora_A.shape[:2], backward=True)
+
+
+def _triton_run_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    pools_fit.check_multi_lora_linear_backward(*args[:10])
+    from ..triton_kernels import multi_lora_linear
+
+    return multi_lora_linear.backward(*args)
+
+
 def _plain(x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple:
     """The tensors of a ``lora_linear`` whose backward costs as much."""
     return x, s, weight, lora_A[0], lora_B[0]
@@ -166,7 +209,11 @@ BACKWARD = dispatch.register(
         ),
         reference=_reference_backward,
         fake=_fake_backward,
-        kernels={"cpu": Kernel(_cpu_supports_backward)},
+        kernels={
+            "cuda": Kernel(_cuda_supports_backward),
+            "triton": Kernel(_triton_supports_backward, _triton_run_backward),
+            "cpu": Kernel(_cpu_supports_backward),
+        },
         flops=_flops_backward,
         bytes=_bytes_backward,
     )
@@ -221,7 +268,11 @@ SPEC = dispatch.register(
         ),
         reference=_reference,
         fake=_fake,
-        kernels={"cpu": Kernel(_cpu_supports)},
+        kernels={
+            "cuda": Kernel(_cuda_supports, explain=_cuda_explain),
+            "triton": Kernel(_triton_supports, _triton_run),
+            "cpu": Kernel(_cpu_supports),
+        },
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 1, 7),
         flops=_flops,

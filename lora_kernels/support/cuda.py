@@ -126,6 +126,19 @@ def grouped_verdict(x: torch.Tensor, weight: torch.Tensor, groups: int, rank: in
     return _SIZE if tiles > MAX_SIZE else verdict
 
 
+def multi_verdict(x: torch.Tensor, weight: torch.Tensor, adapters: int, rank: int) -> Verdict:
+    """Whether the kernels serve rows that have adapters in pools. How the weight lies decides who multiplies by it."""
+    n, k = weight.shape
+    verdict = tensor_core_verdict(x, n, k, rank)
+    if verdict.schedule is None:
+        return verdict
+    chunk = 16 // x.element_size()
+    if n % chunk != 0 or k % chunk != 0:
+        return _LAYOUT
+    tiles = (x.numel() // k // SMALLEST_TILE + 1 + adapters) * (max(n, k) // SMALLEST_TILE + 1 + MAX_RANK)
+    return _SIZE if tiles > MAX_SIZE else verdict
+
+
 def _lies_in_chunks(weight: torch.Tensor) -> bool:
     """Whether rows of a weight, or its columns, are neighbours in memory that begin at 16 bytes and are near."""
     row, column = weight.stride()[-2:]
@@ -185,6 +198,19 @@ def planned_groups(plan: Callable[..., Any], x: torch.Tensor, weight: torch.Tens
     launches = plan(
         dtype=_PLAN_DTYPES[x.dtype], m=x.shape[0], n=n, k=k, rank=rank, groups=groups, is_shared=weight.dim() == 2,
         in_columns=weight.stride(-1) != 1, schedule=schedule, **_limits(x.device),
+    )  # fmt: skip
+    return _told(launches)
+
+
+def planned_pools(plan: Callable[..., Any], x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor,
+                  has_dropout: bool, schedule: str) -> Verdict:  # fmt: skip
+    """The same of rows that have adapters in pools."""
+    n, k = weight.shape
+    adapters, rank = lora_A.shape[:2]
+    launches = plan(
+        dtype=_PLAN_DTYPES[x.dtype], m=x.numel() // k, n=n, k=k, rank=rank, adapters=adapters,
+        w_is_whole=weight.stride(1) == 1 and _lies_in_chunks(weight), has_dropout=has_dropout, schedule=schedule,
+        **_limits(x.device),
     )  # fmt: skip
     return _told(launches)
 

@@ -27,6 +27,8 @@ _SCHEDULES = {
     "split": Verdict("split", "two launches: programs of one launch may not wait for each other on this GPU"),
     "dual": Verdict("dual", "one tile column: both products from one pass"),
 }
+_MULTI_FEW_ROWS = Verdict("by row", "few rows: each reads its own adapter; torch multiplies by the weight")
+_MULTI = Verdict("by adapter", "rows are looked up by adapter; torch multiplies by the weight")
 _NOT_INSTALLED = Verdict(None, Reason.TRITON_NOT_INSTALLED)
 _TOO_OLD = Verdict(None, Reason.TRITON_TOO_OLD)
 _NOT_INTERPRETED = Verdict(None, Reason.NOT_INTERPRETED)
@@ -100,6 +102,17 @@ def grouped_verdict(x: torch.Tensor, columns: int, depth: int, groups: int, rank
         return _SIZE
     gpu: Any = device_of(x.device)
     return _SCHEDULES[configs.TARGETS[gpu.target].schedule]
+
+
+def multi_verdict(x: torch.Tensor, columns: int, depth: int, adapters: int, rank: int, *, backward: bool) -> Verdict:
+    """The same of rows that have adapters in pools; the product with the weight is torch's."""
+    verdict = lora_verdict(x, columns, depth, rank)
+    if verdict.schedule is None:
+        return verdict
+    rows = x.numel() // x.shape[-1]
+    if adapters > configs.MAX_GROUPS or configs.most_programs(rows, columns, adapters) > MAX_SIZE:
+        return _SIZE
+    return _MULTI_FEW_ROWS if rows <= configs.FEW_ROWS and not backward else _MULTI
 
 
 def rows_refusal(

@@ -9,7 +9,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lora_kernels.plain import float32_products
-from lora_kernels.triton_kernels import configs, grouped_lora_linear, lora_linear, prompt_embedding
+from lora_kernels.triton_kernels import (
+    configs,
+    grouped_lora_linear,
+    lora_linear,
+    multi_lora_linear,
+    prompt_embedding,
+)  # fmt: skip
 from lora_kernels.triton_kernels.launching import Device
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -90,6 +96,30 @@ def grouped_launches(target, m, n, k, rank, groups, adapter_dtype=BF16, p=0.0, b
             yield f"{name} {launch.constants['PART']}", launch
     yield "dA", grouped_lora_linear.reduce_launch(device, lora_A.mT, x, s, ends, seed, 1.7, p)
     yield "dB", grouped_lora_linear.reduce_launch(device, lora_B, y, s, ends, None, 1.7, 0.0)
+
+
+def multi_launches(target, m, n, k, rank, adapters, adapter_dtype=BF16, p=0.0, mixed=True):
+    """The same of rows that have adapters in pools, by row and by adapter; ``mixed``: of ranks and factors of their
+    own.
+    """
+    x, weight, y, s = (torch.empty(*size, dtype=BF16) for size in ((m, k), (n, k), (m, n), (m, rank)))
+    lora_A = torch.empty(adapters, rank, k, dtype=adapter_dtype)
+    lora_B = torch.empty(adapters, n, rank, dtype=adapter_dtype)
+    ids = torch.zeros(m, dtype=torch.int64)
+    of_each = (torch.zeros(adapters, dtype=torch.int32), torch.zeros(adapters)) if mixed else (None, None)
+    seed = torch.zeros(1, dtype=torch.int64) if p > 0 else None
+    device = Device(target, 108)
+    forward = multi_lora_linear.forward_operands(y, s, x, weight, lora_A, lora_B, *of_each, seed, 1.7, p)
+    backward = multi_lora_linear.backward_operands(x, s, y, weight, lora_A, lora_B, *of_each, seed, 1.7, p)
+    yield from zip(("inner of a row", "out of a row"), multi_lora_linear.row_launches(*forward, ids))
+    order, look_up = multi_lora_linear.order_launch(ids, adapters)
+    yield "order", look_up
+    for name, operands, drops in (("forward", forward, "p"), ("backward", backward, "branch")):
+        launches = multi_lora_linear.branch_launches(device, *operands, order, drops)
+        yield from zip((f"{name} inner", f"{name} out"), launches)
+    pools = lora_A, lora_B, *of_each
+    yield "dA", multi_lora_linear.reduce_launch(device, lora_A.mT, x, s, order, *pools, seed, 1.7, p)
+    yield "dB", multi_lora_linear.reduce_launch(device, lora_B, y, s, order, *pools, None, 1.7, 0.0)
 
 
 def prompt_launches(hidden, dtype=BF16, prompt_dtype=FP32, embeds=False, full=True, batch=4, tokens=100, rows=20):
