@@ -1,4 +1,4 @@
-"""A training step of SmolLM2-135M: frozen, PEFT, PEFT with a short addmm Function, fused, and PEFT again.
+"""A training step of SmolLM2-135M: frozen, PEFT, PEFT with a short addmm Function, fused, fused by blocks, PEFT again.
 
     python bench/training_step.py --dropout 0.1
     python bench/training_step.py --dropout 0.1 --one-process
@@ -12,6 +12,10 @@ one. AdamW is included.
 With --in-4-bits the base is in NF4, double quantised, multiplied in fp32; "unquantised" is stock PEFT in fp32 then.
 
 "addmm" is what a user can write in a few lines of Python: an autograd Function of in-place addmm, without dropout.
+"packs" is ``lk.patch(model, packs=True)``, "packs, loss" also ``loss=True``.
+
+With a process for each model, the last column is what a step adds to the memory that its process has (on Linux): the
+peak while it runs, less what was there before.
 
 Before the clock starts, the losses of the fused and the addmm model must equal PEFT's: the first, where B is zero, and
 without dropout (PEFT's mask is another) also the second, after one optimizer step.
@@ -20,6 +24,7 @@ without dropout (PEFT's mask is another) also the second, after one optimizer st
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -29,10 +34,16 @@ from pathlib import Path
 
 from lora_kernels.benchmarks.measure import MAX_NULL, NOISE, Timings, interleave
 from lora_kernels.cli._arguments import integer, probability
-from lora_kernels.text import table
+from lora_kernels.text import mebibytes, table
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-VARIANTS = ("frozen", "PEFT", "addmm", "fused", "null")
+PATCHES: dict[str, dict[str, bool]] = {
+    "fused": {},
+    "packs": {"packs": True},
+    "packs, loss": {"packs": True, "loss": True},
+}
+"""Variants that are patched, and how."""
+VARIANTS = ("frozen", "PEFT", "addmm", *PATCHES, "null")
 VARIANTS_IN_4_BITS = ("unquantised", "PEFT", "fused", "null")
 RANK, ALPHA, BATCH, SEQ, SEED = 16, 32, 4, 128, 0
 MAX_LOSS_DIFFERENCE = 1e-4
@@ -75,9 +86,9 @@ def make_step(variant: str, options: argparse.Namespace) -> Callable[[], float]:
         from lora_kernels.benchmarks.models import use_addmm
 
         use_addmm(model)
-    if variant == "fused":
-        report = lk.patch(model)
-        if report.kept:
+    if variant in PATCHES:
+        report = lk.patch(model, **PATCHES[variant])
+        if report.kept or report.apart:
             raise RuntimeError(f"not every layer is fused:\n{report}")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
@@ -102,10 +113,27 @@ def worker(options: argparse.Namespace) -> None:
     step = make_step(options.worker, options)
     for _ in range(2):
         print(step(), file=answers, flush=True)
+    print(resident_growth(step), file=answers, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
         print(time.perf_counter() - start, file=answers, flush=True)
+
+
+def resident_growth(step: Callable[[], float]) -> float:
+    """Bytes of memory that the process has at most while it steps, less those before; NaN where Linux does not tell."""
+    status = Path("/proc/self/status")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError:
+        return float("nan")
+
+    def kibibytes(field: str) -> int:
+        return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
+
+    before = kibibytes("VmRSS:")
+    step()
+    return 1024.0 * (kibibytes("VmHWM:") - before)
 
 
 def start_worker(variant: str, options: argparse.Namespace) -> subprocess.Popen:
@@ -142,8 +170,9 @@ def measure_in_one_process(options: argparse.Namespace) -> Timings:
     return interleave(steps, options.rounds)
 
 
-def measure(options: argparse.Namespace) -> Timings:
-    """Seconds per step of every variant, one sample a round, in rotating order."""
+def measure(options: argparse.Namespace) -> tuple[Timings, dict[str, float]]:
+    """Seconds per step of every variant, one sample a round, in rotating order; bytes that one adds at its peak."""
+    growth: dict[str, float] = {}
     workers: dict[str, subprocess.Popen] = {}
     losses: dict[str, list[float]] = {}
     names = variants(options)
@@ -152,6 +181,7 @@ def measure(options: argparse.Namespace) -> Timings:
         for name in names:  # one at a time: starting up together, they would fight for the cores
             workers[name] = start_worker(name, options)
             losses[name] = [answer(workers[name]) for _ in range(2)]
+            growth[name] = answer(workers[name])
         check_losses(losses, options.dropout)
         for done in range(options.rounds):
             shift = (done // 2) % len(names)
@@ -165,7 +195,7 @@ def measure(options: argparse.Namespace) -> Timings:
         for process in workers.values():
             process.stdin.close()
             process.wait()
-    return Timings(seconds)
+    return Timings(seconds), growth
 
 
 def main() -> int:
@@ -186,12 +216,18 @@ def main() -> int:
     if options.worker:
         worker(options)
         return 0
-    times = (measure_in_one_process if options.one_process else measure)(options)
+    times, growth = (measure_in_one_process(options), {}) if options.one_process else measure(options)
     rows = [
-        ("null: PEFT again" if name == "null" else name, f"{times.median(name):.3f} s", str(times.ratio(name, "PEFT")))
+        (
+            "null: PEFT again" if name == "null" else name,
+            f"{times.median(name):.3f} s",
+            str(times.ratio(name, "PEFT")),
+            mebibytes(growth[name]) if math.isfinite(growth.get(name, math.nan)) else "",
+        )
         for name in times.seconds
     ]
-    print(table((f"dropout {options.dropout:g}", "step", "/ PEFT, median [quartiles]"), rows, right=(1,)))
+    heads = f"dropout {options.dropout:g}", "step", "/ PEFT, median [quartiles]", "adds at its peak"
+    print(table(heads, rows, right=(1, 3)))
     if abs(times.ratio("null", "PEFT").median - 1) > MAX_NULL:
         print(NOISE)
         return 1
