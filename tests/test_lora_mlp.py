@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
 from lora_kernels import philox
-from lora_kernels.ops.gated_activation import ACTIVATIONS
+from lora_kernels.ops.gated_activation import ACTIVATIONS, BACKWARD_OUT
 from lora_kernels.ops.lora_linear import dropped
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -190,20 +190,40 @@ def test_backward_twice():
         torch.autograd.grad(y, leaves_of(x, *layers), grad_y)
 
 
-def test_the_last_backward_makes_no_gradient_of_gate_and_up_elsewhere():
-    """Kills: gradients in new memory although the graph is freed."""
-    x, *layers, grad_y = make(SHAPES[3], FP32)
+def ops_of_backward(monkeypatch, y, x, **options):
+    """Which ops compute a backward: objects, since one that writes elsewhere has the same name."""
+    ran, run = [], lk.dispatch.run
+    monkeypatch.setattr(lk.dispatch, "run", lambda spec, *args: ran.append(spec) or run(spec, *args))
+    torch.autograd.grad(y.sum(), x, **options)
+    monkeypatch.undo()
+    return ran
+
+
+def test_whose_memory_takes_the_gradients(monkeypatch):
+    """Kills: gradients in new memory although the graph is freed, and in memory that hooks have kept."""
+    x, *layers, _ = make(SHAPES[3], FP32)
     x.requires_grad_()
+    y = lk.lora_mlp(x, *layers)
+    assert BACKWARD_OUT not in ops_of_backward(monkeypatch, y, x, retain_graph=True)
+    assert BACKWARD_OUT in ops_of_backward(monkeypatch, y, x)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t, t.clone())) or t, lambda t: t):
         y = lk.lora_mlp(x, *layers)
-    wide = [t for t in kept if t.shape == (2, 41, 130)]
-    before = [t.clone() for t in wide]
-    assert len(wide) == 2
-    torch.autograd.grad(y, x, grad_y, retain_graph=True)
-    assert all(map(torch.equal, wide, before))
-    torch.autograd.grad(y, x, grad_y)
-    assert not any(map(torch.equal, wide, before))
+    assert BACKWARD_OUT not in ops_of_backward(monkeypatch, y, x)
+    assert all(torch.equal(t, copy) for t, copy in kept)
+
+
+def test_saved_tensors_that_come_back_with_other_strides():
+    x, *layers, grad_y = make(SHAPES[3], FP32)
+    expected = with_gradients(lk.lora_mlp, x, *layers, grad_y)
+
+    def moved(t):
+        return t.movedim(-1, 0).contiguous().movedim(0, -1)
+
+    with torch.autograd.graph.saved_tensors_hooks(moved, lambda t: t):
+        ours = with_gradients(lk.lora_mlp, x, *layers, grad_y)
+    for a, b in zip(ours, expected):
+        torch.testing.assert_close(a, b)
 
 
 def test_not_differentiable_twice():

@@ -14,10 +14,11 @@ from .. import dispatch
 
 
 def siblings(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mapping[str, Any] | None) -> list[list[str]]:
-    """The layers, by name, that belong to one module and are called with one tensor: in the order of their calls.
+    """The layers, by name, that belong to one module and are called with one tensor, which nobody has changed in
+    between: in the order of their calls.
 
     A layer that is called more than once belongs to none of them. The forward is that of ``model.eval()`` without
-    gradients; modes, random generators and ``lk.stats()`` are left as they were.
+    gradients, with whatever hooks the model has; modes, random generators and ``lk.stats()`` are left as they were.
 
     Args:
         model: called with ``inputs``.
@@ -26,10 +27,14 @@ def siblings(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mapping[
     Raises:
         ValueError: the model cannot be called so.
     """
-    called: list[tuple[str, Any]] = []  # holds every x, so that no other can have its id
+    called: list[tuple[str, Any, int]] = []  # holds every x, so that no other can have its id
+
+    def note(name: str, args: tuple) -> None:
+        x = args[0] if args else None
+        called.append((name, x, x._version if isinstance(x, Tensor) and not x.is_inference() else 0))
+
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: called.append((name, args[0] if args else None)))
-        for name, layer in layers.items()
+        layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args)) for name, layer in layers.items()
     ]
     try:
         with _quietly(model):
@@ -43,17 +48,18 @@ def siblings(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mapping[
     finally:
         for hook in hooks:
             hook.remove()
-    times = Counter(name for name, _ in called)
-    groups: dict[tuple[str, int], list[str]] = {}
-    for name, x in called:
+    times = Counter(name for name, *_ in called)
+    groups: dict[tuple[str, int, int], list[str]] = {}
+    for name, x, version in called:
         if times[name] == 1 and isinstance(x, Tensor):
-            groups.setdefault((name.rpartition(".")[0], id(x)), []).append(name)
+            groups.setdefault((name.rpartition(".")[0], id(x), version), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 
 def _dummy_inputs(model: Any) -> dict[str, Any]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    device = next(iter(model.parameters())).device
+    # What accelerate has offloaded is on meta until it is called, and moves its inputs itself.
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     return {name: t.to(device) if isinstance(t, Tensor) else t for name, t in base.dummy_inputs.items()}
 
 

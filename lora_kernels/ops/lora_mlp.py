@@ -310,12 +310,18 @@ class LoRAMLPFunction(EagerFunction):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:  # type: ignore[override]
-        return not_a_view(eager.forward(ctx, SPEC, args, _save)[0])
+        y, *kept = eager.forward(ctx, SPEC, args, _save)
+        ctx.addresses = None if _are_hooked() else [t.data_ptr() for t in kept[:2]]
+        return not_a_view(y)
 
     @staticmethod
     @eager.backward
     def backward(ctx: Any, grad_y: Tensor | None) -> tuple:  # type: ignore[override]
-        run = _run_last_backward if _is_last_backward() else _run_any_backward
+        run = _run_any_backward
+        if ctx.addresses is not None and _is_last_backward():
+            _, gate, up, *_ = ctx.saved_tensors
+            if [gate.data_ptr(), up.data_ptr()] == ctx.addresses:
+                run = _run_last_backward
         return _gradients(ctx, grad_y, run)
 
 
@@ -325,6 +331,12 @@ def _run_any_backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _run_last_backward(*args: Any) -> tuple[Tensor, ...]:
     return dispatch.run(LAST_BACKWARD, *args)
+
+
+def _are_hooked() -> bool:
+    """Whether hooks get what is saved, and may keep it (``torch.autograd.graph.saved_tensors_hooks``)."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is None or hooks(False) is not None
 
 
 def _is_last_backward() -> bool:

@@ -41,6 +41,11 @@ class FusedForward(nn.Module):
     is_routed = False
     """Set by ``route_adapters``."""
 
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()
+        packs.detach([replica])  # its siblings would be the original's
+        return replica
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found: Any
         reason: Any = None
@@ -54,7 +59,7 @@ class FusedForward(nn.Module):
         if reason is None and not mixes:
             pack = packs.of_layer(self)
             if pack is not None:
-                found = packs.call(*pack, x)
+                found = packs.call(*pack, self, x)
                 if type(found) is not Reason:
                     return found
                 _count("lora_pack", found)

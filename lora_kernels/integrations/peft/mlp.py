@@ -6,7 +6,8 @@ they give, in values and in gradients. No family of models is named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from ...class_swaps import in_place_of
 from ...formats import QuantizedWeight
 from ...functional.mlp import Projection, lora_mlp_of_layers
 from ...ops.gated_activation import ACTIVATIONS
+from ...plain import FLOATS, LOW_PRECISION
 from ...reasons import Reason
 from .linear import FusedForward
 from .packs import ROLES
@@ -31,6 +33,10 @@ class Roles(NamedTuple):
     activation: str
     others: tuple[tuple[str, nn.Module | None], ...]
     """What else the module has, with names: its forward may depend on it."""
+    settings: tuple[tuple[str | None, str, Any], ...]
+    """The module's attributes, and those of the others (by name), likewise."""
+    argument: str
+    """What forward calls x."""
 
 
 # ------------------------------------------------------------------------------------------------ what it does
@@ -49,14 +55,38 @@ def roles_of(mlp: nn.Module, layers: Collection[nn.Module]) -> Roles | Reason | 
         return None
     if "forward" in mlp.__dict__:
         return Reason.INSTANCE_FORWARD
-    found, in_eval = (_watch(mlp, ours, training) for training in (True, False))
-    if found is None or found != in_eval:
+    weight = children[ours[0]].get_base_layer().weight  # type: ignore[union-attr, operator]
+    dtypes = {torch.float64, weight.dtype} if weight.dtype in FLOATS else {torch.float64}
+    found = {_watch(mlp, ours, training, dtype) for training in (True, False) for dtype in dtypes}
+    if None in found or len({roles[:3] for roles in found if roles is not None}) != 1:
         return Reason.NOT_GATED
-    return Roles(*found, others)
+    # In 16 bits, some activations are alike.
+    known = frozenset.intersection(*(roles[3] for roles in found if roles is not None))
+    if len(known) != 1:
+        return Reason.NOT_GATED
+    gate, up, down, _ = next(roles for roles in found if roles is not None)
+    (activation,) = known
+    argument = next(iter(inspect.signature(mlp.forward).parameters), "")
+    return Roles(gate, up, down, activation, others, tuple(_settings(mlp, others)), argument)
 
 
 def _holds_tensors(module: nn.Module) -> bool:
     return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+
+
+_OWN = frozenset(nn.Module().__dict__)
+"""Attributes that every module has."""
+
+
+def _settings(
+    mlp: nn.Module, others: tuple[tuple[str, nn.Module | None], ...]
+) -> Iterator[tuple[str | None, str, Any]]:
+    """(name of the child or None, attribute, value)."""
+    for child, module in ((None, mlp), *others):
+        if module is not None:
+            for name, value in module.__dict__.items():
+                if name not in _OWN and name not in (ROLES, "_lora_pack"):
+                    yield child, name, value
 
 
 class _StandIn(nn.Module):
@@ -75,20 +105,41 @@ class _StandIn(nn.Module):
         return self.result if x is self.x else self.otherwise
 
 
-def _watch(mlp: nn.Module, names: list[str], training: bool) -> tuple[str, str, str, str] | None:
-    """gate, up, down and the activation, from a forward whose layers are stand-ins; None if it is something else."""
+def _stand_in_values(dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """[2, 64]: of both signs, from a thousandth to what an activation is hardly ever given."""
+    largest = 2.0 if dtype in LOW_PRECISION else 5.0
+    sizes = torch.logspace(-3, largest, 64, dtype=torch.float64)
+    signs = torch.where(torch.rand(2, 64, generator=generator) < 0.5, -1.0, 1.0)
+    shuffled = torch.stack([sizes[torch.randperm(64, generator=generator)] for _ in range(2)])
+    return (shuffled * signs).to(dtype).requires_grad_()
+
+
+def _watch(
+    mlp: nn.Module, names: list[str], training: bool, dtype: torch.dtype
+) -> tuple[str, str, str, frozenset[str]] | None:
+    """gate, up, down and the activations that it may be, from a forward whose layers are stand-ins; None if it is
+    something else.
+    """
     generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
-    inner = [4 * torch.randn(2, 64, generator=generator, dtype=torch.float64).requires_grad_() for _ in names]
+    x, y = (torch.randn(2, 3, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    inner = [_stand_in_values(dtype, generator) for _ in names]
     layers = {name: _StandIn(result, y, x) for name, result in zip(names, inner)}
     # Not a copy: only its children are others, and only in this one.
     twin = object.__new__(type(mlp))
     twin.__dict__.update(mlp.__dict__, training=training, _modules={**mlp._modules, **layers})
+    others = [m for name, child in mlp._modules.items() if child is not None and name not in names
+              for m in child.modules()]  # fmt: skip
+    modes = [m.training for m in others]
     try:
+        for m in others:
+            m.training = training
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             result: Any = type(mlp).forward(twin, x)
     except Exception:  # somebody's forward on something that it was not written for
         return None
+    finally:
+        for m, mode in zip(others, modes):
+            m.training = mode
     if result is not y or any(len(layer.given) != 1 for layer in layers.values()):
         return None
     down = [name for name, layer in layers.items() if layer.given[0] is not x]
@@ -97,9 +148,9 @@ def _watch(mlp: nn.Module, names: list[str], training: bool) -> tuple[str, str, 
     (first, a), (second, b) = ((name, t) for name, t in zip(names, inner) if name not in down)
     h = layers[down[0]].given[0]
     for gate, up, e, g in ((first, second, a, b), (second, first, b, a)):
-        for name, activation in ACTIVATIONS.items():
-            if _is_product(h, activation, e, g):
-                return gate, up, down[0], name
+        found = frozenset(name for name, activation in ACTIVATIONS.items() if _is_product(h, activation, e, g))
+        if found:
+            return gate, up, down[0], found
     return None
 
 
@@ -108,30 +159,41 @@ def _is_product(h: Any, activation: Callable[[Tensor], Tensor], gate: Tensor, up
     expected = activation(gate) * up
     if not isinstance(h, Tensor) or h.shape != expected.shape or h.dtype != expected.dtype or not h.requires_grad:
         return False
-    weights = torch.linspace(-1, 1, h.numel(), dtype=h.dtype).view_as(h)
+    weights = torch.linspace(0.5, 1.5, h.numel(), dtype=h.dtype).view_as(h)
     ours = (expected, *torch.autograd.grad(expected, (gate, up), weights))
     theirs = (h, *torch.autograd.grad(h, (gate, up), weights, retain_graph=True, allow_unused=True))
-    return all(t is not None and torch.allclose(o, t, rtol=1e-7, atol=1e-9) for o, t in zip(ours, theirs))
+    rounding = 32 * torch.finfo(h.dtype).eps
+    sizes = gate.abs() * up.abs(), (1 + gate.abs()) * up.abs(), gate.abs()  # of what each is a sum or product of
+    return all(
+        t is not None and bool(((o - t).abs() <= rounding * (size + rounding)).all())
+        for o, t, size in zip(ours, theirs, sizes)
+    )
 
 
 # ----------------------------------------------------------------------------------------------- what replaces it
 
 
+_PLAIN = (bool, int, float, str)
+
+
 class FusedMLP(nn.Module):
     """What replaces a gated MLP, beside its own class: a forward of one op where that computes the same."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        found: Any = Reason.EXTRA_ARGUMENTS if args or kwargs else _operands(self, x)
-        if type(found) is not Reason:
-            return lora_mlp_of_layers(x, *found)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        roles: Roles = self.__dict__[ROLES]
+        given = args if args else (kwargs[roles.argument],) if roles.argument in kwargs else ()
+        found: Any = Reason.EXTRA_ARGUMENTS
+        if len(given) == 1 and len(args) + len(kwargs) == 1:
+            found = _operands(self, roles, given[0])
+            if type(found) is not Reason:
+                return lora_mlp_of_layers(given[0], *found)
         if not torch.compiler.is_compiling():
             dispatch.count_fallback("lora_mlp", found)
-        return super().forward(x, *args, **kwargs)
+        return super().forward(*args, **kwargs)
 
 
-def _operands(mlp: Any, x: Any) -> tuple[list[Projection], str, float] | Reason:
+def _operands(mlp: Any, roles: Roles, x: Any) -> tuple[list[Projection], str, float] | Reason:
     """What ``lora_mlp`` needs besides x, or why the module must run its own forward now."""
-    roles: Roles = mlp.__dict__[ROLES]
     children = mlp.__dict__["_modules"]
     projections: list[Projection] = []
     drops: Any = None
@@ -142,6 +204,10 @@ def _operands(mlp: Any, x: Any) -> tuple[list[Projection], str, float] | Reason:
         reason = None if child is None else operands.why_not_called_as_is(child)
         if reason is not None:
             return reason
+    for of_child, name, known in roles.settings:
+        now = (mlp if of_child is None else children[of_child]).__dict__.get(name, _OWN)
+        if now is not known and not (type(now) is type(known) in _PLAIN and now == known):
+            return Reason.NOT_GATED
     for name in (roles.gate, roles.up, roles.down):
         layer = children.get(name)
         if not isinstance(layer, FusedForward):
@@ -209,9 +275,9 @@ def originals() -> Mapping[type, type]:
 
 def why_not(mlp: nn.Module) -> Reason | None:
     """Why the next call of a fused MLP, on an input of the weights' dtype, is its own; None if it is not."""
-    gate = mlp.__dict__["_modules"][mlp.__dict__[ROLES].gate]
-    weight = gate.get_base_layer().weight
-    found = _operands(mlp, torch.empty(0, dtype=weight.dtype, device=weight.device))
+    roles = mlp.__dict__[ROLES]
+    weight = mlp.__dict__["_modules"][roles.gate].get_base_layer().weight
+    found = _operands(mlp, roles, torch.empty(0, dtype=weight.dtype, device=weight.device))
     return found if type(found) is Reason else None
 
 

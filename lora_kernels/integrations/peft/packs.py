@@ -1,7 +1,8 @@
 """Layers that read one x, served by one ``lora_pack``: the first of them that is called computes what all give.
 
 The others, called with the same tensor, hand out what is theirs. Each layer is still called, with its hooks; a layer
-that is called with another tensor, or is not as it was when the first was, computes its own.
+that is called with another tensor, or is not as it was when the first was, computes its own. A pack whose results
+nobody takes pauses, and tries again later.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,18 @@ _PACK = "_lora_pack"
 """Where a layer has (its pack, its place in it)."""
 ROLES = "_gated_mlp"
 """Where a gated MLP that is fused has the names of its layers (``mlp.py``)."""
-_MISSES = 2
-"""After so many calls in a row whose results nobody asked for, a pack is given up."""
+_MISSES, _PAUSE = 2, 64
+"""After so many calls in a row whose results nobody asked for, a pack pauses for so many."""
+
+
+class _Waiting(NamedTuple):
+    """What is computed and not handed out, and under what circumstances it was."""
+
+    x: Tensor
+    modes: tuple
+    operands: list[operands.Operands]
+    versions: list[tuple[int, ...]]
+    results: list[Tensor | None]
 
 
 class Pack:
@@ -35,9 +46,8 @@ class Pack:
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
-        self.misses = 0
-        self.waiting: tuple[Tensor, int, bool, list[Tensor | None]] | None = None
-        """x, its version, whether gradients are recorded, and the results that are not handed out."""
+        self.misses, self.paused = 0, 0
+        self.waiting: _Waiting | None = None
 
     @property
     def layers(self) -> list[Any]:
@@ -85,21 +95,50 @@ def first_layer(module: nn.Module) -> str:
     return "" if roles is None else roles.gate
 
 
-def call(pack: Pack, place: int, x: Any) -> Tensor | Reason:
+def call(pack: Pack, place: int, layer: nn.Module, x: Any) -> Tensor | Reason:
     """What the layer in this place gives for x, or why it computes that itself."""
     if place == 0:
         return _compute(pack, x)
     waiting = pack.waiting
-    if waiting is None or waiting[0] is not x:
+    if waiting is None or waiting.x is not x or waiting.modes != _modes(x):
         return Reason.PACK_APART
-    _, version, records, results = waiting
-    if records != torch.is_grad_enabled() or version != _version(x):
+    now: Any = operands.operands(layer)
+    if type(now) is not tuple or not _is_same(now, waiting.operands[place]):
         return Reason.PACK_APART
+    if _versions(now) != waiting.versions[place]:
+        return Reason.PACK_APART
+    results = waiting.results
     result = results[place]
     results[place] = None
     if all(left is None for left in results):
         pack.waiting, pack.misses = None, 0
     return Reason.PACK_APART if result is None else result
+
+
+def _is_same(now: operands.Operands, then: operands.Operands) -> bool:
+    """Whether a layer has what it had. A bias that is a sum, of the base's and the adapter's, is made for each call."""
+    weight, lora_A, lora_B, bias, *numbers, magnitude = now
+    return (
+        weight is then[0] and lora_A is then[1] and lora_B is then[2]
+        and (bias is then[3] or type(bias) is Tensor is type(then[3]))
+        and all(a is b or a == b for a, b in zip(numbers, then[4:7])) and magnitude is then[7]
+    )  # fmt: skip
+
+
+def _versions(of_layer: operands.Operands) -> tuple[int, ...]:
+    """Traced code, and inference mode, know none."""
+    if is_compiling():
+        return ()
+    return tuple(0 if t.is_inference() else t._version for t in of_layer[:3])  # type: ignore[union-attr]
+
+
+def _modes(x: Tensor) -> tuple:
+    """x's version, and what else a result depends on. Compilers have their own ways to know."""
+    if is_compiling():
+        return (torch.is_grad_enabled(),)
+    cast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    inference = torch.is_inference_mode_enabled()
+    return torch.is_grad_enabled(), inference, cast, 0 if x.is_inference() else x._version
 
 
 def why_not(pack: Pack, x: Tensor) -> list[operands.Operands] | Reason:
@@ -130,7 +169,9 @@ def _compute(pack: Pack, x: Any) -> Tensor | Reason:
         pack.waiting = None
         pack.misses += 1
     if pack.misses >= _MISSES:
-        return Reason.PACK_APART
+        pack.paused += 1
+        if pack.paused % _PAUSE:
+            return Reason.PACK_APART
     found: Any = why_not(pack, x)
     if type(found) is Reason:
         return found
@@ -141,10 +182,5 @@ def _compute(pack: Pack, x: Any) -> Tensor | Reason:
         lora_pack(x, weights, lora_As, lora_Bs, biases, scalings=scalings, dropout_p=probabilities, training=drops)
     )
     first, results[0] = results[0], None
-    pack.waiting = x, _version(x), torch.is_grad_enabled(), results
+    pack.waiting = _Waiting(x, _modes(x), found, [_versions(of_layer) for of_layer in found], results)
     return first
-
-
-def _version(x: Tensor) -> int:
-    """Traced code, and inference mode, know none."""
-    return 0 if is_compiling() or x.is_inference() else x._version
