@@ -1,4 +1,4 @@
-"""Cases of ``lora-kernels bench`` for experts, many adapters, packs: what they time, and that wrong results end them."""
+"""Cases of ``lora-kernels bench`` for experts, adapters, packs: what they time, and that wrong results end them."""
 
 from collections import Counter
 

@@ -1,7 +1,8 @@
 """``lora_pack``: several LoRA linears of one x, as q, k and v or gate and up are, and their gradients.
 
 Member i is a ``lora_linear`` with weight [N_i, K] and rank r_i of its own, 0 where it has no adapter. Its mask is that
-of the seed ``philox.member_seed(seed, i)``. What each reads of x is read once; the gradient of x is one sum.
+of the seed ``philox.member_seed(seed, i)``. What each reads of x is read once; the gradient of x is one sum. s holds
+each member's [rows, rank], one behind the other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .. import dispatch, philox
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from ..support import cpu
+from ..support import cpu, fits, triton
 from . import eager, lora_linear
 from .eager import EagerFunction, as_rows, not_a_view
 
@@ -42,8 +43,8 @@ def _reference(
         bias = biases[i] if biases and biases[i].numel() else None
         y, s = lora_linear.SPEC.reference(x, weight, A, B, bias, *rest)
         ys.append(y)
-        parts.append(s)
-    return ys, torch.cat(parts, -1)
+        parts.append(s.flatten())
+    return ys, torch.cat(parts)
 
 
 def _total_rank(lora_As: Tensors) -> int:
@@ -52,7 +53,14 @@ def _total_rank(lora_As: Tensors) -> int:
 
 def _fake(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> tuple[Tensors, Tensor]:
     lead = x.shape[:-1]
-    return [x.new_empty((*lead, w.shape[0])) for w in weights], x.new_empty((*lead, _total_rank(lora_As)))
+    return [x.new_empty((*lead, w.shape[0])) for w in weights], x.new_empty(lead.numel() * _total_rank(lora_As))
+
+
+def parts_of(s: Tensor, x: Tensor, lora_As: Tensors) -> list[Tensor]:
+    """Each member's s, [..., rank]."""
+    lead, ranks = x.shape[:-1], [A.shape[0] for A in lora_As]
+    parts = s.split([lead.numel() * rank for rank in ranks])
+    return [part.view(*lead, rank) for part, rank in zip(parts, ranks)]
 
 
 def _cpu_supports(
@@ -63,6 +71,18 @@ def _cpu_supports(
     if seed is None and cpu.reads_weight_once(x, weights[0]) and all(w.stride()[1] == 1 for w in weights):
         return cpu.DECODE
     return _of_all([cpu.matmul_verdict(x, weight) for weight in weights])
+
+
+def _triton_supports(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> Verdict:
+    ns = [weight.shape[0] for weight in weights]
+    return triton.pack_verdict(x, ns, [x.shape[-1]], [A.shape[0] for A in lora_As])
+
+
+def _triton_run(schedule: str, *args: Any) -> tuple[Tensors, Tensor]:
+    fits.check_lora_pack(*args)
+    from ..triton_kernels import lora_pack
+
+    return lora_pack.forward(schedule, *args)
 
 
 def _of_all(verdicts: Sequence[Verdict]) -> Verdict:
@@ -102,7 +122,7 @@ def _reference_backward(
     scalings: list[float], dropout_p: list[float], need_x: bool, need_A: list[bool], need_B: list[bool],
 ) -> tuple[Tensor, Tensors, Tensors]:  # fmt: skip
     grad_x, grad_As, grad_Bs = x.new_empty(0), [], []
-    parts = s.split([A.shape[0] for A in lora_As], -1)
+    parts = parts_of(s, x, lora_As)
     each = members(weights, lora_As, lora_Bs, seed, scalings, dropout_p)
     for i, (weight, A, B, *rest) in enumerate(each):
         of_member, grad_A, grad_B = lora_linear.BACKWARD.reference(
@@ -134,6 +154,20 @@ def _cpu_supports_backward(
     verdict = _of_all([cpu.matmul_verdict(grad, w, is_k_by_n=True) for grad, w in zip(grad_ys, weights)])
     # A few 16-bit rows are "aten", too, where the CPU has no instructions for them.
     return cpu.NATIVE if verdict is cpu.ATEN and cpu.is_native_16bit(x.dtype) else verdict
+
+
+def _triton_supports_backward(
+    grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors, *_: Any
+) -> Verdict:
+    ns = [weight.shape[0] for weight in weights]
+    return triton.pack_verdict(x, [x.shape[-1]], ns, [A.shape[0] for A in lora_As])
+
+
+def _triton_run_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensors, Tensors]:
+    fits.check_lora_pack_backward(*args[:9], *args[10:])
+    from ..triton_kernels import lora_pack
+
+    return lora_pack.backward(schedule, *args)
 
 
 def _needs(lora_As: Tensors, need_A: list[bool], need_B: list[bool], weights: Tensors) -> tuple[int, int]:
@@ -172,7 +206,10 @@ BACKWARD = dispatch.register(
         ),
         reference=_reference_backward,
         fake=_fake_backward,
-        kernels={"cpu": Kernel(_cpu_supports_backward)},
+        kernels={
+            "triton": Kernel(_triton_supports_backward, _triton_run_backward),
+            "cpu": Kernel(_cpu_supports_backward),
+        },
         flops=_flops_backward,
         bytes=_bytes_backward,
     )
@@ -234,7 +271,7 @@ SPEC = dispatch.register(
         ),
         reference=_reference,
         fake=_fake,
-        kernels={"cpu": Kernel(_cpu_supports)},
+        kernels={"triton": Kernel(_triton_supports, _triton_run), "cpu": Kernel(_cpu_supports)},
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 1, 4),
         flops=_flops,
@@ -268,7 +305,7 @@ INFERENCE = replace(SPEC, kernels={**SPEC.kernels, "cpu": Kernel(_cpu_supports, 
 class LoRAPackFunction(EagerFunction):
     """``lora_pack`` for eager autograd: one dispatch forward, one backward.
 
-    Saves x once, s [..., sum of ranks], the weights (by reference) and the 8-byte seed; never a mask or dropout(x).
+    Saves x once, s, the weights (by reference) and the 8-byte seed; never a mask or dropout(x).
     Call it through ``lk.lora_pack``, which checks the arguments. Autograd looks into no list: ``forward`` takes the
     number of members and the op's arguments with every list of tensors laid out.
     """
