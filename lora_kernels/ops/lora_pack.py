@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import dispatch, philox
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from ..support import cpu, fits, triton
+from ..support import cpu, cuda, fits, triton
 from . import eager, lora_linear
 from .eager import EagerFunction, as_rows, not_a_view
 
@@ -34,17 +34,21 @@ def members(
         yield weight, A, B, None if seed is None else philox.member_seed(seed, i), scaling, p
 
 
-def _reference(
-    x: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, biases: Tensors, seed: Tensor | None,
-    scalings: list[float], dropout_p: list[float],
+def _of_each(
+    forward: Callable[..., Any], x: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, biases: Tensors,
+    seed: Tensor | None, scalings: list[float], dropout_p: list[float],
 ) -> tuple[Tensors, Tensor]:  # fmt: skip
     ys, parts = [], []
     for i, (weight, A, B, *rest) in enumerate(members(weights, lora_As, lora_Bs, seed, scalings, dropout_p)):
         bias = biases[i] if biases and biases[i].numel() else None
-        y, s = lora_linear.SPEC.reference(x, weight, A, B, bias, *rest)
+        y, s = forward(x, weight, A, B, bias, *rest)
         ys.append(y)
         parts.append(s.flatten())
     return ys, torch.cat(parts)
+
+
+def _reference(*args: Any) -> tuple[Tensors, Tensor]:
+    return _of_each(lora_linear.SPEC.reference, *args)
 
 
 def _total_rank(lora_As: Tensors) -> int:
@@ -71,6 +75,23 @@ def _cpu_supports(
     if seed is None and cpu.reads_weight_once(x, weights[0]) and all(w.stride()[1] == 1 for w in weights):
         return cpu.DECODE
     return _of_all([cpu.matmul_verdict(x, weight) for weight in weights])
+
+
+def _cuda_supports(x: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, *_: Any) -> Verdict:
+    return cuda.pack_verdict(x, weights, lora_As, lora_Bs, backward=False)
+
+
+def _cuda_one_by_one(schedule: str, *args: Any) -> tuple[Tensors, Tensor]:
+    return _of_each(_of_member(lora_linear.SPEC, rank_of=2), *args)
+
+
+def _of_member(spec: OpSpec, rank_of: int) -> Callable[..., Any]:
+    """The op, but that a member without an adapter, of which argument ``rank_of`` tells, is torch's."""
+
+    def run(*args: Any) -> Any:
+        return dispatch.run(spec, *args) if args[rank_of].shape[0] else spec.reference(*args)
+
+    return run
 
 
 def _triton_supports(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> Verdict:
@@ -117,21 +138,24 @@ def _bytes(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> int:
 # --------------------------------------------------------------------------------------------------- backward
 
 
-def _reference_backward(
-    grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, seed: Tensor | None,
-    scalings: list[float], dropout_p: list[float], need_x: bool, need_A: list[bool], need_B: list[bool],
+def _of_each_backward(
+    backward: Callable[..., Any], grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors,
+    lora_Bs: Tensors, seed: Tensor | None, scalings: list[float], dropout_p: list[float], need_x: bool,
+    need_A: list[bool], need_B: list[bool],
 ) -> tuple[Tensor, Tensors, Tensors]:  # fmt: skip
     grad_x, grad_As, grad_Bs = x.new_empty(0), [], []
     parts = parts_of(s, x, lora_As)
     each = members(weights, lora_As, lora_Bs, seed, scalings, dropout_p)
     for i, (weight, A, B, *rest) in enumerate(each):
-        of_member, grad_A, grad_B = lora_linear.BACKWARD.reference(
-            grad_ys[i], x, parts[i], weight, A, B, *rest, need_x, need_A[i], need_B[i]
-        )
+        of_member, grad_A, grad_B = backward(grad_ys[i], x, parts[i], weight, A, B, *rest, need_x, need_A[i], need_B[i])
         grad_x = grad_x + of_member if i and need_x else of_member
         grad_As.append(grad_A if need_A[i] else A.new_empty(0))
         grad_Bs.append(grad_B if need_B[i] else B.new_empty(0))
     return grad_x, grad_As, grad_Bs
+
+
+def _reference_backward(*args: Any) -> tuple[Tensor, Tensors, Tensors]:
+    return _of_each_backward(lora_linear.BACKWARD.reference, *args)
 
 
 def _fake_backward(
@@ -154,6 +178,16 @@ def _cpu_supports_backward(
     verdict = _of_all([cpu.matmul_verdict(grad, w, is_k_by_n=True) for grad, w in zip(grad_ys, weights)])
     # A few 16-bit rows are "aten", too, where the CPU has no instructions for them.
     return cpu.NATIVE if verdict is cpu.ATEN and cpu.is_native_16bit(x.dtype) else verdict
+
+
+def _cuda_supports_backward(
+    grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, *_: Any
+) -> Verdict:
+    return cuda.pack_verdict(x, weights, lora_As, lora_Bs, backward=True)
+
+
+def _cuda_one_by_one_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensors, Tensors]:
+    return _of_each_backward(_of_member(lora_linear.BACKWARD, rank_of=4), *args)
 
 
 def _triton_supports_backward(
@@ -207,6 +241,7 @@ BACKWARD = dispatch.register(
         reference=_reference_backward,
         fake=_fake_backward,
         kernels={
+            "cuda": Kernel(_cuda_supports_backward, _cuda_one_by_one_backward, run_schedules=(cuda.ONE_BY_ONE,)),
             "triton": Kernel(_triton_supports_backward, _triton_run_backward),
             "cpu": Kernel(_cpu_supports_backward),
         },
@@ -271,7 +306,11 @@ SPEC = dispatch.register(
         ),
         reference=_reference,
         fake=_fake,
-        kernels={"triton": Kernel(_triton_supports, _triton_run), "cpu": Kernel(_cpu_supports)},
+        kernels={
+            "cuda": Kernel(_cuda_supports, _cuda_one_by_one, run_schedules=(cuda.ONE_BY_ONE,)),
+            "triton": Kernel(_triton_supports, _triton_run),
+            "cpu": Kernel(_cpu_supports),
+        },
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 1, 4),
         flops=_flops,
