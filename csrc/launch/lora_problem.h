@@ -40,7 +40,7 @@ struct LoraProblem {
   float scaling = 1.0f;
   const int64_t* seed = nullptr;  // where the kernel finds it; null: no dropout
   double dropout_p = 0.0;
-  uint64_t seed_step = 0;  // of a pack's member (member_seed)
+  uint64_t seed_step = 0;     // of a pack's member (member_seed)
   bool w_in_columns = false;  // w is the transpose of a matrix in rows, which only the vendor's GEMM reads
 
   int64_t m() const { return x.rows; }

@@ -57,7 +57,12 @@ def _total_rank(lora_As: Tensors) -> int:
 
 def _fake(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> tuple[Tensors, Tensor]:
     lead = x.shape[:-1]
-    return [x.new_empty((*lead, w.shape[0])) for w in weights], x.new_empty(lead.numel() * _total_rank(lora_As))
+    return [x.new_empty((*lead, w.shape[0])) for w in weights], empty_s(x, lora_As)
+
+
+def empty_s(x: Tensor, lora_As: Tensors) -> Tensor:
+    """Memory of s."""
+    return x.new_empty(x.shape[:-1].numel() * _total_rank(lora_As))
 
 
 def parts_of(s: Tensor, x: Tensor, lora_As: Tensors) -> list[Tensor]:

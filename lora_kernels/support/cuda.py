@@ -151,7 +151,8 @@ def pack_verdict(
     """Whether the CUDA kernels serve a pack, in one launch, or, "one by one", in those of each member."""
     ranks = tuple(A.shape[0] for A in lora_As)
     for weight, rank in zip(weights, ranks):
-        verdict = tensor_core_verdict(x, *weight.shape, rank)
+        n, k = weight.shape
+        verdict = tensor_core_verdict(x, n, k, rank)
         if verdict.schedule is None:
             return verdict
     ns, k = tuple(weight.shape[0] for weight in weights), x.shape[-1]
