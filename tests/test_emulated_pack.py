@@ -69,6 +69,7 @@ def test_large_and_small_tiles(rank):
 
 def test_each_member_has_its_scaling():
     """Kills: one factor for all."""
+    steered()
     x, weights, lora_As, lora_Bs, _ = problem(70, 72, (136, 24, 40), (16, 8, 16), "bf16")
     scalings, ops = [0.5, -2.0, 3.0], torch.ops
     args = x, weights, lora_As, lora_Bs, [], None, scalings, [0.0] * 3

@@ -85,10 +85,11 @@ def run_backward(grad_ys, ss, args, *, p=0.0, need_x=True, need_A=None, need_B=N
     needs = need_x, every if need_A is None else need_A, every if need_B is None else need_B
     op = torch.ops.lora_kernels_emulated_pack.lora_pack_backward
     grads = op(grad_ys, x, flat, weights, lora_As, lora_Bs, *numbers(args, p), *needs, "one launch")
-    bytes_ = bytearray(native.s())
-    grad_s = torch.frombuffer(bytes_, dtype=x.dtype) if bytes_ else flat[:0]
-    parts = parts_of(grad_s, x, lora_As) if len(grad_s) else [s[:0] for s in ss]
-    return grads, parts, native.launches()
+    launches = native.launches()
+    if not launches or launches[0]["schedule"] != "pack":
+        return grads, None, launches
+    grad_s = torch.frombuffer(bytearray(native.s()), dtype=x.dtype)
+    return grads, parts_of(grad_s, x, lora_As), launches
 
 
 def check_backward(args, *, p=0.0, **options):
