@@ -177,8 +177,7 @@ struct GradXRoles {
     template <class Add>
     LK_DEVICE static void with_sum(const LoraLinearParams& p, uint32_t smem, int row0, int column0, const Add& add) {
       if (p.seed != nullptr) {
-        Keep::template compute<Base::kThreads>(smem, NextRows{row0}, column0,
-                                               DropoutMask(p, p.n));
+        Keep::template compute<Base::kThreads>(smem, NextRows{row0}, column0, DropoutMask(p, p.n));
         add(MaskedSum<Base>{p.scaling * p.dropout_scale, smem});
       } else {
         add(ScaledSum{in_register(p.scaling)});
