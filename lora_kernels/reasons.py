@@ -20,6 +20,7 @@ class Reason(str, enum.Enum):
     LAYOUT = "tensor layout not served"
     FP32_STRICT = "strict fp32: no tensor-core kernel"
     RANK = "rank above 256"
+    MEMBERS = "more members than a launch takes"
     SIZE = "more rows, columns or tiles than 32 bits count"
     ARCHITECTURE = "GPU older than sm_80"
     DRIVER = "driver older than the CUDA toolkit of the extension"

@@ -1,4 +1,4 @@
-"""Cases of ``lora-kernels bench`` for experts and many adapters: what they time, and that wrong results end them."""
+"""Cases of ``lora-kernels bench`` for experts, adapters, packs: what they time, and that wrong results end them."""
 
 from collections import Counter
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.benchmarks import adapters, experts
+from lora_kernels.benchmarks import adapters, experts, packs
 from lora_kernels.benchmarks.cases import BASELINE, OURS, WrongResult
 
 CPU = torch.device("cpu")
@@ -18,6 +18,10 @@ def make_experts():
 
 def make_adapters(what="decode"):
     return adapters.make_case(CPU, 2, what=what, blocks=1)
+
+
+def make_pack(what="decode"):
+    return packs.make_case(CPU, "q, k", 24, (16, 8), 3, what=what)
 
 
 def served(step):
@@ -50,7 +54,17 @@ def test_adapters(what):
     assert ours == Counter({"multi_lora_linear": layers, "multi_lora_linear_backward": layers * backward})
 
 
-@pytest.mark.parametrize("make", [make_experts, make_adapters])
+@pytest.mark.parametrize("what", ["decode", "forward+backward"])
+def test_packs(what):
+    case, backward = make_pack(what), what != "decode"
+    with case.within():
+        assert served(case.steps[BASELINE]) == {}
+        apart, ours = served(case.steps[packs.APART]), served(case.steps[OURS])
+    assert apart == Counter({"lora_linear": 2, "lora_linear_backward": 2 * backward})
+    assert ours == Counter({"lora_pack": 1, "lora_pack_backward": 1 * backward})
+
+
+@pytest.mark.parametrize("make", [make_experts, make_adapters, make_pack])
 def test_wrong_results_are_not_timed(make, monkeypatch):
     patch = lk.patch
 

@@ -342,7 +342,7 @@ def test_stats_and_costs():
     assert spec.bytes(*args) == 4 * (m * (k + n + r) + n * k + r * k + expansions)
     grads = [torch.empty(m, n) for n in pack.ns]
     needs = (True, [True] * 3, [False] * 3)
-    backward = (grads, args[0], torch.empty(m, r), *args[1:4], None, pack.scalings, [0.0] * 3, *needs)
+    backward = (grads, args[0], torch.empty(m * r), *args[1:4], None, pack.scalings, [0.0] * 3, *needs)
     spec = lk.dispatch.specs()["lora_pack_backward"]
     assert spec.flops(*backward) == 2 * m * (expansions + k * (n + r) + r * k)
     assert math.isclose(spec.bytes(*backward), 4 * (m * (n + r + 2 * k) + n * k + 2 * r * k + expansions))

@@ -90,7 +90,7 @@ WRONG = {
     "biases": [torch.randn(23), torch.randn(24).half()],
     "seed": [torch.tensor([1, 2]), torch.tensor([1.0])],
     "grad_ys": [torch.randn(12, 23), torch.randn(11, 24)],
-    "s": [torch.randn(12, 6), torch.randn(11, 7)],
+    "s": [torch.randn(12 * 7 - 1), torch.randn(12, 7)],
 }
 NAMES = ("x", "weights", "lora_As", "lora_Bs", "biases", "seed", "scalings", "dropout_p")
 
@@ -103,7 +103,7 @@ def test_registered_ops_read_nothing_that_does_not_fit(name, rows):
     ops = torch.ops.lora_kernels
     for misfit in WRONG[name]:
         t = dict(zip(NAMES, op_arguments(PACK._replace(m=rows), 0.1)))
-        t |= {"grad_ys": [torch.randn(rows, n) for n in PACK.ns], "s": torch.randn(rows, 7)}
+        t |= {"grad_ys": [torch.randn(rows, n) for n in PACK.ns], "s": torch.randn(rows * 7)}
         if misfit.shape[0] == 12:
             misfit = misfit[:rows]
         t[name] = [misfit, *t[name][1:]] if isinstance(t[name], list) else misfit

@@ -111,6 +111,44 @@ def test_plan_of_the_vendors_gemm(plan, op, changes, flags, reason):
         assert _native.cuda.kernels()[launch["kernel"]] == (launch["block"][0], launch["dynamic_smem"])
 
 
+@needs_extension
+@pytest.mark.parametrize(
+    ("changes", "schedule", "reason"),
+    [
+        ({}, "ticketed", "tile columns enumerate members"),
+        ({"schedule": "cublas"}, "one by one", "as asked"),
+        ({"m": 64}, "one by one", "few rows: each member's launch"),
+        ({"arch": "sm_90"}, "one by one", "mma.sync reaches three fifths"),
+        ({"arch": "sm_90", "schedule": "one launch"}, "ticketed", "as asked"),
+    ],
+)
+def test_plan_of_packs(capsys, changes, schedule, reason):
+    options = {"m": 4096, "k": 1024, "dtype": "bf16", "arch": "sm_86"} | changes
+    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    flags += ["--n", "1024", "256", "256", "--r", "16", "0", "8"]
+    for op, others in (("lora_pack", 0), ("lora_pack_backward", 2)):
+        assert main(["plan", op, *flags]) == 0
+        launches = json.loads(capsys.readouterr().out)
+        first, *rest = launches if isinstance(launches, list) else [launches]
+        assert first["schedule"] == schedule
+        if schedule == "ticketed":
+            assert reason in first["reason"] or op == "lora_pack_backward"
+            assert [launch["schedule"] for launch in rest] == ["split rows"] * others
+            assert _native.cuda.kernels()[first["kernel"]] == (first["block"][0], first["dynamic_smem"])
+        else:
+            assert reason in first["reason"]
+
+
+@needs_extension
+def test_plans_of_packs_refuse_what_is_none():
+    device = dict(sms=108, shared_per_block=166912, capability=80, is_served=True)
+    for n, rank in (((), ()), ((8,) * 5, (8,) * 5), ((8, 8), (8,))):
+        with pytest.raises(ValueError, match="must be of 1 to 4 members"):
+            _native.cuda.plan_lora_pack(dtype="bf16", m=8, n=n, k=8, rank=rank, **device)
+    with pytest.raises(ValueError, match="schedule must be"):
+        _native.cuda.plan_lora_pack(dtype="bf16", m=8, n=(8,), k=8, rank=(8,), schedule="split", **device)
+
+
 GROUPED = {"--groups": 8, **PROBLEM, "--m": 4096}
 
 

@@ -16,6 +16,8 @@ ELEMENTWISE_BLOCK = 1024
 """Elements of one program that treats each by itself: 16 bytes per load and thread for 16-bit elements."""
 FEW_ROWS = 64
 """Rows that each read their own adapter, in programs of their own: of more, those that share one read it together."""
+MAX_MEMBERS = 4
+"""A kernel has the code of each member's tiles."""
 _BLOCK_RANK = 64
 """Ranks beyond it take several tile columns of ``inner``: its accumulators would not fit into registers."""
 _DUAL_RANK = 32

@@ -15,14 +15,19 @@ _BLOCK_ROWS, _BLOCK_COLUMNS = 16, 256
 
 
 @triton.jit
-def keep_tile(seed, rows, first_column, columns, threshold, BLOCK_COLUMNS: tl.constexpr):
+def keep_tile(seed, rows, first_column, columns, threshold, BLOCK_COLUMNS: tl.constexpr, seed_step=None):
     """The mask of some rows and of BLOCK_COLUMNS columns from ``first_column``, a multiple of 8, in a matrix that is
     ``columns`` wide: bool [rows, BLOCK_COLUMNS], True where an element is kept. ``philox.py`` defines it.
+
+    seed_step: what a member's seed is more than the pack's; None: nothing.
     """
+    key = tl.load(seed)
+    if seed_step is not None:
+        key += seed_step
     group = first_column // 8 + tl.arange(0, BLOCK_COLUMNS // 8)
     # In int64: randint4x then takes the counter's second word from the upper half.
     counter = rows.to(tl.int64)[:, None] * tl.cdiv(columns, 8) + group.to(tl.int64)[None, :]
-    w0, w1, w2, w3 = tl.randint4x(tl.load(seed), counter)
+    w0, w1, w2, w3 = tl.randint4x(key, counter)
     # Element 4a + 2b + c of a group is half c of word 2a + b. Each join appends a dimension, so c comes last.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     halves = tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF)

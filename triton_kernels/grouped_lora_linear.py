@@ -35,6 +35,7 @@ from .lora_linear import (
     out_tile,
     place,
     pointers_to,
+    signal,
     store_gradient,
     sum_of_rows,
     work,
@@ -113,9 +114,7 @@ def _fused(task, rows, row_blocks, ends, groups, steps,
                 inner_tile(task, end, None, m0, column, at * steps.down, False, BLOCK_ROWS, BLOCK_DEPTH, BLOCK_RANK,
                            EVEN_DEPTH, DROPOUT == "p", PRECISION)  # fmt: skip
                 if PART == "all":
-                    # The atomic is one thread's: the barrier puts every thread's stores before it.
-                    tl.debug_barrier()
-                    tl.atomic_add(flag, 1, sem="release", scope="gpu")
+                    signal(flag)
         else:
             column -= inner_columns
             if is_nobodys:

@@ -66,6 +66,7 @@ class FusedTask(NamedTuple):
     depth: Any
     columns: Any
     rank: Any
+    seed_step: Any = None  # as keep_tile has it
     end: None = LAST_CONSTANT
 
 
@@ -80,6 +81,7 @@ class ReduceTask(NamedTuple):
     scale: Any
     columns: Any
     rank: Any
+    seed_step: Any = None
     end: None = LAST_CONSTANT
 
 
@@ -175,7 +177,8 @@ def inner_tile(task, rows, p_tiles, m0, rank_block, down0,
         k_valid = None if EVEN_DEPTH else k < task.depth - k0
         p = _load_tile(p_tiles, P_TRANSPOSED, m0, k0, pointers_to(task.p, 0, k0, clamped, k), None, k_valid)
         if DROPS_P:
-            p = tl.where(keep_tile(task.seed, clamped, k0, task.depth, task.threshold, BLOCK_DEPTH), p, 0.0)
+            keep = keep_tile(task.seed, clamped, k0, task.depth, task.threshold, BLOCK_DEPTH, task.seed_step)
+            p = tl.where(keep, p, 0.0)
         down = load(pointers_to(task.down, k0, 0, k, r) + down0, k_valid, r < task.rank)
         accumulator = dot(p, down.to(p.dtype), accumulator, PRECISION)
     if DROPS_P:
@@ -188,17 +191,69 @@ def inner_tile(task, rows, p_tiles, m0, rank_block, down0,
 def _add_branch(accumulator, branch, task, rows, columns, DROPS_BRANCH: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """accumulator + scaling * dropout(branch), in float32: neither factor of the branch is rounded again."""
     if DROPS_BRANCH:
-        keep = keep_tile(task.seed, rows, columns, task.columns, task.threshold, BLOCK_COLUMNS)
+        keep = keep_tile(task.seed, rows, columns, task.columns, task.threshold, BLOCK_COLUMNS, task.seed_step)
         branch = tl.where(keep, branch * task.keep_scale, 0.0)
     return accumulator + branch * task.scaling
 
 
 @triton.jit
-def _store_out(task, accumulator, rows, m, n, bias0):
+def store_out(task, accumulator, rows, m, n, bias0):
     if task.bias is not None:
         accumulator += tl.load(task.bias + bias0 + n, mask=n < task.columns, other=0.0).to(tl.float32)[None, :]
     out = accumulator.to(task.out.data.dtype.element_ty)
     tl.store(pointers_to(task.out, 0, 0, m, n), out, mask=(m < rows)[:, None] & (n < task.columns)[None, :])
+
+
+@triton.jit
+def add_product(accumulator, task, p_tiles, q_tiles, m0, n0, clamped, n, n_valid, q0,
+                P_TRANSPOSED: tl.constexpr, Q_TRANSPOSED: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+                EVEN_DEPTH: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """accumulator + p @ q, of rows ``clamped`` and columns n."""
+    k = tl.arange(0, BLOCK_DEPTH)
+    for k0 in range(0, task.depth, BLOCK_DEPTH):
+        k_valid = None if EVEN_DEPTH else k < task.depth - k0
+        p = _load_tile(p_tiles, P_TRANSPOSED, m0, k0, pointers_to(task.p, 0, k0, clamped, k), None, k_valid)
+        q = _load_tile(q_tiles, Q_TRANSPOSED, k0, n0, pointers_to(task.q, k0, 0, k, n) + q0, k_valid, n_valid)
+        accumulator = dot(p, q, accumulator, PRECISION)
+    return accumulator
+
+
+@triton.jit
+def signal(flag):
+    """That a tile of ``inner`` is written."""
+    # The atomic is one thread's: the barrier puts every thread's stores before it.
+    tl.debug_barrier()
+    tl.atomic_add(flag, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def await_inner(flag, task, BLOCK_RANK: tl.constexpr):
+    """Waits for all tiles of the flag's rows."""
+    while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < tl.cdiv(task.rank, BLOCK_RANK):
+        pass
+
+
+@triton.jit
+def add_low_rank(accumulator, task, n0, clamped, n, n_valid, up0, BLOCK_ROWS: tl.constexpr,
+                 BLOCK_COLUMNS: tl.constexpr, BRANCH_DEPTH: tl.constexpr, DROPS_BRANCH: tl.constexpr,
+                 IN_PLACE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """accumulator + scaling * dropout(inner @ up), of rows ``clamped`` and columns n."""
+    branch = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    if IN_PLACE:
+        branch = accumulator * (1.0 / task.scaling)
+    # Mostly one step: stages would only cost shared memory.
+    for r0 in tl.range(0, task.rank, BRANCH_DEPTH, num_stages=1):
+        r = r0 + tl.arange(0, BRANCH_DEPTH)
+        # Past the L1 cache, which is not coherent with the program that wrote it.
+        inner = tl.load(pointers_to(task.inner, 0, 0, clamped, r), mask=(r < task.rank)[None, :], other=0.0,
+                        cache_modifier=".cg")  # fmt: skip
+        up = load(pointers_to(task.up, 0, 0, r, n) + up0, r < task.rank, n_valid)
+        branch = dot(inner, up.to(inner.dtype), branch, PRECISION)
+    if IN_PLACE:
+        accumulator = branch * task.scaling
+    else:
+        accumulator = _add_branch(accumulator, branch, task, clamped, n0, DROPS_BRANCH, BLOCK_COLUMNS)
+    return accumulator
 
 
 @triton.jit
@@ -217,33 +272,14 @@ def out_tile(task, rows, p_tiles, q_tiles, m0, column_block, flag, q0, up0, bias
     clamped = tl.minimum(m, rows - 1)
     n = n0 + tl.arange(0, BLOCK_COLUMNS)
     n_valid = None if EVEN_COLUMNS else n < task.columns
-    k = tl.arange(0, BLOCK_DEPTH)
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for k0 in range(0, task.depth, BLOCK_DEPTH):
-        k_valid = None if EVEN_DEPTH else k < task.depth - k0
-        p = _load_tile(p_tiles, P_TRANSPOSED, m0, k0, pointers_to(task.p, 0, k0, clamped, k), None, k_valid)
-        q = _load_tile(q_tiles, Q_TRANSPOSED, k0, n0, pointers_to(task.q, k0, 0, k, n) + q0, k_valid, n_valid)
-        accumulator = dot(p, q, accumulator, PRECISION)
-
+    accumulator = add_product(accumulator, task, p_tiles, q_tiles, m0, n0, clamped, n, n_valid, q0, P_TRANSPOSED,
+                              Q_TRANSPOSED, BLOCK_DEPTH, EVEN_DEPTH, PRECISION)  # fmt: skip
     if flag is not None:
-        while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < tl.cdiv(task.rank, BLOCK_RANK):
-            pass
-    branch = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    if IN_PLACE:
-        branch = accumulator * (1.0 / task.scaling)
-    # Mostly one step: stages would only cost shared memory.
-    for r0 in tl.range(0, task.rank, BRANCH_DEPTH, num_stages=1):
-        r = r0 + tl.arange(0, BRANCH_DEPTH)
-        # Past the L1 cache, which is not coherent with the program that wrote it.
-        inner = tl.load(pointers_to(task.inner, 0, 0, clamped, r), mask=(r < task.rank)[None, :], other=0.0,
-                        cache_modifier=".cg")  # fmt: skip
-        up = load(pointers_to(task.up, 0, 0, r, n) + up0, r < task.rank, n_valid)
-        branch = dot(inner, up.to(inner.dtype), branch, PRECISION)
-    if IN_PLACE:
-        accumulator = branch * task.scaling
-    else:
-        accumulator = _add_branch(accumulator, branch, task, clamped, n0, DROPS_BRANCH, BLOCK_COLUMNS)
-    _store_out(task, accumulator, rows, m, n, bias0)
+        await_inner(flag, task, BLOCK_RANK)
+    accumulator = add_low_rank(accumulator, task, n0, clamped, n, n_valid, up0, BLOCK_ROWS, BLOCK_COLUMNS, BRANCH_DEPTH,
+                               DROPS_BRANCH, IN_PLACE, PRECISION)  # fmt: skip
+    store_out(task, accumulator, rows, m, n, bias0)
 
 
 @triton.jit
@@ -267,7 +303,8 @@ def _dual_tile(task, rows, row_block,
         down = load(pointers_to(task.down, k0, 0, k, r), k_valid, r < task.rank)
         accumulator = dot(p, q, accumulator, PRECISION)
         if DROPS_P:
-            p = tl.where(keep_tile(task.seed, clamped, k0, task.depth, task.threshold, BLOCK_DEPTH), p, 0.0)
+            keep = keep_tile(task.seed, clamped, k0, task.depth, task.threshold, BLOCK_DEPTH, task.seed_step)
+            p = tl.where(keep, p, 0.0)
         inner = dot(p, down.to(p.dtype), inner, PRECISION)
     if DROPS_P:
         inner *= task.keep_scale
@@ -276,7 +313,7 @@ def _dual_tile(task, rows, row_block,
     up = load(pointers_to(task.up, 0, 0, r, n), r < task.rank, n_valid)
     branch = dot(rounded, up.to(rounded.dtype), None, PRECISION)
     accumulator = _add_branch(accumulator, branch, task, clamped, 0, DROPS_BRANCH, BLOCK_COLUMNS)
-    _store_out(task, accumulator, rows, m, n, 0)
+    store_out(task, accumulator, rows, m, n, 0)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -311,9 +348,7 @@ def _fused(task, rows, p_tiles, q_tiles,
         if column < inner_columns:
             inner_tile(task, rows, p_tiles, row * BLOCK_ROWS, column, 0, P_TRANSPOSED, BLOCK_ROWS, BLOCK_DEPTH,
                        BLOCK_RANK, EVEN_DEPTH, DROPOUT == "p", PRECISION)  # fmt: skip
-            # The atomic is one thread's: the barrier puts every thread's stores before it.
-            tl.debug_barrier()
-            tl.atomic_add(flag, 1, sem="release", scope="gpu")
+            signal(flag)
         else:
             out_tile(task, rows, p_tiles, q_tiles, row * BLOCK_ROWS, column - inner_columns, flag, 0, 0, 0,
                      P_TRANSPOSED, Q_TRANSPOSED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_RANK, BRANCH_DEPTH,
@@ -360,7 +395,7 @@ def sum_of_rows(task, column0, n, r, first_row, end_row, BLOCK_ROWS: tl.constexp
         m_valid = m < end_row - m0
         big = load(pointers_to(task.big, 0, m0, n, m), n_valid, m_valid)
         if DROPS:
-            keep = keep_tile(task.seed, m0 + m, column0, task.columns, task.threshold, BLOCK_COLUMNS)
+            keep = keep_tile(task.seed, m0 + m, column0, task.columns, task.threshold, BLOCK_COLUMNS, task.seed_step)
             big = tl.where(tl.trans(keep), big, 0.0)
         inner = load(pointers_to(task.inner, m0, 0, m, r), m_valid, r_valid)
         accumulator = dot(big, inner, accumulator, PRECISION)
@@ -441,7 +476,7 @@ def forward_task(
     return FusedTask(
         p=matrix_of(x.reshape(-1, k)), q=matrix_of(weight.t()), down=matrix_of(lora_A.t()), up=matrix_of(lora_B.t()),
         bias=None if bias is None else bias.contiguous(), out=matrix_of(y.view(-1, n)),
-        inner=matrix_of(s.view(-1, rank)), seed=seed, threshold=philox.keep_threshold(dropout_p),
+        inner=_rows_of(s), seed=seed, threshold=philox.keep_threshold(dropout_p),
         keep_scale=philox.keep_scale(dropout_p),
         scaling=scaling, depth=k, columns=n, rank=rank,
     )  # fmt: skip
@@ -456,7 +491,7 @@ def backward_task(
     rank = lora_A.shape[0]
     return FusedTask(
         p=matrix_of(grad_y.reshape(-1, n)), q=matrix_of(weight), down=matrix_of(lora_B), up=matrix_of(lora_A),
-        bias=None, out=matrix_of(grad_x.view(-1, k)), inner=matrix_of(grad_s.view(-1, rank)),
+        bias=None, out=matrix_of(grad_x.view(-1, k)), inner=_rows_of(grad_s),
         seed=seed, threshold=philox.keep_threshold(dropout_p), keep_scale=philox.keep_scale(dropout_p),
         scaling=scaling, depth=n, columns=k, rank=rank,
     )  # fmt: skip
@@ -536,8 +571,9 @@ def _fused_launches(
 
 
 def reduce_launch(
-    device: Device, out: Tensor, big: Tensor, inner: Tensor, seed: Tensor | None, scaling: float, dropout_p: float
-) -> Launch:
+    device: Device, out: Tensor, big: Tensor, inner: Tensor, seed: Tensor | None, scaling: float, dropout_p: float,
+    seed_step: int | None = None,
+) -> Launch:  # fmt: skip
     """How ``out = scaling * dropout(big)ᵀ inner`` is computed.
 
     Args:
@@ -560,7 +596,7 @@ def reduce_launch(
         big=matrix_of(big.t()), inner=matrix_of(inner), out=matrix_of(out), seed=seed,
         threshold=philox.keep_threshold(dropout_p),
         scale=scaling if seed is None else scaling * philox.keep_scale(dropout_p),
-        columns=columns, rank=rank,
+        columns=columns, rank=rank, seed_step=seed_step,
     )  # fmt: skip
     return Launch(
         kernel=_reduce,
@@ -606,6 +642,11 @@ def _descriptor(matrix: Matrix, block: tuple[int, int]) -> TensorDescriptor:
     if matrix.column_stride == 1:
         return TensorDescriptor.from_tensor(matrix.data, list(block))
     return TensorDescriptor.from_tensor(matrix.data.t(), list(reversed(block)))
+
+
+def _rows_of(t: Tensor) -> Matrix:
+    """[..., columns] as a matrix, also of no columns."""
+    return matrix_of(t.view(t.shape[:-1].numel(), t.shape[-1]))
 
 
 def matrix_of(t: Tensor) -> Matrix:

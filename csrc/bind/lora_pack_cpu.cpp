@@ -22,7 +22,9 @@ struct Member {
 
   int64_t n() const { return weight.size(0); }
   int64_t rank() const { return end - begin; }
-  Tensor of(const Tensor& s) const { return column_block(s, begin, end); }
+  Tensor columns_of(const Tensor& s) const { return column_block(s, begin, end); }
+  // Of the op's s, where members' lie one behind the other.
+  Tensor part_of(const Tensor& s, int64_t rows) const { return view2d(s, {rows, rank()}, {rank(), 1}, rows * begin); }
 };
 
 // "aten", or "onednn, aten" where members differ.
@@ -86,7 +88,7 @@ std::tuple<Tensors, Tensor> forward(const Tensor& x, const Pack& pack) {
   const Tensor rows = as_rows(x);
   const int64_t m = rows.size(0);
   const ScalarType compute = pack.upcast ? ScalarType::Float : x.scalar_type();
-  const Tensor s = new_empty_as(x, {m, pack.rank});
+  const Tensor s = new_empty_as(x, {m * pack.rank});
   Tensors ys, bs;  // bs: B transposed
   for (const Member& member : pack.members) {
     ys.push_back(member.onednn ? onednn_linear(rows, PlainMatrix(member.weight), member.bias)
@@ -106,20 +108,20 @@ std::tuple<Tensors, Tensor> forward(const Tensor& x, const Pack& pack) {
 
   for_row_blocks(m, pack.upcast, [&](int64_t m0, int64_t m1) {
     const Tensor x_block = cast(row_block(rows, m0, m1), compute);
-    Tensor s_block = row_block(s, m0, m1), s_wide = s_block;
-    if (!is_fp32(s) && (shrink || pack.upcast)) s_wide = new_empty_as(s, {m1 - m0, pack.rank}, ScalarType::Float);
+    const Tensor s_block = new_empty_as(s, {m1 - m0, pack.rank}, shrink ? ScalarType::Float : compute);
     if (shrink) {
-      (*shrink)(s_wide, x_block, m0);
+      (*shrink)(s_block, x_block, m0);
     } else {
-      mm_out(s_wide, x_block, transposed(*a));
+      mm_out(s_block, x_block, transposed(*a));
     }
-    if (s_wide.get() != s_block.get()) torch::stable::copy_(s_block, s_wide);
-    const Tensor s_compute = cast(s_block, compute);
     for (size_t i = 0; i < ys.size(); ++i) {
       const Member& member = pack.members[i];
+      Tensor part = row_block(member.part_of(s, m), m0, m1);
+      if (member.rank() > 0) torch::stable::copy_(part, member.columns_of(s_block));
+      const Tensor s_compute = cast(part, compute);
       const auto add_branch = [&](const Tensor& block, int64_t n0, int64_t n1) {
         if (member.rank() == 0) return;
-        addmm_out(block, block, member.of(s_compute), column_block(bs[i], n0, n1), 1.0, member.scaling);
+        addmm_out(block, block, s_compute, column_block(bs[i], n0, n1), 1.0, member.scaling);
       };
       if (member.onednn) {
         add_branch(ys[i], 0, member.n());
@@ -128,7 +130,7 @@ std::tuple<Tensors, Tensor> forward(const Tensor& x, const Pack& pack) {
       }
     }
   });
-  return {with_leading_sizes_of(ys, x), lk::with_leading_sizes_of(s, x)};
+  return {with_leading_sizes_of(ys, x), s};
 }
 
 // ------------------------------------------------------------------------------------------------- decode
@@ -150,8 +152,7 @@ void run_decodes(const std::vector<LoraDecodeParams>& products) {
   });
 }
 
-// y of a few fp32 rows, and into `s` that of each member, [rows, its rank], one behind the other. As decode_rows of
-// lora_linear, with one pass over all A and one over all W.
+// y of a few fp32 rows, and the op's s. As decode_rows of lora_linear, with one pass over all A and one over all W.
 Tensors decode(const Tensor& x, const Pack& pack, float* s) {
   const Tensor rows = as_rows(x);
   const int64_t m = rows.size(0);
@@ -197,22 +198,8 @@ Tensors lora_pack_decode(Tensor x, Tensors operands, std::vector<double> scaling
   const Tensors biases = operands.size() == 4 * members ? list(3) : Tensors();
   check_lora_pack(x, weights, lora_As, lora_Bs, biases, std::nullopt, scalings, scalings);
   const Pack pack(weights, lora_As, lora_Bs, biases, std::nullopt, scalings, scalings, "decode");
-  const std::unique_ptr<float[]> s(new float[x.numel() / std::max<int64_t>(1, weights[0].size(1)) * pack.rank]);
+  const std::unique_ptr<float[]> s(new float[rows_of(x) * pack.rank]);
   return decode(x, pack, s.get());
-}
-
-std::tuple<Tensors, Tensor> decode_with_s(const Tensor& x, const Pack& pack) {
-  const Tensor s = new_empty_rows_as(x, pack.rank);
-  const int64_t m = as_rows(x).size(0);
-  const std::unique_ptr<float[]> apart(new float[m * pack.rank]);
-  const Tensors ys = decode(x, pack, apart.get());
-  for (const Member& member : pack.members) {
-    for (int64_t row = 0; row < m; ++row) {
-      std::copy_n(apart.get() + m * member.begin + row * member.rank(), member.rank(),
-                  mutable_floats(s) + row * pack.rank + member.begin);
-    }
-  }
-  return {ys, s};
 }
 
 std::tuple<Tensors, Tensor> lora_pack(Tensor x, Tensors weights, Tensors lora_As, Tensors lora_Bs, Tensors biases,
@@ -220,7 +207,9 @@ std::tuple<Tensors, Tensor> lora_pack(Tensor x, Tensors weights, Tensors lora_As
                                       std::vector<double> dropout_p, std::string schedule) {
   check_lora_pack(x, weights, lora_As, lora_Bs, biases, seed, scalings, dropout_p);
   const Pack pack(weights, lora_As, lora_Bs, biases, seed, scalings, dropout_p, schedule);
-  return schedule == "decode" ? decode_with_s(x, pack) : forward(x, pack);
+  if (schedule != "decode") return forward(x, pack);
+  const Tensor s = new_empty_as(x, {rows_of(x) * pack.rank});
+  return {decode(x, pack, mutable_floats(s)), s};
 }
 
 // ------------------------------------------------------------------------------------------------ backward
@@ -266,7 +255,7 @@ std::tuple<Tensor, Tensors, Tensors> lora_pack_backward(Tensors grad_ys, Tensor 
   const ScalarType dtype = x.scalar_type();
   const bool keeps = dtype == ScalarType::Double || (pack.in_16_bits && !seed && has_only(lora_As, dtype));
   const ScalarType wide = keeps ? dtype : ScalarType::Float;
-  const Tensor x_rows = as_rows(x), s_rows = as_rows(torch::stable::contiguous(s)), a = pack.stacked_a(wide);
+  const Tensor x_rows = as_rows(x), a = pack.stacked_a(wide);
   const int64_t m = x_rows.size(0), k = x_rows.size(1);
   const bool need_any_A = std::find(need_A.begin(), need_A.end(), true) != need_A.end();
   const bool need_grad_s = (need_x || need_any_A) && pack.rank > 0;
@@ -285,20 +274,23 @@ std::tuple<Tensor, Tensors, Tensors> lora_pack_backward(Tensors grad_ys, Tensor 
   const Tensor grad_x = need_x && !pack.upcast ? base_gradient(pack, grads, k) : new_empty_as(x, {need_x ? m : 0, k});
 
   for_row_blocks(m, dtype != wide, [&](int64_t m0, int64_t m1) {
-    const Tensor x_block = row_block(x_rows, m0, m1), s_block = cast(row_block(s_rows, m0, m1), wide);
+    const Tensor x_block = row_block(x_rows, m0, m1);
     const Tensor grad_s = new_empty_as(x, {m1 - m0, pack.rank}, wide);
     Tensors wide_grads;
     for (size_t i = 0; i < grads.size(); ++i) {
       const Member& member = pack.members[i];
       const Tensor grad = wide_grads.emplace_back(cast(row_block(grads[i], m0, m1), wide));
       if (member.rank() == 0) continue;
-      const Tensor part = member.of(grad_s);
+      const Tensor part = member.columns_of(grad_s);
       if (shrinks[i]) {
         (*shrinks[i])(part, grad, m0);
       } else if (need_grad_s) {
         addmm_out(part, part, grad, bs[i], 0.0, member.scaling);
       }
-      if (need_B[i]) add_grad(transposed(grad_Bs[i]), member.of(s_block), grad, member.scaling);
+      if (need_B[i]) {
+        const Tensor s_block = cast(row_block(member.part_of(s, m), m0, m1), wide);
+        add_grad(transposed(grad_Bs[i]), s_block, grad, member.scaling);
+      }
     }
     if (need_grad_s && need_any_A && !seed) add_grad(grad_A, grad_s, cast(x_block, wide), 1.0);
     Tensor target = need_x ? row_block(grad_x, m0, m1) : grad_x, sum = target;
@@ -314,7 +306,7 @@ std::tuple<Tensor, Tensors, Tensors> lora_pack_backward(Tensors grad_ys, Tensor 
         const Tensor a_rows = row_block(a, member.begin, member.end);
         const Tensor grad_rows = need_any_A ? row_block(grad_A, member.begin, member.end) : grad_A;
         add_dropout_grads(need_x ? &sum : nullptr, need_any_A ? &grad_rows : nullptr, x_block, a_rows,
-                          member.of(grad_s), m0, *member.dropout, 1.0);
+                          member.columns_of(grad_s), m0, *member.dropout, 1.0);
       }
     } else if (need_x) {
       addmm_out(sum, sum, cast(grad_s, sum.scalar_type()), cast(a, sum.scalar_type()), 1.0, 1.0);

@@ -14,6 +14,12 @@ inline int64_t total_rank(const Tensors& lora_As) {
   return rank;
 }
 
+inline int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  return rows;
+}
+
 inline void check_member(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B) {
   check_frozen_linear(x, weight, std::nullopt);
   if (lora_A.dim() == 2 && lora_A.size(0) == 0) {
@@ -49,7 +55,15 @@ inline void check_lora_pack_backward(const Tensors& grad_ys, const Tensor& x, co
   const size_t members = weights.size();
   STD_TORCH_CHECK(grad_ys.size() == members && need_A.size() == members && need_B.size() == members,
                   "grad_ys, need_A and need_B must be of as many members as weights");
-  for (size_t i = 0; i < members; ++i) check_gradient(grad_ys[i], x, s, weights[i].size(0), total_rank(lora_As));
+  STD_TORCH_CHECK(s.dim() == 1 && s.size(0) == rows_of(x) * total_rank(lora_As) && s.stride(0) == 1,
+                  "s must be [rows of x times all ranks], contiguous");
+  STD_TORCH_CHECK(s.scalar_type() == x.scalar_type() && is_beside(x, s), "s must have x's dtype, and be on its device");
+  for (size_t i = 0; i < members; ++i) {
+    STD_TORCH_CHECK(has_rows_of(x, grad_ys[i], weights[i].size(0)),
+                    "grad_y must be [..., n], with x's leading sizes, of each member");
+    STD_TORCH_CHECK(grad_ys[i].scalar_type() == x.scalar_type(), "grad_y must have x's dtype");
+    STD_TORCH_CHECK(is_beside(x, grad_ys[i]), "grad_y must be on x's device");
+  }
 }
 
 }  // namespace lk

@@ -4,6 +4,7 @@
 #include "../kernels/dropout_mask.cuh"
 #include "../launch/dropout_mask.h"
 #include "../launch/usable.h"
+#include "../params/lora_linear.h"
 #include "launch_over_torch.h"
 
 namespace lk {
@@ -44,7 +45,10 @@ py::tuple kept_in_tile(int64_t seed, uint32_t threshold, int columns, int row0, 
       store_shared_16(tile + i * kChunkBytes, {{~0u, ~0u, ~0u, ~0u}});
     }
     sync_block();
-    const DropoutMask mask(&seed, threshold, columns);
+    LoraLinearParams p{};
+    p.seed = &seed;
+    p.dropout_threshold = threshold;
+    const DropoutMask mask(p, columns);
     drop_tile<Tile, kTileRows, kTileThreads>(tile, NextRows{row0}, column0, mask);
     Keep::template compute<kTileThreads>(words, NextRows{row0}, column0, mask);
     sync_block();

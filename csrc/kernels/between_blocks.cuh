@@ -22,10 +22,10 @@ LK_DEVICE bool arrive_last(uint32_t* counter, int expected, uint32_t smem) {
 // Counters of a launch.
 constexpr int kTicketCounter = 0, kDoneCounter = 1, kFirstFlag = 2;
 
-// A piece of work: shrink tile or base tile number `column` of row block `row`.
+// A piece of work: shrink tile or base tile number `column` of row block `row`, in a pack of a member.
 struct WorkItem {
   bool is_shrink;
-  int row, column;
+  int row, column, member = 0;
 };
 
 // The work of a ticket. Within a group, row blocks follow each other: neighbours share columns of w, and the group's
@@ -48,15 +48,15 @@ template <class Work>
 LK_DEVICE void acquire_work(uint32_t* counters, uint32_t smem, const Work& work) {
   if (thread_index() == 0) {
     const WorkItem item = work(static_cast<int>(atomic_add(counters + kTicketCounter, 1)));
-    store_shared_16(smem,
-                    {{static_cast<uint32_t>(item.row), static_cast<uint32_t>(item.column), item.is_shrink ? 1u : 0u}});
+    store_shared_16(smem, {{static_cast<uint32_t>(item.row), static_cast<uint32_t>(item.column),
+                            item.is_shrink ? 1u : 0u, static_cast<uint32_t>(item.member)}});
   }
   sync_block();
 }
 
 LK_DEVICE WorkItem current_work(uint32_t smem) {
   const Vec16 v = load_shared_16(smem);
-  return {v.word[2] != 0, static_cast<int>(v.word[0]), static_cast<int>(v.word[1])};
+  return {v.word[2] != 0, static_cast<int>(v.word[0]), static_cast<int>(v.word[1]), static_cast<int>(v.word[3])};
 }
 
 // The block has done its work. The last one sets the counters back. Nobody needs that, since every launch finds

@@ -12,10 +12,12 @@ struct DropoutMask {
   uint64_t seed;
   uint32_t threshold;
 
-  LK_DEVICE DropoutMask(const int64_t* seed_, uint32_t threshold_, int columns)
+  // params: those of a launch that drops something.
+  template <class Params>
+  LK_DEVICE DropoutMask(const Params& p, int columns)
       : groups_per_row(dropout_groups_per_row(columns)),
-        seed(static_cast<uint64_t>(load_global(seed_))),
-        threshold(threshold_) {}
+        seed(static_cast<uint64_t>(load_global(p.seed)) + p.seed_step),
+        threshold(p.dropout_threshold) {}
 
   LK_DEVICE PhiloxWords words(int row, int column) const {
     return philox4x32(static_cast<uint64_t>(row * groups_per_row + column / kDropoutGroup), seed);

@@ -42,9 +42,9 @@ using GroupedForwardVariants =
            typename GroupedVariantsOf<Element, LoraRole::kForward, ForwardRoles, true, true>::Type>;
 template <class Element>
 using GroupedGradXVariants =
-    Concat<typename GroupedVariantsOf<Element, LoraRole::kGradX, GroupedGradXRoles, true>::Type,
-           typename GroupedVariantsOf<Element, LoraRole::kGradX, GroupedGradXRoles, false>::Type,
-           typename GroupedVariantsOf<Element, LoraRole::kGradX, GroupedGradXRoles, true, true>::Type>;
+    Concat<typename GroupedVariantsOf<Element, LoraRole::kGradX, PlainGradXRoles, true>::Type,
+           typename GroupedVariantsOf<Element, LoraRole::kGradX, PlainGradXRoles, false>::Type,
+           typename GroupedVariantsOf<Element, LoraRole::kGradX, PlainGradXRoles, true, true>::Type>;
 
 template <class Element, int kRankTile>
 using GroupedGradsVariant = Variant<LoraGradsKey{kRankTile, Access::kWhole, true},

@@ -87,7 +87,7 @@ struct LoraGrads {
     };
     float scale = p.scaling;
     if (p.seed != nullptr) {
-      run(DropX<SomePart>{part, column0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
+      run(DropX<SomePart>{part, column0, DropoutMask(p, p.k)});
       scale *= p.dropout_scale;
     } else {
       run(NoSideTask{});

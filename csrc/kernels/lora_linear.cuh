@@ -9,6 +9,7 @@
 // Where what happens to one tile is:
 // - between_blocks.cuh: which tile a block computes (tickets), how the last block cleans up, flags between blocks;
 // - row_groups.cuh: which rows and whose factors a tile has, where rows belong to groups;
+// - members.cuh: which columns and whose factors, where a launch is of several layers of one x;
 // - lora_linear.cuh: shrink and base tiles, and what the forward and the gradient of x do differently (*Roles);
 // - operand.cuh: x, w, a and b from memory to shared memory (walks and chunks) and from there to fragments;
 // - formats/: operands that are decoded on the way, as fp32 adapters are;
@@ -28,6 +29,7 @@
 #include "between_blocks.cuh"
 #include "gemm.cuh"
 #include "lora_branch.cuh"
+#include "members.cuh"
 #include "row_groups.cuh"
 
 namespace lk {
@@ -125,7 +127,7 @@ struct ForwardRoles {
     template <class Run>
     LK_DEVICE static float with_task(const LoraLinearParams& p, uint32_t, int row0, const Run& run) {
       if (p.seed != nullptr) {
-        run(DropX<Shrink>{row0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
+        run(DropX<Shrink>{row0, DropoutMask(p, p.k)});
         return p.dropout_scale;
       }
       run(NoSideTask{});
@@ -175,8 +177,7 @@ struct GradXRoles {
     template <class Add>
     LK_DEVICE static void with_sum(const LoraLinearParams& p, uint32_t smem, int row0, int column0, const Add& add) {
       if (p.seed != nullptr) {
-        Keep::template compute<Base::kThreads>(smem, NextRows{row0}, column0,
-                                               DropoutMask(p.seed, p.dropout_threshold, p.n));
+        Keep::template compute<Base::kThreads>(smem, NextRows{row0}, column0, DropoutMask(p, p.n));
         add(MaskedSum<Base>{p.scaling * p.dropout_scale, smem});
       } else {
         add(ScaledSum{in_register(p.scaling)});
@@ -185,8 +186,9 @@ struct GradXRoles {
   };
 };
 
-// The same of rows in groups, where no tile of s computes parts of dB: there may be as many of these as rows of dY.
-struct GroupedGradXRoles : GradXRoles {
+// The same where no tile of s computes parts of dB: of rows in groups, as there may be as many of them as rows of dY,
+// and of packs.
+struct PlainGradXRoles : GradXRoles {
   template <class Shrink, Access>
   struct ShrinkSide {
     static constexpr int kBytes = 0;
@@ -216,8 +218,7 @@ struct LoraLinear {
   using BranchSide = typename Roles::template BranchSide<Base>;
   static constexpr int kOffsetAfterStages = larger(Base::kSharedBytes, Base::kBytesResult);
   static constexpr int kOffsetWork = kOffsetAfterStages + larger(ShrinkSide::kBytes, BranchSide::kBytes);
-  static constexpr int kOffsetRows = kOffsetWork + kBytesWork;
-  static constexpr int kSharedBytes = kOffsetRows + Rows::kBytes;
+  static constexpr int kSharedBytes = kOffsetWork + kBytesWork + Rows::kBytes;
   static_assert(Shrink::kSharedBytes <= kOffsetAfterStages, "a rank tile is no wider than a base tile");
 
   using Params = typename Rows::Params;
@@ -226,40 +227,41 @@ struct LoraLinear {
     const uint32_t smem = dynamic_shared();
     const LoraLinearParams& all = Rows::all(p);
     acquire_work(all.counters, smem + kOffsetWork, [&](int ticket) {
-      return work_of_ticket(ticket, Rows::row_blocks(p, kM), shrink_columns(all), ceil_div(all.n, Base::kN),
-                            all.group_rows);
+      const WorkItem work = work_of_ticket(ticket, Rows::row_blocks(p, kM), shrink_columns(p),
+                                           Rows::base_columns(p, Base::kN), all.group_rows);
+      return Rows::of_member(p, work, kRankTile, Base::kN);
     });
-    if (Rows::template find<kM>(p, smem + kOffsetRows, work_of(smem).row)) {
+    if (Rows::template find<kM>(p, smem + kOffsetWork, work_of(smem).row)) {
       if (work_of(smem).is_shrink) {
         shrink_tile(p, smem);
       } else {
         base_tile(p, smem);
       }
     }
-    release_work(all.counters, Rows::row_blocks(p, kM));
+    release_work(all.counters, Rows::flags(p, kM));
   }
 
  private:
-  LK_DEVICE static int shrink_columns(const LoraLinearParams& p) { return kColumn0 ? 0 : ceil_div(p.rank, kRankTile); }
+  LK_DEVICE static int shrink_columns(const Params& p) { return kColumn0 ? 0 : Rows::shrink_columns(p, kRankTile); }
 
   LK_DEVICE static WorkItem work_of(uint32_t smem) { return current_work(smem + kOffsetWork); }
 
   LK_DEVICE static int first_row(uint32_t smem, const WorkItem& work) {
-    return Rows::template first_row<kM>(smem + kOffsetRows, work.row);
+    return Rows::template first_row<kM>(smem + kOffsetWork, work.row);
   }
 
   // Of the tile's rows: `m` is where they end.
   LK_DEVICE static decltype(auto) of_tile(const Params& p, uint32_t smem) {
-    return Rows::of_tile(p, smem + kOffsetRows);
+    return Rows::of_tile(p, smem + kOffsetWork);
   }
 
-  LK_DEVICE static uint32_t* flag_of(const LoraLinearParams& p, int row_block) {
-    return p.counters + kFirstFlag + row_block;
+  LK_DEVICE static uint32_t* flag_of(const Params& p, const WorkItem& work) {
+    return Rows::all(p).counters + kFirstFlag + Rows::flag(p, work);
   }
 
   LK_DEVICE static void shrink_tile(const Params& params, uint32_t smem) {
     const LoraLinearParams& p = of_tile(params, smem);
-    const int rank = Rows::all(params).rank;
+    const int rank = Rows::rank(params, smem + kOffsetWork);
     const WorkItem work = work_of(smem);
     const int row0 = first_row(smem, work), column0 = work.column * kRankTile;
     const Operand x{p.x, p.x_stride, p.m, p.k}, a{p.a, p.a_stride, rank, p.k};
@@ -275,11 +277,17 @@ struct LoraLinear {
     sync_block();
     store_tile<Element, kM, kRankTile, kThreads>(smem, p.s, rank, p.m, rank, row0, column0, is_s_whole(kAccess));
     sync_block();
-    if (thread_index() == 0) atomic_add_acquire_release(flag_of(p, work.row), 1);
+    if (thread_index() == 0) atomic_add_acquire_release(flag_of(params, work), 1);
   }
 
   LK_DEVICE static void base_tile(const Params& params, uint32_t smem) {
     typename Base::Accumulator acc = {};
+    if constexpr (Rows::kSumsMembers) {
+      sum_members(params, smem, acc);
+      const WorkItem work = work_of(smem);
+      epilogue<Base>(Rows::all(params), smem, first_row(smem, work), work.column * Base::kN, acc);
+      return;
+    }
     const auto run = [&](auto&& task) {
       const LoraLinearParams& p = of_tile(params, smem);
       const WorkItem work = work_of(smem);
@@ -298,10 +306,10 @@ struct LoraLinear {
         ShrinkTask<Base, kRankTile, kAccess> shrink(p, 0, p.k);
         run(shrink);
         Branch::add_own(p, smem, 0, shrink, nullptr, acc, [&] {
-          const int row_block = work_of(smem).row;
-          Branch::store_s(p, smem, row_block * kM);
+          const WorkItem work = work_of(smem);
+          Branch::store_s(p, smem, work.row * kM);
           sync_block();
-          if (thread_index() == 0) store_release(flag_of(p, row_block), 1);
+          if (thread_index() == 0) store_release(flag_of(params, work), 1);
         });
       }
     } else {
@@ -317,11 +325,36 @@ struct LoraLinear {
   LK_DEVICE static void add_branch(const Params& params, uint32_t smem, typename Base::Accumulator& acc) {
     const LoraLinearParams& p = of_tile(params, smem);
     const WorkItem work = work_of(smem);
+    const int tiles = kColumn0 ? 1 : ceil_div(Rows::rank(params, smem + kOffsetWork), kRankTile);
+    add_branch_of(p, flag_of(params, work), tiles, work, smem, acc);
+  }
+
+  // tiles: of s, after which the flag says that it is there.
+  LK_DEVICE static void add_branch_of(const LoraLinearParams& p, const uint32_t* flag, int tiles, const WorkItem& work,
+                                      uint32_t smem, typename Base::Accumulator& acc) {
     const int row0 = first_row(smem, work), column0 = work.column * Base::kN;
-    BranchSide::with_sum(p, smem + kOffsetAfterStages, row0, column0, [&](auto sum) {
-      Branch::add(p, smem, row0, column0, flag_of(p, work.row), kColumn0 ? 1 : shrink_columns(Rows::all(params)), acc,
-                  sum);
-    });
+    BranchSide::with_sum(p, smem + kOffsetAfterStages, row0, column0,
+                         [&](auto sum) { Branch::add(p, smem, row0, column0, flag, tiles, acc, sum); });
+  }
+
+  // The products of all members with their weights, and then the branches: by the first of these, s of all is there.
+  LK_DEVICE static void sum_members(const Params& params, uint32_t smem, typename Base::Accumulator& acc) {
+    LK_NO_UNROLL
+    for (int member = 0; member < params.count; ++member) {
+      const LoraLinearParams& p = params.members[member];
+      const WorkItem work = work_of(smem);
+      Base::template run<Chunk, Chunk>(smem, {p.x, p.x_stride, p.m, p.k}, first_row(smem, work),
+                                       {p.w, p.w_stride, p.n, p.k}, work.column * Base::kN, 0, p.k, acc, NoSideTask{});
+      sync_block();  // the stages are free
+    }
+    LK_NO_UNROLL
+    for (int member = 0; member < params.count; ++member) {
+      const LoraLinearParams& p = params.members[member];
+      WorkItem work = work_of(smem);
+      work.member = member;
+      add_branch_of(p, flag_of(params, work), ceil_div(p.rank, kRankTile), work, smem, acc);
+      sync_block();  // of stages, and of bits of a mask
+    }
   }
 };
 

@@ -30,7 +30,7 @@ struct LoraShrink {
     with_adapter_chunk<Element, is_a_whole(kAccess, Base::kFactors)>(p.adapters_are_float, [&](auto chunk) {
       Base::template run<PlainChunk<Element, is_base_whole(kAccess)>, decltype(chunk)>(
           smem, {p.x, p.x_stride, p.m, p.k}, row0, {p.a, p.a_stride, p.rank, p.k}, column0, k0, k1, acc,
-          DropX<Base>{row0, DropoutMask(p.seed, p.dropout_threshold, p.k)});
+          DropX<Base>{row0, DropoutMask(p, p.k)});
     });
     sync_block();  // the stages are free
     if (p.splits > 1) {
@@ -78,7 +78,7 @@ struct LoraExpand {
     }
     stage_with_bias<Base>(p, smem, column0, acc);
     if (drops) {
-      const DropoutMask mask(p.seed, p.dropout_threshold, p.n);
+      const DropoutMask mask(p, p.n);
       drop_tile<SharedTile<Base::kN, sizeof(typename Element::Storage)>, Base::kM, kThreads>(smem, NextRows{row0},
                                                                                              column0, mask);
       sync_block();

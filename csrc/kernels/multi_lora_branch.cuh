@@ -104,19 +104,19 @@ struct MultiLoraShrink {
     const Operand x{all.x, all.x_stride, rows.end, all.k, rows.order};
     const void* const own_a = bytes_behind(all.a, adapter.number * p.pools.a_step);
     float scale = 1.0f;
-    with_pool_factor<Element, kRanksInMemoryRows>(
-        p, {own_a, all.a_stride, adapter.rank, all.k}, [&](const Operand& a, auto chunk) {
-          const auto run = [&](auto&& task) {
-            Base::template run<InOrder<AsyncChunk<Element>>, decltype(chunk)>(smem, x, rows.first, a, column0, k0, k1,
-                                                                              acc, task);
-          };
-          if (Roles::kDropsX && all.seed != nullptr) {
-            run(DropRows{rows, DropoutMask(all.seed, all.dropout_threshold, all.k)});
-            scale = all.dropout_scale;
-          } else {
-            run(NoSideTask{});
-          }
-        });
+    with_pool_factor<Element, kRanksInMemoryRows>(p, {own_a, all.a_stride, adapter.rank, all.k},
+                                                  [&](const Operand& a, auto chunk) {
+                                                    const auto run = [&](auto&& task) {
+                                                      Base::template run<InOrder<AsyncChunk<Element>>, decltype(chunk)>(
+                                                          smem, x, rows.first, a, column0, k0, k1, acc, task);
+                                                    };
+                                                    if (Roles::kDropsX && all.seed != nullptr) {
+                                                      run(DropRows{rows, DropoutMask(all, all.k)});
+                                                      scale = all.dropout_scale;
+                                                    } else {
+                                                      run(NoSideTask{});
+                                                    }
+                                                  });
     sync_block();  // the stages are free
     if (all.splits > 1) {
       float* const partials = all.partials + static_cast<int64_t>(tile) * all.splits * kPartial<Base>;
@@ -175,8 +175,7 @@ struct MultiLoraExpand {
     if (adapter.rank == 0) return;
     const bool drops = !Roles::kDropsX && all.seed != nullptr;
     if (drops) {
-      Keep::template compute<kThreads>(smem + kOffsetKeep, rows, column0,
-                                       DropoutMask(all.seed, all.dropout_threshold, all.n));
+      Keep::template compute<kThreads>(smem + kOffsetKeep, rows, column0, DropoutMask(all, all.n));
     }
     typename Base::Accumulator acc = {};
     const Operand s{all.s, all.rank, rows.end, adapter.rank, rows.order};

@@ -8,7 +8,7 @@
 
 #include "../config/grouped_lora_linear.h"
 #include "../params/grouped_lora_linear.h"
-#include "../tile.h"
+#include "between_blocks.cuh"
 
 namespace lk {
 
@@ -62,10 +62,25 @@ LK_DEVICE GroupRows find_group_rows(const RowGroups& groups, int m, int block, i
 LK_DEVICE const void* bytes_behind(const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; }
 
 // What LoraLinear asks of its rows: the parameters of the launch, how many blocks of rows there are, whether one of
-// them has rows (find) and which, and the parameters of a tile's own problem, whose `m` is where its rows end.
+// them has rows (find) and which, and the parameters of a tile's own problem, whose `m` is where its rows end. And of
+// its columns (members.cuh): how many tiles there are of them in a block of rows, and flags; which a tile's are.
+// `smem`: of the block's work, with kBytes behind it.
 //
+// Columns of one weight.
+template <class Rows>
+struct OneMember {
+  static constexpr bool kSumsMembers = false;
+
+  LK_DEVICE static int shrink_columns(const auto& p, int tile) { return ceil_div(Rows::all(p).rank, tile); }
+  LK_DEVICE static int base_columns(const auto& p, int tile) { return ceil_div(Rows::all(p).n, tile); }
+  LK_DEVICE static WorkItem of_member(const auto&, const WorkItem& work, int, int) { return work; }
+  LK_DEVICE static int rank(const auto& p, uint32_t) { return Rows::all(p).rank; }
+  LK_DEVICE static int flags(const auto& p, int rows) { return Rows::row_blocks(p, rows); }
+  LK_DEVICE static int flag(const auto&, const WorkItem& work) { return work.row; }
+};
+
 // All rows are one problem.
-struct OneGroup {
+struct OneGroup : OneMember<OneGroup> {
   using Params = LoraLinearParams;
   static constexpr int kBytes = 0;
 
@@ -83,7 +98,7 @@ struct OneGroup {
 };
 
 // Each group is one. The block's lies in shared memory and is read where it is needed, as its work is.
-struct ManyGroups {
+struct ManyGroups : OneMember<ManyGroups> {
   using Params = GroupedLoraLinearParams;
   static constexpr int kBytes = kBytesGroupRows;
 
@@ -92,18 +107,18 @@ struct ManyGroups {
 
   template <int kRows>
   LK_DEVICE static bool find(const Params& p, uint32_t smem, int row_block) {
-    const GroupRows rows = find_group_rows<false>(p.groups, p.lora.m, row_block, kRows, smem);
+    const GroupRows rows = find_group_rows<false>(p.groups, p.lora.m, row_block, kRows, smem + kBytesWork);
     return rows.first < rows.end;
   }
 
   template <int kRows>
   LK_DEVICE static int first_row(uint32_t smem, int) {
-    return load_group_rows(smem).first;
+    return load_group_rows(smem + kBytesWork).first;
   }
 
   // Rows of nobody are multiplied by nothing.
   LK_DEVICE static LoraLinearParams of_tile(const Params& p, uint32_t smem) {
-    const auto [group, group_first, first, end] = load_group_rows(smem);
+    const auto [group, group_first, first, end] = load_group_rows(smem + kBytesWork);
     LoraLinearParams one = p.lora;
     one.w = bytes_behind(one.w, group * p.w_step);
     one.a = bytes_behind(one.a, group * p.a_step);

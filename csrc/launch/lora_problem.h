@@ -40,6 +40,7 @@ struct LoraProblem {
   float scaling = 1.0f;
   const int64_t* seed = nullptr;  // where the kernel finds it; null: no dropout
   double dropout_p = 0.0;
+  uint64_t seed_step = 0;     // of a pack's member (member_seed)
   bool w_in_columns = false;  // w is the transpose of a matrix in rows, which only the vendor's GEMM reads
 
   int64_t m() const { return x.rows; }
@@ -148,6 +149,7 @@ inline LoraLinearParams forward_params(const LoraProblem& p, OutputRef y, void* 
           .dropout_threshold = dropout.threshold,
           .dropout_scale = dropout.scale,
           .seed = p.seed,
+          .seed_step = p.seed_step,
           .counters = workspace.counters,
           .group_rows = launch.group_rows,
           .splits = launch.splits,
@@ -202,6 +204,7 @@ inline LoraLinearParams grad_x_params(const LoraBackwardProblem& p, OutputRef gr
           .dropout_threshold = dropout.threshold,
           .dropout_scale = dropout.scale,
           .seed = f.seed,
+          .seed_step = f.seed_step,
           .counters = workspace.counters,
           .group_rows = launch.group_rows,
           .splits = launch.splits,
@@ -233,6 +236,7 @@ inline LoraGradsParams grads_params(const LoraBackwardProblem& p, void* grad_a, 
           .dropout_threshold = dropout.threshold,
           .dropout_scale = dropout.scale,
           .seed = f.seed,
+          .seed_step = f.seed_step,
           .splits = config.grads.splits,
           .split_rows = config.grads.split_rows,
           .partials = workspace.partials,

@@ -25,6 +25,7 @@ struct LoraLinearParams {
   uint32_t dropout_threshold;
   float dropout_scale;
   const int64_t* seed;  // null: no dropout
+  uint64_t seed_step;   // what the mask's seed is more than that: of a pack's member (member_seed)
   // Zero before the launch and again after it. Ticketed and column-0: tickets drawn, blocks done, then one flag per
   // block of rows. Dual and decode, where splits > 1: one per tile.
   uint32_t* counters;
@@ -53,6 +54,7 @@ struct LoraGradsParams {
   uint32_t dropout_threshold;
   float dropout_scale;
   const int64_t* seed;          // null: no dropout
+  uint64_t seed_step;           // as above
   int32_t splits, split_rows;   // the rows are cut into `splits` parts of split_rows
   float* partials;              // null if splits is 1
   uint32_t* counters;           // one per tile, zero before the launch and again after it

@@ -21,7 +21,7 @@ from . import _arguments as arguments
 from ._console import CliError, error
 from ._models import DTYPES, pick_device, require
 
-LEVELS = ("layer", "decode", "sweep", "qlora", "experts", "adapters", "prompt", "block", "model")
+LEVELS = ("layer", "decode", "sweep", "qlora", "experts", "adapters", "pack", "prompt", "block", "model")
 ALL, MODELLED = "all", "modelled"
 
 
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    from ..benchmarks import adapters, experts, layers, models, prompts, quantized
+    from ..benchmarks import adapters, experts, layers, models, packs, prompts, quantized
 
     compiles = not options.no_compile
     if not options.levels:
@@ -131,6 +131,7 @@ def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
         "qlora": lambda: quantized.qlora_cases(device),
         "experts": lambda: experts.experts_cases(device),
         "adapters": lambda: adapters.adapters_cases(device),
+        "pack": lambda: packs.pack_cases(device),
         "prompt": lambda: prompts.prompt_cases(device=device),
         "block": lambda: models.block_cases(device, compiles),
         "model": lambda: models.model_cases(device),

@@ -94,11 +94,10 @@ def _reference(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _fake(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     w, lead = _call(args).layers, x.shape[:-1]
-    columns = (
-        w.down_weight.shape[0], w.gate_weight.shape[0], w.up_weight.shape[0], w.gate_A.shape[0] + w.up_A.shape[0],
-        w.down_A.shape[0],
-    )  # fmt: skip
-    return tuple(x.new_empty((*lead, n)) for n in columns)
+    y, gate, up, s_down = (
+        x.new_empty((*lead, factor.shape[0])) for factor in (w.down_weight, w.gate_weight, w.up_weight, w.down_A)
+    )
+    return y, gate, up, lora_pack.empty_s(x, [w.gate_A, w.up_A]), s_down
 
 
 def _biases(w: Layers) -> list[Tensor]:

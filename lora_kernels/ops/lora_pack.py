@@ -1,7 +1,8 @@
 """``lora_pack``: several LoRA linears of one x, as q, k and v or gate and up are, and their gradients.
 
 Member i is a ``lora_linear`` with weight [N_i, K] and rank r_i of its own, 0 where it has no adapter. Its mask is that
-of the seed ``philox.member_seed(seed, i)``. What each reads of x is read once; the gradient of x is one sum.
+of the seed ``philox.member_seed(seed, i)``. What each reads of x is read once; the gradient of x is one sum. s holds
+each member's [rows, rank], one behind the other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .. import dispatch, philox
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from ..support import cpu
+from ..support import cpu, cuda, fits, triton
 from . import eager, lora_linear
 from .eager import EagerFunction, as_rows, not_a_view
 
@@ -33,17 +34,21 @@ def members(
         yield weight, A, B, None if seed is None else philox.member_seed(seed, i), scaling, p
 
 
-def _reference(
-    x: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, biases: Tensors, seed: Tensor | None,
-    scalings: list[float], dropout_p: list[float],
+def _of_each(
+    forward: Callable[..., Any], x: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, biases: Tensors,
+    seed: Tensor | None, scalings: list[float], dropout_p: list[float],
 ) -> tuple[Tensors, Tensor]:  # fmt: skip
     ys, parts = [], []
     for i, (weight, A, B, *rest) in enumerate(members(weights, lora_As, lora_Bs, seed, scalings, dropout_p)):
         bias = biases[i] if biases and biases[i].numel() else None
-        y, s = lora_linear.SPEC.reference(x, weight, A, B, bias, *rest)
+        y, s = forward(x, weight, A, B, bias, *rest)
         ys.append(y)
-        parts.append(s)
-    return ys, torch.cat(parts, -1)
+        parts.append(s.flatten())
+    return ys, torch.cat(parts)
+
+
+def _reference(*args: Any) -> tuple[Tensors, Tensor]:
+    return _of_each(lora_linear.SPEC.reference, *args)
 
 
 def _total_rank(lora_As: Tensors) -> int:
@@ -52,7 +57,19 @@ def _total_rank(lora_As: Tensors) -> int:
 
 def _fake(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> tuple[Tensors, Tensor]:
     lead = x.shape[:-1]
-    return [x.new_empty((*lead, w.shape[0])) for w in weights], x.new_empty((*lead, _total_rank(lora_As)))
+    return [x.new_empty((*lead, w.shape[0])) for w in weights], empty_s(x, lora_As)
+
+
+def empty_s(x: Tensor, lora_As: Tensors) -> Tensor:
+    """Memory of s."""
+    return x.new_empty(x.shape[:-1].numel() * _total_rank(lora_As))
+
+
+def parts_of(s: Tensor, x: Tensor, lora_As: Tensors) -> list[Tensor]:
+    """Each member's s, [..., rank]."""
+    lead, ranks = x.shape[:-1], [A.shape[0] for A in lora_As]
+    parts = s.split([lead.numel() * rank for rank in ranks])
+    return [part.view(*lead, rank) for part, rank in zip(parts, ranks)]
 
 
 def _cpu_supports(
@@ -63,6 +80,35 @@ def _cpu_supports(
     if seed is None and cpu.reads_weight_once(x, weights[0]) and all(w.stride()[1] == 1 for w in weights):
         return cpu.DECODE
     return _of_all([cpu.matmul_verdict(x, weight) for weight in weights])
+
+
+def _cuda_supports(x: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, *_: Any) -> Verdict:
+    return cuda.pack_verdict(x, weights, lora_As, lora_Bs, backward=False)
+
+
+def _cuda_one_by_one(schedule: str, *args: Any) -> tuple[Tensors, Tensor]:
+    return _of_each(_of_member(lora_linear.SPEC, rank_of=2), *args)
+
+
+def _of_member(spec: OpSpec, rank_of: int) -> Callable[..., Any]:
+    """The op, but that a member without an adapter, of which argument ``rank_of`` tells, is torch's."""
+
+    def run(*args: Any) -> Any:
+        return dispatch.run(spec, *args) if args[rank_of].shape[0] else spec.reference(*args)
+
+    return run
+
+
+def _triton_supports(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> Verdict:
+    ns = [weight.shape[0] for weight in weights]
+    return triton.pack_verdict(x, ns, [x.shape[-1]], [A.shape[0] for A in lora_As])
+
+
+def _triton_run(schedule: str, *args: Any) -> tuple[Tensors, Tensor]:
+    fits.check_lora_pack(*args)
+    from ..triton_kernels import lora_pack
+
+    return lora_pack.forward(schedule, *args)
 
 
 def _of_all(verdicts: Sequence[Verdict]) -> Verdict:
@@ -97,21 +143,24 @@ def _bytes(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> int:
 # --------------------------------------------------------------------------------------------------- backward
 
 
-def _reference_backward(
-    grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, seed: Tensor | None,
-    scalings: list[float], dropout_p: list[float], need_x: bool, need_A: list[bool], need_B: list[bool],
+def _of_each_backward(
+    backward: Callable[..., Any], grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors,
+    lora_Bs: Tensors, seed: Tensor | None, scalings: list[float], dropout_p: list[float], need_x: bool,
+    need_A: list[bool], need_B: list[bool],
 ) -> tuple[Tensor, Tensors, Tensors]:  # fmt: skip
     grad_x, grad_As, grad_Bs = x.new_empty(0), [], []
-    parts = s.split([A.shape[0] for A in lora_As], -1)
+    parts = parts_of(s, x, lora_As)
     each = members(weights, lora_As, lora_Bs, seed, scalings, dropout_p)
     for i, (weight, A, B, *rest) in enumerate(each):
-        of_member, grad_A, grad_B = lora_linear.BACKWARD.reference(
-            grad_ys[i], x, parts[i], weight, A, B, *rest, need_x, need_A[i], need_B[i]
-        )
+        of_member, grad_A, grad_B = backward(grad_ys[i], x, parts[i], weight, A, B, *rest, need_x, need_A[i], need_B[i])
         grad_x = grad_x + of_member if i and need_x else of_member
         grad_As.append(grad_A if need_A[i] else A.new_empty(0))
         grad_Bs.append(grad_B if need_B[i] else B.new_empty(0))
     return grad_x, grad_As, grad_Bs
+
+
+def _reference_backward(*args: Any) -> tuple[Tensor, Tensors, Tensors]:
+    return _of_each_backward(lora_linear.BACKWARD.reference, *args)
 
 
 def _fake_backward(
@@ -134,6 +183,30 @@ def _cpu_supports_backward(
     verdict = _of_all([cpu.matmul_verdict(grad, w, is_k_by_n=True) for grad, w in zip(grad_ys, weights)])
     # A few 16-bit rows are "aten", too, where the CPU has no instructions for them.
     return cpu.NATIVE if verdict is cpu.ATEN and cpu.is_native_16bit(x.dtype) else verdict
+
+
+def _cuda_supports_backward(
+    grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, *_: Any
+) -> Verdict:
+    return cuda.pack_verdict(x, weights, lora_As, lora_Bs, backward=True)
+
+
+def _cuda_one_by_one_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensors, Tensors]:
+    return _of_each_backward(_of_member(lora_linear.BACKWARD, rank_of=4), *args)
+
+
+def _triton_supports_backward(
+    grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors, *_: Any
+) -> Verdict:
+    ns = [weight.shape[0] for weight in weights]
+    return triton.pack_verdict(x, [x.shape[-1]], ns, [A.shape[0] for A in lora_As])
+
+
+def _triton_run_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensors, Tensors]:
+    fits.check_lora_pack_backward(*args[:9], *args[10:])
+    from ..triton_kernels import lora_pack
+
+    return lora_pack.backward(schedule, *args)
 
 
 def _needs(lora_As: Tensors, need_A: list[bool], need_B: list[bool], weights: Tensors) -> tuple[int, int]:
@@ -172,7 +245,11 @@ BACKWARD = dispatch.register(
         ),
         reference=_reference_backward,
         fake=_fake_backward,
-        kernels={"cpu": Kernel(_cpu_supports_backward)},
+        kernels={
+            "cuda": Kernel(_cuda_supports_backward, _cuda_one_by_one_backward, run_schedules=(cuda.ONE_BY_ONE,)),
+            "triton": Kernel(_triton_supports_backward, _triton_run_backward),
+            "cpu": Kernel(_cpu_supports_backward),
+        },
         flops=_flops_backward,
         bytes=_bytes_backward,
     )
@@ -234,7 +311,11 @@ SPEC = dispatch.register(
         ),
         reference=_reference,
         fake=_fake,
-        kernels={"cpu": Kernel(_cpu_supports)},
+        kernels={
+            "cuda": Kernel(_cuda_supports, _cuda_one_by_one, run_schedules=(cuda.ONE_BY_ONE,)),
+            "triton": Kernel(_triton_supports, _triton_run),
+            "cpu": Kernel(_cpu_supports),
+        },
         autograd=Autograd(_setup_context, _backward),
         autocast=(0, 1, 4),
         flops=_flops,
@@ -268,7 +349,7 @@ INFERENCE = replace(SPEC, kernels={**SPEC.kernels, "cpu": Kernel(_cpu_supports, 
 class LoRAPackFunction(EagerFunction):
     """``lora_pack`` for eager autograd: one dispatch forward, one backward.
 
-    Saves x once, s [..., sum of ranks], the weights (by reference) and the 8-byte seed; never a mask or dropout(x).
+    Saves x once, s, the weights (by reference) and the 8-byte seed; never a mask or dropout(x).
     Call it through ``lk.lora_pack``, which checks the arguments. Autograd looks into no list: ``forward`` takes the
     number of members and the op's arguments with every list of tensors laid out.
     """

@@ -139,6 +139,48 @@ def multi_verdict(x: torch.Tensor, weight: torch.Tensor, adapters: int, rank: in
     return _SIZE if tiles > MAX_SIZE else verdict
 
 
+ONE_BY_ONE = "one by one"
+_MAX_MEMBERS = 4
+"""``kMaxMembers`` of csrc/params/lora_pack.h."""
+
+
+def pack_verdict(
+    x: torch.Tensor, weights: list[torch.Tensor], lora_As: list[torch.Tensor], lora_Bs: list[torch.Tensor], *,
+    backward: bool,
+) -> Verdict:  # fmt: skip
+    """Whether the CUDA kernels serve a pack, in one launch, or, "one by one", in those of each member."""
+    ranks = tuple(A.shape[0] for A in lora_As)
+    for weight, rank in zip(weights, ranks):
+        n, k = weight.shape
+        verdict = tensor_core_verdict(x, n, k, rank)
+        if verdict.schedule is None:
+            return verdict
+    ns, k = tuple(weight.shape[0] for weight in weights), x.shape[-1]
+    chunk = 16 // x.element_size()
+    is_served = (
+        len(weights) <= _MAX_MEMBERS
+        and all(size % chunk == 0 for size in (k, *ns, *ranks))
+        and all(weight.stride(-1) == 1 and _lies_in_chunks(weight) for weight in weights)
+        and all(factor.is_contiguous() for factor in (*lora_As, *lora_Bs))
+    )
+    return _planned_pack(
+        backward, _PLAN_DTYPES[x.dtype], x.numel() // k, ns, k, ranks, is_served, _schedule.get(), x.device
+    )
+
+
+@functools.cache
+def _planned_pack(
+    backward: bool, dtype: str, m: int, ns: tuple[int, ...], k: int, ranks: tuple[int, ...], is_served: bool,
+    schedule: str, device: torch.device,
+) -> Verdict:  # fmt: skip
+    plan = _native.cuda.plan_lora_pack_backward if backward else _native.cuda.plan_lora_pack
+    if len(ns) > _MAX_MEMBERS:
+        return Verdict(ONE_BY_ONE, str(Reason.MEMBERS))
+    return _told(
+        plan(dtype=dtype, m=m, n=ns, k=k, rank=ranks, is_served=is_served, schedule=schedule, **_limits(device))
+    )
+
+
 def _lies_in_chunks(weight: torch.Tensor) -> bool:
     """Whether rows of a weight, or its columns, are neighbours in memory that begin at 16 bytes and are near."""
     row, column = weight.stride()[-2:]

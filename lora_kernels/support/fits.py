@@ -70,6 +70,43 @@ def check_grouped_lora_linear_backward(
     _check_gradient(grad_y, x, s, weight.shape[-2], lora_A.shape[1])
 
 
+def check_lora_pack(
+    x: Tensor, weights: list[Tensor], lora_As: list[Tensor], lora_Bs: list[Tensor], biases: list[Tensor],
+    seed: Tensor | None, scalings: list[float], dropout_p: list[float],
+) -> None:  # fmt: skip
+    """``RuntimeError`` unless the operands of ``lora_pack`` fit together."""
+    lists = (lora_As, lora_Bs, scalings, dropout_p)
+    _check(
+        len(weights) >= 1 and all(len(given) == len(weights) for given in lists),
+        "weights, lora_As, lora_Bs, scalings and dropout_p must be of as many members, at least one",
+    )
+    _check(len(biases) in (0, len(weights)), "biases must be of no member or of each")
+    for i, (weight, A, B) in enumerate(zip(weights, lora_As, lora_Bs)):
+        bias = biases[i] if biases and biases[i].numel() else None
+        if A.dim() == 2 and len(A) == 0:
+            _check(A.shape == (0, weight.shape[1]), "lora_A must be [0, k]")
+            _check(B.shape == (weight.shape[0], 0), "lora_B must be [n, 0]")
+            A, B = weight[:1], weight[:, :1]  # of a rank that the check takes
+        check_lora_linear(x, weight, A, B, bias, seed)
+
+
+def check_lora_pack_backward(
+    grad_ys: list[Tensor], x: Tensor, s: Tensor, weights: list[Tensor], lora_As: list[Tensor], lora_Bs: list[Tensor],
+    seed: Tensor | None, scalings: list[float], dropout_p: list[float], need_A: list[bool], need_B: list[bool],
+) -> None:  # fmt: skip
+    """``RuntimeError`` unless the operands of ``lora_pack_backward`` fit together."""
+    check_lora_pack(x, weights, lora_As, lora_Bs, [], seed, scalings, dropout_p)
+    fits = len(grad_ys) == len(need_A) == len(need_B) == len(weights)
+    _check(fits, "grad_ys, need_A and need_B must be of as many members as weights")
+    lead, rank = x.shape[:-1], sum(A.shape[0] for A in lora_As)
+    _check(s.shape == (lead.numel() * rank,), "s must be [rows of x times all ranks]")
+    _check(s.dtype == x.dtype, "s must have x's dtype")
+    for grad_y, weight in zip(grad_ys, weights):
+        _check(grad_y.shape == (*lead, weight.shape[0]), "grad_y must be [..., n], with x's leading sizes")
+        _check(grad_y.dtype == x.dtype, "grad_y must have x's dtype")
+        _check_beside(x, grad_y=grad_y, s=s)
+
+
 def check_seed(seed: Tensor) -> None:
     """``RuntimeError`` unless this is the seed of a dropout mask."""
     _check(seed.dtype == torch.int64 and seed.numel() == 1, "seed must be one int64 number")

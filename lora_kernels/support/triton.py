@@ -38,6 +38,7 @@ _FP32_STRICT = Verdict(None, Reason.FP32_STRICT)
 _RANK = Verdict(None, Reason.RANK)
 _SIZE = Verdict(None, Reason.SIZE)
 _ARCHITECTURE = Verdict(None, Reason.ARCHITECTURE)
+_MEMBERS = Verdict(None, Reason.MEMBERS)
 
 
 @functools.cache
@@ -100,8 +101,23 @@ def grouped_verdict(x: torch.Tensor, columns: int, depth: int, groups: int, rank
         return verdict
     if groups > configs.MAX_GROUPS or configs.most_programs(x.shape[0], columns, groups) > MAX_SIZE:
         return _SIZE
+    return _SCHEDULES[configs.TARGETS[device_target(x)].schedule]
+
+
+def pack_verdict(x: torch.Tensor, columns: list[int], depths: list[int], ranks: list[int]) -> Verdict:
+    """The same of several members: their ``out`` have these columns, and their products these depths."""
+    if min(*columns, *depths) == 0:
+        return _LAYOUT
+    if len(ranks) > configs.MAX_MEMBERS:
+        return _MEMBERS
+    verdict = lora_verdict(x, sum(columns), max(depths), max(ranks))
+    return verdict if verdict.schedule is None else _SCHEDULES[configs.TARGETS[device_target(x)].schedule]
+
+
+def device_target(x: torch.Tensor) -> str:
+    """Key of ``configs.TARGETS`` for a GPU that was not refused."""
     gpu: Any = device_of(x.device)
-    return _SCHEDULES[configs.TARGETS[gpu.target].schedule]
+    return gpu.target
 
 
 def multi_verdict(x: torch.Tensor, columns: int, depth: int, adapters: int, rank: int, *, backward: bool) -> Verdict:

@@ -16,7 +16,7 @@ import pybind11
 import setup_script
 import torch
 
-from lora_kernels.ops import grouped_lora_linear, lora_linear, multi_lora_linear
+from lora_kernels.ops import grouped_lora_linear, lora_linear, lora_pack, multi_lora_linear
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 BUILD = CSRC.parent / "build" / "emu"
@@ -52,6 +52,13 @@ def load_multi_lora_linear() -> ModuleType:
     """The same for multi_lora_linear and its gradients, in ``torch.ops.lora_kernels_emulated_multi``."""
     _defined("lora_kernels_emulated_multi", multi_lora_linear)
     return _build_over_torch("_emu_multi_lora_linear", "emu/bind_multi_lora_linear.cpp")
+
+
+@functools.cache
+def load_lora_pack() -> ModuleType:
+    """The same for lora_pack and its gradients, in ``torch.ops.lora_kernels_emulated_pack``."""
+    _defined("lora_kernels_emulated_pack", lora_pack)
+    return _build_over_torch("_emu_lora_pack", "emu/bind_lora_pack.cpp")
 
 
 @functools.cache

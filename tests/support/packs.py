@@ -76,7 +76,7 @@ def apart(
         if A is not None:
             dropped = x
             if p:
-                keep = philox.keep_mask(philox.member_seed(torch.tensor([seed]), i), *x.shape, p)
+                keep = philox.keep_mask(philox.member_seed(torch.tensor([seed], device=x.device), i), *x.shape, p)
                 dropped = torch.where(keep, x * philox.keep_scale(p), torch.zeros((), dtype=x.dtype))
             y = y + F.linear(F.linear(dropped, A), B) * scaling
         ys.append(y)

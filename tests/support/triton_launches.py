@@ -13,6 +13,7 @@ from lora_kernels.triton_kernels import (
     configs,
     grouped_lora_linear,
     lora_linear,
+    lora_pack,
     multi_lora_linear,
     prompt_embedding,
 )  # fmt: skip
@@ -120,6 +121,23 @@ def multi_launches(target, m, n, k, rank, adapters, adapter_dtype=BF16, p=0.0, m
     pools = lora_A, lora_B, *of_each
     yield "dA", multi_lora_linear.reduce_launch(device, lora_A.mT, x, s, order, *pools, seed, 1.7, p)
     yield "dB", multi_lora_linear.reduce_launch(device, lora_B, y, s, order, *pools, None, 1.7, 0.0)
+
+
+def pack_launches(target, m, k, ns, ranks, adapter_dtype=BF16, p=0.0, bias=False):
+    """(name, launch) of a pack's forward and of its gradient of x; dA and dB are launches as above."""
+    x, weights = torch.empty(m, k, dtype=BF16), [torch.empty(n, k, dtype=BF16) for n in ns]
+    As = [torch.empty(r, k, dtype=adapter_dtype) for r in ranks]
+    Bs = [torch.empty(n, r, dtype=adapter_dtype) for n, r in zip(ns, ranks)]
+    ys, s = [torch.empty(m, n, dtype=BF16) for n in ns], torch.empty(m * sum(ranks), dtype=BF16)
+    biases = [torch.empty(n, dtype=BF16) for n in ns] if bias else []
+    seed = torch.zeros(1, dtype=torch.int64) if p > 0 else None
+    numbers = seed, [1.7] * len(ns), [p] * len(ns)
+    device, schedule = Device(target, 108), configs.TARGETS[target].schedule
+    forward = lora_pack.forward_tasks(ys, s, x, weights, As, Bs, biases, *numbers)
+    backward = lora_pack.backward_tasks(x, s, ys, weights, As, Bs, *numbers)
+    for name, tasks in (("forward", forward), ("backward", backward)):
+        for launch in lora_pack.fused_launches(device, schedule, tasks, is_sum=name == "backward"):
+            yield f"{name} {launch.constants['PART']}", launch
 
 
 def prompt_launches(hidden, dtype=BF16, prompt_dtype=FP32, embeds=False, full=True, batch=4, tokens=100, rows=20):

@@ -1,0 +1,9 @@
+#include "lora_pack.cuh"
+
+namespace lk {
+
+template cudaError_t launch_lora_pack<BFloat16>(const LoraPackParams&, const LoraPackConfig&, cudaStream_t);
+template KernelInfo describe_lora_pack<BFloat16>(const LoraPackKey&);
+template std::vector<KernelInfo> lora_pack_kernels<BFloat16>();
+
+}  // namespace lk
