@@ -179,10 +179,10 @@ def test_needs_input_grad_is_honoured(wanted, p, backend):
     for leaf, grad in zip(some, torch.autograd.grad(sum(y.sum() for y in lk.lora_pack(**t, **rest)), some)):
         torch.testing.assert_close(grad, full[id(leaf)])
     ys = lk.lora_pack(**t, **rest)
-    alone = torch.autograd.grad(ys[2].sum(), some, allow_unused=True, materialize_grads=True)
+    alone = torch.autograd.grad(ys[2].sum(), some, allow_unused=True)
     for leaf, grad in zip(some, alone):
         if any(leaf is other for other in (t["lora_As"][0], t["lora_Bs"][0])):
-            assert not grad.any()
+            assert grad is None  # of zeros, an optimizer would decay the adapter
         elif leaf is not t["x"]:
             torch.testing.assert_close(grad, full[id(leaf)])
 

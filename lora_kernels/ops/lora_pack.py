@@ -272,12 +272,17 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensors, Tensor]) -> N
 def _gradients(ctx: Any, grad_ys: Sequence[Tensor | None], needs: tuple, backward: Callable[..., Any]) -> tuple:
     """Gradients of (x, weights, lora_As, lora_Bs, biases), whose ``needs`` are a bool or a list of them.
 
-    ``backward`` calls the op. A result that nobody has used has a gradient of zeros.
+    ``backward`` calls the op. A member whose result nobody has used adds nothing to x's gradient, and has none itself.
     """
     x, s, seed, *others = ctx.saved_tensors
     count = len(ctx.scalings)
     weights, lora_As, lora_Bs = others[:count], others[count : 2 * count], others[2 * count :]
-    need_x, need_weights, need_As, need_Bs, need_biases = needs
+    used = [grad is not None for grad in grad_ys]
+    need_x, *of_members = needs
+    need_weights, need_As, need_Bs, need_biases = (
+        [need and is_used for need, is_used in zip(each, used)] for each in of_members
+    )
+    need_x = need_x and any(used)
     grads = [
         x.new_zeros((*x.shape[:-1], weight.shape[0])) if grad is None else grad
         for grad, weight in zip(grad_ys, weights)
