@@ -1,4 +1,4 @@
-"""The Triton kernels of gated_activation on the CPU: runs interpreted_gated.py in Triton's interpreter."""
+"""The Triton kernels of gated_activation, and lora_mlp by Triton's kernels, on the CPU: in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from lora_kernels.triton_kernels.launching import Device
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_interpreted():
-    run_interpreted("interpreted_gated.py")
+@pytest.mark.parametrize("file", ["interpreted_gated.py", "interpreted_mlp.py"])
+def test_interpreted(file):
+    run_interpreted(file)
 
 
 def test_verdicts(monkeypatch):
