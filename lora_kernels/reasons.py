@@ -82,6 +82,7 @@ class Reason(str, enum.Enum):
     LOGITS = "logits are asked for"
     LOSS_FUNCTION = "the loss is not transformers' ForCausalLMLoss"
     LOSS_FORWARD = "forward is not just a backbone, a head and its loss"
+    LOSS_CONFIG = "the config's bound or factor of the logits is not what was tried"
     FAST_PRODUCT = "torch multiplies this dtype fast here"
 
     def __str__(self) -> str:

@@ -46,8 +46,9 @@ def linear_cross_entropy(
 
     but logits [M, V] exist some rows at a time, in float32, whatever x's dtype is; so do their gradients. For "mean"
     and "sum", forward forms the gradients as well where they are needed: it keeps dX [..., K] in x's dtype, and those
-    of lora_A, lora_B, and of a weight and a bias that train, and backward multiplies them by a number. For "none",
-    backward computes the logits anew. On the CPU, rows whose label is ignored are not computed.
+    of lora_A, lora_B, and of a weight and a bias that train, in float32, and backward multiplies them by a number and
+    rounds them. For "none", backward computes the logits anew. On the CPU, rows whose label is ignored are not
+    computed.
 
     Args:
         x: [..., in_features]; float32, bfloat16, float16 or float64. Any strides.

@@ -67,7 +67,9 @@ def _each_backward(
     head = Head(weight, lora_A, lora_B, bias, scaling)
     grads = grad_losses.reshape(-1).to(sum_dtype(x.dtype))
     _, gradients = losses_and_gradients(tools, as_rows(x), labels.reshape(-1), head, loss, Needs(*needs), grads)
-    return _shaped(gradients, x)
+    operands = x, weight, lora_A, lora_B, bias
+    narrow = (grad if t is None else grad.to(t.dtype) for grad, t in zip(_shaped(gradients, x), operands))
+    return tuple(narrow)
 
 
 def _shaped(gradients: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
@@ -78,20 +80,22 @@ def _shaped(gradients: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
 # ------------------------------------------------------------------------------------------------ shapes, costs
 
 
-def _fake_gradients(
-    x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None, *needs: bool
-) -> tuple[Tensor, ...]:
-    operands = x, weight, lora_A, lora_B, bias
-    return tuple(x.new_empty(0) if t is None or not need else torch.empty_like(t, memory_format=torch.contiguous_format)
-                 for t, need in zip(operands, needs))  # fmt: skip
+def _fake_gradients(x: Tensor, others: tuple[Tensor | None, ...], needs: tuple, dtype: torch.dtype | None) -> Any:
+    """Of x and ``others``, the latter in ``dtype``; None: in their own, where they are asked for."""
+    grad_x = x.new_empty(x.shape if needs[0] else 0)
+    return grad_x, *(
+        x.new_empty(0, dtype=dtype if t is None else dtype or t.dtype)
+        if t is None or not need else t.new_empty(t.shape, dtype=dtype or t.dtype)
+        for t, need in zip(others, needs[1:])
+    )  # fmt: skip
 
 
 def _fake(
     x: Tensor, weight: Tensor, labels: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    gradients = _fake_gradients(x, weight, lora_A, lora_B, bias, *rest[-5:])
-    return x.new_empty((), dtype=sum_dtype(x.dtype)), *gradients
+    wide = sum_dtype(x.dtype)
+    return x.new_empty((), dtype=wide), *_fake_gradients(x, (weight, lora_A, lora_B, bias), rest[-5:], wide)
 
 
 def _fake_each(x: Tensor, weight: Tensor, labels: Tensor, *_: Any) -> Tensor:
@@ -102,7 +106,7 @@ def _fake_each_backward(
     x: Tensor, weight: Tensor, labels: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _fake_gradients(x, weight, lora_A, lora_B, bias, *rest[-5:])
+    return _fake_gradients(x, (weight, lora_A, lora_B, bias), rest[-5:], None)
 
 
 def _flops(x: Tensor, weight: Tensor, labels: Tensor, lora_A: Tensor | None, lora_B: Any, bias: Any, *rest: Any) -> int:
@@ -123,9 +127,9 @@ def _flops_each(x: Tensor, weight: Tensor, labels: Tensor, lora_A: Tensor | None
 
 
 def _bytes(x: Tensor, weight: Tensor, labels: Tensor, lora_A: Tensor | None, lora_B: Any, bias: Any, *rest: Any) -> int:
-    operands = x, weight, lora_A, lora_B, bias
-    written = [t for t, need in zip(operands, rest[-5:]) if need]
-    return _bytes_each(*operands[:2], labels, *operands[2:]) + sum(t.nbytes for t in written)
+    wide, others = sum_dtype(x.dtype).itemsize, (weight, lora_A, lora_B, bias)
+    written = sum(t.numel() * wide for t, need in zip(others, rest[-4:]) if need)
+    return _bytes_each(x, weight, labels, *others[1:]) + written + (x.nbytes if rest[-5] else 0)
 
 
 def _bytes_each(x: Tensor, weight: Tensor, labels: Tensor, *others: Any) -> int:
@@ -173,6 +177,7 @@ _PLACES = (0, 1, 3, 4, 5)
 def _save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.needs, ctx.inputs = inputs[-5:], len(inputs)
+    ctx.dtypes = [None if inputs[place] is None else inputs[place].dtype for place in _PLACES]
     ctx.save_for_backward(*output[1:])
 
 
@@ -182,15 +187,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _scaled(ctx: Any, grad_loss: Tensor | None) -> tuple:
-    """Gradients of the op's arguments: what forward has formed, times that of the sum."""
+    """Gradients of the op's arguments: what forward has formed, times that of the sum, and only then rounded."""
     grads: list[Tensor | None] = [None] * ctx.inputs
     if grad_loss is None:
         return tuple(grads)
-    for place, need, grad in zip(_PLACES, ctx.needs, ctx.saved_tensors):
+    for place, need, dtype, grad in zip(_PLACES, ctx.needs, ctx.dtypes, ctx.saved_tensors):
         if ctx.needs_input_grad[place]:
             if not need:
                 raise RuntimeError("linear_cross_entropy: forward was not asked for a gradient that backward needs")
-            grads[place] = grad * grad_loss
+            grads[place] = torch.mul(grad, grad_loss, out=grad.new_empty(grad.shape, dtype=dtype))
     return tuple(grads)
 
 
@@ -212,7 +217,9 @@ SPEC = dispatch.register(
         bytes=_bytes,
     )
 )
-"""The sum of the losses, and those of its gradients that are asked for; the others are empty."""
+"""The sum of the losses, and those of its gradients that are asked for; the others are empty. Those of all but x are
+wide: sums over rows may not fit into float16 until backward has multiplied them by 1 / rows.
+"""
 
 EACH_BACKWARD = dispatch.register(
     OpSpec(
@@ -268,7 +275,8 @@ class LinearCrossEntropyFunction(EagerFunction):
     """The sum of ``linear_cross_entropy`` for eager autograd.
 
     Saves the gradients that forward has formed: dX [..., K] in x's dtype, dA, dB, and those of a weight and a bias that
-    train; neither x nor logits. Call it through ``lk.linear_cross_entropy``, which checks the arguments.
+    train, in fp32 (fp64); neither x nor logits. Call it through ``lk.linear_cross_entropy``, which checks the
+    arguments.
     """
 
     differentiable = _PLACES

@@ -63,7 +63,7 @@ def losses_and_gradients(
     tools: Tools, x: Tensor, labels: Tensor, head: Head, loss: Loss, needs: Needs, grad_losses: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss of every row of x [M, K], and the gradients of x, weight, lora_A, lora_B and bias that are asked for;
-    empty tensors for the others.
+    empty tensors for the others. That of x is of its dtype, the others, which are sums over rows, are wide.
 
     Args:
         labels: [M], int64.
@@ -106,7 +106,9 @@ def _rows_that_count(labels: Tensor, ignore_index: int, columns: int) -> Tensor 
 
 
 class _Sums:
-    """Gradients, to which one chunk after the other is added. Sums over chunks are formed in a wide dtype."""
+    """Gradients, to which one chunk after the other is added. Sums over rows are formed in a wide dtype, and stay so:
+    what is yet to be divided by the number of rows, may not fit into float16.
+    """
 
     def __init__(self, tools: Tools, x: Tensor, head: Head, needs: Needs, *, is_whole: bool) -> None:
         self._tools, self._head, self._needs = tools, head, needs
@@ -164,19 +166,20 @@ class _Sums:
             total[begin : begin + step] += self._tools.product(a[begin : begin + step], b)
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """Of x, weight, lora_A, lora_B and bias, in their dtypes."""
-        head = self._head
-        sums = (self.weight, head.weight), (self.A, head.lora_A), (self.B, head.lora_B), (self.bias, head.bias)
-        return self.x, *(total if like is None else total.to(like.dtype) for total, like in sums)
+        """Of x, weight, lora_A, lora_B and bias."""
+        return self.x, self.weight, self.A, self.B, self.bias
 
 
 # --------------------------------------------------------------------------------------------------------- tools
 
 
 def plain_tools(x: Tensor) -> Tools:
-    """Plain torch code, on any device. Products of 16 bits are rounded to these once."""
+    """Plain torch code, on any device. Products of 16 bits are rounded to these once, but for sums over rows that
+    float16 may not hold.
+    """
     wide = sum_dtype(x.dtype)
-    return _by_products(x, lambda a, b: (a @ b).to(wide), cross_entropy_rows.reference, x.is_cpu)
+    tools = _by_products(x, lambda a, b: (a @ b).to(wide), cross_entropy_rows.reference, x.is_cpu)
+    return tools._replace(product=lambda a, b: a.to(wide) @ b.to(wide)) if x.dtype == torch.float16 else tools
 
 
 def cuda_tools(x: Tensor) -> Tools:
