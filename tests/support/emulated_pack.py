@@ -88,7 +88,8 @@ def run_backward(grad_ys, ss, args, *, p=0.0, need_x=True, need_A=None, need_B=N
     launches = native.launches()
     if not launches or launches[0]["schedule"] != "pack":
         return grads, None, launches
-    grad_s = torch.frombuffer(bytearray(native.s()), dtype=x.dtype)
+    held = bytearray(native.s())  # nothing of members without adapters
+    grad_s = torch.frombuffer(held, dtype=x.dtype) if held else flat
     return grads, parts_of(grad_s, x, lora_As), launches
 
 
