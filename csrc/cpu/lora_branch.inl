@@ -205,13 +205,31 @@ struct Dots {
       }
     }
   }
+
+  inline void add(const Dots& other) {
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kColumns; ++j) {
+        vector[i][j] += other.vector[i][j];
+        rest[i][j] += other.rest[i][j];
+      }
+    }
+  }
 };
+
+constexpr int64_t kDecodeDepth = 256 * kLanes;  // a sum over more is made in parts: each lane's rounding adds up
 
 template <int kRows, int kColumns>
 inline void decode_tile(const LoraDecodeParams& p, int64_t m, int64_t n) {
   Dots<kRows, kColumns> y;
   if (p.s != nullptr) y.add(p.alpha, p.s + m * p.rank, p.rank, p.b + n * p.b_stride, p.b_stride, p.rank);
-  y.add(1.0f, p.x + m * p.x_stride, p.x_stride, p.w + n * p.w_stride, p.w_stride, p.k);
+  const float *x = p.x + m * p.x_stride, *w = p.w + n * p.w_stride;
+  int64_t left = p.k;
+  for (; left > kDecodeDepth; left -= kDecodeDepth, x += kDecodeDepth, w += kDecodeDepth) {
+    Dots<kRows, kColumns> part;
+    part.add(1.0f, x, p.x_stride, w, p.w_stride, kDecodeDepth);
+    y.add(part);
+  }
+  y.add(1.0f, x, p.x_stride, w, p.w_stride, left);
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kColumns; ++j) {
       const float bias = p.bias != nullptr ? p.bias[n + j] : 0.0f;

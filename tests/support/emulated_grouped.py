@@ -59,6 +59,8 @@ def check_forward(args, *, p=0.0, **options):
     expected = []
     for g, rows in groups(offsets):
         one = x[rows], of_group(weight, g, 2), lora_A[g], lora_B[g], of_group(bias, g, 1)
+        # torch's product of bfloat16 by AMX reads beside strided rows, where there may be NaN.
+        one = tuple(None if t is None else t.contiguous() for t in one)
         expected.append(expected_forward(one, None if keep is None else keep[rows], scale, s[rows]))
     behind = slice(int(offsets[-1]), None)
     for ours, name, of_groups in zip((y, s), "ys", zip(*expected, strict=True) if expected else ((), ())):
