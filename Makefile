@@ -1,6 +1,6 @@
 # Every target sets up $(VENV) by itself and reuses it.
 #
-#   make demo       fine-tune a real model, fused against stock PEFT, with a plot  (about 8 minutes after the set-up)
+#   make demo       fine-tune a real model, fused against stock PEFT, with a plot  (about 10 minutes after the set-up)
 #   make test       build and run the test suite
 #   make test-full  the same, then the exhaustive tests                           (long)
 #   make build      build the extensions and say what was built
@@ -17,7 +17,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 GPU_ARGS ?=
 PTX_ARCHS ?= sm_80 sm_90 sm_120
 

@@ -143,7 +143,17 @@ def in_4_bits(folder: Path, device: torch.device) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------ stages
 
 
-def compare_gradients(stock: nn.Module, fused: nn.Module, tokens: Tensor) -> float:
+def loss_of_wide_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """``language_loss`` in float64 from the model's logits. In fp32 torch's own, over a large vocabulary, is further from
+    it than the gradients that are compared may be.
+    """
+    logits = model(input_ids=tokens, use_cache=False).logits
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
+
+
+def compare_gradients(
+    stock: nn.Module, fused: nn.Module, tokens: Tensor, stock_loss: Callable[..., Tensor] = language_loss
+) -> float:
     """Largest relative error over the gradients of all LoRA parameters, with a random B in place of the zero one."""
     models = (stock, fused)
     pairs = [[(n, p) for n, p in model.named_parameters() if p.requires_grad] for model in models]
@@ -157,9 +167,9 @@ def compare_gradients(stock: nn.Module, fused: nn.Module, tokens: Tensor) -> flo
                 a.copy_(0.02 * torch.randn(a.shape, generator=generator))
                 b.copy_(a)
     gradients = []
-    for model, parameters in zip(models, pairs, strict=True):
+    for model, loss, parameters in zip(models, (stock_loss, language_loss), pairs, strict=True):
         model.train()
-        gradients.append(torch.autograd.grad(language_loss(model, tokens), [p for _, p in parameters]))
+        gradients.append(torch.autograd.grad(loss(model, tokens), [p for _, p in parameters]))
     with torch.no_grad():
         for (_, a), (_, b), value in zip(*pairs, before, strict=True):
             a.copy_(value)
@@ -388,15 +398,12 @@ def main() -> int:
         print(f"  kept: {name} ({reason})")
     claims.require("every LoRA layer is fused", bool(report.fused) and not report.kept)
     together = with_peft(base)
-    lk.patch(together, packs=True)
+    print("\n".join(f"  {line}" for line in str(lk.patch(together, packs=True, loss=True)).splitlines()))
 
     stage("gradients of every LoRA parameter, fused against PEFT, B not zero")
-    for name, model in (("fused", fused), ("packs", together)):
-        error = compare_gradients(stock, model, tokens)
+    for name, model, loss in (("fused", fused, language_loss), (TOGETHER, together, loss_of_wide_logits)):
+        error = compare_gradients(stock, model, tokens, loss)
         claims.check(f"{name}, largest relative error", error, MAX_GRADIENT_ERROR)
-    print("\n".join(f"  {line}" for line in str(lk.patch(together, packs=True, loss=True)).splitlines()))
-    # Not a claim yet: loss=True is less accurate here than it should be (README, Limits).
-    print(f"  {TOGETHER}, largest relative difference: {compare_gradients(stock, together, tokens):.1e}")
 
     stage(f"training, {options.steps} steps each, in turn")
     losses = {"before": held_out_loss(stock, held, BATCH, device)}

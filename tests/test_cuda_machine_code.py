@@ -16,6 +16,7 @@ import setup_script
 from lora_kernels import _native
 
 pytestmark = [
+    pytest.mark.xdist_group("machine code"),  # which is read once
     pytest.mark.skipif(setup_script.load().CUDA_HOME is None, reason=setup_script.load().CUDA_REASON),
     pytest.mark.skipif(sass.disassembler() is None, reason="cuobjdump is not installed"),
 ]

@@ -85,9 +85,8 @@ def test_results_in_the_operands_memory(dtype):
 
 def test_strides():
     gate, up, grad_h = (t.t() for t in make((40, 30), FP32))
-    gated.check(run(gate, up[:, :], grad_h, "silu"), gate, up, grad_h, "silu")
-    every_other = (make((40, 60), FP32)[i][:, ::2] for i in range(3))
-    given = tuple(every_other)
+    gated.check(run(gate, up, grad_h, "silu"), gate, up, grad_h, "silu")
+    given = tuple(t[:, ::2] for t in make((40, 60), FP32))
     gated.check(run(*given, "gelu"), *given, "gelu")
 
 

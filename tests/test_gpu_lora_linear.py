@@ -142,8 +142,9 @@ def test_layouts(backend, layout, p):
 
     Forward by ``lk.lora_linear``, backward by its op, which takes s, too.
     """
-    if gpu.REHEARSED and gpu.torch_reads_beside_rows():
-        pytest.skip("torch's own product of bfloat16 reads beside strided rows on this CPU")
+    takes_torchs = backend == "reference" or (backend == "cpu" and p == 0.0)
+    if takes_torchs and layout.startswith("rows of a wider matrix") and gpu.torch_reads_beside_rows():
+        pytest.skip("torch's own product of bfloat16 reads beside strided rows on this CPU, and takes NaN from there")
     q = problem(300, 264, 136, 24, p=p)
     s = SPEC.reference(*q[:5], q.seed, SCALING, p)[1]
     alone = ("grad_y",) if backend == "triton" else OPERANDS

@@ -78,6 +78,17 @@ def target_name(arch):
     return arch if arch.startswith("gfx") else configs.target_of((int(arch[3:-1]), int(arch[-1])))
 
 
+def check_launches(arch, named, tmp_path):
+    """Tensor cores where there are rows for them, no register spilled, and no memory that is not torch's."""
+    for name, launch in named:
+        compiled = compile_for(arch, launch)
+        assert compiled.metadata.shared <= configs.TARGETS[target_name(arch)].shared_bytes, name
+        if launch.constants.get("BLOCK_ROWS", 0) >= 64:
+            assert INSTRUCTIONS[arch] in compiled.asm["ptx"], name
+        assert stack_bytes(compiled, tmp_path) == 0, name
+        assert compiled.metadata.global_scratch_size == 0, name
+
+
 def check(arch, tmp_path, **problem):
     target = target_name(arch)
     for name, launch in launches(target, **problem):

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled", allow_module_level=True)
 
 from interpreter import run_interpreted
-from test_triton_aot import INSTRUCTIONS, stack_bytes
+from test_triton_aot import check_launches, target_name
 from triton_launches import FP32, compile_for, multi_launches
 
 from lora_kernels.triton_kernels import configs
@@ -37,14 +37,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_machine_code(arch, problem, tmp_path):
     """Tensor cores where rows share an adapter, and no register spilled."""
-    target = configs.target_of((int(arch[3:-1]), int(arch[-1])))
-    for name, launch in multi_launches(target, **PROBLEMS[problem]):
-        compiled = compile_for(arch, launch)
-        assert compiled.metadata.shared <= configs.TARGETS[target].shared_bytes, name
-        if launch.constants.get("BLOCK_ROWS", 0) >= 64:
-            assert INSTRUCTIONS[arch] in compiled.asm["ptx"], name
-        assert stack_bytes(compiled, tmp_path) == 0, name
-        assert compiled.metadata.global_scratch_size == 0, f"{name}: memory that is not torch's"
+    check_launches(arch, multi_launches(target_name(arch), **PROBLEMS[problem]), tmp_path)
 
 
 @pytest.mark.parametrize("arch", ["sm_100", "gfx942"])

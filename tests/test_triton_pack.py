@@ -13,10 +13,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled", allow_module_level=True)
 
 from interpreter import run_interpreted
-from test_triton_aot import INSTRUCTIONS, stack_bytes
+from test_triton_aot import check_launches, target_name
 from triton_launches import FP32, compile_for, pack_launches
-
-from lora_kernels.triton_kernels import configs
 
 
 def test_values_in_the_interpreter():
@@ -34,14 +32,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_machine_code(arch, problem, tmp_path):
     """Tensor cores, and no register spilled: a member's operands are in few of them over the main loop."""
-    target = configs.target_of((int(arch[3:-1]), int(arch[-1])))
-    for name, launch in pack_launches(target, **PROBLEMS[problem]):
-        compiled = compile_for(arch, launch)
-        assert compiled.metadata.shared <= configs.TARGETS[target].shared_bytes, name
-        if launch.constants["BLOCK_ROWS"] >= 64:
-            assert INSTRUCTIONS[arch] in compiled.asm["ptx"], name
-        assert stack_bytes(compiled, tmp_path) == 0, name
-        assert compiled.metadata.global_scratch_size == 0, f"{name}: memory that is not torch's"
+    check_launches(arch, pack_launches(target_name(arch), **PROBLEMS[problem]), tmp_path)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

@@ -275,12 +275,22 @@ def reduce_launch(
     device: Device, out: Tensor, big: Tensor, inner: Tensor, ends: Tensor, seed: Tensor | None, scaling: float,
     dropout_p: float,
 ) -> Launch:  # fmt: skip
-    """How ``out = scaling * dropout(big)ᵀ inner`` of every group is computed.
+    """How ``out = scaling * dropout(big)ᵀ inner`` of every group is computed: see ``reduce_by_group``."""
+    return reduce_by_group(_reduce, device, out, big, inner, (ends, len(out)), seed, scaling, dropout_p)
+
+
+def reduce_by_group(
+    kernel: Any, device: Device, out: Tensor, big: Tensor, inner: Tensor, where: tuple, seed: Tensor | None,
+    scaling: float, dropout_p: float, operands: tuple = (),
+) -> Launch:  # fmt: skip
+    """How a kernel computes ``out = scaling * dropout(big)ᵀ inner`` of every group.
 
     Args:
         out: [groups, columns, rank], any float dtype and strides.
         big: [rows, columns].
         inner: [rows, rank], dtype of big.
+        where: which rows are whose, as the kernel takes it.
+        operands: what it takes besides.
     """
     groups, columns, rank = out.shape
     rows = big.shape[0]
@@ -299,9 +309,9 @@ def reduce_launch(
         columns=columns, rank=rank,
     )  # fmt: skip
     return Launch(
-        kernel=_reduce,
+        kernel=kernel,
         grid=(tiles, rows // config.rows + groups),
-        args=(task, rows, ends, groups, out.stride(0), parts, slots),
+        args=(task, *operands, rows, *where, out.stride(0), parts, slots),
         constants={
             "BLOCK_ROWS": tile.rows,
             "BLOCK_COLUMNS": tile.columns,

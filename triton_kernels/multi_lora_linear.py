@@ -24,11 +24,10 @@ from lora_kernels.plain import float32_products
 from . import configs
 from .adapter_pools import Order, Pools, order_launch, pools_of, rank_of, scaling_of
 from .dropout_mask import keep_tile
-from .grouped_lora_linear import rows_of_block
+from .grouped_lora_linear import reduce_by_group, rows_of_block
 from .launching import LAST_CONSTANT, Device, Launch, device_of, on_device, run_all
 from .lora_linear import (
     Matrix,
-    ReduceTask,
     add_parts,
     are_rows_aligned,
     dot,
@@ -344,43 +343,6 @@ def reduce_launch(
     device: Device, out: Tensor, big: Tensor, inner: Tensor, order: Order, lora_A: Tensor, lora_B: Tensor,
     ranks: Tensor | None, scalings: Tensor | None, seed: Tensor | None, scaling: float, dropout_p: float,
 ) -> Launch:  # fmt: skip
-    """How ``out = scaling * dropout(big)ᵀ inner`` of every adapter is computed.
-
-    Args:
-        out: [adapters, columns, rank], any float dtype and strides.
-        big: [rows, columns].
-        inner: [rows, rank], dtype of big.
-    """
-    adapters, columns, rank = out.shape
-    rows = big.shape[0]
-    float32, aligned = float32_products(big.dtype), columns % 16 == 0 and are_rows_aligned(matrix_of(big))
-    config = configs.grouped_reduce(device.target, device.sms, rows, columns, rank, float32, aligned)
-    tile = config.tile
-    tiles = configs.blocks(columns, tile.columns) * configs.blocks(rank, config.block_rank)
-    slots, parts = 2 * rows // config.rows, None
-    if slots > 0:
-        shape = (tiles, slots, tile.columns, config.block_rank)
-        parts = torch.empty(shape, dtype=torch.float32, device=big.device)
-    task = ReduceTask(
-        big=matrix_of(big.t()), inner=matrix_of(inner), out=matrix_of(out[0]), seed=seed,
-        threshold=philox.keep_threshold(dropout_p),
-        scale=scaling if seed is None else scaling * philox.keep_scale(dropout_p),
-        columns=columns, rank=rank,
-    )  # fmt: skip
-    return Launch(
-        kernel=_reduce,
-        grid=(tiles, rows // config.rows + adapters),
-        args=(task, pools_of(lora_A, lora_B, ranks, scalings), rows, *order, out.stride(0), parts, slots),
-        constants={
-            "BLOCK_ROWS": tile.rows,
-            "BLOCK_COLUMNS": tile.columns,
-            "BLOCK_RANK": config.block_rank,
-            "PER_SHARE": config.rows,
-            "DROPS": seed is not None,
-            "PRECISION": float32,
-            "MANY": triton.next_power_of_2(adapters),
-        },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        counters=tiles * slots,
-    )
+    """How ``out = scaling * dropout(big)ᵀ inner`` of every adapter is computed: see ``reduce_by_group``."""
+    pools = pools_of(lora_A, lora_B, ranks, scalings)
+    return reduce_by_group(_reduce, device, out, big, inner, order, seed, scaling, dropout_p, (pools,))

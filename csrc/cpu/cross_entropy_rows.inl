@@ -3,40 +3,10 @@
 #include <math.h>
 
 #include "../params/cross_entropy_rows.h"
-#include "simd.h"
+#include "vector_math.h"
 
 namespace lk::cpu {
 namespace {
-
-// Within two ulp for arguments up to 80; exp(-87) for those below -87, whose exponential is next to nothing.
-LK_ALWAYS_INLINE inline VecF exp(VecF x) {
-  const VecF lowest = broadcast(-87.0f), turn = broadcast(12582912.0f);  // 1.5 · 2^23: adding it rounds to integers
-  x = x < lowest ? lowest : x;                                           // NaN stays
-  const VecF turned = x * 1.44269504088896341f + turn, n = turned - turn;
-  const VecF r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  VecF p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  return p * (VecF)(((VecU)turned << 23) + broadcast(uint32_t{0x3F800000}));  // times 2^n: n in the exponent's place
-}
-
-LK_ALWAYS_INLINE inline VecF tanh(VecF x) {
-  const VecF most = broadcast(9.0f);  // where it rounds to 1
-  const VecF size = and_bits(x, broadcast(uint32_t{0x7FFFFFFF})), clamped = size > most ? most : size;
-  const VecF far = 1.0f - 2.0f / (exp(clamped + clamped) + 1.0f), square = x * x;
-  VecF p = broadcast(-5.70498872745e-3f);
-  p = p * square + 2.06390887954e-2f;
-  p = p * square - 5.37397155531e-2f;
-  p = p * square + 1.33314422036e-1f;
-  p = p * square - 3.33332819422e-1f;
-  const VecF near = p * square * x + x;
-  const VecU sign = (VecU)x & 0x80000000u;
-  return size < broadcast(0.625f) ? near : (VecF)((VecU)far | sign);
-}
 
 // f(v) for all vectors of a row, the last of which is filled up with `rest`; what f makes of v is stored if kStores.
 template <bool kStores, class F>
@@ -104,7 +74,7 @@ void cross_entropy_row(const CrossEntropyParams& p, int64_t m) {
   }
 
   const float most = largest(z, columns), chosen = z[label], lowest = -__builtin_inff();
-  const double total = sum_of(z, columns, lowest, [&](VecF v) { return exp(v - most); });
+  const double total = sum_of(z, columns, lowest, [&](VecF v) { return exp_of_moderate(v - most); });
   double loss = (most - static_cast<double>(chosen)) + log(total);
   if (p.label_smoothing != 0.0f) {
     const double mean = sum_of(z, columns, 0.0f, [](VecF v) { return v; }) / static_cast<double>(columns);
@@ -118,10 +88,10 @@ void cross_entropy_row(const CrossEntropyParams& p, int64_t m) {
   const auto through_cap = [&](auto v) { return p.logit_scale * (1.0f - (v * per_cap) * (v * per_cap)); };
   if (p.softcap != 0.0f) {
     for_vectors<true>(z, 0, columns, lowest,
-                      [&](VecF v) { return (exp(v - most) * per_total - everywhere) * through_cap(v); });
+                      [&](VecF v) { return (exp_of_moderate(v - most) * per_total - everywhere) * through_cap(v); });
   } else {
     for_vectors<true>(z, 0, columns, lowest,
-                      [&](VecF v) { return (exp(v - most) * per_total - everywhere) * p.logit_scale; });
+                      [&](VecF v) { return (exp_of_moderate(v - most) * per_total - everywhere) * p.logit_scale; });
   }
   z[label] -= grad * (1.0f - p.label_smoothing) * through_cap(chosen);
 }

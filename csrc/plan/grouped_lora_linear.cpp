@@ -45,13 +45,7 @@ bool parse(PyObject* args, PyObject* keywords, Problem& p) {
       !parse_type("dtype", dtype, p.type, "tf32")) {
     return false;
   }
-  const std::optional<Wanted> wanted = wanted_by(schedule);
-  if (!wanted) {
-    PyErr_Format(PyExc_ValueError, "schedule must be %s, got \"%s\"", kWantedNames, schedule);
-    return false;
-  }
-  p.wanted = *wanted;
-  return true;
+  return parse_wanted(schedule, p.wanted);
 }
 
 // The launch for y, or dX, of so many columns, behind the vendor's product where that is made first. Others follow.
@@ -74,12 +68,7 @@ PyObject* planned(const Problem& p, LoraRole role, int64_t columns, const char* 
                  .params_size = sizeof(GroupedLoraLinearParams),
                  .fields = GroupedLoraLinearFields::kFields});
   if (!vendor.yes && others.empty()) return ours;
-  PyObject* const all = vendor.yes ? list_of({product(text, vendor.reason), ours}) : list_of({ours});
-  if (all == nullptr) return nullptr;
-  for (const Plan& other : others) {
-    if (!append(all, to_python(other))) return nullptr;
-  }
-  return all;
+  return extended(vendor.yes ? list_of({product(text, vendor.reason), ours}) : list_of({ours}), others);
 }
 
 PyObject* plan_grouped_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
@@ -97,24 +86,12 @@ PyObject* plan_grouped_lora_linear_backward(PyObject*, PyObject* args, PyObject*
     return describe_grouped_lora_grads<Element>(grads.key);
   });
   return planned(p, LoraRole::kGradX, p.k, "dX = dY W",
-                 {{.schedule = "split rows",
-                   .reason = "a block sums rows of one group; those of a large one are shared out",
-                   .kernel = kernel,
-                   .blocks = grads.blocks,
-                   .workspace_bytes = (grads.counters + grads.partials) * kBytesWord,
-                   .params_size = sizeof(GroupedLoraGradsParams),
-                   .fields = GroupedLoraGradsFields::kFields}});
+                 {grads_plan(grads, "a block sums rows of one group; those of a large one are shared out", kernel,
+                             sizeof(GroupedLoraGradsParams), GroupedLoraGradsFields::kFields)});
 }
 
 std::vector<KernelInfo> kernels() {
-  std::vector<KernelInfo> all;
-  for (const FloatType type : {FloatType::kBFloat16, FloatType::kFloat16, FloatType::kFloat32}) {
-    with_element(type, [&]<class Element>(std::type_identity<Element>) {
-      const auto some = grouped_lora_kernels<Element>();
-      all.insert(all.end(), some.begin(), some.end());
-    });
-  }
-  return all;
+  return of_every_type([]<class Element>() { return grouped_lora_kernels<Element>(); });
 }
 
 const PlannedOp registered(

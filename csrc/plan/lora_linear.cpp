@@ -40,13 +40,7 @@ bool parse(PyObject* args, PyObject* keywords, Problem& p) {
   };
   p.lora = {.x = matrix(m, k), .w = matrix(n, k), .a = matrix(rank, k), .b = matrix(n, rank)};
   if (has_dropout != 0) p.lora.seed = &kSeed;
-  const std::optional<Wanted> wanted = wanted_by(schedule);
-  if (!wanted) {
-    PyErr_Format(PyExc_ValueError, "schedule must be %s, got \"%s\"", kWantedNames, schedule);
-    return false;
-  }
-  p.wanted = *wanted;
-  return true;
+  return parse_wanted(schedule, p.wanted);
 }
 
 Plan plan_of(const LoraLinearConfig& config, const KernelInfo& kernel, const char* why, int64_t more_words = 0) {
@@ -88,15 +82,11 @@ PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keyword
     return too_many_tiles();
   }
   return with_element(forward.x.type, [&]<class Element>(std::type_identity<Element>) -> PyObject* {
-    const Plan last = {.schedule = "split rows",
-                       .reason = config.parts_of_grad_b > 0 ? "parts of dB are there and only summed"
-                                                            : "dY is read again: it was not in shared memory, or parts "
-                                                              "of dB would be larger",
-                       .kernel = describe_lora_grads<Element>(config.grads.key),
-                       .blocks = config.grads.blocks,
-                       .workspace_bytes = (config.grads.counters + config.grads.partials) * kBytesWord,
-                       .params_size = sizeof(LoraGradsParams),
-                       .fields = LoraGradsFields::kFields};
+    const char* const why = config.parts_of_grad_b > 0
+                                ? "parts of dB are there and only summed"
+                                : "dY is read again: it was not in shared memory, or parts of dB would be larger";
+    const Plan last = grads_plan(config.grads, why, describe_lora_grads<Element>(config.grads.key),
+                                 sizeof(LoraGradsParams), LoraGradsFields::kFields);
     const auto planned = [&](const LoraLinearConfig& launch, int64_t more_words) {
       return to_python(plan_of(launch, describe_lora_grad_x<Element>(launch.key), config.cublas.reason, more_words));
     };
@@ -107,15 +97,12 @@ PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keyword
 }
 
 std::vector<KernelInfo> kernels() {
-  std::vector<KernelInfo> all;
-  for (const FloatType type : {FloatType::kBFloat16, FloatType::kFloat16, FloatType::kFloat32}) {
-    with_element(type, [&]<class Element>(std::type_identity<Element>) {
-      for (const auto& some : {lora_linear_kernels<Element>(), lora_backward_kernels<Element>()}) {
-        all.insert(all.end(), some.begin(), some.end());
-      }
-    });
-  }
-  return all;
+  return of_every_type([]<class Element>() {
+    std::vector<KernelInfo> all = lora_linear_kernels<Element>();
+    const std::vector<KernelInfo> backward = lora_backward_kernels<Element>();
+    all.insert(all.end(), backward.begin(), backward.end());
+    return all;
+  });
 }
 
 const PlannedOp registered(

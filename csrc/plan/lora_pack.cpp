@@ -53,13 +53,7 @@ bool parse(PyObject* args, PyObject* keywords, Problem& p) {
       !read_sizes(rank, "rank", p.sizes.count, p.sizes.rank)) {
     return false;
   }
-  const std::optional<Wanted> wanted = wanted_by(schedule);
-  if (!wanted) {
-    PyErr_Format(PyExc_ValueError, "schedule must be %s, got \"%s\"", kWantedNames, schedule);
-    return false;
-  }
-  p.wanted = *wanted;
-  return true;
+  return parse_wanted(schedule, p.wanted);
 }
 
 // The launch for every y, of so many columns in all, or for dX; others follow. Or that members are better off alone.
@@ -80,12 +74,7 @@ PyObject* planned(const Problem& p, LoraRole role, int64_t columns, const std::v
                  .params_size = sizeof(LoraPackParams),
                  .fields = LoraPackFields::kFields});
   if (others.empty()) return ours;
-  PyObject* const all = list_of({ours});
-  if (all == nullptr) return nullptr;
-  for (const Plan& other : others) {
-    if (!append(all, to_python(other))) return nullptr;
-  }
-  return all;
+  return extended(list_of({ours}), others);
 }
 
 PyObject* plan_lora_pack(PyObject*, PyObject* args, PyObject* keywords) {
@@ -105,26 +94,14 @@ PyObject* plan_lora_pack_backward(PyObject*, PyObject* args, PyObject* keywords)
     if (grads.blocks > INT32_MAX) return too_many_tiles();
     const KernelInfo kernel = with_element(
         p.type, [&]<class Element>(std::type_identity<Element>) { return describe_lora_grads<Element>(grads.key); });
-    others.push_back({.schedule = "split rows",
-                      .reason = "dA and dB of a member",
-                      .kernel = kernel,
-                      .blocks = grads.blocks,
-                      .workspace_bytes = (grads.counters + grads.partials) * kBytesWord,
-                      .params_size = sizeof(LoraGradsParams),
-                      .fields = LoraGradsFields::kFields});
+    others.push_back(
+        grads_plan(grads, "dA and dB of a member", kernel, sizeof(LoraGradsParams), LoraGradsFields::kFields));
   }
   return planned(p, LoraRole::kGradX, p.k, others);
 }
 
 std::vector<KernelInfo> kernels() {
-  std::vector<KernelInfo> all;
-  for (const FloatType type : {FloatType::kBFloat16, FloatType::kFloat16, FloatType::kFloat32}) {
-    with_element(type, [&]<class Element>(std::type_identity<Element>) {
-      const auto some = lora_pack_kernels<Element>();
-      all.insert(all.end(), some.begin(), some.end());
-    });
-  }
-  return all;
+  return of_every_type([]<class Element>() { return lora_pack_kernels<Element>(); });
 }
 
 const PlannedOp registered(

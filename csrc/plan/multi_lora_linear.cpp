@@ -7,15 +7,17 @@
 namespace lk {
 namespace {
 
+#define LK_POOL_FIELDS                                                                                                \
+  LK_FIELD(pools.ranks.data), LK_FIELD(pools.ranks.stride), LK_FIELD(pools.ranks.are_wide), LK_FIELD(pools.scalings), \
+      LK_FIELD(pools.scalings_step), LK_FIELD(pools.a_step), LK_FIELD(pools.b_step), LK_FIELD(pools.count),           \
+      LK_FIELD(pools.ranks_are_whole)
+
 struct MultiLoraDecodeFields {
   using Params = MultiLoraDecodeParams;
   static_assert(offsetof(Params, lora) == 0);
   static constexpr auto kFields =
       joined(LoraLinearFields::kFields,
-             std::array{LK_FIELD(pools.ranks.data), LK_FIELD(pools.ranks.stride), LK_FIELD(pools.ranks.are_wide),
-                        LK_FIELD(pools.scalings), LK_FIELD(pools.scalings_step), LK_FIELD(pools.a_step),
-                        LK_FIELD(pools.b_step), LK_FIELD(pools.count), LK_FIELD(pools.ranks_are_whole),
-                        LK_FIELD(ids.data), LK_FIELD(ids.stride), LK_FIELD(ids.are_wide)});
+             std::array{LK_POOL_FIELDS, LK_FIELD(ids.data), LK_FIELD(ids.stride), LK_FIELD(ids.are_wide)});
   static_assert(leaves_no_gap<Params>(kFields));
 };
 
@@ -32,10 +34,7 @@ struct MultiLoraBranchFields {
   static_assert(offsetof(Params, lora) == 0);
   static constexpr auto kFields =
       joined(LoraLinearFields::kFields,
-             std::array{LK_FIELD(groups.ends), LK_FIELD(groups.count), LK_FIELD(pools.ranks.data),
-                        LK_FIELD(pools.ranks.stride), LK_FIELD(pools.ranks.are_wide), LK_FIELD(pools.scalings),
-                        LK_FIELD(pools.scalings_step), LK_FIELD(pools.a_step), LK_FIELD(pools.b_step),
-                        LK_FIELD(pools.count), LK_FIELD(pools.ranks_are_whole), LK_FIELD(order)});
+             std::array{LK_FIELD(groups.ends), LK_FIELD(groups.count), LK_POOL_FIELDS, LK_FIELD(order)});
   static_assert(leaves_no_gap<Params>(kFields));
 };
 
@@ -44,10 +43,7 @@ struct MultiLoraGradsFields {
   static_assert(offsetof(Params, lora) == 0);
   static constexpr auto kFields =
       joined(LoraGradsFields::kFields,
-             std::array{LK_FIELD(groups.ends), LK_FIELD(groups.count), LK_FIELD(pools.ranks.data),
-                        LK_FIELD(pools.ranks.stride), LK_FIELD(pools.ranks.are_wide), LK_FIELD(pools.scalings),
-                        LK_FIELD(pools.scalings_step), LK_FIELD(pools.a_step), LK_FIELD(pools.b_step),
-                        LK_FIELD(pools.count), LK_FIELD(pools.ranks_are_whole), LK_FIELD(order)});
+             std::array{LK_FIELD(groups.ends), LK_FIELD(groups.count), LK_POOL_FIELDS, LK_FIELD(order)});
   static_assert(leaves_no_gap<Params>(kFields));
 };
 
@@ -74,13 +70,7 @@ bool parse(PyObject* args, PyObject* keywords, Problem& p) {
       !parse_type("dtype", dtype, p.type, "tf32")) {
     return false;
   }
-  const std::optional<Wanted> wanted = wanted_by(schedule);
-  if (!wanted) {
-    PyErr_Format(PyExc_ValueError, "schedule must be %s, got \"%s\"", kWantedNames, schedule);
-    return false;
-  }
-  p.wanted = *wanted;
-  return true;
+  return parse_wanted(schedule, p.wanted);
 }
 
 Plan plan_of(const LoraLinearConfig& launch, const KernelInfo& kernel, size_t params_size,
@@ -118,12 +108,7 @@ PyObject* listed(const char* product_text, std::initializer_list<Plan> plans) {
   for (const Plan& plan : plans) {
     if (plan.blocks > INT32_MAX) return too_many_tiles();
   }
-  PyObject* const all = list_of({product(product_text, kWhyVendor)});
-  if (all == nullptr) return nullptr;
-  for (const Plan& plan : plans) {
-    if (!append(all, to_python(plan))) return nullptr;
-  }
-  return all;
+  return extended(list_of({product(product_text, kWhyVendor)}), plans);
 }
 
 PyObject* plan_multi_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
@@ -157,23 +142,13 @@ PyObject* plan_multi_lora_linear_backward(PyObject*, PyObject* args, PyObject* k
       {order_plan(p),
        branch_plan(p, multi_lora_shrink_config(LoraRole::kGradX, p.m, p.n, p.rank, p.adapters, p.bytes(), p.device)),
        branch_plan(p, multi_lora_expand_config(LoraRole::kGradX, p.m, p.k, p.adapters)),
-       {.schedule = "split rows",
-        .reason = "a block sums rows of one adapter; those of one with many rows are shared out",
-        .kernel = kernel,
-        .blocks = grads.blocks,
-        .workspace_bytes = (grads.counters + grads.partials) * kBytesWord,
-        .params_size = sizeof(MultiLoraGradsParams),
-        .fields = MultiLoraGradsFields::kFields}});
+       grads_plan(grads, "a block sums rows of one adapter; those of one with many rows are shared out", kernel,
+                  sizeof(MultiLoraGradsParams), MultiLoraGradsFields::kFields)});
 }
 
 std::vector<KernelInfo> kernels() {
-  std::vector<KernelInfo> all = {describe_multi_lora_order()};
-  for (const FloatType type : {FloatType::kBFloat16, FloatType::kFloat16, FloatType::kFloat32}) {
-    with_element(type, [&]<class Element>(std::type_identity<Element>) {
-      const auto some = multi_lora_kernels<Element>();
-      all.insert(all.end(), some.begin(), some.end());
-    });
-  }
+  std::vector<KernelInfo> all = of_every_type([]<class Element>() { return multi_lora_kernels<Element>(); });
+  all.insert(all.begin(), describe_multi_lora_order());
   return all;
 }
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from covering import case_id, covering_pairs
 from head_loss import FP16, FP32, assert_all_as_accurate, loss_and_gradients, make_problem
+from poisoned import by_triton, memory_of_nan  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels.ops import vocabulary_chunks
@@ -18,14 +19,10 @@ from lora_kernels.triton_kernels import configs
 
 
 @pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """What torch.empty returns is NaN; several chunks of each problem."""
+def _several_chunks(monkeypatch):
+    """Of each problem."""
     monkeypatch.setattr(vocabulary_chunks, "LEAST_ROWS", 16)
     monkeypatch.setattr(vocabulary_chunks, "CPU_AREA", 16 * 61)
-    torch.use_deterministic_algorithms(True)
-    with lk.use_backend("triton"):
-        yield
-    torch.use_deterministic_algorithms(False)
 
 
 CASES = covering_pairs(

@@ -17,6 +17,7 @@ import triton.language as tl
 from covering import case_id, covering_pairs
 from emulated import matrices, operand, rounded_backward, rounded_forward
 from numerics import assert_as_accurate
+from poisoned import memory_of_nan  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels import philox
@@ -29,14 +30,6 @@ FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
 CPU = torch.device("cpu")
 SCALING, SEED = 1.7, -987654321012345
 ONE_SM, MANY_SMS = 1, 10**6  # the large tile wherever there are rows for it; the small one
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """What torch.empty returns is NaN, so that an element nobody writes is noticed."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

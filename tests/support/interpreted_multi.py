@@ -9,6 +9,7 @@ import torch
 from covering import case_id, covering_pairs
 from many_adapters import BATCHES, SCALINGS, SEED, Batch, looped, make_problem, scattered
 from numerics import assert_as_accurate
+from poisoned import memory_of_nan  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels.support import triton as _triton
@@ -17,14 +18,6 @@ from lora_kernels.triton_kernels.launching import Device
 
 FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
 ONE_SM, MANY_SMS = 1, 10**6
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """What torch.empty returns is NaN, so that an element nobody writes is noticed."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

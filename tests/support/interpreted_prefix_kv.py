@@ -10,20 +10,12 @@ import pytest
 import torch
 from covering import case_id, covering_pairs
 from naive_prefix import BF16, FP16, FP32, grads_of, inside_longer, make
+from poisoned import by_triton, memory_of_nan  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels.triton_kernels import configs, prefix_kv
 
 SERVED = {("prefix_kv", "triton"), ("prefix_kv_backward", "triton")}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """What torch.empty returns is NaN, so that an element nobody writes is noticed."""
-    torch.use_deterministic_algorithms(True)
-    with lk.use_backend("triton"):
-        yield
-    torch.use_deterministic_algorithms(False)
 
 
 CASES = covering_pairs(
