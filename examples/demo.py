@@ -144,8 +144,8 @@ def in_4_bits(folder: Path, device: torch.device) -> nn.Module:
 
 
 def loss_of_wide_logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """``language_loss`` in float64 from the model's logits: torch's own in fp32, over a large vocabulary, is further from
-    it than the gradients that are compared may be.
+    """``language_loss`` in float64, from the model's logits: torch's own in fp32 is further from it, over a large
+    vocabulary, than gradients that are compared may be.
     """
     logits = model(input_ids=tokens, use_cache=False).logits
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
