@@ -34,8 +34,7 @@ CSRC = Path("csrc")
 GPUS = SimpleNamespace(**runpy.run_path(str(ROOT / "lora_kernels" / "cli" / "plan" / "architectures.py")))
 # cp.async, and mma of bfloat16.
 OLDEST_ARCH = 80
-# Machine code serves later minor versions of its major one. PTX is for GPUs that then have none: 10.0's for 11.0, and
-# 12.0's for those to come. Between 9.0 and 10.0 there are none.
+# Machine code serves later minor versions of its major one. PTX is for GPUs that then have none: 11.0, and those to come.
 DEFAULT_ARCHS = "8.0 9.0 10.0+PTX 12.0+PTX"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
@@ -142,12 +141,21 @@ def buildable(wanted: list[Arch], offered: set[int]) -> tuple[list[Arch], list[A
 
 
 def gencode(archs: list[Arch]) -> list[str]:
-    """nvcc's flags."""
+    """nvcc's flags. Kernels ask for nothing that the oldest GPU lacks, so GPUs share the PTX of the oldest of them:
+    making it takes longer than making machine code of it. From 10.0 on ptxas spills with 8.0's, so those have their own, as
+    has code for one GPU (9.0a), or one family.
+    """
+    portable = [arch for arch in archs if arch.number.isdigit()]
+    older = [arch for arch in portable if arch.family < 100]
+    newer = [arch for arch in portable if arch.family >= 100]
+    groups = [older, newer, *([arch] for arch in archs if arch not in portable)]
     flags = []
-    for number, ptx in archs:
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if ptx:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    for group in filter(None, groups):
+        oldest = min(group, key=lambda arch: arch.family).number
+        codes = [f"sm_{arch.number}" for arch in group]
+        if any(arch.ptx for arch in group):
+            codes.append(f"compute_{oldest}")
+        flags.append(f"-gencode=arch=compute_{oldest},code=[{','.join(codes)}]")
     return flags
 
 
@@ -220,7 +228,9 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import ninja
 
-        build_dir = Path(self.build_temp).resolve() / ext.name.rpartition(".")[2]
+        # pip gives an editable install a new folder each time, which would compile everything anew.
+        temporary = ROOT / "build" / "objects" if self.editable_mode else Path(self.build_temp)
+        build_dir = temporary.resolve() / ext.name.rpartition(".")[2]
         build_dir.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -177,7 +177,7 @@ if "--list-gpu-arch" in sys.argv:
 elif "--version" in sys.argv:
     print("nvcc: NVIDIA (R) Cuda compiler driver", "Build of_this_test", sep="\\n")
 else:
-    for number in re.findall(r"compute_(\\d+)", " ".join(sys.argv)):
+    for number in re.findall(r"(?:compute|sm)_(\\d+)", " ".join(sys.argv)):
         if int(number) not in known:
             sys.exit(f"nvcc fatal   : Unsupported gpu architecture 'compute_{{number}}'")
 """)
@@ -234,6 +234,21 @@ def test_what_nvcc_cannot_build_is_left_out(tmp_path, known, wanted, built, left
     kept, rest = setup.buildable(setup.read_archs(wanted or setup.DEFAULT_ARCHS), setup.offered_archs(home))
     assert (" ".join(map(str, kept)), " ".join(map(str, rest))) == (built, left_out)
     subprocess.run([home / "bin" / "nvcc", *setup.gencode(kept), "-c", "kernel.cu"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("archs", "codes"),
+    [
+        ("9.0 8.0 12.0+PTX", ["compute_80,code=[sm_90,sm_80]", "compute_120,code=[sm_120,compute_120]"]),
+        ("8.0 9.0 10.0+PTX 12.0+PTX", ["compute_80,code=[sm_80,sm_90]", "compute_100,code=[sm_100,sm_120,compute_100]"]),
+        ("9.0a+PTX", ["compute_90a,code=[sm_90a,compute_90a]"]),
+        ("8.0 12.0f", ["compute_80,code=[sm_80]", "compute_120f,code=[sm_120f]"]),
+    ],
+)
+def test_gpus_share_the_ptx_of_the_oldest(archs, codes):
+    """Kills: C++ compiled to PTX once per GPU, which doubles the build; others given the PTX of 9.0a, which 9.0 alone runs."""
+    setup = setup_script.load()
+    assert setup.gencode(setup.read_archs(archs)) == [f"-gencode=arch={code}" for code in codes]
 
 
 @pytest.mark.parametrize(
