@@ -197,19 +197,19 @@ def test_a_file_that_is_not_there_is_found():
     assert len(missing_files(text)) == 5
 
 
+def leads_somewhere(file: str, text: str, link: str) -> bool:
+    """Whether a link of a page leads to a file, and to a heading of it if it names one. Other sites are not asked."""
+    if re.match(r"[a-z]+://|mailto:", link):
+        return True
+    path, _, anchor = link.partition("#")
+    target = (ROOT / file).parent / path
+    if path and not target.exists():
+        return False
+    return not anchor or anchor in documents.anchors(target.read_text() if path else text)
+
+
 def broken_links(file: str, text: str) -> list[str]:
-    """Relative links of a page that lead to no file, or to no heading of it."""
-    broken = []
-    for link in documents.links(text):
-        if re.match(r"[a-z]+://|mailto:", link):
-            continue
-        path, _, anchor = link.partition("#")
-        target = (ROOT / file).parent / path
-        if path and not target.exists():
-            broken.append(link)
-        elif anchor and anchor not in documents.anchors(target.read_text() if path else text):
-            broken.append(link)
-    return broken
+    return [link for link in documents.links(text) if not leads_somewhere(file, text, link)]
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -240,6 +240,20 @@ def test_the_readme_is_short_and_its_figures_have_commands():
         assert re.search(r"\d", result), case
         assert machine.strip(), case
         check_command(command.strip().strip("`"), whole=False)
+
+
+def test_the_version_is_the_same_everywhere():
+    assert re.search(r"^## (\S+)$", documents.read("CHANGELOG.md"), re.MULTILINE)[1] == lk.__version__
+    assert re.search(r"^version: (\S+)$", documents.read("CITATION.cff"), re.MULTILINE)[1] == lk.__version__
+
+
+def test_every_place_is_in_the_table():
+    """CONTRIBUTING.md's table of places: the package's files and folders, and those of csrc."""
+    table = documents.read("CONTRIBUTING.md").partition("| place | holds |")[2].partition("\n\n")[0]
+    places = {path.name for path in (ROOT / "lora_kernels").iterdir() if path.suffix in ("", ".py")}
+    places |= {path.name for path in (ROOT / "csrc").iterdir()}
+    places -= {"__init__.py", "__main__.py", "__pycache__", "_version.py", "py.typed"}
+    assert {place for place in places if place not in table} == set()
 
 
 # ---------------------------------------------------------------------------------------------------------- API

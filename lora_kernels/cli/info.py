@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 from importlib import metadata
 from typing import Any
@@ -46,7 +47,7 @@ def collect() -> dict[str, Any]:
     return {
         "lora_kernels": lk.__version__,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: version(name) for name in _PACKAGES},
         "machine": _machine(),
         "build": lk.build_info(),
         "backends": {name: status._asdict() for name, status in lk.backends().items()},
@@ -54,7 +55,8 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -102,22 +104,14 @@ def _choices() -> list[dict[str, str]]:
 
 
 def _render(facts: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in facts["packages"].items())
     machine = facts["machine"]
     columns = ("op", "device", "dtype", "backend", "schedule", "reason")
     lines = [
-        f"lora_kernels {facts['lora_kernels']}, Python {facts['python']} ({sys.executable})",
-        versions,
+        *heading(facts),
         f"{machine['platform']}; CPU capability {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['threads']} threads; {', '.join(machine['gpus']) or 'no GPU'}",
         "",
-        "Built",
-        *[f"  {key}: {value}" for key, value in facts["build"].items()],
-        "",
-        table(
-            ("backend", "available", "detail"),
-            [(name, "yes" if s["available"] else "no", s["detail"]) for name, s in facts["backends"].items()],
-        ),
+        *built(facts),
         "",
         "A call with {tokens} tokens, {in_features} -> {out_features}, rank {rank}, would run on:".format(**_SAMPLE),
         table(
@@ -126,3 +120,25 @@ def _render(facts: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def heading(facts: dict[str, Any]) -> list[str]:
+    """The versions, as lines."""
+    versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in facts["packages"].items())
+    return [f"lora_kernels {facts['lora_kernels']}, Python {facts['python']} ({sys.executable})", versions]
+
+
+def built(facts: dict[str, Any]) -> list[str]:
+    """What was compiled, and which backends there are, as lines."""
+    rows = [(name, "yes" if s["available"] else "no", _brief(s["detail"])) for name, s in facts["backends"].items()]
+    return [
+        "Built",
+        *[f"  {key}: {value}" for key, value in facts["build"].items()],
+        "",
+        table(("backend", "available", "detail"), rows),
+    ]
+
+
+def _brief(detail: str) -> str:
+    """Without the names of the ops that a backend serves, which are many."""
+    return re.sub(r"serves (.+)$", lambda found: f"serves {found[1].count(',') + 1} ops", detail)

@@ -1,0 +1,238 @@
+"""``lora-kernels doctor``: one page on an installation, and whether anything in it is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lora_kernels as lk
+
+from .. import _native
+from ..formats import LAYOUTS
+from ..functional.why import examples
+from ..reasons import Reason
+from ..support import packed
+from ..text import one_line, table
+from . import _machine, info
+from ._conflicts import CONFLICTS, OLDEST, Installation
+from ._models import DTYPES
+
+_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "neon", "asimd", "sve", "bf16")
+"""Of a CPU, those that decide which kernels run or which library is asked."""
+_SWITCHES = re.compile(r"LORA_KERNELS_\w+|TRITON_\w+|CUBLAS_WORKSPACE_CONFIG|ATEN_CPU_CAPABILITY|ONEDNN_\w+")
+_OK = "Nothing is wrong."
+_NOT_BUILT = "Nothing is wrong, but the C++ extension was not built: on the CPU plain torch serves every op."
+_PROOFS = (
+    ("lora-kernels verify --model DIR --adapter DIR", "every fused layer of a model beside its original"),
+    ("lora-kernels check-gpu", "on a GPU: its tests, compute-sanitizer, a benchmark"),
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand to the main parser."""
+    parser = commands.add_parser(
+        "doctor",
+        help="one page on this installation: what serves what here, and what is known to go wrong",
+        description="Show what was built, what this machine has, which backend serves each op and format here and why "
+        "no other does, and versions that are known to conflict. Exit status 1 if something that was built cannot "
+        "serve, or if a known conflict concerns every use.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out the command; see ``main`` for the exit status."""
+    facts = collect()
+    print(json.dumps(facts, indent=2) if options.json else _render(facts))
+    return 1 if facts["wrong"] else 0
+
+
+def collect() -> dict[str, Any]:
+    """Everything the command reports, as plain data; ``wrong`` has a line for each thing that is."""
+    facts = info.collect()
+    del facts["ops"]  # asked in full below
+    facts["packages"] |= {name: info.version(name) for name in (*OLDEST, "numpy")}
+    flags = cpu_flags()
+    facts["machine"] |= {
+        "flags": [flag for flag in _FLAGS if flag in flags],
+        "kernels": getattr(_native.cpu, "isa", None),
+        "driver": _machine.clocks(_machine.Machine(torch.device("cpu"))).get("driver_version"),
+        "toolkit of torch": torch.version.cuda,
+        "nvcc": shutil.which("nvcc"),
+    }
+    here = Installation(facts["packages"], flags, torch.cuda.is_available())
+    return facts | {
+        "switches": {name: value for name, value in sorted(os.environ.items()) if _SWITCHES.fullmatch(name)},
+        "ops": served_ops(),
+        "formats": served_formats(),
+        "conflicts": conflicts(here),
+        "wrong": [*cannot_serve(facts["build"], facts["backends"], facts["machine"]), *broken_by(here)],
+    }
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """What the CPU can do, as Linux names it; nothing where it does not say."""
+    if not cpuinfo.is_file():
+        return frozenset()
+    lines = re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+    return frozenset(lines[0].split()) if lines else frozenset()
+
+
+# -------------------------------------------------------------------------------------------------- who serves
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _zeros(device: str, dtype: torch.dtype) -> Any:
+    return lambda *shape, dtype=dtype: torch.zeros(shape, device=device, dtype=dtype)
+
+
+def served_ops() -> list[dict[str, str]]:
+    """Dispatch's answer for each public function on its example, dtypes with the same answer together."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for device in _devices():
+        for name, example in examples().items():
+            for label, dtype in DTYPES.items():
+                choice = lk.why(name, *example(_zeros(device, dtype)))
+                found.setdefault((name, device, choice.backend, choice.schedule, one_line(choice.reason)), []).append(
+                    label
+                )
+    return [
+        {
+            "op": op,
+            "device": device,
+            "dtypes": " ".join(labels),
+            "backend": backend,
+            "schedule": schedule,
+            "reason": reason,
+        }
+        for (op, device, backend, schedule, reason), labels in found.items()
+    ]
+
+
+def served_formats() -> list[dict[str, str]]:
+    """The same of ``lora_linear`` over a weight in each format that can be made, and of layouts that are only read."""
+    found = []
+    for device in _devices():
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        zeros = _zeros(device, dtype)
+        for name, fmt in lk.FORMATS.items():
+            weight = fmt.quantize(zeros(256, 256))
+            choice = lk.why("lora_linear", zeros(512, 256), weight, zeros(16, 256), zeros(256, 16))
+            found.append((name, device, choice.backend, choice.schedule, one_line(choice.reason)))
+        made = {fmt.layout.name for fmt in lk.FORMATS.values()}
+        for layout in LAYOUTS.keys() - made:
+            reason = Reason.NO_KERNEL if layout in packed.LAYOUTS else packed.NO_KERNEL.reason
+            found.append(
+                (f"{layout} (read only)", device, "reference", packed.TORCH_DECODED.schedule or "", str(reason))
+            )
+    keys = ("format", "device", "backend", "schedule", "reason")
+    return [dict(zip(keys, row)) for row in sorted(found)]
+
+
+# ------------------------------------------------------------------------------------------------ what is wrong
+
+
+def cannot_serve(
+    build: Mapping[str, str], backends: Mapping[str, Mapping[str, Any]], machine: Mapping[str, Any]
+) -> list[str]:
+    """What was built and cannot be used here. CUDA kernels without a GPU are not: there is nothing for them to do."""
+    found = []
+    for kind, name in (("C++", "cpu"), ("CUDA", "cuda")):
+        was_built = build.get(kind, "").startswith("built")
+        has_work = name == "cpu" or bool(machine["gpus"]) or "failed to load" in backends[name]["detail"]
+        if was_built and has_work and not backends[name]["available"]:
+            found.append(f"{kind} was {build[kind]}, but does not serve: {backends[name]['detail']}")
+    return found
+
+
+def conflicts(here: Installation) -> list[dict[str, str]]:
+    """The table of what is known to go wrong, with what applies here."""
+    return [
+        {
+            "applies here": "yes" if conflict.applies(here) else "no",
+            "what": conflict.what,
+            "concerns": conflict.concerns or "every use",
+            "remedy": conflict.remedy,
+            "proof": conflict.proof,
+        }
+        for conflict in CONFLICTS
+    ]
+
+
+def broken_by(here: Installation) -> list[str]:
+    """Conflicts that apply here and concern every use."""
+    return [f"{c.what}; {c.remedy}" for c in CONFLICTS if c.applies(here) and not c.concerns]
+
+
+# ---------------------------------------------------------------------------------------------------- the page
+
+
+def _render(facts: dict[str, Any]) -> str:
+    machine = facts["machine"]
+    cpu = (
+        f"  CPU: {' '.join(machine['flags']) or 'flags unknown'}; torch uses {machine['cpu']}, our kernels "
+        f"{machine['kernels'] or 'are not built'}; {machine['cores']} cores, {machine['threads']} threads"
+    )
+    gpu = (
+        f"  GPU: {', '.join(machine['gpus']) or 'none'}; driver {machine['driver'] or 'none'}; torch built with CUDA "
+        f"{machine['toolkit of torch'] or 'none'}; nvcc {machine['nvcc'] or 'none'}"
+    )
+    lines = [
+        *info.heading(facts),
+        "",
+        "Machine",
+        f"  {machine['platform']}",
+        cpu,
+        gpu,
+        *[f"  {name}={value}" for name, value in facts["switches"].items()],
+        "",
+        *info.built(facts),
+        "",
+        "A call of some hundred rows is served by (`lk.why` says it of yours)",
+        _rows(facts["ops"]),
+        "",
+        "lora_linear over a quantised weight",
+        _rows(facts["formats"]),
+        "",
+        "Known to go wrong",
+        *_conflict_lines(facts["conflicts"]),
+        "",
+        "To see for yourself",
+        *[f"  {command}: {what}" for command, what in _PROOFS],
+        "",
+        *(
+            [f"WRONG: {line}" for line in facts["wrong"]]
+            or [_OK if facts["backends"]["cpu"]["available"] else _NOT_BUILT]
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _rows(rows: Sequence[Mapping[str, str]]) -> str:
+    columns = tuple(rows[0])
+    return table(columns, [tuple(row[column] for column in columns) for row in rows])
+
+
+def _conflict_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    lines = []
+    for row in rows:
+        lines.append(f"  applies here: {row['applies here']:3}  {row['what']}")
+        if row["applies here"] == "yes":
+            lines += [
+                f"       concerns: {row['concerns']}",
+                f"         remedy: {row['remedy']}",
+                f"          proof: {row['proof']}",
+            ]
+    return lines
