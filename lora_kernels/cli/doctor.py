@@ -16,10 +16,8 @@ import torch
 import lora_kernels as lk
 
 from .. import _native
-from ..formats import LAYOUTS
+from ..formats import zero_points
 from ..functional.why import examples
-from ..reasons import Reason
-from ..support import packed
 from ..text import one_line, table
 from . import _machine, info
 from ._conflicts import CONFLICTS, OLDEST, Installation
@@ -122,23 +120,15 @@ def served_ops() -> list[dict[str, str]]:
 
 
 def served_formats() -> list[dict[str, str]]:
-    """The same of ``lora_linear`` over a weight in each format that can be made, and of layouts that are only read."""
+    """The same of ``lora_linear`` over a weight in each format, those that are only read included."""
     found = []
     for device in _devices():
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        zeros = _zeros(device, dtype)
-        for name, fmt in lk.FORMATS.items():
-            weight = fmt.quantize(zeros(256, 256))
+        zeros = _zeros(device, torch.float32 if device == "cpu" else torch.bfloat16)
+        weights = {name: fmt.quantize(zeros(256, 256)) for name, fmt in lk.FORMATS.items()}
+        for name, weight in (weights | zero_points.blanks(256, 256, zeros(1, 256))).items():
             choice = lk.why("lora_linear", zeros(512, 256), weight, zeros(16, 256), zeros(256, 16))
-            found.append((name, device, choice.backend, choice.schedule, one_line(choice.reason)))
-        made = {fmt.layout.name for fmt in lk.FORMATS.values()}
-        for layout in LAYOUTS.keys() - made:
-            reason = Reason.NO_KERNEL if layout in packed.LAYOUTS else packed.NO_KERNEL.reason
-            found.append(
-                (f"{layout} (read only)", device, "reference", packed.TORCH_DECODED.schedule or "", str(reason))
-            )
-    keys = ("format", "device", "backend", "schedule", "reason")
-    return [dict(zip(keys, row)) for row in sorted(found)]
+            found.append({"format": name, "device": device, **choice._asdict(), "reason": one_line(choice.reason)})
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ what is wrong
