@@ -9,7 +9,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels import _native
-from lora_kernels.cli import _conflicts, doctor, info, main
+from lora_kernels.cli import _conflicts, _machine, doctor, info, main
 from lora_kernels.cli._conflicts import CONFLICTS, OLDEST, Installation
 from lora_kernels.formats import LAYOUTS
 from lora_kernels.functional.why import _BINDERS, examples
@@ -105,7 +105,8 @@ def backends(**details) -> dict[str, dict[str, object]]:
     }
 
 
-CPU, GPU = {"gpus": []}, {"gpus": ["a GPU"]}
+CPU, GPU = {"gpus": [], "driver": None}, {"gpus": ["a GPU"], "driver": "580.1"}
+UNSEEN = {"gpus": [], "driver": "580.1"}
 BUILT = {"C++": "built with g++", "CUDA": "built for 80 90 with nvcc"}
 
 
@@ -114,6 +115,7 @@ BUILT = {"C++": "built with g++", "CUDA": "built for 80 90 with nvcc"}
     [
         (BUILT, backends(), GPU, []),
         (BUILT, backends(cuda="loads, but torch sees no CUDA device"), CPU, []),
+        (BUILT, backends(cuda="loads, but torch sees no CUDA device"), UNSEEN, ["CUDA"]),
         (BUILT, backends(cuda="failed to load: undefined symbol"), CPU, ["CUDA"]),
         (BUILT, backends(cuda=f"loads, but: {lk.Reason.DRIVER}"), GPU, ["CUDA"]),
         (BUILT, backends(cpu="failed to load: libtorch"), CPU, ["C++"]),
@@ -130,13 +132,13 @@ def test_what_was_built_and_cannot_serve(build, status, machine, wrong):
 
 def test_what_is_wrong_decides_the_status(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "cannot_serve", lambda *facts: [])
-    monkeypatch.setattr(info, "version", GOOD.get)
+    monkeypatch.setattr(_machine, "version", GOOD.get)
     assert main(["doctor"]) == 0
     assert "Nothing is wrong" in capsys.readouterr().out
-    monkeypatch.setattr(info, "version", {**GOOD, "peft": "0.17.0"}.get)
+    monkeypatch.setattr(_machine, "version", {**GOOD, "peft": "0.17.0"}.get)
     assert main(["doctor"]) == 1
     assert "WRONG: peft older than 0.18" in capsys.readouterr().out
-    monkeypatch.setattr(info, "version", {**GOOD, "transformers": "5.24.0"}.get)
+    monkeypatch.setattr(_machine, "version", {**GOOD, "transformers": "5.24.0"}.get)
     assert main(["doctor"]) == 0, "who generates with prompts is concerned, and nobody else"
     shown = capsys.readouterr().out
     assert "applies here: yes  PEFT 0.21.2" in shown
@@ -144,7 +146,7 @@ def test_what_is_wrong_decides_the_status(monkeypatch, capsys):
 
 
 def test_an_extension_that_does_not_load_is_wrong(monkeypatch, capsys):
-    monkeypatch.setattr(info, "version", GOOD.get)
+    monkeypatch.setattr(_machine, "version", GOOD.get)
     monkeypatch.setattr(lk, "build_info", lambda: {"C++": "built with g++ 12", "CUDA": "not built: no nvcc"})
     monkeypatch.setattr(_native, "cpu", None)
     monkeypatch.setattr(_native, "cpu_error", "failed to load: libc10.so: no such file")
@@ -152,6 +154,16 @@ def test_an_extension_that_does_not_load_is_wrong(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "WRONG: C++ was built with g++ 12, but does not serve: failed to load: libc10.so" in shown
     assert re.search(r"lora_linear +cpu +fp32 bf16 fp16 +reference", shown)
+
+
+def test_a_backend_that_cannot_be_had_is_wrong(capsys):
+    with lk.use_backend("cuda" if not torch.cuda.is_available() else "cpu"):
+        assert main(["doctor"]) == 1
+        shown = capsys.readouterr().out
+        assert re.search(r"lora_linear +\w+ +fp32 bf16 fp16 +none", shown)
+        assert re.search(r"WRONG: LORA_KERNELS_BACKEND asks for what cannot serve .*lora_linear.*: they raise", shown)
+        assert main(["info"]) == 0
+        assert "was asked for" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------ the page
@@ -172,7 +184,7 @@ def test_the_page_has_every_op_and_format(monkeypatch, capsys):
     assert all(row["backend"] in lk.BACKENDS and row["reason"] for row in (*facts["ops"], *facts["formats"]))
     assert facts["switches"]["LORA_KERNELS_WINNERS"] == "0"
     assert len(facts["conflicts"]) == len(CONFLICTS)
-    assert facts["packages"]["torch"] == info.version("torch")
+    assert facts["packages"]["torch"] == _machine.version("torch")
 
 
 def test_the_page_says_why_nobody_faster_serves(monkeypatch):

@@ -25,7 +25,9 @@ from ._models import DTYPES
 
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "neon", "asimd", "sve", "bf16")
 """Of a CPU, those that decide which kernels run or which library is asked."""
-_SWITCHES = re.compile(r"LORA_KERNELS_\w+|TRITON_\w+|CUBLAS_WORKSPACE_CONFIG|ATEN_CPU_CAPABILITY|ONEDNN_\w+")
+_SWITCHES = re.compile(
+    r"(LORA_KERNELS|TRITON|ONEDNN|DNNL)_\w+|CUDA_VISIBLE_DEVICES|CUBLAS_WORKSPACE_CONFIG|ATEN_CPU_CAPABILITY"
+)
 _OK = "Nothing is wrong."
 _NOT_BUILT = "Nothing is wrong, but the C++ extension was not built: on the CPU plain torch serves every op."
 _PROOFS = (
@@ -56,9 +58,8 @@ def run(options: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """Everything the command reports, as plain data; ``wrong`` has a line for each thing that is."""
-    facts = info.collect()
-    del facts["ops"]  # asked in full below
-    facts["packages"] |= {name: info.version(name) for name in (*OLDEST, "numpy")}
+    facts = info.installation()
+    facts["packages"] |= {name: _machine.version(name) for name in (*OLDEST, "numpy")}
     flags = cpu_flags()
     facts["machine"] |= {
         "flags": [flag for flag in _FLAGS if flag in flags],
@@ -68,13 +69,14 @@ def collect() -> dict[str, Any]:
         "nvcc": shutil.which("nvcc"),
     }
     here = Installation(facts["packages"], flags, torch.cuda.is_available())
-    return facts | {
+    facts |= {
         "switches": {name: value for name, value in sorted(os.environ.items()) if _SWITCHES.fullmatch(name)},
         "ops": served_ops(),
         "formats": served_formats(),
         "conflicts": conflicts(here),
-        "wrong": [*cannot_serve(facts["build"], facts["backends"], facts["machine"]), *broken_by(here)],
     }
+    wrong = cannot_serve(facts["build"], facts["backends"], facts["machine"])
+    return facts | {"wrong": [*wrong, *served_by_nobody(facts["ops"]), *broken_by(here)]}
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
@@ -98,25 +100,20 @@ def _zeros(device: str, dtype: torch.dtype) -> Any:
 
 def served_ops() -> list[dict[str, str]]:
     """Dispatch's answer for each public function on its example, dtypes with the same answer together."""
-    found: dict[tuple[str, ...], list[str]] = {}
+    found: dict[tuple[str, str, lk.Choice], list[str]] = {}
     for device in _devices():
         for name, example in examples().items():
             for label, dtype in DTYPES.items():
-                choice = lk.why(name, *example(_zeros(device, dtype)))
-                found.setdefault((name, device, choice.backend, choice.schedule, one_line(choice.reason)), []).append(
-                    label
-                )
+                choice = info.ask(name, *example(_zeros(device, dtype)))
+                found.setdefault((name, device, choice), []).append(label)
     return [
-        {
-            "op": op,
-            "device": device,
-            "dtypes": " ".join(labels),
-            "backend": backend,
-            "schedule": schedule,
-            "reason": reason,
-        }
-        for (op, device, backend, schedule, reason), labels in found.items()
+        {"op": op, "device": device, "dtypes": " ".join(labels), **_in_words(choice)}
+        for (op, device, choice), labels in found.items()
     ]
+
+
+def _in_words(choice: lk.Choice) -> dict[str, str]:
+    return {field: one_line(value) for field, value in choice._asdict().items()}
 
 
 def served_formats() -> list[dict[str, str]]:
@@ -126,8 +123,8 @@ def served_formats() -> list[dict[str, str]]:
         zeros = _zeros(device, torch.float32 if device == "cpu" else torch.bfloat16)
         weights = {name: fmt.quantize(zeros(256, 256)) for name, fmt in lk.FORMATS.items()}
         for name, weight in (weights | zero_points.blanks(256, 256, zeros(1, 256))).items():
-            choice = lk.why("lora_linear", zeros(512, 256), weight, zeros(16, 256), zeros(256, 16))
-            found.append({"format": name, "device": device, **choice._asdict(), "reason": one_line(choice.reason)})
+            choice = info.ask("lora_linear", zeros(512, 256), weight, zeros(16, 256), zeros(256, 16))
+            found.append({"format": name, "device": device, **_in_words(choice)})
     return found
 
 
@@ -137,14 +134,20 @@ def served_formats() -> list[dict[str, str]]:
 def cannot_serve(
     build: Mapping[str, str], backends: Mapping[str, Mapping[str, Any]], machine: Mapping[str, Any]
 ) -> list[str]:
-    """What was built and cannot be used here. CUDA kernels without a GPU are not: there is nothing for them to do."""
+    """What was built and cannot be used here. CUDA kernels on a machine without a GPU can: there is nothing to do."""
     found = []
     for kind, name in (("C++", "cpu"), ("CUDA", "cuda")):
-        was_built = build.get(kind, "").startswith("built")
-        has_work = name == "cpu" or bool(machine["gpus"]) or "failed to load" in backends[name]["detail"]
-        if was_built and has_work and not backends[name]["available"]:
-            found.append(f"{kind} was {build[kind]}, but does not serve: {backends[name]['detail']}")
+        was_built, status = build.get(kind, "").startswith("built"), backends[name]
+        has_work = name == "cpu" or machine["gpus"] or machine["driver"] or "failed to load" in status["detail"]
+        if was_built and has_work and not status["available"]:
+            found.append(f"{kind} was {build[kind]}, but does not serve: {status['detail']}")
     return found
+
+
+def served_by_nobody(ops: Sequence[Mapping[str, str]]) -> list[str]:
+    """Calls that raise, because the environment asks for a backend that cannot serve them."""
+    refused = sorted({row["op"] for row in ops if row["backend"] == "none"})
+    return [f"LORA_KERNELS_BACKEND asks for what cannot serve {', '.join(refused)}: they raise"] if refused else []
 
 
 def conflicts(here: Installation) -> list[dict[str, str]]:
@@ -170,44 +173,41 @@ def broken_by(here: Installation) -> list[str]:
 
 
 def _render(facts: dict[str, Any]) -> str:
-    machine = facts["machine"]
-    cpu = (
-        f"  CPU: {' '.join(machine['flags']) or 'flags unknown'}; torch uses {machine['cpu']}, our kernels "
-        f"{machine['kernels'] or 'are not built'}; {machine['cores']} cores, {machine['threads']} threads"
+    return "\n".join(
+        [
+            *info.heading(facts),
+            "",
+            *_machine_lines(facts["machine"], facts["switches"]),
+            "",
+            *info.built(facts),
+            "",
+            "A call of some hundred rows is served by (`lk.why` says it of yours)",
+            _rows(facts["ops"]),
+            "",
+            "lora_linear over a quantised weight",
+            _rows(facts["formats"]),
+            "",
+            "Known to go wrong",
+            *_conflict_lines(facts["conflicts"]),
+            "",
+            "To see for yourself",
+            *[f"  {command}: {what}" for command, what in _PROOFS],
+            "",
+            *_verdict(facts),
+        ]
     )
-    gpu = (
-        f"  GPU: {', '.join(machine['gpus']) or 'none'}; driver {machine['driver'] or 'none'}; torch built with CUDA "
-        f"{machine['toolkit of torch'] or 'none'}; nvcc {machine['nvcc'] or 'none'}"
-    )
-    lines = [
-        *info.heading(facts),
-        "",
+
+
+def _machine_lines(machine: Mapping[str, Any], switches: Mapping[str, str]) -> list[str]:
+    return [
         "Machine",
         f"  {machine['platform']}",
-        cpu,
-        gpu,
-        *[f"  {name}={value}" for name, value in facts["switches"].items()],
-        "",
-        *info.built(facts),
-        "",
-        "A call of some hundred rows is served by (`lk.why` says it of yours)",
-        _rows(facts["ops"]),
-        "",
-        "lora_linear over a quantised weight",
-        _rows(facts["formats"]),
-        "",
-        "Known to go wrong",
-        *_conflict_lines(facts["conflicts"]),
-        "",
-        "To see for yourself",
-        *[f"  {command}: {what}" for command, what in _PROOFS],
-        "",
-        *(
-            [f"WRONG: {line}" for line in facts["wrong"]]
-            or [_OK if facts["backends"]["cpu"]["available"] else _NOT_BUILT]
-        ),
+        f"  CPU: {' '.join(machine['flags']) or 'flags unknown'}; torch uses {machine['cpu']}, our kernels "
+        f"{machine['kernels'] or 'are not built'}; {machine['cores']} cores, {machine['threads']} threads",
+        f"  GPU: {', '.join(machine['gpus']) or 'none'}; driver {machine['driver'] or 'none'}; torch built with CUDA "
+        f"{machine['toolkit of torch'] or 'none'}; nvcc {machine['nvcc'] or 'none'}",
+        *[f"  {name}={value}" for name, value in switches.items()],
     ]
-    return "\n".join(lines)
 
 
 def _rows(rows: Sequence[Mapping[str, str]]) -> str:
@@ -220,9 +220,11 @@ def _conflict_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
     for row in rows:
         lines.append(f"  applies here: {row['applies here']:3}  {row['what']}")
         if row["applies here"] == "yes":
-            lines += [
-                f"       concerns: {row['concerns']}",
-                f"         remedy: {row['remedy']}",
-                f"          proof: {row['proof']}",
-            ]
+            lines += [f"{name:>15}: {row[name]}" for name in ("concerns", "remedy", "proof")]
     return lines
+
+
+def _verdict(facts: Mapping[str, Any]) -> list[str]:
+    if facts["wrong"]:
+        return [f"WRONG: {line}" for line in facts["wrong"]]
+    return [_OK if facts["backends"]["cpu"]["available"] else _NOT_BUILT]

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import sys
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ import torch
 import lora_kernels as lk
 
 from .. import _native
-from ..text import table
+from ..text import first_sentence, table
+from . import _machine
 from ._models import DTYPES
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "bitsandbytes")
@@ -44,27 +44,24 @@ def run(options: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """Everything the command reports, as plain data."""
+    return installation() | {"ops": _choices()}
+
+
+def installation() -> dict[str, Any]:
+    """What is there, without who serves what."""
     return {
         "lora_kernels": lk.__version__,
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in _PACKAGES},
-        "machine": _machine(),
+        "packages": {name: _machine.version(name) for name in _PACKAGES},
+        "machine": machine(),
         "build": lk.build_info(),
         "backends": {name: status._asdict() for name, status in lk.backends().items()},
-        "ops": _choices(),
     }
 
 
-def version(package: str) -> str | None:
-    """Of an installed package; None where it is not."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _machine() -> dict[str, Any]:
-    machine: dict[str, Any] = {
+def machine() -> dict[str, Any]:
+    """The CPU, its threads, and the GPUs that torch sees, with why the extension does not run on one."""
+    found: dict[str, Any] = {
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -76,8 +73,16 @@ def _machine() -> dict[str, Any]:
             major, minor = torch.cuda.get_device_capability(index)
             problem = None if _native.cuda is None else _native.cuda_problem(torch.device("cuda", index))
             reason = "" if problem is None else f", {problem[0]}"
-            machine["gpus"].append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor}{reason})")
-    return machine
+            found["gpus"].append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor}{reason})")
+    return found
+
+
+def ask(op: str, *args: Any) -> lk.Choice:
+    """``lk.why``; backend "none" where one is asked for, by the environment, that cannot serve the call."""
+    try:
+        return lk.why(op, *args)
+    except RuntimeError as refusal:
+        return lk.Choice("none", "", first_sentence(refusal))
 
 
 def _choices() -> list[dict[str, str]]:
@@ -98,7 +103,7 @@ def _choices() -> list[dict[str, str]]:
                 "prompt_embedding": (torch.zeros((1, m), dtype=torch.long, device=device), weight, zeros(r, k)),
             }
             for op, args in calls.items():
-                choice = lk.why(op, *args)
+                choice = ask(op, *args)
                 found.append({"op": op, "device": device, "dtype": label, **choice._asdict()})
     return [{key: str(value) for key, value in row.items()} for row in found]
 
