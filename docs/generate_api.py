@@ -5,7 +5,6 @@ griffe reads the sources without importing them, and takes the docstrings apart;
 
 from __future__ import annotations
 
-import ast
 import inspect
 import logging
 import re
@@ -37,20 +36,11 @@ def load() -> Any:
     return package
 
 
-def public_names() -> list[str]:
-    """What ``__all__`` lists."""
-    tree = ast.parse((ROOT / PACKAGE / "__init__.py").read_text())
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
-            return ast.literal_eval(node.value)
-    raise ValueError("lora_kernels/__init__.py assigns no __all__")
-
-
 def page() -> str:
     """The text of docs/api.md."""
     package = load()
     sections: dict[str, list[tuple[str, str]]] = {title: [] for title in _SECTIONS}
-    for name in public_names():
+    for name in package.exports:  # __all__
         member = package[name].final_target if package[name].is_alias else package[name]
         sections[_section(name, member)].append((name, _entry(name, member)))
     parts = [_HEAD]

@@ -1,6 +1,6 @@
 """Versions and machines that are known to go wrong together: what happens, who is concerned, and the way round it.
 
-A row is here because somebody saw it happen. What was never tried is not a conflict.
+Besides versions older than what the package was made for, a row is here because somebody saw it happen.
 """
 
 from __future__ import annotations
