@@ -5,6 +5,7 @@
 #   make test-full  the same, then the exhaustive tests                           (long)
 #   make build      build the extensions and say what was built
 #   make lint       ruff, mypy, clang-format
+#   make docs       docs/api.md, from the docstrings
 #   make bench      every benchmark, with plots in build/bench                    (about an hour)
 #   make gpu        build for this machine's GPU, test, sanitize and time it: build/gpu.json  (ten minutes; needs a GPU)
 #   make ptx        PTX of every CUDA kernel, in build/ptx/<arch>/                (needs nvcc, no GPU)
@@ -28,7 +29,7 @@ PIP    := $(BIN)/pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 SAY    := @printf '== %s\n'
 
-.PHONY: demo test test-full build lint format bench gpu ptx clean distclean
+.PHONY: demo test test-full build lint format docs bench gpu ptx clean distclean
 
 $(TORCH_STAMP):
 	$(SAY) "creating $(VENV) and installing $(TORCH)"
@@ -85,6 +86,9 @@ format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	git ls-files 'csrc/*' | xargs $(BIN)/clang-format -i
+
+docs: $(VENV)/.built
+	$(BIN)/python docs/generate_api.py
 
 ptx:
 	@nvcc=$$(command -v nvcc || echo /usr/local/cuda/bin/nvcc); \

@@ -39,8 +39,11 @@ class Choice(NamedTuple):
     """The outcome of dispatch for one call."""
 
     backend: str
+    """Who serves it: one of ``BACKENDS``."""
     schedule: str
+    """The algorithm it runs."""
     reason: str
+    """Why this one, and why none that is asked before it."""
 
 
 # ---------------------------------------------------------------------------------------------- registration
@@ -146,6 +149,9 @@ class use_backend:
 
     Args:
         name: "cuda", "triton", "cpu", "reference" or None.
+
+    Raises:
+        ValueError: another name.
     """
 
     def __init__(self, name: str | None) -> None:

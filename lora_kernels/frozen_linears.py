@@ -24,7 +24,7 @@ class FrozenLinear(nn.Linear):
     once; in fp32 under ``torch.compile`` it is ``nn.Linear``.
 
     ``patch(model, frozen_linears=True)`` swaps the class of existing layers, which keep the name ``Linear``. Results
-    equal ``nn.Linear``'s up to rounding. The op has no double backward.
+    equal ``nn.Linear``'s up to rounding. The op has no double backward (``RuntimeError``).
     """
 
     def forward(self, input: Tensor) -> Tensor:

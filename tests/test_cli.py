@@ -316,7 +316,7 @@ def test_info_says_on_which_gpus_the_extension_works(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(problems))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, index))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
-    found = info._machine()["gpus"]
+    found = info.machine()["gpus"]
     assert found == ["GPU 0 (sm_80)", f"GPU 1 (sm_81, {lk.Reason.NOT_COMPILED})"]
 
 

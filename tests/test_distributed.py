@@ -1,4 +1,4 @@
-"""Two gloo processes run the example that the README recommends; they must reach the losses of one process."""
+"""Two gloo processes run the example that the documentation recommends; they must reach the losses of one process."""
 
 import os
 import subprocess

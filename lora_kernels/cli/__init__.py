@@ -1,4 +1,4 @@
-"""The ``lora-kernels`` command: info, finetune, merge, verify, bench, plan, check-gpu."""
+"""The ``lora-kernels`` command: doctor, info, finetune, merge, verify, bench, plan, check-gpu."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from .._version import __version__
 from ..text import first_sentence
-from . import bench, check_gpu, finetune, info, merge, plan, verify
+from . import bench, check_gpu, doctor, finetune, info, merge, plan, verify
 from ._console import CliError, error
 
-_COMMANDS = (info, finetune, merge, verify, bench, plan, check_gpu)
+_COMMANDS = (doctor, info, finetune, merge, verify, bench, plan, check_gpu)
 
 
 class _Parser(argparse.ArgumentParser):

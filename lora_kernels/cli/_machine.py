@@ -97,7 +97,7 @@ def environment(machine: Machine) -> dict[str, Any]:
     packages = ("torch", "triton", "peft", "transformers", "unsloth", "lorafusion")
     facts: dict[str, Any] = {
         "lora_kernels": lk.__version__, "python": platform.python_version(), "platform": platform.platform(),
-        "packages": {name: _version(name) for name in packages}, "toolkit of torch": torch.version.cuda,
+        "packages": {name: version(name) for name in packages}, "toolkit of torch": torch.version.cuda,
         "build": lk.build_info(), "backends": {name: status._asdict() for name, status in lk.backends().items()},
         "device": str(machine.device), "clocks before": clocks(machine),
     }  # fmt: skip
@@ -110,7 +110,8 @@ def environment(machine: Machine) -> dict[str, Any]:
     return facts
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

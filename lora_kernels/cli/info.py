@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ import torch
 import lora_kernels as lk
 
 from .. import _native
-from ..text import table
+from ..text import first_sentence, table
+from . import _machine
 from ._models import DTYPES
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "bitsandbytes")
@@ -43,26 +44,24 @@ def run(options: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """Everything the command reports, as plain data."""
+    return installation() | {"ops": _choices()}
+
+
+def installation() -> dict[str, Any]:
+    """What is there, without who serves what."""
     return {
         "lora_kernels": lk.__version__,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "machine": _machine(),
+        "packages": {name: _machine.version(name) for name in _PACKAGES},
+        "machine": machine(),
         "build": lk.build_info(),
         "backends": {name: status._asdict() for name, status in lk.backends().items()},
-        "ops": _choices(),
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _machine() -> dict[str, Any]:
-    machine: dict[str, Any] = {
+def machine() -> dict[str, Any]:
+    """The CPU, its threads, and the GPUs that torch sees, with why the extension does not run on one."""
+    found: dict[str, Any] = {
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -74,8 +73,16 @@ def _machine() -> dict[str, Any]:
             major, minor = torch.cuda.get_device_capability(index)
             problem = None if _native.cuda is None else _native.cuda_problem(torch.device("cuda", index))
             reason = "" if problem is None else f", {problem[0]}"
-            machine["gpus"].append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor}{reason})")
-    return machine
+            found["gpus"].append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor}{reason})")
+    return found
+
+
+def ask(op: str, *args: Any) -> lk.Choice:
+    """``lk.why``; backend "none" where one is asked for, by the environment, that cannot serve the call."""
+    try:
+        return lk.why(op, *args)
+    except RuntimeError as refusal:
+        return lk.Choice("none", "", first_sentence(refusal))
 
 
 def _choices() -> list[dict[str, str]]:
@@ -96,28 +103,20 @@ def _choices() -> list[dict[str, str]]:
                 "prompt_embedding": (torch.zeros((1, m), dtype=torch.long, device=device), weight, zeros(r, k)),
             }
             for op, args in calls.items():
-                choice = lk.why(op, *args)
+                choice = ask(op, *args)
                 found.append({"op": op, "device": device, "dtype": label, **choice._asdict()})
     return [{key: str(value) for key, value in row.items()} for row in found]
 
 
 def _render(facts: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in facts["packages"].items())
     machine = facts["machine"]
     columns = ("op", "device", "dtype", "backend", "schedule", "reason")
     lines = [
-        f"lora_kernels {facts['lora_kernels']}, Python {facts['python']} ({sys.executable})",
-        versions,
+        *heading(facts),
         f"{machine['platform']}; CPU capability {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['threads']} threads; {', '.join(machine['gpus']) or 'no GPU'}",
         "",
-        "Built",
-        *[f"  {key}: {value}" for key, value in facts["build"].items()],
-        "",
-        table(
-            ("backend", "available", "detail"),
-            [(name, "yes" if s["available"] else "no", s["detail"]) for name, s in facts["backends"].items()],
-        ),
+        *built(facts),
         "",
         "A call with {tokens} tokens, {in_features} -> {out_features}, rank {rank}, would run on:".format(**_SAMPLE),
         table(
@@ -126,3 +125,25 @@ def _render(facts: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def heading(facts: dict[str, Any]) -> list[str]:
+    """The versions, as lines."""
+    versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in facts["packages"].items())
+    return [f"lora_kernels {facts['lora_kernels']}, Python {facts['python']} ({sys.executable})", versions]
+
+
+def built(facts: dict[str, Any]) -> list[str]:
+    """What was compiled, and which backends there are, as lines."""
+    rows = [(name, "yes" if s["available"] else "no", _brief(s["detail"])) for name, s in facts["backends"].items()]
+    return [
+        "Built",
+        *[f"  {key}: {value}" for key, value in facts["build"].items()],
+        "",
+        table(("backend", "available", "detail"), rows),
+    ]
+
+
+def _brief(detail: str) -> str:
+    """Without the names of the ops that a backend serves, which are many."""
+    return re.sub(r"serves (.+)$", lambda found: f"serves {found[1].count(',') + 1} ops", detail)

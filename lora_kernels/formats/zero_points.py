@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +158,26 @@ class _Awq(_ZeroPoints):
 GPTQ = register(_Gptq("gptq", zeros_less_one=False))
 GPTQ_V1 = register(_Gptq("gptq_v1", zeros_less_one=True))
 AWQ = register(_Awq())
+
+
+def blanks(n: int, k: int, scales: Tensor) -> dict[str, QuantizedWeight]:
+    """By layout, a weight [n, k] of zeros in four bits, in one group with ``scales`` [1, n]. Nothing here makes these
+    formats of a weight, but it may be asked what serves them.
+    """
+    bits, layouts = _AWQ_BITS, cast(tuple[_ZeroPoints, ...], (GPTQ, GPTQ_V1, AWQ))
+    zeros = scales.new_zeros((1, n * bits // _WORD), dtype=torch.int32)
+    groups = scales.new_zeros(k, dtype=torch.int32)
+    return {
+        layout.name: QuantizedWeight(
+            layout.name,
+            layout.name,
+            (scales.new_zeros(layout.data_shape(n, k, bits), dtype=torch.int32), zeros, scales, groups)[: layout.count],
+            (n, k),
+            k,
+            None,
+        )
+        for layout in layouts
+    }
 
 
 def _numbers(words: Tensor, bits: int, dim: int, dtype: torch.dtype, order: Sequence[int] | None = None) -> Tensor:

@@ -36,7 +36,8 @@ def linear_cross_entropy(
     logit_scale: float | None = None,
     shift: bool = False,
 ) -> Tensor:
-    """The head of a language model and its cross entropy, without the logits in memory.
+    """The head of a language model and its cross entropy, without the logits in memory (some rows at a time, with the
+    gradients formed in forward, as in Liger Kernel, Hsu et al., 2024).
 
     Equivalent to::
 
@@ -66,7 +67,7 @@ def linear_cross_entropy(
         shift: row t of a sequence has the label t + 1, and the last row none: labels[..., 1:] belong to x[..., :-1, :].
 
     Returns:
-        float32 (float64 for float64): a number, or for "none" the shape of labels, one shorter under ``shift``.
+        A number, or for "none" the shape of labels, one shorter under ``shift``; float32 (float64 for float64).
 
     Raises:
         TypeError: an argument is not a tensor, is sparse, nested or quantised, or has a dtype that does not fit.
@@ -147,7 +148,7 @@ def _check_labels(x: Tensor, labels: Any, shift: bool) -> None:
         raise ValueError(f"{_OP}: shift needs sequences of labels, got shape {tuple(labels.shape)}")
 
 
-@explains(_OP, _op.SPEC)
+@explains(_OP, _op.SPEC, example=lambda zeros: (zeros(512, 576), zeros(1536, 576), zeros(512, dtype=torch.int64)))
 def arguments(
     x: Tensor, weight: Tensor, labels: Tensor, lora_A: Tensor | None = None, lora_B: Tensor | None = None,
     bias: Tensor | None = None, *, scaling: float = 1.0, ignore_index: int = -100, reduction: str = "mean",

@@ -102,7 +102,11 @@ def dora_linear_of_layer(
     return as_layer_gives(y, x, weight) if isinstance(weight, QuantizedWeight) else y
 
 
-@explains("dora_linear", _op.SPEC)
+@explains(
+    "dora_linear",
+    _op.SPEC,
+    example=lambda zeros: (zeros(512, 576), zeros(1536, 576), zeros(16, 576), zeros(1536, 16), zeros(1536)),
+)
 def _bind(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None = None,
     bias: Tensor | None = None, *, scaling: float | Tensor = 1.0, dropout_p: float = 0.0, training: bool = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..ops import eager
@@ -49,7 +50,11 @@ def lora_embedding(
     return eager.call(_op.SPEC, LoRAEmbeddingFunction, args)
 
 
-@explains("lora_embedding", _op.SPEC)
+@explains(
+    "lora_embedding",
+    _op.SPEC,
+    example=lambda zeros: (zeros(512, dtype=torch.int64), zeros(1536, 576), zeros(16, 1536), zeros(576, 16)),
+)
 def arguments(
     ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float | Tensor = 1.0,
     padding_idx: int | None = None,

@@ -31,7 +31,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
     return eager.call(_op.SPEC, GatedActivationFunction, arguments(gate, up, activation))
 
 
-@explains("gated_activation", _op.SPEC)
+@explains("gated_activation", _op.SPEC, example=lambda zeros: (zeros(512, 1536), zeros(512, 1536)))
 def arguments(gate: Tensor, up: Tensor, activation: str = "silu") -> tuple:
     """The op's positional arguments, checked."""
     op = "gated_activation"

@@ -12,7 +12,7 @@ from ..ops import grouped_lora_linear as _op
 from ..ops.grouped_lora_linear import GroupedLoRALinearFunction
 from ..plain import FLOATS
 from .checks import check_adapter_dtype, check_branch, check_dense
-from .why import explains
+from .why import Zeros, explains
 
 _NAME = "grouped_lora_linear"
 
@@ -30,7 +30,8 @@ def grouped_lora_linear(
     training: bool = False,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """``lora_linear`` of rows that belong to groups: experts of a mixture, or adapters over one base.
+    """``lora_linear`` of rows that belong to groups: experts of a mixture, or adapters over one base (LoRA, Hu et al.,
+    ICLR 2022; grouped products without dropped tokens as in MegaBlocks, Gale et al., MLSys 2023).
 
     Equivalent to, for each group g with ``rows = slice(offsets[g - 1], offsets[g])``::
 
@@ -62,7 +63,11 @@ def grouped_lora_linear(
     return eager.call(_op.SPEC, GroupedLoRALinearFunction, args)
 
 
-@explains(_NAME, _op.SPEC)
+def _example(zeros: Zeros) -> tuple:
+    return zeros(512, 576), zeros(8, 1536, 576), zeros(8, 16, 576), zeros(8, 1536, 16), zeros(8, dtype=torch.int32)
+
+
+@explains(_NAME, _op.SPEC, example=_example)
 def arguments(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Tensor, bias: Tensor | None = None, *,
     scaling: float | Tensor = 1.0, dropout_p: float = 0.0, training: bool = False, seed: int | Tensor | None = None,

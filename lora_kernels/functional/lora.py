@@ -120,7 +120,9 @@ def _arguments(
     return x, weight, lora_A, *check_branch(op, x, lora_B, bias, scaling, dropout_p, training, seed)
 
 
-@explains("lora_linear", _op.SPEC)
+@explains(
+    "lora_linear", _op.SPEC, example=lambda zeros: (zeros(512, 576), zeros(1536, 576), zeros(16, 576), zeros(1536, 16))
+)
 def arguments(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None = None, *,
     scaling: float | Tensor = 1.0, dropout_p: float = 0.0, training: bool = False, seed: int | Tensor | None = None,
@@ -130,7 +132,10 @@ def arguments(
 
 
 def frozen_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """``F.linear(x, weight, bias)`` for a weight and bias that do not train.
+    """A linear layer whose weight and bias do not train.
+
+    Equivalent to ``F.linear(x, weight, bias)``. On a CPU, 16 bits go through fp32 where there are no instructions for
+    them, and fp32 goes to the library that was measured to be faster. Saved for backward is the weight, by reference.
 
     Args:
         x: [..., in_features]; float32, bfloat16, float16 or float64.
@@ -148,7 +153,7 @@ def frozen_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | No
     return torch.ops.lora_kernels.frozen_linear.default(*_bind_frozen(x, weight, bias))
 
 
-@explains("frozen_linear", _frozen_op.SPEC)
+@explains("frozen_linear", _frozen_op.SPEC, example=lambda zeros: (zeros(512, 576), zeros(1536, 576)))
 def _bind_frozen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:
     check_base("frozen_linear", x, weight, bias)
     return x, weight, bias
@@ -156,6 +161,9 @@ def _bind_frozen(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple
 
 def dropout_mask(rows: int, columns: int, p: float, seed: int | Tensor) -> Tensor:
     """The mask that ``lora_linear`` applies to an x of [rows, columns] for this seed.
+
+    Equivalent in distribution to ``torch.rand(rows, columns) >= p``. The generator is Philox 4x32-10 (Salmon et al.,
+    "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): a bit depends on seed, row and column alone, on any device.
 
     Args:
         rows: product of x's leading dimensions.
@@ -165,11 +173,15 @@ def dropout_mask(rows: int, columns: int, p: float, seed: int | Tensor) -> Tenso
 
     Returns:
         bool [rows, columns], True where the element is kept.
+
+    Raises:
+        TypeError: seed is neither an int nor a tensor.
+        ValueError: rows or columns below 0, p no number in [0, 1], or a tensor that is not int64 of one element.
     """
     return torch.ops.lora_kernels.dropout_mask.default(*_bind_mask(rows, columns, p, seed))
 
 
-@explains("dropout_mask", _mask_op.SPEC)
+@explains("dropout_mask", _mask_op.SPEC, example=lambda zeros: (512, 576, 0.1, zeros(1, dtype=torch.int64)))
 def _bind_mask(rows: int, columns: int, p: float, seed: int | Tensor) -> tuple:
     if rows < 0 or columns < 0:
         raise ValueError(f"dropout_mask: rows and columns must not be negative, got {rows} and {columns}")

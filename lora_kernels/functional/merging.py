@@ -16,12 +16,15 @@ _MERGE_BLOCK = 1 << 20
 
 @torch.no_grad()
 def merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
-    """``weight += scaling * lora_B @ lora_A`` in place; the sum is formed in float32 and rounded once.
+    """Adds an adapter to its weight, in place (LoRA, Hu et al., ICLR 2022).
+
+    Equivalent to ``weight += scaling * lora_B @ lora_A``, but the sum is formed in float32 (float64 for float64) and
+    rounded once.
 
     Args:
-        weight: [out_features, in_features].
-        lora_A: [rank, in_features].
-        lora_B: [out_features, rank].
+        weight: [out_features, in_features]; float32, bfloat16, float16 or float64.
+        lora_A: [rank, in_features], floating point.
+        lora_B: [out_features, rank], dtype of lora_A.
         scaling: factor of the update.
 
     Returns:
@@ -64,9 +67,20 @@ def _merged_blocks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: floa
 
 
 def unmerge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
-    """Subtracts what ``merge_`` added.
+    """Subtracts what ``merge_`` added, in place (LoRA, Hu et al., ICLR 2022).
 
-    Not bitwise: each of the two roundings is at most half an ulp of the weight's dtype. Keep a copy of the weight
-    (``LoRALinear.merge(keep_base=True)``) where it must be restored exactly.
+    Equivalent to ``weight -= scaling * lora_B @ lora_A``. Not bitwise the weight before: each of the two roundings is
+    at most half an ulp of the weight's dtype. Keep a copy of the weight (``LoRALinear.merge(keep_base=True)``) where it
+    must be restored exactly.
+
+    Args:
+        weight, lora_A, lora_B, scaling: as ``merge_``, [out_features, in_features], [rank, in_features] and
+            [out_features, rank], of the same dtypes.
+
+    Returns:
+        weight.
+
+    Raises:
+        TypeError, ValueError: as ``merge_``.
     """
     return merge_(weight, lora_A, lora_B, -scaling)

@@ -14,7 +14,7 @@ from ..ops import lora_mlp as _op
 from ..ops.lora_mlp import LoRAMLPFunction
 from .checks import check_adapter, check_adapter_dtype, check_base, check_branch, sizes_fit
 from .gated import check_activation
-from .why import explains
+from .why import Zeros, explains
 
 _NAME = "lora_mlp"
 
@@ -28,6 +28,8 @@ class Projection(NamedTuple):
         lora_B: [out_features, rank].
         bias: [out_features], frozen.
         scaling: factor of the update: a number, or a tensor of one element.
+
+    Dtypes and errors are those of ``lora_linear``; nothing is checked before the call that takes the layer.
     """
 
     weight: Tensor
@@ -113,7 +115,12 @@ def _follows(gate: Projection, up: Projection, down: Projection) -> bool:
     )
 
 
-@explains(_NAME, _op.SPEC)
+def _example(zeros: Zeros) -> tuple:
+    gate = Projection(zeros(1536, 576), zeros(16, 576), zeros(1536, 16))
+    return zeros(512, 576), gate, gate, Projection(zeros(576, 1536), zeros(16, 1536), zeros(576, 16))
+
+
+@explains(_NAME, _op.SPEC, example=_example)
 def arguments(
     x: Tensor, gate: Projection, up: Projection, down: Projection, activation: str = "silu", *,
     dropout_p: float = 0.0, training: bool = False, seed: int | Tensor | None = None,

@@ -14,7 +14,7 @@ from ..ops import eager
 from ..ops import multi_lora_linear as _op
 from ..ops.multi_lora_linear import MultiLoRALinearFunction
 from .checks import check_adapter_dtype, check_base, check_branch, check_dense, types_fit
-from .why import explains
+from .why import Zeros, explains
 
 _NAME = "multi_lora_linear"
 _INTEGERS = (torch.int32, torch.int64)
@@ -34,7 +34,8 @@ def multi_lora_linear(
     training: bool = False,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """``lora_linear`` with many adapters over one base: each row, or each sample, has its own, or none.
+    """``lora_linear`` with many adapters over one base: each row, or each sample, has its own, or none (as in Punica,
+    Chen et al., MLSys 2024).
 
     Equivalent to, for each row m with i = adapter_ids[m] and r = ranks[i]::
 
@@ -96,7 +97,11 @@ def multi_lora_linear_apart(
     return dispatch.run(_op.APART, x, weight, lora_A, lora_B, _ids_of_rows(x, adapter_ids), bias, scalings)
 
 
-@explains(_NAME, _op.SPEC)
+def _example(zeros: Zeros) -> tuple:
+    return zeros(512, 576), zeros(1536, 576), zeros(8, 16, 576), zeros(8, 1536, 16), zeros(512, dtype=torch.int64)
+
+
+@explains(_NAME, _op.SPEC, example=_example)
 def arguments(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, adapter_ids: Tensor, bias: Tensor | None = None, *,
     scaling: float | Tensor = 1.0, ranks: Tensor | None = None, dropout_p: float = 0.0, training: bool = False,

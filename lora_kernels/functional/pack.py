@@ -23,7 +23,7 @@ from .checks import (
     scaled,
     seed_tensor,
 )
-from .why import explains
+from .why import Zeros, explains
 
 _NAME = "lora_pack"
 _PLAIN = (Tensor, nn.Parameter)
@@ -41,7 +41,7 @@ def lora_pack(
     training: bool = False,
     seed: int | Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Several LoRA linears of one x in one op, as q, k and v or gate and up are.
+    """Several LoRA linears (Hu et al., ICLR 2022) of one x in one op, as q, k and v or gate and up are.
 
     Equivalent to::
 
@@ -85,7 +85,12 @@ def lora_pack(
         raise
 
 
-@explains(_NAME, _op.SPEC)
+def _example(zeros: Zeros) -> tuple:
+    weight, lora_A, lora_B = zeros(576, 576), zeros(16, 576), zeros(576, 16)
+    return zeros(512, 576), [weight] * 3, [lora_A] * 3, [lora_B] * 3
+
+
+@explains(_NAME, _op.SPEC, example=_example)
 def arguments(
     x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor | None], lora_Bs: Sequence[Tensor | None],
     biases: Sequence[Tensor | None] | None = None, *, scalings: float | Tensor | Sequence[float | Tensor] = 1.0,

@@ -65,7 +65,7 @@ def prefix_kv(
     return tuple(zip(parts[0::2], parts[1::2], strict=True))
 
 
-@explains(_OP, _op.SPEC)
+@explains(_OP, _op.SPEC, example=lambda zeros: (zeros(16, 2 * 2 * 576), 2, 9))
 def arguments(
     prefix: Tensor, layers: int, heads: int, *, batch_size: int = 1, dtype: torch.dtype | None = None,
     copies: bool = False,

@@ -97,7 +97,7 @@ def prompt_embedding(
     return PromptEmbeddingOutput(embeds, mask, positions, None if labels is None else out_labels)
 
 
-@explains(_OP, _op.SPEC)
+@explains(_OP, _op.SPEC, example=lambda zeros: (zeros(4, 128, dtype=torch.int64), zeros(1536, 576), zeros(16, 576)))
 def arguments(
     input_ids: Any, weight: Any, prompt: Any, *, inputs_embeds: Any = None, attention_mask: Any = None,
     labels: Any = None, task_ids: Any = None, prompt_lengths: Any = None, padding_side: str = "right",

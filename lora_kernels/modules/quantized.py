@@ -33,7 +33,7 @@ class QuantizedLinear(nn.Linear):
 
     Args:
         weight: the weight, which is not copied.
-        bias: [out_features] or None.
+        bias: [out_features], floating point, or None. Nothing is checked: what does not fit raises in the call.
 
     Attributes:
         weight: the packed bytes, an integer parameter. ``quantized_weight()`` has the rest.

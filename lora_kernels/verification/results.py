@@ -46,7 +46,11 @@ class Check:
 
 @dataclass
 class Verification:
-    """Result of ``verify``; ``print`` it for a table. ``ok`` is True if no layer differs or raised."""
+    """Result of ``verify``; ``print`` it for a table. ``ok`` is True if no layer differs or raised.
+
+    Attributes:
+        checks: a row per layer: its name, op, error, what is allowed, and the verdict.
+    """
 
     checks: list[Check] = field(default_factory=list)
 

@@ -113,7 +113,9 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Restores the classes that ``patch`` or ``patch_peft`` changed in ``model``; without any, does nothing."""
+    """Restores the classes that ``patch`` or ``patch_peft`` changed in ``model``; without any, does nothing. Raises
+    nothing.
+    """
     exact_in_eval(model, False)
     for module in model.modules():
         _give_back(module, {FrozenLinear: nn.Linear, **frozen_originals(), **losses.originals()})
@@ -184,7 +186,7 @@ def is_fused(module: nn.Module) -> bool:
     ``LoRALinear``, ``MultiLoRALinear`` or ``LoRAEmbedding``.
 
     A swapped layer keeps its class's name in ``repr``, so this and the report of ``patch`` tell. A call that such a
-    layer cannot serve runs the original forward; ``lk.stats()`` counts those, ``lk.verify`` names them.
+    layer cannot serve runs the original forward; ``lk.stats()`` counts those, ``lk.verify`` names them. Raises nothing.
     """
     return class_swaps.swapped_in(module) is not None or isinstance(
         module, (LoRALinear, MultiLoRALinear, LoRAEmbedding)
