@@ -34,7 +34,7 @@ CSRC = Path("csrc")
 GPUS = SimpleNamespace(**runpy.run_path(str(ROOT / "lora_kernels" / "cli" / "plan" / "architectures.py")))
 # cp.async, and mma of bfloat16.
 OLDEST_ARCH = 80
-# Machine code serves later minor versions of its major one. PTX is for GPUs that then have none: 11.0, and those to come.
+# Machine code serves later minor versions of its major one. PTX is for GPUs that then have none: 11.0, and later ones.
 DEFAULT_ARCHS = "8.0 9.0 10.0+PTX 12.0+PTX"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
@@ -142,8 +142,8 @@ def buildable(wanted: list[Arch], offered: set[int]) -> tuple[list[Arch], list[A
 
 def gencode(archs: list[Arch]) -> list[str]:
     """nvcc's flags. Kernels ask for nothing that the oldest GPU lacks, so GPUs share the PTX of the oldest of them:
-    making it takes longer than making machine code of it. From 10.0 on ptxas spills with 8.0's, so those have their own, as
-    has code for one GPU (9.0a), or one family.
+    making it takes longer than making machine code of it. From 10.0 on ptxas spills with 8.0's, so those have their
+    own, as has code for one GPU (9.0a), or one family.
     """
     portable = [arch for arch in archs if arch.number.isdigit()]
     older = [arch for arch in portable if arch.family < 100]
