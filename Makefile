@@ -18,7 +18,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+PYTEST_ARGS ?= -n 2
 GPU_ARGS ?=
 PTX_ARCHS ?= sm_80 sm_90 sm_120
 

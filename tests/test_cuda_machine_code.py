@@ -1,4 +1,5 @@
-"""What must stand in the kernels' machine code, on every architecture that the extension was built for.
+"""What must stand in the kernels' machine code, on the architectures that the extension was built for: in the suite, on
+the last of those that share a PTX.
 
 The emulator runs the kernels without csrc/ptx/, and checks the order that the source asks for. Here is what the
 compiler made of it: the order of instructions between blocks, and how far loads are ahead of their use.
@@ -16,23 +17,44 @@ import setup_script
 from lora_kernels import _native
 
 pytestmark = [
-    pytest.mark.xdist_group("machine code"),  # which is read once
     pytest.mark.skipif(setup_script.load().CUDA_HOME is None, reason=setup_script.load().CUDA_REASON),
     pytest.mark.skipif(sass.disassembler() is None, reason="cuobjdump is not installed"),
 ]
 
 
+def built() -> list:
+    """The architectures that the extension has machine code for; in the suite, the last of those that share a PTX:
+    before 10.0, and from there on.
+    """
+    if _native.cuda is None or sass.disassembler() is None:
+        return []
+    archs = sorted(sass.architectures(Path(_native.cuda.__file__)), key=number)
+    last = {archs[-1], max((arch for arch in archs if number(arch) < 100), default=archs[-1], key=number)}
+    return [pytest.param(arch, marks=() if arch in last else pytest.mark.full) for arch in archs]
+
+
+def number(arch: str) -> int:
+    return int(re.search(r"\d+", arch)[0])
+
+
+on_every_arch = pytest.mark.parametrize("arch", built(), scope="module")
+
+
+def code(arch: str, pattern: str) -> dict[str, list[tuple[int, str]]]:
+    """Of the kernels whose mangled name matches."""
+    names = [name for name in sorted(_native.cuda.kernels()) if re.search(pattern, name)]
+    return sass.code(Path(_native.cuda.__file__), arch, *names)
+
+
 @pytest.fixture(scope="module")
-def kernels():
-    """(architecture, mangled name, code) of every kernel of a LoRA linear and its gradients in bf16."""
+def kernels(arch):
+    """(mangled name, code) of every kernel of a LoRA linear and its gradients in bf16."""
+    return code(arch, r"^_ZN2lk\d+(grouped_|multi_)?lora_.*BFloat16").items()
+
+
+def test_the_extension_is_there():
     assert _native.cuda is not None, f"nvcc is installed, but lora_kernels._cuda: {_native.cuda_error}"
-    module = Path(_native.cuda.__file__)
-    names = [
-        name for name in sorted(_native.cuda.kernels()) if re.match(r"_ZN2lk\d+(grouped_|multi_)?lora_.*BFloat16", name)
-    ]
-    archs = sass.architectures(module)
-    assert archs
-    return [(arch, *kernel) for arch in archs for kernel in sass.code(module, arch, *names).items()]
+    assert built()
 
 
 # ------------------------------------------------------------------------------------------ order between blocks
@@ -96,11 +118,12 @@ def faults(name: str, order: str) -> list[str]:
     return [fault for fault in found if fault]
 
 
+@on_every_arch
 def test_blocks_see_what_others_have_written(kernels):
     checked = 0
-    for arch, name, code in kernels:
+    for name, code in kernels:
         order = events([instruction for _, instruction in code])
-        assert faults(name, order) == [], (arch, name, order)
+        assert faults(name, order) == [], (name, order)
         checked += bool(re.search("[AL]", order))
     assert checked >= 15
 
@@ -160,10 +183,11 @@ def stages(name: str) -> int:
     return int(gemm[1]) if gemm else 4
 
 
+@on_every_arch
 def test_main_loops_wait_for_the_oldest_stage_alone(kernels):
     # As many stages as there are but two, the one in use and the one to be filled, are under way behind the wait.
     checked = 0
-    for arch, name, code in kernels:
+    for name, code in kernels:
         if "16LoraLinearPackedI" in name:
             continue  # its warps have stages of their own: below
         bodies = [
@@ -177,10 +201,10 @@ def test_main_loops_wait_for_the_oldest_stage_alone(kernels):
         if (
             "10ManyGroupsELb1E" in name
         ):  # tiles of y have a branch alone, whose loop is not a main loop; those of s have
-            assert {hex(stages(name) - 2)} in pending.values(), (arch, name)
+            assert {hex(stages(name) - 2)} in pending.values(), name
         else:
             loop = max(bodies, key=lambda body: body.count("HMMA") / body.count("BAR.SYNC"))
-            assert pending[loop] == {hex(stages(name) - 2)}, (arch, name)
+            assert pending[loop] == {hex(stages(name) - 2)}, name
         checked += 1
     assert checked >= 10
 
@@ -189,40 +213,39 @@ def test_main_loops_wait_for_the_oldest_stage_alone(kernels):
 
 
 @pytest.fixture(scope="module")
-def dequantizing():
-    """(architecture, mangled name, opcodes) of every kernel of dequantize."""
-    assert _native.cuda is not None, f"nvcc is installed, but lora_kernels._cuda: {_native.cuda_error}"
-    module = Path(_native.cuda.__file__)
-    names = [name for name in sorted(_native.cuda.kernels()) if "dequantize_kernel" in name]
-    assert len(names) == 24
-    return [
-        (arch, name, [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for _, text in code])
-        for arch in sass.architectures(module)
-        for name, code in sass.code(module, arch, *names).items()
+def dequantizing(arch):
+    """(mangled name, opcodes) of every kernel of dequantize."""
+    found = [
+        (name, [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for _, text in instructions])
+        for name, instructions in code(arch, "dequantize_kernel").items()
     ]
+    assert len(found) == 24
+    return found
 
 
+@on_every_arch
 def test_weights_are_read_and_written_16_bytes_at_a_time(dequantizing):
     """Kills: stores that the compiler splits into words, as it does with what is put together in registers."""
     checked = 0
-    for arch, name, opcodes in dequantizing:
+    for name, opcodes in dequantizing:
         if "ELb1E" in name:
             stores = {opcode for opcode in opcodes if opcode.startswith("STG")}
             copies = {opcode for opcode in opcodes if opcode.startswith("LDGSTS")}
-            assert stores == {"STG.E.128"}, (arch, name)
-            assert copies == {"LDGSTS.E.BYPASS.128.ZFILL"}, (arch, name)
+            assert stores == {"STG.E.128"}, name
+            assert copies == {"LDGSTS.E.BYPASS.128.ZFILL"}, name
             checked += 1
     assert checked >= 12
 
 
+@on_every_arch
 def test_scales_are_not_fused(dequantizing):
     """Kills: a product and a sum of which the compiler makes one operation, whose bits are not bitsandbytes'; products
     in which subnormal numbers are zero.
     """
-    for arch, name, opcodes in dequantizing:
+    for name, opcodes in dequantizing:
         sums_and_products = {opcode for opcode in opcodes if opcode.startswith(("FFMA", "FADD", "FMUL"))}
-        assert sums_and_products <= {"FADD", "FMUL"}, (arch, name)
-        assert "FADD" in opcodes or "E4M3" in name, (arch, name)
+        assert sums_and_products <= {"FADD", "FMUL"}, name
+        assert "FADD" in opcodes or "E4M3" in name, name
 
 
 # What a warp's scheduler issues to the units of arithmetic, HMMA's apart: not memory, branches or uniform registers.
@@ -231,31 +254,27 @@ STAGE_DEPTH = 256
 """Of a warp, in a pass of the main loop."""
 
 
-def test_few_rows_decode_in_few_instructions():
+@on_every_arch
+def test_few_rows_decode_in_few_instructions(arch):
     """Kills: weights that are scaled, or rounded, one by one. A GPU that streams packed weights has time for about six.
 
     Everything in the loop counts: copies, scales and x, too. Its inner loop is passed once for every 8 rows of x.
     """
-    assert _native.cuda is not None, f"nvcc is installed, but lora_kernels._cuda: {_native.cuda_error}"
-    module = Path(_native.cuda.__file__)
-    names = [name for name in sorted(_native.cuda.kernels()) if "16LoraLinearPackedI" in name]
-    assert len(names) == 6
-    for arch in sass.architectures(module):
-        for name, code in sass.code(module, arch, *names).items():
-            row_tile = int(re.search(r"ELi(\d+)E", name)[1])
-            rows = 16 if row_tile <= 16 else 32
-            loops = [[re.sub(r"^@!?U?P\w+\s+", "", text) for text in loop] for loop in sass.loops(code)]
-            decoding = [loop for loop in loops if all(any(op in text for text in loop) for op in ("PRMT", "HMMA"))]
-            bodies = [loop for loop in decoding if any("LDGSTS" in text for text in loop)]
-            body = min(bodies, key=len)
-            assert (
-                sum("LDGSTS.E.BYPASS.128" in text for text in body)
-                == sum("LDGSTS" in text for text in body)
-                == rows // 4
-            )
-            assert {text for text in body if "DEPBAR.LE SB0" in text} == {"DEPBAR.LE SB0, 0x1"}, "of two stages, one"
-            inner = [loop for loop in decoding if len(loop) < len(body)]
-            assert len(inner) == (row_tile > 8)
-            passed = body + [text for loop in inner for text in loop] * (row_tile // 8 - 1)
-            arithmetic = [text for text in passed if not re.match(NOT_ARITHMETIC, text)]
-            assert len(arithmetic) <= 6 * rows * STAGE_DEPTH // 32, (arch, name)
+    packed = code(arch, "16LoraLinearPackedI")
+    assert len(packed) == 6
+    for name, instructions in packed.items():
+        row_tile = int(re.search(r"ELi(\d+)E", name)[1])
+        rows = 16 if row_tile <= 16 else 32
+        loops = [[re.sub(r"^@!?U?P\w+\s+", "", text) for text in loop] for loop in sass.loops(instructions)]
+        decoding = [loop for loop in loops if all(any(op in text for text in loop) for op in ("PRMT", "HMMA"))]
+        bodies = [loop for loop in decoding if any("LDGSTS" in text for text in loop)]
+        body = min(bodies, key=len)
+        assert (
+            sum("LDGSTS.E.BYPASS.128" in text for text in body) == sum("LDGSTS" in text for text in body) == rows // 4
+        )
+        assert {text for text in body if "DEPBAR.LE SB0" in text} == {"DEPBAR.LE SB0, 0x1"}, "of two stages, one"
+        inner = [loop for loop in decoding if len(loop) < len(body)]
+        assert len(inner) == (row_tile > 8)
+        passed = body + [text for loop in inner for text in loop] * (row_tile // 8 - 1)
+        arithmetic = [text for text in passed if not re.match(NOT_ARITHMETIC, text)]
+        assert len(arithmetic) <= 6 * rows * STAGE_DEPTH // 32, name

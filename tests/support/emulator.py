@@ -21,7 +21,7 @@ from lora_kernels.ops import grouped_lora_linear, lora_linear, lora_pack, multi_
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 BUILD = CSRC.parent / "build" / "emu"
 MACHINE = ("emu/machine.cpp", "emu/memory.cpp", "emu/fiber.cpp")
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 _libraries: list[torch.library.Library] = []
 """Kept for as long as the process lives."""
 
@@ -118,37 +118,34 @@ def _defined(name: str, op: ModuleType) -> torch.library.Library:
 
 
 def _build_over_torch(name: str, binding: str) -> ModuleType:
+    """A module of the CUDA binding in a source; built once for the sources as they are, however many processes ask."""
     torch_dir = Path(torch.__file__).parent
     abi = next(flag for flag in setup_script.load().STABLE_ABI if "TORCH_TARGET_VERSION" in flag)
-    compile_flags = (f"-I{CSRC}/emu/cuda", "-isystem", f"{torch_dir}/include", abi, "-DUSE_CUDA")
-    link_flags = (f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
-    return _build(name, (*MACHINE, binding), (*compile_flags, *link_flags))
-
-
-def _build(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, _compiled(name, sources, flags))
+    over_torch = (f"-I{CSRC}/emu/cuda", "-isystem", f"{torch_dir}/include", abi, "-DUSE_CUDA")
+    includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}")
+    objects = [_made(f"{Path(source).stem}.o", "-c", str(CSRC / source)) for source in MACHINE]
+    objects.append(_made(f"{name}.o", "-c", *over_torch, *includes, str(CSRC / binding)))
+    libraries = (f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
+    spec = importlib.util.spec_from_file_location(name, _made(f"{name}.so", "-shared", *map(str, objects), *libraries))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def _compiled(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Path:
-    """A module's file, built once for the sources as they are, also when several test processes ask at once."""
+def _made(name: str, *arguments: str) -> Path:
+    """What the compiler makes of these arguments and the sources as they are."""
     text = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cuh", ".cpp"))
-    settings = repr((FLAGS, flags, torch.__version__, sysconfig.get_python_version()))
+    settings = repr((FLAGS, arguments, torch.__version__, sysconfig.get_python_version()))
     digest = hashlib.sha256(text + settings.encode()).hexdigest()[:16]
-    module = BUILD / f"{digest}" / f"{name}.so"
-    BUILD.mkdir(parents=True, exist_ok=True)
+    made = BUILD / digest / name
+    made.parent.mkdir(parents=True, exist_ok=True)
     with open(BUILD / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not module.exists():
-            module.parent.mkdir(exist_ok=True)
-            unfinished = module.with_suffix(".tmp")
-            includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-            paths = [str(CSRC / source) for source in sources]
-            command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *includes, *paths, "-o", str(unfinished)]
+        if not made.exists():
+            unfinished = made.with_suffix(".tmp")
+            command = [os.environ.get("CXX", "g++"), *FLAGS, *arguments, "-o", str(unfinished)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 raise RuntimeError(f"the emulator does not compile:\n{done.stderr}")
-            unfinished.replace(module)
-    return module
+            unfinished.replace(made)
+    return made
