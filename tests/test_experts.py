@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -297,6 +298,68 @@ def test_experts_in_files_are_the_experts(family, tmp_path):
                 gate, up = (found.get(a, found.get(b)) for a, b in (("w1", "gate_proj"), ("w3", "up_proj")))
                 parts = [gate, up] if experts.is_concatenated else [torch.stack([gate, up], 1).flatten(0, 1)]
             torch.testing.assert_close(torch.cat(parts), of_expert)
+
+
+READ_BACK = {
+    "all": {},
+    "factors": {"lora_alpha": 1},
+    "down has its own rank": {"rank_pattern": {".*down_proj": 5}},
+    "one layer": {"layers_to_transform": [0]},
+    "down alone": {"parameters": ("down_proj",)},
+}
+NOT_FOUND = "not found in the base model"
+MISREAD = {  # family, options, the reason that is given, and how PEFT fails; None: it says nothing
+    "gpt-oss": ("GptOss", {}, "checkpoints have no layer per expert", NOT_FOUND),
+    "gpt-oss and q": ("GptOss", {"also": ["q_proj"]}, "checkpoints have no layer per expert", None),
+    "granite": ("GraniteMoe", {}, "checkpoints have no layer per expert", NOT_FOUND),
+    "a shared expert": ("Qwen2Moe", {}, "other layers have the names", NOT_FOUND),
+    "a shared expert and q": ("Qwen2Moe", {"also": ["q_proj"]}, "other layers have the names", None),
+    "rsLoRA": ("Qwen3Moe", {"use_rslora": True}, "it uses rsLoRA", None),
+    "no down": ("Qwen3Moe", {"parameters": ("gate_up_proj",)}, "down has none", None),
+    "own alpha": ("Mixtral", {"alpha_pattern": {".*gate_up_proj": 9}}, "another rank or alpha", None),
+    "own rank": ("Mixtral", {"rank_pattern": {".*gate_up_proj": 5}}, "another rank or alpha", "size mismatch"),
+}
+
+
+def by_peft(stock, family, directory):
+    """The logits of what PEFT itself reads, and of what was saved."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = PeftModel.from_pretrained(make_base(family), directory)
+    with torch.no_grad():
+        return loaded(IDS).logits, stock(IDS).logits
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "Olmoe"])
+@pytest.mark.parametrize("case", READ_BACK)
+def test_a_file_of_experts_without_a_warning_is_read_back_by_peft(family, case, tmp_path):
+    """Kills: a warning for every file."""
+    stock = make_peft(make_base(family), **{"lora_alpha": 5} | READ_BACK[case])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        lk.save_adapter(stock, tmp_path, experts="2d")
+    torch.testing.assert_close(*by_peft(stock, family, tmp_path))
+
+
+@pytest.mark.parametrize("case", MISREAD)
+def test_a_file_of_experts_that_peft_misreads_is_warned_of(case, tmp_path):
+    """Kills: a case left out. PEFT is asked, too: it fails, or computes something else."""
+    family, options, reason, failure = MISREAD[case]
+    stock = make_peft(make_base(family), **{"lora_alpha": 5} | options)
+    with pytest.warns(UserWarning, match=f"PEFT will not read this file as it is meant .*{reason}") as caught:
+        lk.save_adapter(stock, tmp_path / "2d", experts="2d")
+    assert 'experts="3d" is what PEFT reads' in str(caught[0].message)
+    assert caught[0].filename == __file__
+    if failure is not None:
+        with pytest.raises((ValueError, RuntimeError), match=failure):
+            by_peft(stock, family, tmp_path / "2d")
+    else:
+        read, meant = by_peft(stock, family, tmp_path / "2d")
+        assert (read - meant).abs().max() > 0.1 * meant.abs().max()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        lk.save_adapter(stock, tmp_path / "3d")
+    torch.testing.assert_close(*by_peft(stock, family, tmp_path / "3d"))
 
 
 def test_experts_in_files_are_asked_for_where_there_are_some(tmp_path):
