@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import warnings
@@ -18,6 +19,7 @@ from ..modules.multi import MultiLoRALinear
 BASE = "__base__"
 """PEFT's name for no adapter."""
 _entering = threading.Lock()
+_ended = itertools.count()
 
 
 @contextmanager
@@ -32,7 +34,7 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
 
     Activation checkpointing calls layers again during backward. Backward must then run inside, too; outside it raises
     ``RuntimeError`` instead of forming gradients of another adapter. So does one backward of several batches that were
-    called with different adapters.
+    called with different adapters. A context without gradients (``torch.no_grad()`` around it) is over when it ends.
 
     A model serves one such context at a time, whichever thread calls it. Code that ``torch.compile`` has made of fused
     layers and pools is made anew for other adapters; of PEFT's own layers it must have been made inside, since hooks
@@ -70,8 +72,8 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
     try:
         yield
     finally:
-        for route in routes:
-            route.ends()
+        for route, layers in zip(routes, [layers for layers in (peft_layers, pools) if layers]):
+            route.ends(layers)
 
 
 class _Route:
@@ -83,10 +85,12 @@ class _Route:
 
     def __init__(self, argument: str, value: Any, adapters: tuple[Any, ...]) -> None:
         self._argument, self._value, self._adapters, self._is_over = argument, value, adapters, False
+        self._may_go_backward = torch.is_grad_enabled()
         self._thread = threading.get_ident()
         self._calls: dict[nn.Module, int] = {}
         self._again: dict[nn.Module, tuple[int, int]] = {}  # a backward, and how often it has called
         self._others: set[nn.Module] = set()  # called for other batches, of which backward may not be over
+        self._earlier: set[nn.Module] = set()  # called before, whichever the adapters, in contexts with gradients
 
     def add_to(self, layer: nn.Module) -> None:
         for route in _routes_of(layer):
@@ -96,8 +100,16 @@ class _Route:
         layer.register_forward_pre_hook(self, with_kwargs=True)
         layer.__dict__["is_routed"] = True
 
-    def ends(self) -> None:
+    def ends(self, layers: Sequence[nn.Module]) -> None:
         self._is_over = True
+        stays = self._may_go_backward or torch.is_grad_enabled()
+        # Code that is compiled from now on has looked at this hook, and is of no use where another one has ended.
+        over = f"until {next(_ended)}"
+        for layer in layers:
+            if not stays and layer not in self._earlier:
+                self._leave(layer)
+            elif self in _routes_of(layer):
+                layer.__dict__["is_routed"] = over
 
     @property
     def is_elsewhere(self) -> bool:
@@ -105,6 +117,7 @@ class _Route:
 
     def _takes_over(self, layer: nn.Module, before: _Route) -> None:
         calls = before._calls.get(layer, 0)
+        self._earlier.add(layer)
         if before._adapters == self._adapters:
             self._calls[layer] = calls
         elif calls > before._again.get(layer, (0, 0))[1]:
@@ -122,10 +135,11 @@ class _Route:
         self._calls.pop(layer, None)  # a copy's layers would live as long as the original's
         self._again.pop(layer, None)
         self._others.discard(layer)
+        self._earlier.discard(layer)
 
     def _count(self, layer: nn.Module) -> None:
         """``RuntimeError`` if backward calls the layer more often than this batch has, and so for another one."""
-        task = torch._C._current_graph_task_id()
+        task = _backward_of_now()
         if task == -1:
             self._calls[layer] = self._calls.get(layer, 0) + 1
             return
@@ -141,10 +155,12 @@ class _Route:
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if not self._is_over:
             if not is_compiling():
+                self._may_go_backward |= torch.is_grad_enabled()
                 self._count(layer)
             return args, {**kwargs, self._argument: self._value}
-        if torch._C._current_graph_task_id() == -1:
-            self._leave(layer)
+        if _backward_of_now() == -1:
+            if not is_compiling():  # who compiles has already looked at the hooks
+                self._leave(layer)
         elif self._argument not in kwargs:
             raise RuntimeError(
                 "route_adapters: backward calls a layer again (activation checkpointing) after the adapters of its "
@@ -157,6 +173,12 @@ class _Route:
 
     def __reduce__(self) -> tuple[Any, tuple]:
         return _over, ()
+
+
+@torch.compiler.assume_constant_result
+def _backward_of_now() -> int:
+    """The number of the backward that makes this call, or that calls code which is compiled now; -1 for none."""
+    return torch._C._current_graph_task_id()
 
 
 def _routes_of(layer: nn.Module) -> list[_Route]:
@@ -173,7 +195,7 @@ def _check_thread(layers: Sequence[nn.Module]) -> None:
 
 def _over() -> _Route:
     route = _Route("", None, ())
-    route.ends()
+    route.ends(())
     return route
 
 
