@@ -376,6 +376,21 @@ def peft_without_experts():
     return get_peft_model(make_base("Mixtral"), LoraConfig(target_modules=["q_proj"], exclude_modules=["experts"]))
 
 
+@pytest.mark.parametrize("patched", [False, True])
+def test_an_adapter_per_sample_is_refused_by_name(patched):
+    """When the context is entered, and not by PEFT in the first call. Other layers of the model are left unrouted."""
+    model = make_peft(make_base("Mixtral"), also=("q_proj",))
+    if patched:
+        lk.patch(model)
+    refused = pytest.raises(ValueError, match=r"default on .*layers.0.mlp.experts\S*\.down_proj and 3 more")
+    with refused, lk.route_adapters(model, ["default", None]):
+        raise AssertionError("entered")
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    one = model.base_model.model.model.layers[0].self_attn.q_proj
+    with lk.route_adapters(one, ["default", None]):
+        one(torch.randn(2, 3, 24))
+
+
 # ------------------------------------------------------------------------------------------------- routing
 
 
@@ -393,6 +408,25 @@ def test_routing_there_and_back():
     assert torch.autograd.gradcheck(lambda x, w: combine(permute(x, routing).sin(), w, routing), (x, weights))
     want = sum(weights[:, [j]] * x.sin() for j in range(top_k))
     torch.testing.assert_close(combine(permute(x, routing).sin(), weights, routing), want)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_combine_keeps_results_for_the_weights_alone(need_weights):
+    """Kills: experts' results that are kept although nobody asks for a gradient of the weights."""
+    tokens, top_k, features = 7, 2, 6
+    routing = route(torch.rand(tokens, 4).topk(top_k).indices, 4)
+    y = torch.randn(tokens * top_k, features, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.rand(tokens, top_k, requires_grad=need_weights)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        out = combine(y, weights, routing)
+    assert (y.shape in kept) == need_weights
+    grad = torch.randn_like(out)
+    asked = [y, weights][: 1 + need_weights]
+    in_plain_code = (y[routing.rows].view(tokens, top_k, features) * weights.unsqueeze(2)).sum(1)
+    for ours, theirs in zip(torch.autograd.grad(out, asked, grad), torch.autograd.grad(in_plain_code, asked, grad)):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])

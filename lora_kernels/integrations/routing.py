@@ -46,8 +46,9 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
             base alone. Beams of ``generate`` are samples, each ``num_beams`` times in turn.
 
     Raises:
-        ValueError: the model has no such layers; an adapter that no layer has; or, in the call, there are not as many
-            adapters as samples.
+        ValueError: the model has no such layers; an adapter that no layer has; adapters of parameters (PEFT's
+            ``target_parameters``, as those of a mixture's experts), which serve all samples alike; or, in the call,
+            there are not as many adapters as samples.
         TypeError: a name where a number belongs, or the other way round.
         RuntimeError: another thread is inside of such a context of this model.
     """
@@ -57,6 +58,7 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
     if not peft_layers and not pools:
         raise ValueError("route_adapters: the model has neither PEFT's LoRA layers nor MultiLoRALinear layers")
     routes = []
+    _check_no_parameters(model)
     if peft_layers:
         names = _names(peft_layers, adapters)
         if model.training and torch.is_grad_enabled():
@@ -207,6 +209,19 @@ def _layers(model: nn.Module) -> tuple[list[Any], list[MultiLoRALinear]]:
     if peft_layers:
         peft_layers += [m for m in model.modules() if isinstance(m, wrapper)]
     return peft_layers, [m for m in model.modules() if isinstance(m, MultiLoRALinear)]
+
+
+def _check_no_parameters(model: nn.Module) -> None:
+    """``ValueError`` for PEFT's adapters of parameters: what reads a parameter does not know samples."""
+    wrapper = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", ())
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, wrapper) and m.lora_A]
+    if found:
+        name, layer = found[0]
+        others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ValueError(
+            f"route_adapters: adapters of parameters (PEFT's target_parameters, experts of a mixture) serve all "
+            f"samples alike, here {', '.join(sorted(layer.lora_A))} on {name}.{layer.parameter_name}{others}"
+        )
 
 
 def _names(layers: Sequence[Any], adapters: Sequence[str | int | None]) -> list[str]:
