@@ -331,10 +331,12 @@ def expand_(y: Tensor, s: Tensor, lora_B: Tensor, step: ServingStep, offsets: Se
     """
     ids, order = step.of(y)
     offsets = (0, lora_B.shape[1]) if offsets is None else offsets
-    how = {"scaling": step.slots.scalings, "ranks": step.slots.ranks, "order": order}
     for i, (first, last) in enumerate(itertools.pairwise(offsets)):
         part = _slice_of(s, i, lora_B.shape[2], step.row_ranks[: len(ids)])
-        multi_lora_expand_(y[..., first:last], part, lora_B[:, first:last], ids, **how)
+        multi_lora_expand_(
+            y[..., first:last], part, lora_B[:, first:last], ids,
+            scaling=step.slots.scalings, ranks=step.slots.ranks, order=order,
+        )  # fmt: skip
     return y
 
 
