@@ -9,7 +9,7 @@ from numerics import assert_as_accurate
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import lora_kernels as lk
-from lora_kernels import dispatch
+from lora_kernels import _native, dispatch
 from lora_kernels.functional.multi_branch import (
     RowOrder,
     multi_lora_branch_,
@@ -33,10 +33,25 @@ def branch_of(batch, base, x, lora_A, lora_B):
     return y
 
 
+@pytest.fixture(params=["reference", None], ids=str)
+def backend(request):
+    """None: what dispatch chooses."""
+    with lk.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """Memory that torch allocates holds NaN until it is written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP64, FP64)], ids=str)
 @pytest.mark.parametrize("batch", BATCHES, ids=range(len(BATCHES)))
-def test_the_branch_over_a_base_output(batch, dtypes, ordered):
+def test_the_branch_over_a_base_output(batch, dtypes, ordered, backend):
     """Kills: ranks that an adapter does not use, which hold NaN; a factor of another adapter; rows without an adapter
     written to; columns beside y's.
     """
@@ -57,7 +72,7 @@ def test_the_branch_over_a_base_output(batch, dtypes, ordered):
     assert torch.equal(wide[:, 2 + batch.n :], before[:, 2 + batch.n :])
 
 
-def test_shrink_is_zero_where_no_adapter_has_ranks():
+def test_shrink_is_zero_where_no_adapter_has_ranks(backend):
     batch = BATCHES[0]
     problem = make_problem(batch, FP32, FP32, bias=False)
     x, lora_A = problem["x"].float(), problem["lora_A"].float()
@@ -68,7 +83,7 @@ def test_shrink_is_zero_where_no_adapter_has_ranks():
         torch.testing.assert_close(s[m, :rank], lora_A[slot, :rank] @ x[m])
 
 
-def test_all_leading_sizes():
+def test_all_leading_sizes(backend):
     batch = BATCHES[1]
     x, y = torch.randn(2, 4, batch.k), torch.randn(2, 4, batch.n)
     lora_A, lora_B = torch.randn(5, 8, batch.k), torch.randn(5, batch.n, 8)
@@ -102,6 +117,51 @@ def test_registered_ops():
     torch.library.opcheck(op.multi_lora_expand_.default, (y, s, lora_B, ids, None, None, 0.5, None, None))
 
 
+@pytest.mark.skipif(_native.cpu is None, reason="lora_kernels._C is not built")
+@pytest.mark.parametrize(
+    ("op", "changed", "message"),
+    [
+        ("multi_lora_shrink", {"lora_A": torch.ones(2, 4, 17)}, r"x must be \[..., k\] and lora_A"),
+        ("multi_lora_shrink", {"adapter_ids": torch.zeros(4, dtype=torch.int32)}, "adapter_ids must be one integer"),
+        ("multi_lora_shrink", {"adapter_ids": torch.full((3,), 2)}, "adapter_ids must be from -1"),
+        ("multi_lora_shrink", {"ranks": torch.tensor([4, 5])}, "ranks must be from 0 to"),
+        ("multi_lora_expand_", {"lora_B": torch.ones(2, 17, 4)}, r"y must be \[..., n\] and lora_B"),
+        ("multi_lora_expand_", {"s": torch.ones(3, 5)}, r"s must be \[..., rank\]"),
+        ("multi_lora_expand_", {"s": torch.ones(3, 4, dtype=BF16)}, "s must have y's dtype"),
+        ("multi_lora_expand_", {"y": torch.ones(16, 3).t()}, "y must be a matrix in memory"),
+        ("multi_lora_expand_", {"scalings": torch.ones(3)}, "scalings must be one number for each adapter"),
+        ("multi_lora_expand_", {"ranks": torch.tensor([4, 5])}, "ranks must be from 0 to"),
+    ],
+)
+def test_operands_of_the_registered_ops(op, changed, message):
+    given = {"adapter_ids": torch.zeros(3, dtype=torch.int32), "ranks": None, "order": None, "ends": None}
+    if op == "multi_lora_shrink":
+        given |= {"x": torch.ones(3, 16), "lora_A": torch.ones(2, 4, 16)}
+    else:
+        given |= {"y": torch.ones(3, 16), "s": torch.ones(3, 4), "lora_B": torch.ones(2, 16, 4)}
+        given |= {"scalings": None, "scaling": 1.0}
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.lora_kernels, op)(**given | changed)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_row_has_the_same_bits_whatever_others_have(threads):
+    """Kills: panels whose rows meet each other's memory; a branch that depends on how many rows an adapter has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, lora_A, lora_B, y = (torch.randn(size) for size in ((700, 40), (3, 8, 40), (3, 24, 8), (700, 24)))
+        ids = torch.randint(-1, 3, (700,))
+        together = multi_lora_branch_(y.clone(), x, lora_A, lora_B, ids, scaling=0.5)
+        for slot in range(3):
+            alone = torch.where(ids == slot, slot, -1)
+            own = multi_lora_branch_(y.clone(), x, lora_A, lora_B, alone, scaling=0.5)
+            assert torch.equal(own[ids == slot], together[ids == slot])
+            assert torch.equal(own[ids != slot], y[ids != slot])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_compiled_in_one_graph():
     y, x, lora_A, lora_B, ids = halves()
 
@@ -121,8 +181,10 @@ def test_costs_and_why():
     assert expand.flops(y, s, lora_B) == 2 * m * n * rank
     assert shrink.bytes(x, lora_A) == 4 * (m * k + m * rank + adapters * rank * k)
     assert expand.bytes(y, s, lora_B) == 4 * (2 * m * n + m * rank + adapters * n * rank)
-    assert lk.why("multi_lora_shrink", x, lora_A, ids).backend == "reference"
-    assert lk.why("multi_lora_expand_", y, s, lora_B, ids, scaling=2.0).backend == "reference"
+    expected = "reference" if _native.cpu is None else "cpu"
+    assert lk.why("multi_lora_shrink", x, lora_A, ids).backend == expected
+    assert lk.why("multi_lora_expand_", y, s, lora_B, ids, scaling=2.0).backend == expected
+    assert lk.why("multi_lora_shrink", x.double(), lora_A.double(), ids).backend == "reference"
 
 
 SIXTEEN_BITS = torch.ones(4, 7, 40, dtype=BF16), torch.ones(4, 24, 7, dtype=BF16)
@@ -220,7 +282,7 @@ def loaded(dtype=FP32):
 
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("names", STEPS, ids=range(len(STEPS)))
-def test_layers(names, padding):
+def test_layers(names, padding, backend):
     """Kills: a slice that begins at the largest rank; slices that an adapter leaves alone; rows behind the filled ones
     that still belong to the step before.
     """

@@ -17,9 +17,16 @@ from torch import Tensor
 
 from .. import dispatch
 from ..spec import Kernel, OpSpec, Verdict
-from ..support import pools_fit, triton
+from ..support import cpu, pools_fit, triton
 from .eager import as_rows
 from .multi_lora_linear import slots
+
+_PANELS = Verdict("panels", "rows that share an adapter, a thread for each panel of them")
+
+
+def _cpu_supports(t: Tensor, *_: Any) -> Verdict:
+    return cpu.REFUSED_DTYPE if t.dtype == torch.float64 else _PANELS  # the branch is computed in fp32
+
 
 # ----------------------------------------------------------------------------------------------------- shrink
 
@@ -67,7 +74,7 @@ SHRINK = dispatch.register(
         schema=("(Tensor x, Tensor lora_A, Tensor adapter_ids, Tensor? ranks, Tensor? order, Tensor? ends) -> Tensor"),
         reference=_reference_shrink,
         fake=_fake_shrink,
-        kernels={"triton": Kernel(_triton_supports_shrink, _triton_run_shrink)},
+        kernels={"triton": Kernel(_triton_supports_shrink, _triton_run_shrink), "cpu": Kernel(_cpu_supports)},
         flops=_flops_shrink,
         bytes=_bytes_shrink,
     )
@@ -123,7 +130,7 @@ EXPAND = dispatch.register(
         ),
         reference=_reference_expand,
         fake=_fake_expand,
-        kernels={"triton": Kernel(_triton_supports_expand, _triton_run_expand)},
+        kernels={"triton": Kernel(_triton_supports_expand, _triton_run_expand), "cpu": Kernel(_cpu_supports)},
         flops=_flops_expand,
         bytes=_bytes_expand,
     )
