@@ -1,6 +1,7 @@
 """SGLang's LoRA layers computed by this package: a backend to choose with ``--lora-backend lora_kernels``.
 
-Written from the signatures of SGLang's sources and tested against a stub that has them. It has not run in SGLang.
+Written from the signatures of SGLang's sources and tested against a stub that has them, on the CPU. It has never run in
+SGLang.
 
 SGLang wraps its linear layers and asks a backend for what adapters add. Its pools are those of ``serving.py``:
 lora_A [slots, slices * max_rank, in_features], the slices of an adapter one behind the other at its own rank, and

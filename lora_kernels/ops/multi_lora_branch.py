@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..spec import Kernel, OpSpec, Verdict
-from ..support import cpu, pools_fit, triton
+from ..support import cpu, cuda, pools_fit, triton
 from .eager import as_rows
 from .multi_lora_linear import slots
 
@@ -43,6 +43,10 @@ def _reference_shrink(
 
 def _fake_shrink(x: Tensor, lora_A: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], lora_A.shape[1]))
+
+
+def _cuda_supports_shrink(x: Tensor, lora_A: Tensor, *_: Any) -> Verdict:
+    return cuda.branch_verdict(x, lora_A.shape[0], lora_A.shape[1], in_place=False)
 
 
 def _triton_supports_shrink(x: Tensor, lora_A: Tensor, *_: Any) -> Verdict:
@@ -74,7 +78,11 @@ SHRINK = dispatch.register(
         schema=("(Tensor x, Tensor lora_A, Tensor adapter_ids, Tensor? ranks, Tensor? order, Tensor? ends) -> Tensor"),
         reference=_reference_shrink,
         fake=_fake_shrink,
-        kernels={"triton": Kernel(_triton_supports_shrink, _triton_run_shrink), "cpu": Kernel(_cpu_supports)},
+        kernels={
+            "cuda": Kernel(_cuda_supports_shrink),
+            "triton": Kernel(_triton_supports_shrink, _triton_run_shrink),
+            "cpu": Kernel(_cpu_supports),
+        },
         flops=_flops_shrink,
         bytes=_bytes_shrink,
     )
@@ -96,6 +104,10 @@ def _reference_expand(
 
 def _fake_expand(*_: Any) -> None:
     return None
+
+
+def _cuda_supports_expand(y: Tensor, s: Tensor, lora_B: Tensor, *_: Any) -> Verdict:
+    return cuda.branch_verdict(y, lora_B.shape[0], lora_B.shape[2], in_place=True)
 
 
 def _triton_supports_expand(y: Tensor, s: Tensor, lora_B: Tensor, *_: Any) -> Verdict:
@@ -130,7 +142,11 @@ EXPAND = dispatch.register(
         ),
         reference=_reference_expand,
         fake=_fake_expand,
-        kernels={"triton": Kernel(_triton_supports_expand, _triton_run_expand), "cpu": Kernel(_cpu_supports)},
+        kernels={
+            "cuda": Kernel(_cuda_supports_expand),
+            "triton": Kernel(_triton_supports_expand, _triton_run_expand),
+            "cpu": Kernel(_cpu_supports),
+        },
         flops=_flops_expand,
         bytes=_bytes_expand,
     )
