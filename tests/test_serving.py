@@ -10,12 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import lora_kernels as lk
 from lora_kernels import _native, dispatch
-from lora_kernels.functional.multi_branch import (
-    RowOrder,
-    multi_lora_branch_,
-    multi_lora_shrink,
-    row_order,
-)
+from lora_kernels.functional import RowOrder, multi_lora_branch_, multi_lora_shrink, row_order
 from lora_kernels.integrations.serving import AdapterSlots, LoRAPool, ServingStep
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
@@ -88,7 +83,10 @@ def test_all_leading_sizes(backend):
     x, y = torch.randn(2, 4, batch.k), torch.randn(2, 4, batch.n)
     lora_A, lora_B = torch.randn(5, 8, batch.k), torch.randn(5, batch.n, 8)
     flat = multi_lora_branch_(y.view(8, -1).clone(), x.view(8, -1), lora_A, lora_B, batch.ids_tensor(), scaling=0.7)
+    first, one_row = y[0, 0].clone(), batch.ids_tensor()[:1]
     assert torch.equal(multi_lora_branch_(y, x, lora_A, lora_B, batch.ids_tensor(), scaling=0.7), flat.view_as(y))
+    alone = multi_lora_branch_(first, x[0, 0], lora_A, lora_B, one_row, scaling=0.7)
+    torch.testing.assert_close(alone, flat[0])
 
 
 def test_row_order():
@@ -362,6 +360,22 @@ def test_loading_and_evicting():
     torch.testing.assert_close(pool.add_(base.clone(), x, step), expected)
     base = torch.randn(3, 16)
     assert torch.equal(slots.pools["qkv"].add_(base.clone(), x, step)[0], base[0])
+
+
+def test_nothing_is_left_of_an_adapter_that_held_nan():
+    """Kills: a slot that is cleared in one factor alone; its zeros would meet the other's NaN."""
+    slots = AdapterSlots(1, {"layer": LoRAPool(1, MOST, K, (6, 6))})
+    of_nan = torch.full((MOST, K), torch.nan), torch.full((6, MOST), torch.nan)
+    slots.load("bad", {"layer": [of_nan] * 2}, scaling=1.0)
+    slots.evict("bad")
+    first = pair(3, K, 6)
+    slots.load("good", {"layer": [first, None]}, scaling=1.0)
+    step, x = ServingStep(2, slots), torch.randn(2, K)
+    step.fill(["good", None])
+    y = slots.pools["layer"].add_(torch.zeros(2, 12), x, step)
+    torch.testing.assert_close(y[0, :6], (x[0] @ first[0].t()) @ first[1].t())
+    assert not y[0, 6:].any()
+    assert not y[1].any()
 
 
 def test_a_load_that_fails_changes_nothing():

@@ -125,17 +125,18 @@ def test_row_parallel_layers_are_reduced_once(backend, devices):
     own = factors(12, (10,))
     A, B = buffers(own, 12, (10,), torch.float32)
     weight, x = torch.randn(10, 12), torch.randn(len(rows), 12)
-    reductions, total = [], torch.zeros(len(rows), 10)
+    parts = []
 
     def all_reduce(part):
-        reductions.append(part.shape)
-        return total.add_(part)
+        parts.append(part.clone())
+        return torch.full_like(part, torch.nan)  # the sum: of which nothing more is to be made
 
     for x_part, w_part, a_part in zip(x.chunk(devices, 1), weight.chunk(devices, 1), A.chunk(devices, 2)):
-        Layer(backend, w_part, a_part.contiguous(), B, (0, 10)).forward_with_base(x_part.contiguous(), all_reduce)
-    assert reductions == [(len(rows), 10)] * devices
+        layer = Layer(backend, w_part, a_part.contiguous(), B, (0, 10))
+        assert layer.forward_with_base(x_part.contiguous(), all_reduce).isnan().all()
+    assert [part.shape for part in parts] == [(len(rows), 10)] * devices
     exact, plain = (looped(x, x.to(d) @ weight.t().to(d), own, (10,), rows, d) for d in (torch.float64, torch.float32))
-    assert_as_accurate(total, plain, exact)
+    assert_as_accurate(sum(parts), plain, exact)
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
@@ -217,6 +218,8 @@ def test_what_is_not_served_is_refused(backend):
     A, B = buffers(factors(12, (6, 6)), 12, (6, 6), torch.float32)
     with pytest.raises(ValueError, match="output_offset_cpu"):
         backend.run_qkv_lora(torch.randn(2, 12), A, B, n_slices=2)
+    with pytest.raises(ValueError, match="needs output_offset_cpu, 3 numbers"):
+        backend.run_qkv_lora(torch.randn(2, 12), A, B, n_slices=2, output_offset_cpu=torch.tensor([0, 4, 8, 12]))
     backend.is_moe_lora = True
     with pytest.raises(NotImplementedError, match="experts of a mixture"):
         prepare(backend, [0])

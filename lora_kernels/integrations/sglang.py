@@ -172,12 +172,12 @@ class _Methods:
         """The whole branch of a layer of ``n_slices``, whose columns ``output_offset_cpu`` says.
 
         Raises:
-            ValueError: that is missing, or not on the CPU: reading it would wait for the device.
+            ValueError: that is missing, not on the CPU (reading it would wait for the device), or of other slices.
         """
-        if output_offset_cpu is None or not output_offset_cpu.is_cpu:
-            raise ValueError("lora_kernels: run_qkv_lora needs output_offset_cpu, a tensor on the CPU")
-        offsets = output_offset_cpu.tolist()[: n_slices + 1]
-        return self._add(_output(base_output, x, qkv_lora_b), x, qkv_lora_a, qkv_lora_b, offsets)
+        if output_offset_cpu is None or not output_offset_cpu.is_cpu or len(output_offset_cpu) != n_slices + 1:
+            raise ValueError(f"lora_kernels: run_qkv_lora needs output_offset_cpu, {n_slices + 1} numbers on the CPU")
+        y = _output(base_output, x, qkv_lora_b)
+        return self._add(y, x, qkv_lora_a, qkv_lora_b, output_offset_cpu.tolist())
 
     def run_gate_up_lora(
         self, x: Tensor, gate_up_lora_a: Tensor, gate_up_lora_b: Tensor, base_output: Tensor | None = None, *_: Any,
@@ -202,7 +202,8 @@ class _Methods:
         self, input_ids: Tensor, weights: Tensor, vocab_size: int, extra_embeddings: Tensor | None = None, *_: Any,
         **__: Any,
     ) -> Tensor:  # fmt: skip
-        """s [tokens, max_rank]: the columns of lora_A [slots, max_rank, vocab_size] that the tokens are.
+        """s [tokens, max_rank]: the columns of lora_A [slots, max_rank, vocab_size] that the tokens are. What stands
+        beyond an adapter's rank, or in the row of no adapter, is not read by what comes next.
 
         Raises:
             NotImplementedError: with ``extra_embeddings``, which SGLang's own layers do not serve either.
@@ -212,9 +213,7 @@ class _Methods:
         step = self._step(None)
         ids, _order = step.of(input_ids.unsqueeze(-1))
         tokens = input_ids.reshape(-1).clamp(max=vocab_size - 1)
-        s = weights[ids.clamp(min=0).long(), :, tokens]
-        is_own = torch.arange(s.shape[1], device=s.device) < step.row_ranks[: len(ids), None]
-        return s.masked_fill(~is_own, 0.0)
+        return weights[ids.clamp(min=0).long(), :, tokens]
 
     def _add(self, y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, offsets: Sequence[int]) -> Tensor:
         return add_branch_(y, x, lora_A, lora_B, self._step(None), offsets)
