@@ -232,6 +232,10 @@ def test_it_is_registered_under_a_name():
         assert sglang_stub.get_backend_from_name("ours") is made
         assert issubclass(made, sglang_stub.BaseLoRABackend)
         assert made.name == "lora_kernels"
+        assert adapter.register("ours") is made
+        assert sys.modules["sglang.srt.server_args"].LORA_BACKEND_CHOICES == ["triton", "csgmv", "ours"]
+        del sys.modules["sglang.srt.server_args"].LORA_BACKEND_CHOICES  # as newer versions have it
+        assert adapter.register("again") is made
     adapter._backend.cache_clear()
 
 

@@ -28,7 +28,10 @@ NAME = "lora_kernels"
 
 
 def register(name: str = NAME) -> type:
-    """Makes the backend known to SGLang, in the process that starts the engine or the server's workers.
+    """Makes the backend known to SGLang in this process, and to its command line where that has a list of backends.
+
+    SGLang starts processes of its own for the models. They know what entry points of the group ``sglang.srt.plugins``
+    have registered there: a package that has one for this function makes it known to all of them.
 
     Args:
         name: by which ``--lora-backend`` chooses it.
@@ -47,6 +50,11 @@ def register(name: str = NAME) -> type:
         ) from error
     backend = _backend()
     register_lora_backend(name)(lambda: backend)
+    from sglang.srt import server_args
+
+    choices = getattr(server_args, "LORA_BACKEND_CHOICES", None)
+    if isinstance(choices, list) and name not in choices:
+        choices.append(name)
     return backend
 
 

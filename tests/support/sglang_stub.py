@@ -114,6 +114,8 @@ class BaseLoRABackend:
 
 
 LORA_SUPPORTED_BACKENDS: dict[str, object] = {}
+LORA_BACKEND_CHOICES = ["triton", "csgmv"]
+"""What the command line lets through."""
 
 
 def register_lora_backend(name):
@@ -155,6 +157,7 @@ def sglang_installed() -> Iterator[None]:
         "sglang.srt.lora.utils": [generate_sequence_lengths, get_lm_head_pruned_lens],
         "sglang.srt.model_executor.forward_batch_info": [ForwardBatch, ForwardMode],
     }
+    parts["sglang.srt.server_args"] = []
     modules: dict[str, types.ModuleType] = {}
     for name, contents in parts.items():
         pieces = name.split(".")
@@ -163,6 +166,8 @@ def sglang_installed() -> Iterator[None]:
         for content in contents:
             setattr(modules[name], content.__name__, content)
     LORA_SUPPORTED_BACKENDS.clear()
+    modules["sglang.srt.server_args"].LORA_BACKEND_CHOICES = LORA_BACKEND_CHOICES[:]
+    modules["sglang.srt"].server_args = modules["sglang.srt.server_args"]
     sys.modules.update(modules)
     try:
         yield
