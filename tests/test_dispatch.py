@@ -135,6 +135,8 @@ def every_cuda_verdict():
         "grouped_lora_linear_backward": (x, x, s, groups_W, groups_A, groups_B, ends, None, 1.0, 0.0, *needs),
         "multi_lora_linear": (*pools, None, None, 1.0, 0.0),
         "multi_lora_linear_backward": (x, x, s, *pools[1:], None, 1.0, 0.0, *needs),
+        "multi_lora_shrink": (x, groups_A, pools[4], None, None, None),
+        "multi_lora_expand_": (x, s, groups_B, pools[4], None, None, 1.0, None, None),
         "dropout_mask": (ids, 3, 8, 0.5),
         "prompt_embedding": (rows, ids, weight, *(None,) * 5, False),
         "prompt_embedding_backward": (embeds, ids, None, None, 0, 4, BF16, 0, True, False, False),

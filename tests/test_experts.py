@@ -1,8 +1,6 @@
 """PEFT's target_parameters on the experts of mixtures: patched equals stock, in every family and implementation."""
 
 import copy
-import json
-import re
 
 import pytest
 import torch
@@ -17,10 +15,9 @@ from mixtures import (
     outputs_and_gradients,
     randomise,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import layer as _peft
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -245,72 +242,19 @@ def test_saved_for_backward_are_no_weights():
     assert sizes["ours"] <= 0.6 * sizes["stock"]
 
 
-# ------------------------------------------------------------------------- a pair of matrices per expert, in files
-
-
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
-def test_experts_in_files_as_checkpoints_name_them(family, tmp_path):
-    """PEFT itself reads them: it makes one adapter of twice the rank of gate and up."""
-    stock = make_peft(make_base(family), lora_alpha=5)
-    lk.save_adapter(stock, tmp_path, experts="2d")
-    gate = "block_sparse_moe.experts.1.w1" if family == "Mixtral" else "mlp.experts.1.gate_proj"
-    keys = load_file(tmp_path / "adapter_model.safetensors")
-    assert keys[f"base_model.model.model.layers.0.{gate}.lora_A.weight"].shape == (3, 24)
-    assert not any("base_layer" in key for key in keys)
-    loaded = PeftModel.from_pretrained(make_base(family), tmp_path)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(IDS).logits, stock(IDS).logits)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_experts_in_files_are_the_experts(family, tmp_path):
-    stock = make_peft(make_base(family), lora_alpha=5)
-    lk.patch(stock)
-    lk.save_adapter(stock, tmp_path, experts="2d")
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["target_parameters"] is None
-    leaves = {key.split(".")[-3] for key in tensors}
-    targets = config["target_modules"]
-    is_shared = family in ("Qwen2Moe", "DeepseekV3")  # other layers have the same names
-    assert isinstance(targets, str) if is_shared else targets == sorted(leaves)
-    for key in tensors:
-        layer = key.removeprefix("base_model.model.").rsplit(".", 2)[0]
-        assert not is_shared or re.fullmatch(targets, layer)
-    assert not is_shared or not any(re.fullmatch(targets, name) for name, _ in make_base(family).named_modules())
-    for name, wrapper in stock.named_modules():
-        if not isinstance(wrapper, ParamWrapper):
-            continue
-        delta, experts = wrapper.get_delta_weight("default"), wrapper.get_base_layer()
-        delta = delta.transpose(1, 2) if experts.is_transposed else delta
-        for expert, of_expert in enumerate(delta):
-            found = {}
-            for key, lora_A in tensors.items():
-                path, leaf, part, _ = key.rsplit(".", 3)
-                is_here = int(path.split(".layers.")[1].split(".")[0]) == int(name.split(".layers.")[1].split(".")[0])
-                if is_here and path.endswith(f"experts.{expert}") and part == "lora_A":
-                    found[leaf] = tensors[key.replace("lora_A", "lora_B")] @ lora_A * (5 / 3)
-            down = next(leaf for leaf in ("w2", "down_proj") if leaf in found)
-            if wrapper.parameter_name == "down_proj":
-                parts = [found[down]]
-            else:
-                gate, up = (found.get(a, found.get(b)) for a, b in (("w1", "gate_proj"), ("w3", "up_proj")))
-                parts = [gate, up] if experts.is_concatenated else [torch.stack([gate, up], 1).flatten(0, 1)]
-            torch.testing.assert_close(torch.cat(parts), of_expert)
-
-
-def test_experts_in_files_are_asked_for_where_there_are_some(tmp_path):
-    model = make_base("Mixtral")
-    for given, message in ((model, "needs a PeftModel"), (peft_without_experts(), "needs an adapter of experts")):
-        with pytest.raises(ValueError, match=message):
-            lk.save_adapter(given, tmp_path / "adapter", experts="2d")
-    with pytest.raises(ValueError, match='experts must be "3d" or "2d"'):
-        lk.save_adapter(model, tmp_path, experts="4d")
-    assert not list(tmp_path.rglob("*.*"))
-
-
-def peft_without_experts():
-    return get_peft_model(make_base("Mixtral"), LoraConfig(target_modules=["q_proj"], exclude_modules=["experts"]))
+@pytest.mark.parametrize("patched", [False, True])
+def test_an_adapter_per_sample_is_refused_by_name(patched):
+    """When the context is entered, and not by PEFT in the first call. Other layers of the model are left unrouted."""
+    model = make_peft(make_base("Mixtral"), also=("q_proj",))
+    if patched:
+        lk.patch(model)
+    refused = pytest.raises(ValueError, match=r"default on .*layers.0.mlp.experts\S*\.down_proj and 3 more")
+    with refused, lk.route_adapters(model, ["default", None]):
+        raise AssertionError("entered")
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    one = model.base_model.model.model.layers[0].self_attn.q_proj
+    with lk.route_adapters(one, ["default", None]):
+        one(torch.randn(2, 3, 24))
 
 
 # ------------------------------------------------------------------------------------------------- routing
@@ -330,6 +274,25 @@ def test_routing_there_and_back():
     assert torch.autograd.gradcheck(lambda x, w: combine(permute(x, routing).sin(), w, routing), (x, weights))
     want = sum(weights[:, [j]] * x.sin() for j in range(top_k))
     torch.testing.assert_close(combine(permute(x, routing).sin(), weights, routing), want)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_combine_keeps_results_for_the_weights_alone(need_weights):
+    """Kills: experts' results that are kept although nobody asks for a gradient of the weights."""
+    tokens, top_k, features = 7, 2, 6
+    routing = route(torch.rand(tokens, 4).topk(top_k).indices, 4)
+    y = torch.randn(tokens * top_k, features, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.rand(tokens, top_k, requires_grad=need_weights)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        out = combine(y, weights, routing)
+    assert (y.shape in kept) == need_weights
+    grad = torch.randn_like(out)
+    asked = [y, weights][: 1 + need_weights]
+    in_plain_code = (y[routing.rows].view(tokens, top_k, features) * weights.unsqueeze(2)).sum(1)
+    for ours, theirs in zip(torch.autograd.grad(out, asked, grad), torch.autograd.grad(in_plain_code, asked, grad)):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])

@@ -19,6 +19,7 @@ from numerics import assert_as_accurate
         ("lora_linear", "layouts or leading or wanted or mask or (values and 16 and 75)"),
         ("grouped", "values and 136 and single"),
         ("multi", "values and 136 and few"),
+        ("serving", "values and (qkv or o)"),
         ("prompts", "prefix or embeds"),
         ("packed", "bit or registered or (values and 13 and 257)"),
         ("peft", "bfloat16 or autocast or dropout or mlp"),

@@ -268,10 +268,7 @@ def test_batches_of_the_same_adapters_are_accumulated(reentrant):
 
 def test_code_that_was_compiled_before_is_routed():
     """Kills: hooks alone, for which compiled code does not look again."""
-    model, x = make().eval(), torch.randn(6, T, K)
-    pools = nn.Sequential(nn.Linear(K, N), nn.GELU())
-    lk.inject(pools, ["0"], r=2, alpha=2, adapters=2)
-    nn.init.normal_(pools[0].lora_B)
+    model, x, pools = make().eval(), torch.randn(6, T, K), of_pools()
     for module, routes in ((model, (NAMES, NAMES[::-1])), (pools, ([0, 1, -1] * 2, [1] * 6))):
         compiled = torch.compile(module, backend="eager")
         with torch.no_grad():
@@ -281,6 +278,58 @@ def test_code_that_was_compiled_before_is_routed():
                     continue
                 with lk.route_adapters(module, route):
                     torch.testing.assert_close(compiled(x), module(x))
+
+
+def of_pools():
+    pools = nn.Sequential(nn.Linear(K, N), nn.GELU())
+    lk.inject(pools, ["0"], r=2, alpha=2, adapters=2)
+    nn.init.normal_(pools[0].lora_B)
+    return pools
+
+
+@pytest.mark.parametrize("has_grad", [False, True])
+@pytest.mark.parametrize(("build", "route"), [(make, NAMES), (of_pools, [0, 1, -1] * 2)], ids=["peft", "pools"])
+def test_compiled_right_after_a_routed_call(build, route, has_grad):
+    """Kills: a hook that waits for the next call, and that torch.compile cannot trace."""
+    module, x = build(), torch.randn(6, T, K)
+    plain = module(x).detach()
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    with torch.set_grad_enabled(has_grad):
+        for _ in range(2):
+            with lk.route_adapters(module, route):
+                routed = module(x)
+            assert has_grad == any(m._forward_pre_hooks for m in module.modules())
+            torch.testing.assert_close(compiled(x), plain)
+            torch.testing.assert_close(compiled(x), plain)
+            with lk.route_adapters(module, route):
+                torch.testing.assert_close(compiled(x), routed)
+            torch.testing.assert_close(module(x), plain)
+    assert not any(m._forward_pre_hooks for m in module.modules())
+
+
+def test_compiled_code_is_not_taken_for_the_backward_of_another_route():
+    """Kills: code that was made after one context, in which nothing asks any more, for a backward after the next."""
+    module, x = of_pools(), torch.randn(6, T, K, requires_grad=True)
+    compiled = torch.compile(module, backend="eager")
+    with lk.route_adapters(module, [0] * 6):
+        compiled(x)
+    compiled(x)
+    with lk.route_adapters(module, [1] * 6):
+        loss = checkpoint(compiled, x, use_reentrant=True).sum()
+    with pytest.raises(RuntimeError, match="call backward inside"):
+        loss.backward()
+
+
+def test_a_context_without_gradients_forgets_no_batch_before():
+    """Kills: a hook that leaves although the backward of an earlier context has yet to ask it."""
+    for between in (NAMES, NAMES[::-1]):
+        model, x = make(checkpoints=True), torch.randn(6, T, K)
+        with lk.route_adapters(model, NAMES):
+            loss = model(x).sum()
+        with torch.no_grad(), lk.route_adapters(model, between):
+            model(x)
+        with pytest.raises(RuntimeError, match="call backward inside"):
+            loss.backward()
 
 
 def test_a_copy_is_routed_as_long_as_its_original():

@@ -16,13 +16,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from interpreter import run_interpreted
 from test_triton_aot import check_launches, target_name
-from triton_launches import FP32, compile_for, multi_launches
+from triton_launches import FP32, compile_for, multi_half_launches, multi_launches
 
 from lora_kernels.triton_kernels import configs
 
 
 def test_values_in_the_interpreter():
     run_interpreted("interpreted_multi.py")
+
+
+def test_values_of_each_half_in_the_interpreter():
+    run_interpreted("interpreted_multi_branch.py")
 
 
 PROBLEMS = {
@@ -38,6 +42,11 @@ PROBLEMS = {
 def test_machine_code(arch, problem, tmp_path):
     """Tensor cores where rows share an adapter, and no register spilled."""
     check_launches(arch, multi_launches(target_name(arch), **PROBLEMS[problem]), tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_machine_code_of_each_half(arch, tmp_path):
+    check_launches(arch, multi_half_launches(target_name(arch), m=4096, n=2048, k=2048, rank=64, adapters=8), tmp_path)
 
 
 @pytest.mark.parametrize("arch", ["sm_100", "gfx942"])

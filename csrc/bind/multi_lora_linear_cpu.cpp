@@ -1,6 +1,6 @@
-// multi_lora_linear and its backward on the CPU. The base is one product over all rows, by the schedules of cpu_gemm.h;
-// the branch is computed in panels of rows that share an adapter (cpu_groups.h), wherever in x they are. A row's
-// numbers depend on nothing but the row, its adapter and how many rows there are.
+// multi_lora_linear, the halves of its branch, and its backward on the CPU. The base is one product over all rows, by
+// the schedules of cpu_gemm.h; the branch is computed in panels of rows that share an adapter (cpu_groups.h), wherever
+// in x they are. A row's numbers depend on nothing but the row, its adapter and how many rows there are.
 #include <string>
 #include <tuple>
 
@@ -73,21 +73,27 @@ Tensor by_rows(const Tensor& pool) {
   return is_fp32(pool) || pool.stride(pool.dim() - 1) == 1 ? pool : torch::stable::contiguous(pool);
 }
 
+// How many of `most` ranks each adapter uses.
+std::vector<int64_t> read_ranks(const Tensor& ranks, int64_t most) {
+  std::vector<int64_t> each(ranks.size(0));
+  for_each_integer(ranks, [&](int64_t slot, int64_t rank) {
+    STD_TORCH_CHECK(rank >= 0 && rank <= most, "ranks must be from 0 to the pools' rank");
+    each[slot] = rank;
+  });
+  return each;
+}
+
+std::vector<float> read_scalings(const Tensor& scalings) {
+  const Tensor factors = torch::stable::contiguous(cast(scalings, ScalarType::Float));
+  return {floats(factors), floats(factors) + factors.size(0)};
+}
+
 Adapters adapters_of(const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& ranks,
                      const std::optional<Tensor>& scalings, const std::optional<Tensor>& seed, double scaling,
                      double dropout_p) {
   Adapters adapters{{by_rows(lora_A)}, {by_rows(lora_B)}, scaling};
-  if (ranks) {
-    adapters.ranks.resize(ranks->size(0));
-    for_each_integer(*ranks, [&](int64_t slot, int64_t rank) {
-      STD_TORCH_CHECK(rank >= 0 && rank <= lora_A.size(1), "ranks must be from 0 to lora_A's rank");
-      adapters.ranks[slot] = rank;
-    });
-  }
-  if (scalings) {
-    const Tensor factors = torch::stable::contiguous(cast(*scalings, ScalarType::Float));
-    adapters.scalings.assign(floats(factors), floats(factors) + factors.size(0));
-  }
+  if (ranks) adapters.ranks = read_ranks(*ranks, lora_A.size(1));
+  if (scalings) adapters.scalings = read_scalings(*scalings);
   if (seed) adapters.dropout = read_dropout(*seed, dropout_p);
   return adapters;
 }
@@ -139,6 +145,40 @@ Tensor multi_lora_apart(Tensor x, Tensor weight, std::vector<Tensor> lora_A, std
   return with_leading_sizes_of(std::get<0>(forward(rows, weight, adapters, adapter_ids, bias, schedule)), x);
 }
 
+// s alone. The order that a caller may know costs less to find again than to check.
+Tensor multi_lora_shrink(Tensor x, Tensor lora_A, Tensor adapter_ids, std::optional<Tensor> ranks,
+                         std::optional<Tensor>, std::optional<Tensor>, std::string) {
+  check_multi_lora_shrink(x, lora_A, adapter_ids, ranks);
+  const Adapters adapters = adapters_of(lora_A, lora_A, ranks, std::nullopt, std::nullopt, 1.0, 0.0);
+  const Tensor rows = as_rows(x), s = new_empty_as(rows, {rows.size(0), adapters.rank()});
+  const Slots slots(adapter_ids, adapters.groups());
+  slots.clear_rest(s, adapters);
+  slots.panels(adapters).for_each([&](const Panel& p) { PanelS(adapters, rows, s, slots.order(), p); });
+  return with_leading_sizes_of(s, x);
+}
+
+// y += the branch of s.
+void multi_lora_expand_(Tensor y, Tensor s, Tensor lora_B, Tensor adapter_ids, std::optional<Tensor> ranks,
+                        std::optional<Tensor> scalings, double scaling, std::optional<Tensor>, std::optional<Tensor>,
+                        std::string) {
+  check_multi_lora_expand(y, s, lora_B, adapter_ids, ranks, scalings);
+  const Tensor rows = as_rows(y), s_rows = as_rows(s);
+  STD_TORCH_CHECK(y.numel() == 0 || rows.const_data_ptr() == y.const_data_ptr(), "y must be a matrix in memory");
+  const int64_t most = lora_B.size(2);
+  Adapters adapters{{lora_B}, {by_rows(lora_B)}, scaling};  // of lora_A nobody asks more than that it is a pool
+  adapters.ranks = ranks ? read_ranks(*ranks, most) : std::vector<int64_t>(lora_B.size(0), most);
+  if (scalings) adapters.scalings = read_scalings(*scalings);
+  const Slots slots(adapter_ids, adapters.groups());
+  slots.panels(adapters).for_each([&](const Panel& p) {
+    const int64_t rank = adapters.rank(p.group);
+    FloatMatrix of_panel = PanelRows(s_rows, slots.order()).get(p, rank);
+    if (of_panel.row_stride != rank) of_panel = by_rows(of_panel, p.rows(), rank);
+    const FloatMatrix b = adapters.b(p.group);
+    expand_panel(PanelRows(rows, slots.order()), rows, p, nullptr, nullptr, of_panel.data, b.data, b.column_stride,
+                 b.row_stride, rank, adapters.alpha(p.group));
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> multi_lora_linear_backward(
     Tensor grad_y, Tensor x, Tensor s, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor adapter_ids,
     std::optional<Tensor> ranks, std::optional<Tensor> scalings, std::optional<Tensor> seed, double scaling,
@@ -167,6 +207,8 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_linear_backward(
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
   m.impl("multi_lora_linear", TORCH_BOX(&multi_lora_linear));
   m.impl("multi_lora_apart", TORCH_BOX(&multi_lora_apart));
+  m.impl("multi_lora_shrink", TORCH_BOX(&multi_lora_shrink));
+  m.impl("multi_lora_expand_", TORCH_BOX(&multi_lora_expand_));
   m.impl("multi_lora_linear_backward", TORCH_BOX(&multi_lora_linear_backward));
 }
 

@@ -1,5 +1,6 @@
-// multi_lora_linear and its gradients on CUDA: tensors to a problem (multi_lora_problem.h), its workspace, the
-// launches. Nothing is asked of the device: who has which adapter, and of which rank, is read by the kernels.
+// multi_lora_linear, the halves of its branch, and its gradients on CUDA: tensors to a problem (multi_lora_problem.h),
+// its workspace, the launches. Nothing is asked of the device: who has which adapter, and of which rank, is read by the
+// kernels.
 #include <string>
 #include <tuple>
 
@@ -43,12 +44,38 @@ Integers integers_of(const std::optional<Tensor>& t) {
   return {t->const_data_ptr(), t->stride(0), t->scalar_type() == ScalarType::Long};
 }
 
+AdapterPools pools_of(const std::optional<Tensor>& ranks, const std::optional<Tensor>& scalings, int64_t a_step,
+                      int64_t b_step, int64_t count) {
+  return {.ranks = integers_of(ranks),
+          .scalings = scalings ? static_cast<const float*>(scalings->const_data_ptr()) : nullptr,
+          .scalings_step = scalings ? scalings->stride(0) : 0,
+          .a_step = a_step,
+          .b_step = b_step,
+          .count = static_cast<int32_t>(count),
+          .ranks_are_whole = false};
+}
+
 void check_served(const Tensor& x, const Tensor& w) {
   STD_TORCH_CHECK(float_type(x) != FloatType::kFloat64,
                   "multi_lora_linear: the CUDA kernels serve bfloat16, float16 and, in tf32, float32");
   const int64_t elements = chunk_elements(static_cast<int>(x.element_size()));
   STD_TORCH_CHECK(w.size(0) % elements == 0 && w.size(1) % elements == 0,
                   "multi_lora_linear: the CUDA kernels serve weights whose rows and columns are chunks of 16 bytes");
+}
+
+void check_chunks(const Tensor& t, const char* what) {
+  STD_TORCH_CHECK(float_type(t) != FloatType::kFloat64,
+                  "multi_lora_branch: the CUDA kernels serve bfloat16, float16 and, in tf32, float32");
+  STD_TORCH_CHECK(t.size(t.dim() - 1) % chunk_elements(static_cast<int>(t.element_size())) == 0,
+                  "multi_lora_branch: the CUDA kernels serve rows that are chunks of 16 bytes, which are not ", what);
+}
+
+void check_order(const Tensor& rows, const Tensor& ends, int64_t m, int64_t adapters) {
+  const auto fits = [](const Tensor& t, int64_t size) {
+    return t.dim() == 1 && t.size(0) == size && t.scalar_type() == ScalarType::Int && (size < 2 || t.stride(0) == 1);
+  };
+  STD_TORCH_CHECK(fits(rows, m), "order must be int32 [rows], contiguous");
+  STD_TORCH_CHECK(fits(ends, adapters), "ends must be int32 [adapters], contiguous");
 }
 
 // The operands of a call as the kernels read them. What had to be copied lives as long as this.
@@ -75,13 +102,7 @@ struct Operands {
                           .seed = seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr,
                           .dropout_p = dropout_p,
                           .w_in_columns = w.stride(1) != 1},
-                .pools = {.ranks = integers_of(ranks),
-                          .scalings = scalings ? static_cast<const float*>(scalings->const_data_ptr()) : nullptr,
-                          .scalings_step = scalings ? scalings->stride(0) : 0,
-                          .a_step = step_of(a),
-                          .b_step = step_of(b),
-                          .count = static_cast<int32_t>(a.size(0)),
-                          .ranks_are_whole = false},
+                .pools = pools_of(ranks, scalings, step_of(a), step_of(b), a.size(0)),
                 .ids = integers_of(ids)} {}
 };
 
@@ -164,6 +185,99 @@ std::tuple<Tensor, Tensor> multi_lora_linear(Tensor x, Tensor weight, Tensor lor
   return result();
 }
 
+// ------------------------------------------------------------------------------ one half of the branch by itself
+
+// A matrix that a half does not read.
+MatrixRef unread(int64_t rows, int64_t columns, FloatType type) { return {nullptr, 0, rows, columns, type}; }
+
+// The rows of each adapter, as the caller knows them or as they are looked up.
+class KnownOrder {
+ public:
+  KnownOrder(const std::optional<Tensor>& rows, const std::optional<Tensor>& ends, const Tensor& like,
+             const MultiLoraProblem& problem, const CudaCall& call) {
+    if (rows && ends) {
+      check_order(*rows, *ends, problem.first.m(), problem.adapters());
+      order = {static_cast<int32_t*>(rows->mutable_data_ptr()), static_cast<int32_t*>(ends->mutable_data_ptr())};
+      return;
+    }
+    looked_up_.emplace(like, problem);
+    order = looked_up_->order;
+    check_cuda(launch_multi_lora_order(multi_order_params(problem, order), call.stream), "multi_lora_branch");
+  }
+
+ private:
+  std::optional<Order> looked_up_;
+
+ public:
+  RowOrder order;
+};
+
+void launch_half(const MultiLoraProblem& problem, OutputRef y, void* s, const MultiLoraConfig& config,
+                 const LoraWorkspace& workspace, const KnownOrder& known, const CudaCall& call) {
+  const MultiLoraBranchParams p = multi_forward_params(problem, y, s, config, workspace, known.order);
+  check_cuda(with_element(problem.first.x.type,
+                          [&]<class Element>(std::type_identity<Element>) {
+                            return launch_multi_lora_branch<Element>(p, config.launch, call.stream);
+                          }),
+             "multi_lora_branch");
+}
+
+Tensor multi_lora_shrink(Tensor x, Tensor lora_A, Tensor adapter_ids, std::optional<Tensor> ranks,
+                         std::optional<Tensor> order, std::optional<Tensor> ends, std::string) {
+  check_multi_lora_shrink(x, lora_A, adapter_ids, ranks);
+  check_chunks(x, "rows");
+  const CudaCall call(x);
+  const Tensor rows = whole_rows(x), a = pool_rows(lora_A, x, true);
+  const FloatType type = float_type(x);
+  const int64_t k = rows.size(1), rank = a.size(1);
+  const MultiLoraProblem problem{
+      .first = {.x = matrix_ref(rows), .w = unread(0, k, type), .a = first_of(a), .b = unread(0, rank, float_type(a))},
+      .pools = pools_of(ranks, std::nullopt, step_of(a), 0, a.size(0)),
+      .ids = integers_of(adapter_ids)};
+  const Tensor s = zeros_of_s(rows, call, problem);
+  if (problem.first.m() > 0) {
+    const MultiLoraConfig config =
+        multi_lora_shrink_config(LoraRole::kForward, problem.first.m(), k, rank, problem.adapters(),
+                                 problem.first.element_bytes(), device_limits(call.device));
+    const Counters counters(x, call, config.launch.counters);
+    const Tensor partials = floats(x, config.launch.partials);
+    const KnownOrder known(order, ends, x, problem, call);
+    launch_half(problem, {nullptr, 0}, s.mutable_data_ptr(), config,
+                {counters.data(), static_cast<float*>(partials.mutable_data_ptr())}, known, call);
+  }
+  return with_leading_sizes_of(s, x);
+}
+
+void multi_lora_expand_(Tensor y, Tensor s, Tensor lora_B, Tensor adapter_ids, std::optional<Tensor> ranks,
+                        std::optional<Tensor> scalings, double scaling, std::optional<Tensor> order,
+                        std::optional<Tensor> ends, std::string) {
+  check_multi_lora_expand(y, s, lora_B, adapter_ids, ranks, scalings);
+  check_chunks(y, "y's rows");
+  const CudaCall call(y);
+  if (y.numel() == 0) return;
+  const Tensor rows = as_rows(y);
+  STD_TORCH_CHECK(rows.const_data_ptr() == y.const_data_ptr() && rows_aligned(rows),
+                  "y must be a matrix in memory, whose rows begin at 16 bytes");
+  const Tensor b = pool_rows(lora_B, y, false), contiguous_s = torch::stable::contiguous(as_rows(s));
+  const Tensor inner = rows_aligned(contiguous_s) ? contiguous_s : torch::stable::clone(contiguous_s);
+  const std::optional<Tensor> factors = scalings ? std::optional(cast(*scalings, ScalarType::Float)) : std::nullopt;
+  const FloatType type = float_type(y);
+  const int64_t m = rows.size(0), n = rows.size(1), rank = b.size(2);
+  const MultiLoraProblem problem{.first = {.x = unread(m, 0, type),
+                                           .w = unread(n, 0, type),
+                                           .a = unread(rank, 0, float_type(b)),
+                                           .b = first_of(b),
+                                           .scaling = static_cast<float>(scaling)},
+                                 .pools = pools_of(ranks, factors, 0, step_of(b), b.size(0)),
+                                 .ids = integers_of(adapter_ids)};
+  const MultiLoraConfig config = multi_lora_expand_config(LoraRole::kForward, m, n, problem.adapters());
+  const KnownOrder known(order, ends, y, problem, call);
+  launch_half(problem, {rows.mutable_data_ptr(), rows.stride(0)}, inner.mutable_data_ptr(), config, {nullptr, nullptr},
+              known, call);
+}
+
+// ------------------------------------------------------------------------------------------------------ gradients
+
 std::tuple<Tensor, Tensor, Tensor> multi_lora_linear_backward(
     Tensor grad_y, Tensor x, Tensor s, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor adapter_ids,
     std::optional<Tensor> ranks, std::optional<Tensor> scalings, std::optional<Tensor> seed, double scaling,
@@ -224,6 +338,8 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_linear_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CUDA, m) {
   m.impl("multi_lora_linear", TORCH_BOX(&multi_lora_linear));
+  m.impl("multi_lora_shrink", TORCH_BOX(&multi_lora_shrink));
+  m.impl("multi_lora_expand_", TORCH_BOX(&multi_lora_expand_));
   m.impl("multi_lora_linear_backward", TORCH_BOX(&multi_lora_linear_backward));
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import CONFIG_FILE, WEIGHTS_FILE, alpha_of, describe
-from .experts import per_expert
+from .experts import PerExpert, per_expert
 from .files import replacing
 from .models import Layer, active_adapter, layer_slots, lora_layers, peft_slots
 from .slots import slots_of
@@ -43,8 +43,9 @@ def save_adapter(
         experts: how the adapter of a mixture's experts is written (PEFT's ``target_parameters``). "3d": as PEFT does,
             all experts in two matrices. "2d": two matrices per expert and linear layer, under the names that the base
             model's checkpoints have, as engines for serving load them; gate and up then have the same lora_A. PEFT
-            reads that back where the family's checkpoints have a layer per expert, no other layer has its name, and
-            rsLoRA is off; elsewhere it says nothing and leaves the experts' adapter out, or scales it otherwise.
+            reads that back where the family's checkpoints have a layer per expert, no other layer has its name, rsLoRA
+            is off, down has an adapter, and gate and up have the config's rank and alpha. Elsewhere PEFT fails, or says
+            nothing and leaves the experts' adapter out, or scales it otherwise: a ``UserWarning`` says why.
 
     Raises:
         ValueError: there is no adapter, or not exactly one; experts is neither, or "2d" without experts; the directory
@@ -103,19 +104,27 @@ def _save_peft(model: Any, adapter: str, target: Path, kinds: Collection[str], e
             os.replace(source / name, staged / name)
         written = json.loads((staged / CONFIG_FILE).read_text())
         changes = _names_without_wrappers(model, adapter, kinds, written)
+        misread: list[str] = []
         if experts == "2d":
-            changes |= _take_experts_apart(model, adapter, staged / WEIGHTS_FILE)
+            apart = _take_experts_apart(model, adapter, staged / WEIGHTS_FILE)
+            changes, misread = changes | apart.config, apart.misread
         if changes:
             _write_json(staged / CONFIG_FILE, written | changes)
+    if misread:
+        warnings.warn(
+            f"{_OP}: PEFT will not read this file as it is meant ({'; '.join(misread)}), and may not say so; it is for "
+            'engines that load two matrices per expert and layer. experts="3d" is what PEFT reads',
+            stacklevel=3,
+        )
 
 
-def _take_experts_apart(model: Any, adapter: str, weights: Path) -> dict[str, Any]:
-    """Writes the file again; returns what that changes in the config."""
+def _take_experts_apart(model: Any, adapter: str, weights: Path) -> PerExpert:
+    """Writes the file again."""
     from safetensors.torch import load_file, save_file
 
-    tensors, changes = per_expert(_OP, model, adapter, load_file(weights))
-    save_file(tensors, weights, metadata={"format": "pt"})
-    return changes
+    apart = per_expert(_OP, model, adapter, load_file(weights))
+    save_file(apart.tensors, weights, metadata={"format": "pt"})
+    return apart
 
 
 def _write_json(file: Path, config: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from .lora import dropout_mask, frozen_linear, lora_linear
 from .merging import merge_, unmerge_
 from .mlp import Projection, lora_mlp
 from .multi import multi_lora_linear
+from .multi_branch import RowOrder, multi_lora_branch_, multi_lora_expand_, multi_lora_shrink, row_order
 from .pack import lora_pack
 from .prefix import prefix_kv
 from .prompt import PromptEmbeddingOutput, prompt_embedding
@@ -17,6 +18,7 @@ from .why import why
 __all__ = [
     "Projection",
     "PromptEmbeddingOutput",
+    "RowOrder",
     "dora_embedding",
     "dora_linear",
     "dropout_mask",
@@ -29,9 +31,13 @@ __all__ = [
     "lora_mlp",
     "lora_pack",
     "merge_",
+    "multi_lora_branch_",
+    "multi_lora_expand_",
     "multi_lora_linear",
+    "multi_lora_shrink",
     "prefix_kv",
     "prompt_embedding",
+    "row_order",
     "unmerge_",
     "why",
 ]

@@ -55,7 +55,7 @@ def combine(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
         weights: [tokens, top_k].
 
     Returns:
-        [tokens, features], of the wider dtype. Saved for backward: y and weights.
+        [tokens, features], of the wider dtype. Saved for backward: weights, and y where the weights have a gradient.
     """
     return _Combine.apply(y, weights, *routing)
 
@@ -79,7 +79,8 @@ class _Combine(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, y: Tensor, weights: Tensor, choices: Tensor, rows: Tensor, offsets: Tensor, top_k: int
     ) -> Tensor:
-        ctx.save_for_backward(y, weights, choices, rows)
+        ctx.y_dtype = y.dtype
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, weights, choices, rows)
         wide = torch.promote_types(y.dtype, weights.dtype)
         of_tokens = _of_tokens(y, rows, top_k).to(wide)
         return torch.bmm(weights.to(wide).unsqueeze(1), of_tokens).squeeze(1)
@@ -92,7 +93,7 @@ class _Combine(torch.autograd.Function):
         grad_y = grad_weights = None
         if ctx.needs_input_grad[0]:
             of_rows = weights.reshape(-1, 1).index_select(0, choices).to(grad.dtype)
-            grad_y = grad.index_select(0, choices // top_k).mul_(of_rows).to(y.dtype)
+            grad_y = grad.index_select(0, choices // top_k).mul_(of_rows).to(ctx.y_dtype)
         if ctx.needs_input_grad[1]:
             of_tokens = _of_tokens(y, rows, top_k).to(grad.dtype)
             grad_weights = torch.bmm(of_tokens, grad.unsqueeze(2)).squeeze(2).to(weights.dtype)

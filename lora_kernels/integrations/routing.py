@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import warnings
@@ -18,6 +19,7 @@ from ..modules.multi import MultiLoRALinear
 BASE = "__base__"
 """PEFT's name for no adapter."""
 _entering = threading.Lock()
+_ended = itertools.count()
 
 
 @contextmanager
@@ -32,7 +34,7 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
 
     Activation checkpointing calls layers again during backward. Backward must then run inside, too; outside it raises
     ``RuntimeError`` instead of forming gradients of another adapter. So does one backward of several batches that were
-    called with different adapters.
+    called with different adapters. A context without gradients (``torch.no_grad()`` around it) is over when it ends.
 
     A model serves one such context at a time, whichever thread calls it. Code that ``torch.compile`` has made of fused
     layers and pools is made anew for other adapters; of PEFT's own layers it must have been made inside, since hooks
@@ -44,8 +46,9 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
             base alone. Beams of ``generate`` are samples, each ``num_beams`` times in turn.
 
     Raises:
-        ValueError: the model has no such layers; an adapter that no layer has; or, in the call, there are not as many
-            adapters as samples.
+        ValueError: the model has no such layers; an adapter that no layer has; adapters of parameters (PEFT's
+            ``target_parameters``, as those of a mixture's experts), which serve all samples alike; or, in the call,
+            there are not as many adapters as samples.
         TypeError: a name where a number belongs, or the other way round.
         RuntimeError: another thread is inside of such a context of this model.
     """
@@ -55,6 +58,7 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
     if not peft_layers and not pools:
         raise ValueError("route_adapters: the model has neither PEFT's LoRA layers nor MultiLoRALinear layers")
     routes = []
+    _check_no_parameters(model)
     if peft_layers:
         names = _names(peft_layers, adapters)
         if model.training and torch.is_grad_enabled():
@@ -70,8 +74,8 @@ def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> It
     try:
         yield
     finally:
-        for route in routes:
-            route.ends()
+        for route, layers in zip(routes, [layers for layers in (peft_layers, pools) if layers]):
+            route.ends(layers)
 
 
 class _Route:
@@ -83,10 +87,12 @@ class _Route:
 
     def __init__(self, argument: str, value: Any, adapters: tuple[Any, ...]) -> None:
         self._argument, self._value, self._adapters, self._is_over = argument, value, adapters, False
+        self._may_go_backward = torch.is_grad_enabled()
         self._thread = threading.get_ident()
         self._calls: dict[nn.Module, int] = {}
         self._again: dict[nn.Module, tuple[int, int]] = {}  # a backward, and how often it has called
         self._others: set[nn.Module] = set()  # called for other batches, of which backward may not be over
+        self._earlier: set[nn.Module] = set()  # called before, whichever the adapters, in contexts with gradients
 
     def add_to(self, layer: nn.Module) -> None:
         for route in _routes_of(layer):
@@ -96,8 +102,16 @@ class _Route:
         layer.register_forward_pre_hook(self, with_kwargs=True)
         layer.__dict__["is_routed"] = True
 
-    def ends(self) -> None:
+    def ends(self, layers: Sequence[nn.Module]) -> None:
         self._is_over = True
+        stays = self._may_go_backward or torch.is_grad_enabled()
+        # Code that is compiled from now on has looked at this hook, and is of no use where another one has ended.
+        over = f"until {next(_ended)}"
+        for layer in layers:
+            if not stays and layer not in self._earlier:
+                self._leave(layer)
+            elif self in _routes_of(layer):
+                layer.__dict__["is_routed"] = over
 
     @property
     def is_elsewhere(self) -> bool:
@@ -105,6 +119,7 @@ class _Route:
 
     def _takes_over(self, layer: nn.Module, before: _Route) -> None:
         calls = before._calls.get(layer, 0)
+        self._earlier.add(layer)
         if before._adapters == self._adapters:
             self._calls[layer] = calls
         elif calls > before._again.get(layer, (0, 0))[1]:
@@ -122,10 +137,11 @@ class _Route:
         self._calls.pop(layer, None)  # a copy's layers would live as long as the original's
         self._again.pop(layer, None)
         self._others.discard(layer)
+        self._earlier.discard(layer)
 
     def _count(self, layer: nn.Module) -> None:
         """``RuntimeError`` if backward calls the layer more often than this batch has, and so for another one."""
-        task = torch._C._current_graph_task_id()
+        task = _backward_of_now()
         if task == -1:
             self._calls[layer] = self._calls.get(layer, 0) + 1
             return
@@ -141,10 +157,12 @@ class _Route:
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if not self._is_over:
             if not is_compiling():
+                self._may_go_backward |= torch.is_grad_enabled()
                 self._count(layer)
             return args, {**kwargs, self._argument: self._value}
-        if torch._C._current_graph_task_id() == -1:
-            self._leave(layer)
+        if _backward_of_now() == -1:
+            if not is_compiling():  # who compiles has already looked at the hooks
+                self._leave(layer)
         elif self._argument not in kwargs:
             raise RuntimeError(
                 "route_adapters: backward calls a layer again (activation checkpointing) after the adapters of its "
@@ -157,6 +175,12 @@ class _Route:
 
     def __reduce__(self) -> tuple[Any, tuple]:
         return _over, ()
+
+
+@torch.compiler.assume_constant_result
+def _backward_of_now() -> int:
+    """The number of the backward that makes this call, or that calls code which is compiled now; -1 for none."""
+    return torch._C._current_graph_task_id()
 
 
 def _routes_of(layer: nn.Module) -> list[_Route]:
@@ -173,7 +197,7 @@ def _check_thread(layers: Sequence[nn.Module]) -> None:
 
 def _over() -> _Route:
     route = _Route("", None, ())
-    route.ends()
+    route.ends(())
     return route
 
 
@@ -185,6 +209,19 @@ def _layers(model: nn.Module) -> tuple[list[Any], list[MultiLoRALinear]]:
     if peft_layers:
         peft_layers += [m for m in model.modules() if isinstance(m, wrapper)]
     return peft_layers, [m for m in model.modules() if isinstance(m, MultiLoRALinear)]
+
+
+def _check_no_parameters(model: nn.Module) -> None:
+    """``ValueError`` for PEFT's adapters of parameters: what reads a parameter does not know samples."""
+    wrapper = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", ())
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, wrapper) and m.lora_A]
+    if found:
+        name, layer = found[0]
+        others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ValueError(
+            f"route_adapters: adapters of parameters (PEFT's target_parameters, experts of a mixture) serve all "
+            f"samples alike, here {', '.join(sorted(layer.lora_A))} on {name}.{layer.parameter_name}{others}"
+        )
 
 
 def _names(layers: Sequence[Any], adapters: Sequence[str | int | None]) -> list[str]:

@@ -139,6 +139,20 @@ def multi_verdict(x: torch.Tensor, weight: torch.Tensor, adapters: int, rank: in
     return _SIZE if tiles > MAX_SIZE else verdict
 
 
+def branch_verdict(wide: torch.Tensor, adapters: int, rank: int, *, in_place: bool) -> Verdict:
+    """The same of one half of their branch, which reads ``wide`` [..., size], or adds to it in place, beside s
+    [..., rank].
+    """
+    size = wide.shape[-1]
+    verdict = tensor_core_verdict(wide, size, size, rank)
+    if verdict.schedule is None:
+        return verdict
+    if size % (16 // wide.element_size()) != 0 or (in_place and not _lies_in_chunks(wide.reshape(-1, size))):
+        return _LAYOUT
+    tiles = (wide.numel() // size // SMALLEST_TILE + 1 + adapters) * (size // SMALLEST_TILE + 1 + MAX_RANK)
+    return _SIZE if tiles > MAX_SIZE else TENSOR_CORES
+
+
 ONE_BY_ONE = "one by one"
 _MAX_MEMBERS = 4
 """``kMaxMembers`` of csrc/params/lora_pack.h."""

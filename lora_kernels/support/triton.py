@@ -29,6 +29,10 @@ _SCHEDULES = {
 }
 _MULTI_FEW_ROWS = Verdict("by row", "few rows: each reads its own adapter; torch multiplies by the weight")
 _MULTI = Verdict("by adapter", "rows are looked up by adapter; torch multiplies by the weight")
+_BRANCH = {
+    "by row": Verdict("by row", "few rows: each reads its own adapter"),
+    "by adapter": Verdict("by adapter", "rows are looked up by adapter"),
+}
 _NOT_INSTALLED = Verdict(None, Reason.TRITON_NOT_INSTALLED)
 _TOO_OLD = Verdict(None, Reason.TRITON_TOO_OLD)
 _NOT_INTERPRETED = Verdict(None, Reason.NOT_INTERPRETED)
@@ -129,6 +133,12 @@ def multi_verdict(x: torch.Tensor, columns: int, depth: int, adapters: int, rank
     if adapters > configs.MAX_GROUPS or configs.most_programs(rows, columns, adapters) > MAX_SIZE:
         return _SIZE
     return _MULTI_FEW_ROWS if rows <= configs.FEW_ROWS and not backward else _MULTI
+
+
+def branch_verdict(x: torch.Tensor, columns: int, depth: int, adapters: int, rank: int) -> Verdict:
+    """The same of one half of their branch, which has these columns and this depth; ``rank`` is what bounds it."""
+    verdict = multi_verdict(x, columns, depth, adapters, rank, backward=False)
+    return verdict if verdict.schedule is None else _BRANCH[verdict.schedule]
 
 
 def rows_refusal(

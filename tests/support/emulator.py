@@ -16,7 +16,8 @@ import pybind11
 import setup_script
 import torch
 
-from lora_kernels.ops import grouped_lora_linear, lora_linear, lora_pack, multi_lora_linear
+from lora_kernels.ops import grouped_lora_linear, lora_linear, lora_pack, multi_lora_branch, multi_lora_linear
+from lora_kernels.spec import OpSpec
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 BUILD = CSRC.parent / "build" / "emu"
@@ -49,8 +50,12 @@ def load_grouped_lora_linear() -> ModuleType:
 
 @functools.cache
 def load_multi_lora_linear() -> ModuleType:
-    """The same for multi_lora_linear and its gradients, in ``torch.ops.lora_kernels_emulated_multi``."""
-    _defined("lora_kernels_emulated_multi", multi_lora_linear)
+    """The same for multi_lora_linear, its gradients and the halves of its branch, in
+    ``torch.ops.lora_kernels_emulated_multi``.
+    """
+    library = _defined("lora_kernels_emulated_multi", multi_lora_linear)
+    for spec in (multi_lora_branch.SHRINK, multi_lora_branch.EXPAND):
+        _define(library, spec)
     return _build_over_torch("_emu_multi_lora_linear", "emu/bind_multi_lora_linear.cpp")
 
 
@@ -112,9 +117,13 @@ def _defined(name: str, op: ModuleType) -> torch.library.Library:
     library = torch.library.Library(name, "DEF")
     _libraries.append(library)
     for spec in (op.SPEC, op.BACKWARD):
-        arguments, returns = spec.schema.split(" -> ")
-        library.define(f"{spec.name}{arguments[:-1]}, str schedule) -> {returns}")
+        _define(library, spec)
     return library
+
+
+def _define(library: torch.library.Library, spec: OpSpec) -> None:
+    arguments, returns = spec.schema.split(" -> ")
+    library.define(f"{spec.name}{arguments[:-1]}, str schedule) -> {returns}")
 
 
 def _build_over_torch(name: str, binding: str) -> ModuleType:

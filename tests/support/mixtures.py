@@ -46,12 +46,14 @@ def experts_of(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(getattr(m, "down_proj", None), nn.Parameter)}
 
 
-def make_peft(base: nn.Module, parameters: tuple[str, ...] = ("gate_up_proj", "down_proj"), **options) -> nn.Module:
-    """PEFT's model with an adapter on these parameters of all experts, none of it zero."""
+def make_peft(
+    base: nn.Module, parameters: tuple[str, ...] = ("gate_up_proj", "down_proj"), also: tuple[str, ...] = (), **options
+) -> nn.Module:
+    """PEFT's model with an adapter on these parameters of all experts, and on other layers, none of it zero."""
     targets = [f"{name}.{parameter}" for name in experts_of(base) for parameter in parameters]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(base, LoraConfig(r=3, target_modules=[], target_parameters=targets, **options))
+        model = get_peft_model(base, LoraConfig(r=3, target_modules=list(also), target_parameters=targets, **options))
     randomise(model)
     return model
 

@@ -14,6 +14,7 @@ from lora_kernels.triton_kernels import (
     grouped_lora_linear,
     lora_linear,
     lora_pack,
+    multi_lora_branch,
     multi_lora_linear,
     prompt_embedding,
 )  # fmt: skip
@@ -121,6 +122,20 @@ def multi_launches(target, m, n, k, rank, adapters, adapter_dtype=BF16, p=0.0, m
     pools = lora_A, lora_B, *of_each
     yield "dA", multi_lora_linear.reduce_launch(device, lora_A.mT, x, s, order, *pools, seed, 1.7, p)
     yield "dB", multi_lora_linear.reduce_launch(device, lora_B, y, s, order, *pools, None, 1.7, 0.0)
+
+
+def multi_half_launches(target, m, n, k, rank, adapters):
+    """(name, launch) of a branch's halves: the first of three slices, the second of the middle third of y's columns."""
+    x, y, s = (torch.empty(*size, dtype=BF16) for size in ((m, k), (m, 3 * n), (m, 3 * rank)))
+    lora_A = torch.empty(adapters, 3 * rank, k, dtype=BF16)
+    lora_B = torch.empty(adapters, n, rank, dtype=BF16)
+    ids, ranks = (torch.zeros(size, dtype=torch.int32) for size in (m, adapters))
+    shrink = multi_lora_branch.shrink_operands(s, x, lora_A, ranks)
+    expand = multi_lora_branch.expand_operands(y[:, n : 2 * n], s[:, :rank], lora_B, ranks, torch.zeros(adapters), 1.0)
+    order, _ = multi_lora_linear.order_launch(ids, adapters)
+    for half, (name, operands) in enumerate({"shrink": shrink, "expand": expand}.items()):
+        yield f"{name} of a row", multi_lora_linear.row_launches(*operands, ids)[half]
+        yield name, multi_lora_linear.branch_launches(Device(target, 108), *operands, order, "p")[half]
 
 
 def pack_launches(target, m, k, ns, ranks, adapter_dtype=BF16, p=0.0, bias=False):
