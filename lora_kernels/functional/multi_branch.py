@@ -123,7 +123,9 @@ def multi_lora_branch_(
     return multi_lora_expand_(y, s, lora_B, adapter_ids, scaling=scaling, ranks=ranks, order=order)
 
 
-@explains(_SHRINK, _op.SHRINK)
+@explains(
+    _SHRINK, _op.SHRINK, example=lambda zeros: (zeros(512, 576), zeros(8, 16, 576), zeros(512, dtype=torch.int64))
+)
 def _shrink_arguments(
     x: Tensor, lora_A: Tensor, adapter_ids: Tensor, *, ranks: Tensor | None = None, order: RowOrder | None = None
 ) -> tuple:
@@ -138,7 +140,11 @@ def _shrink_arguments(
     return x, lora_A, adapter_ids, ranks, *(order or (None, None))
 
 
-@explains(_EXPAND, _op.EXPAND)
+@explains(
+    _EXPAND,
+    _op.EXPAND,
+    example=lambda zeros: (zeros(512, 1536), zeros(512, 16), zeros(8, 1536, 16), zeros(512, dtype=torch.int64)),
+)
 def _expand_arguments(
     y: Tensor, s: Tensor, lora_B: Tensor, adapter_ids: Tensor, *, scaling: float | Tensor = 1.0,
     ranks: Tensor | None = None, order: RowOrder | None = None,

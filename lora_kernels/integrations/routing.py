@@ -86,6 +86,7 @@ class _Route:
     """
 
     def __init__(self, argument: str, value: Any, adapters: tuple[Any, ...]) -> None:
+        torch.compiler.assume_constant_result(_backward_of_now)  # not where it is defined: it imports Dynamo
         self._argument, self._value, self._adapters, self._is_over = argument, value, adapters, False
         self._may_go_backward = torch.is_grad_enabled()
         self._thread = threading.get_ident()
@@ -177,7 +178,6 @@ class _Route:
         return _over, ()
 
 
-@torch.compiler.assume_constant_result
 def _backward_of_now() -> int:
     """The number of the backward that makes this call, or that calls code which is compiled now; -1 for none."""
     return torch._C._current_graph_task_id()
