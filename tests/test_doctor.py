@@ -200,7 +200,7 @@ def test_examples_are_calls_that_the_functions_take():
     """What the page asks about can be called: sizes and dtypes fit."""
     for name, example in examples().items():
         arguments = example(lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype))
-        getattr(lk, name)(*arguments)
+        getattr(lk.functional, name)(*arguments)
 
 
 def test_flags_of_a_cpu(tmp_path):
