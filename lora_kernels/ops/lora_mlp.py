@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import dispatch, philox
 from ..spec import Autograd, Kernel, OpSpec, Verdict
-from . import eager, gated_activation, lora_linear, lora_pack
+from . import eager, gated_activation, lora_linear, lora_pack, pack_members
 from .eager import EagerFunction, not_a_view
 from .gated_activation import ACTIVATIONS
 
@@ -97,7 +97,7 @@ def _fake(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     y, gate, up, s_down = (
         x.new_empty((*lead, factor.shape[0])) for factor in (w.down_weight, w.gate_weight, w.up_weight, w.down_A)
     )
-    return y, gate, up, lora_pack.empty_s(x, [w.gate_A, w.up_A]), s_down
+    return y, gate, up, pack_members.empty_s(x, [w.gate_A, w.up_A]), s_down
 
 
 def _biases(w: Layers) -> list[Tensor]:

@@ -7,31 +7,21 @@ each member's [rows, rank], one behind the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import dispatch, philox
+from .. import dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from ..support import cpu, cuda, fits, triton
 from . import eager, lora_linear
 from .eager import EagerFunction, as_rows, not_a_view
-
-Tensors = list[Tensor]
+from .pack_members import Tensors, empty_s, expansions, members, of_all, of_member, parts_of, sizes
 
 # ---------------------------------------------------------------------------------------------------- forward
-
-
-def members(
-    weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, seed: Tensor | None, scalings: list[float],
-    dropout_p: list[float],
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, float, float]]:  # fmt: skip
-    """(weight, lora_A, lora_B, seed, scaling, dropout_p) of each member."""
-    for i, (weight, A, B, scaling, p) in enumerate(zip(weights, lora_As, lora_Bs, scalings, dropout_p, strict=True)):
-        yield weight, A, B, None if seed is None else philox.member_seed(seed, i), scaling, p
 
 
 def _of_each(
@@ -51,25 +41,9 @@ def _reference(*args: Any) -> tuple[Tensors, Tensor]:
     return _of_each(lora_linear.SPEC.reference, *args)
 
 
-def _total_rank(lora_As: Tensors) -> int:
-    return sum(A.shape[0] for A in lora_As)
-
-
 def _fake(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> tuple[Tensors, Tensor]:
     lead = x.shape[:-1]
     return [x.new_empty((*lead, w.shape[0])) for w in weights], empty_s(x, lora_As)
-
-
-def empty_s(x: Tensor, lora_As: Tensors) -> Tensor:
-    """Memory of s."""
-    return x.new_empty(x.shape[:-1].numel() * _total_rank(lora_As))
-
-
-def parts_of(s: Tensor, x: Tensor, lora_As: Tensors) -> list[Tensor]:
-    """Each member's s, [..., rank]."""
-    lead, ranks = x.shape[:-1], [A.shape[0] for A in lora_As]
-    parts = s.split([lead.numel() * rank for rank in ranks])
-    return [part.view(*lead, rank) for part, rank in zip(parts, ranks)]
 
 
 def _cpu_supports(
@@ -79,7 +53,7 @@ def _cpu_supports(
         return cpu.REFUSED_DTYPE
     if seed is None and cpu.reads_weight_once(x, weights[0]) and all(w.stride()[1] == 1 for w in weights):
         return cpu.DECODE
-    return _of_all([cpu.matmul_verdict(x, weight) for weight in weights])
+    return of_all([cpu.matmul_verdict(x, weight) for weight in weights])
 
 
 def _cuda_supports(x: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, *_: Any) -> Verdict:
@@ -87,16 +61,7 @@ def _cuda_supports(x: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tenso
 
 
 def _cuda_one_by_one(schedule: str, *args: Any) -> tuple[Tensors, Tensor]:
-    return _of_each(_of_member(lora_linear.SPEC, rank_of=2), *args)
-
-
-def _of_member(spec: OpSpec, rank_of: int) -> Callable[..., Any]:
-    """The op, but that a member without an adapter, of which argument ``rank_of`` tells, is torch's."""
-
-    def run(*args: Any) -> Any:
-        return dispatch.run(spec, *args) if args[rank_of].shape[0] else spec.reference(*args)
-
-    return run
+    return _of_each(of_member(lora_linear.SPEC, rank_of=2), *args)
 
 
 def _triton_supports(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> Verdict:
@@ -111,32 +76,14 @@ def _triton_run(schedule: str, *args: Any) -> tuple[Tensors, Tensor]:
     return lora_pack.forward(schedule, *args)
 
 
-def _of_all(verdicts: Sequence[Verdict]) -> Verdict:
-    """One schedule where members have the same, or theirs one after the other."""
-    first = verdicts[0]
-    if all(verdict.schedule == first.schedule for verdict in verdicts):
-        return first
-    return Verdict(", ".join(str(verdict.schedule) for verdict in verdicts), "members' products differ in what is best")
-
-
-def _sizes(x: Tensor, weights: Tensors, lora_As: Tensors) -> tuple[int, int, int, int]:
-    """m, the sum of n, k, the sum of ranks."""
-    return x.shape[:-1].numel(), sum(w.shape[0] for w in weights), x.shape[-1], _total_rank(lora_As)
-
-
-def _expansions(weights: Tensors, lora_As: Tensors) -> int:
-    """Elements of all B."""
-    return sum(weight.shape[0] * A.shape[0] for weight, A in zip(weights, lora_As))
-
-
 def _flops(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> int:
-    m, n, k, r = _sizes(x, weights, lora_As)
-    return 2 * m * k * (n + r) + 2 * m * _expansions(weights, lora_As)
+    m, n, k, r = sizes(x, weights, lora_As)
+    return 2 * m * k * (n + r) + 2 * m * expansions(weights, lora_As)
 
 
 def _bytes(x: Tensor, weights: Tensors, lora_As: Tensors, *_: Any) -> int:
-    m, n, k, r = _sizes(x, weights, lora_As)
-    adapters = (r * k + _expansions(weights, lora_As)) * lora_As[0].element_size()
+    m, n, k, r = sizes(x, weights, lora_As)
+    adapters = (r * k + expansions(weights, lora_As)) * lora_As[0].element_size()
     return (m * (k + n + r) + n * k) * x.element_size() + adapters
 
 
@@ -180,7 +127,7 @@ def _cpu_supports_backward(
 ) -> Verdict:  # fmt: skip
     if seed is not None and x.dtype == torch.float64:
         return cpu.REFUSED_DTYPE
-    verdict = _of_all([cpu.matmul_verdict(grad, w, is_k_by_n=True) for grad, w in zip(grad_ys, weights)])
+    verdict = of_all([cpu.matmul_verdict(grad, w, is_k_by_n=True) for grad, w in zip(grad_ys, weights)])
     # A few 16-bit rows are "aten", too, where the CPU has no instructions for them.
     return cpu.NATIVE if verdict is cpu.ATEN and cpu.is_native_16bit(x.dtype) else verdict
 
@@ -192,7 +139,7 @@ def _cuda_supports_backward(
 
 
 def _cuda_one_by_one_backward(schedule: str, *args: Any) -> tuple[Tensor, Tensors, Tensors]:
-    return _of_each_backward(_of_member(lora_linear.BACKWARD, rank_of=4), *args)
+    return _of_each_backward(of_member(lora_linear.BACKWARD, rank_of=4), *args)
 
 
 def _triton_supports_backward(
@@ -219,9 +166,9 @@ def _flops_backward(
     grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, seed: Tensor | None,
     scalings: list[float], dropout_p: list[float], need_x: bool, need_A: list[bool], need_B: list[bool],
 ) -> int:  # fmt: skip
-    m, n, k, r = _sizes(x, weights, lora_As)
+    m, n, k, r = sizes(x, weights, lora_As)
     of_A, of_B = _needs(lora_As, need_A, need_B, weights)
-    of_s = _expansions(weights, lora_As) if need_x or any(need_A) else 0
+    of_s = expansions(weights, lora_As) if need_x or any(need_A) else 0
     return 2 * m * (of_s + need_x * k * (n + r) + of_A + of_B)
 
 
@@ -229,9 +176,9 @@ def _bytes_backward(
     grad_ys: Tensors, x: Tensor, s: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, seed: Tensor | None,
     scalings: list[float], dropout_p: list[float], need_x: bool, need_A: list[bool], need_B: list[bool],
 ) -> int:  # fmt: skip
-    m, n, k, r = _sizes(x, weights, lora_As)
+    m, n, k, r = sizes(x, weights, lora_As)
     elements = m * n + m * r + (n * k + m * k if need_x else 0) + (m * k if any(need_A) else 0)
-    adapters = r * k + _expansions(weights, lora_As) + sum(_needs(lora_As, need_A, need_B, weights))
+    adapters = r * k + expansions(weights, lora_As) + sum(_needs(lora_As, need_A, need_B, weights))
     return elements * x.element_size() + adapters * lora_As[0].element_size()
 
 

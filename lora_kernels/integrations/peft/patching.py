@@ -8,20 +8,21 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ... import class_swaps, formats
+from ... import class_swaps
 from ...formats.int8 import exact_in_eval
-from ...frozen_linears import FrozenLinear, faster_product
+from ...frozen_linears import FrozenLinear
 from ...modules.embedding import LoRAEmbedding
 from ...modules.lora import LoRALinear
 from ...modules.multi import MultiLoRALinear
-from ...modules.quantized import FrozenPacked, QuantizedLinear, frozen_originals, frozen_packed
+from ...modules.quantized import frozen_originals
 from ...plain import may_take_fast_path, passed_by
 from ...reasons import Reason
-from ...report import FROZEN_PACKED, PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
+from ...report import PREFIX, PROMPT, PROMPT_FIXED, PROMPT_MODULE, Report
 from .. import loss as losses
 from ..siblings import siblings
+from .frozen import patch_frozen
 
 
 def patch(
@@ -107,7 +108,7 @@ def patch(
     if groups is not None:
         _packing().pack(model, peft_layers, groups, report)
     if frozen_linears:
-        _patch_frozen(model, peft_layers, report)
+        patch_frozen(model, peft_layers, report)
     losses.patch(model, loss, report)
     return report
 
@@ -333,50 +334,3 @@ def _fuse(layer: nn.Module) -> tuple[bool, str]:
         return False, f"{reason}: {type(layer).__name__}" if reason is Reason.LAYER_TYPE else reason
     reason, by_what = layers.next_call(layer)
     return (True, by_what) if reason is None else (False, reason)
-
-
-def _patch_frozen(model: nn.Module, peft_layers: dict[str, Any], report: Report) -> None:
-    """Swaps frozen plain linears; those inside a fused layer have no row of their own."""
-    adapters = {
-        child for layer in peft_layers.values() for child in layer.modules() if child is not layer.get_base_layer()
-    }
-    names = {name for name, _ in report.fused}
-    fused = {layer.get_base_layer() for name, layer in peft_layers.items() if name in names}
-    for name, module in model.named_modules():
-        if module in adapters:
-            continue
-        own = module._parameters
-        if type(module) not in (nn.Linear, FrozenLinear) or type(own.get("weight")) is not nn.Parameter:
-            if module not in fused:
-                _patch_packed(name, module, report)
-            continue
-        weight, bias = own.get("weight"), own.get("bias", Reason.DISPLACED)
-        if "forward" in module.__dict__ or bias is Reason.DISPLACED:
-            continue
-        if weight.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad):
-            continue
-        faster = faster_product(weight)
-        if faster is not None:
-            module.__class__ = FrozenLinear
-        if module not in fused:
-            (report.kept if faster is None else report.fused).append((name, faster or Reason.FAST_PRODUCT))
-
-
-def _patch_packed(name: str, module: nn.Module, report: Report) -> None:
-    """Swaps a layer with a quantised weight and no adapter; our own needs nothing."""
-    if isinstance(module, (QuantizedLinear, LoRALinear)):
-        return
-    weight = formats.from_module(module)
-    if weight is None:
-        return
-    reason = weight if isinstance(weight, Reason) else None
-    if "forward" in module.__dict__:
-        reason = Reason.INSTANCE_FORWARD
-    elif any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-        reason = Reason.BASE_REQUIRES_GRAD
-    if reason is not None:
-        report.kept.append((name, reason))
-        return
-    if not isinstance(module, FrozenPacked):
-        module.__class__ = frozen_packed(type(module))
-    report.fused.append((name, FROZEN_PACKED))
