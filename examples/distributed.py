@@ -6,7 +6,8 @@ the batch, and compares the losses, which must agree up to rounding. Works on CP
 
     torchrun --nproc-per-node 2 examples/distributed.py
     torchrun --nproc-per-node 2 examples/distributed.py --strategy tp
-    torchrun --nproc-per-node 4 examples/distributed.py --strategy fsdp2+tp  # two by two
+    torchrun --nproc-per-node 4 examples/distributed.py --strategy fsdp2+tp --checkpoint build/checkpoint  # two by two
+    torchrun --nproc-per-node 2 examples/distributed.py --strategy tp --resume build/checkpoint  # goes on from there
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --out build/adapter
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --base nf4  # QLoRA: a base in four bits
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --base experts  # a mixture of experts
@@ -22,9 +23,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -136,10 +143,28 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tens
     return losses
 
 
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """What a checkpoint holds: the adapter's parameters and the optimizer's state, spread over the processes."""
+    parameters = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    adapter = {name: value for name, value in parameters.items() if "lora_" in name}
+    return {"adapter": adapter, "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def resume(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+    """Reads a checkpoint of any number of processes and any strategy."""
+    state = state_of(model, optimizer)
+    dcp.load(state, checkpoint_id=directory)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["adapter"], optim_state_dict=state["optimizer"],
+        options=StateDictOptions(strict=False),  # the frozen parameters are not in it
+    )  # fmt: skip
+
+
 def train_with(
-    strategy: str, batches: list[Tensor], device: torch.device, base: str, together: bool
+    strategy: str, batches: list[Tensor], device: torch.device, options: argparse.Namespace
 ) -> tuple[nn.Module, list[float]]:
     """The trained model, and the losses over all processes."""
+    base, together = options.base, options.together
     mesh = mesh_of(strategy, device)
     shares = [batch.chunk(mesh["data"].size())[mesh["data"].get_local_rank()] for batch in batches]
     if strategy == "accelerate":
@@ -151,7 +176,12 @@ def train_with(
         losses = train(model, optimizer, shares, accelerator.backward)
     else:
         model = distribute(make_model(device, base, together), strategy, device, mesh)
-        losses = train(model, optimizer_of(model), shares)  # the optimizer is made of the sharded parameters
+        optimizer = optimizer_of(model)  # of the sharded parameters
+        if options.resume is not None:
+            resume(model, optimizer, options.resume)
+        losses = train(model, optimizer, shares)
+        if options.checkpoint is not None:
+            dcp.save(state_of(model, optimizer), checkpoint_id=options.checkpoint)
     for loss in losses:
         dist.all_reduce(loss)
     return model, [loss.item() / dist.get_world_size() for loss in losses]
@@ -172,12 +202,16 @@ def main() -> int:
     parser.add_argument("--base", choices=BASES, default="plain", help="nf4: in four bits (needs bitsandbytes)")
     parser.add_argument("--together", action="store_true", help="lk.patch(model, packs=True, loss=True)")
     parser.add_argument("--out", type=Path, help="where to save the adapters, one directory per strategy")
+    parser.add_argument("--checkpoint", type=Path, help="where to save adapter and optimizer, in shards")
+    parser.add_argument("--resume", type=Path, help="such a checkpoint, after as many steps, to go on from")
     options = parser.parse_args()
     strategies = STRATEGIES if options.strategy == "all" else (options.strategy,)
     if options.base != "plain" or options.together:
         strategies = tuple(strategy for strategy in strategies if strategy not in TENSOR_PARALLEL)
     if not strategies:
         parser.error(f"{options.strategy} is for layers by themselves, over a plain base")
+    if "accelerate" in strategies and options.resume is not None:
+        parser.error("name a strategy of torch's with --resume")
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
@@ -189,7 +223,9 @@ def main() -> int:
     batches = [torch.randint(VOCABULARY, (BATCH, TOKENS), generator=generator).to(device)] * options.steps
 
     model = make_model(device, options.base, options.together)
-    expected = [loss.item() for loss in train(model, optimizer_of(model), batches)]
+    steps_before = options.steps if options.resume is not None else 0
+    expected = [loss.item() for loss in train(model, optimizer_of(model), batches[:1] * (steps_before + options.steps))]
+    expected = expected[steps_before:]
     if rank == 0:
         print(f"{'one process':12}", *(f"{loss:.6f}" for loss in expected))
         if options.out is not None:
@@ -198,7 +234,7 @@ def main() -> int:
     agree = True
     for strategy in strategies:
         lk.reset_stats()
-        model, losses = train_with(strategy, batches, device, options.base, options.together)
+        model, losses = train_with(strategy, batches, device, options)
         difference = max(abs(ours - one) / one for ours, one in zip(losses, expected))
         agree = agree and difference <= TOLERANCE
         stats = lk.stats()

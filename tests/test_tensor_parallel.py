@@ -141,6 +141,27 @@ def recomputed_activations(rank, folder):
     assert lk.stats()["fallback"] == {}
 
 
+def fsdp2_with_lengths_that_differ(rank, folder):
+    """Each process has texts of its own length; the losses' mean is what one process learns from."""
+    parts = [[tokens[:, : 9 - 4 * of] for tokens in BATCHES] for of in range(2)]
+    one = with_lora(llama())
+    expected, optimizer = [], adamw(one)
+    for both in zip(*parts):
+        losses = [one(input_ids=tokens, labels=tokens).loss for tokens in both]
+        (sum(losses) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(losses[rank].item())
+    model = with_lora(llama())
+    lk.patch(model)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh_of_two())
+    fully_shard(model, mesh=mesh_of_two())
+    losses, _ = train(model, adamw(model), parts[rank])
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    assert lk.stats()["fallback"] == {}
+
+
 def files_and_merging(rank, folder):
     one = with_lora(llama())
     expected = one(input_ids=BATCHES[0]).logits.detach()
@@ -374,8 +395,9 @@ def compiled(rank, folder):
 
 
 SCENARIOS = (
-    plan_of_transformers, styles_of_torch, dropout_by_columns, recomputed_activations, files_and_merging,
-    packs_and_verify, one_layer, other_ways, uneven_shards, dora, two_dimensions_between_calls, compiled,
+    plan_of_transformers, styles_of_torch, dropout_by_columns, recomputed_activations, fsdp2_with_lengths_that_differ,
+    files_and_merging, packs_and_verify, one_layer, other_ways, uneven_shards, dora, two_dimensions_between_calls,
+    compiled,
 )  # fmt: skip
 
 
