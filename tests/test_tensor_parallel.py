@@ -162,7 +162,7 @@ def fsdp2_with_lengths_that_differ(rank, folder):
     assert lk.stats()["fallback"] == {}
 
 
-def files_and_merging(rank, folder):
+def files(rank, folder):
     one = with_lora(llama())
     expected = one(input_ids=BATCHES[0]).logits.detach()
     shared = with_lora(llama())
@@ -178,6 +178,44 @@ def files_and_merging(rank, folder):
         ours, theirs = (load_file(f"{folder}/{name}/adapter_model.safetensors") for name in ("adapter", "of_one"))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     dist.barrier()
+
+
+def merging(rank, folder):
+    """Each process adds to its own shards, and sends nothing."""
+    model = with_lora(llama())
+    expected = model(input_ids=BATCHES[0]).logits.detach()
+    with model.disable_adapter():
+        without = model(input_ids=BATCHES[0]).logits.detach()
+    lk.patch(model)
+    spread_model(model, mesh_of_two())
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def logits():
+        return model(input_ids=BATCHES[0]).logits.detach()
+
+    for safe in (False, True):
+        with sent() as messages:
+            for layer in layers:
+                layer.merge(safe_merge=safe)
+        assert messages == ([("allreduce", (), 4)] * len(layers) if safe else [])  # whether every sum is finite
+        torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-5)
+        with model.disable_adapter():  # unmerges
+            torch.testing.assert_close(logits(), without, rtol=1e-4, atol=1e-5)
+        assert not any(layer.merged for layer in layers)
+        torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-5)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+    with torch.no_grad():
+        of_broken = layers[0].lora_B["default"].weight
+        kept = of_broken.to_local().clone()
+        if rank == 1:
+            of_broken.to_local()[0, 0] = torch.nan
+        with pytest.raises(ValueError, match="would not be finite; the adapter default"):
+            layers[0].merge(safe_merge=True)
+        assert not layers[0].merged
+        of_broken.to_local().copy_(kept)
+    model = model.merge_and_unload()
+    torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-5)
 
 
 def packs_and_verify(rank, folder):
@@ -396,7 +434,7 @@ def compiled(rank, folder):
 
 SCENARIOS = (
     plan_of_transformers, styles_of_torch, dropout_by_columns, recomputed_activations, fsdp2_with_lengths_that_differ,
-    files_and_merging, packs_and_verify, one_layer, other_ways, uneven_shards, dora, two_dimensions_between_calls,
+    files, merging, packs_and_verify, one_layer, other_ways, uneven_shards, dora, two_dimensions_between_calls,
     compiled,
 )  # fmt: skip
 

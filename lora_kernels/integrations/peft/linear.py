@@ -26,7 +26,7 @@ from ...modules.base import is_given
 from ...modules.quantized import QuantizedLinear, set_compute_type
 from ...reasons import Reason
 from ...report import FUSED, FUSED_COLUMNS, FUSED_POOL, FUSED_ROWS
-from . import conv, experts, mixed_batch, packed_merging, packs, several_adapters
+from . import conv, experts, mixed_batch, packed_merging, packs, several_adapters, sharded_merging
 
 original_create_new_module: Any = LoraModel._create_new_module
 """What ``LoraModel`` had when ``patch_peft`` was called last."""
@@ -108,6 +108,9 @@ class FusedLinear(FusedForward, Linear):
         base = _packed_base(self)
         if base is not None:
             return packed_merging.merge(self, base, adapter_names)
+        if safe_merge and sharded_merging.is_on_shards(self):
+            sharded_merging.check_finite(self, adapter_names)
+            safe_merge = False
         return super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:
@@ -115,6 +118,10 @@ class FusedLinear(FusedForward, Linear):
         if base is not None:
             return packed_merging.unmerge(self, base)
         return super().unmerge()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        with sharded_merging.spread_factors(self, adapter):
+            return super().get_delta_weight(adapter)
 
 
 def _packed_base(layer: Any) -> QuantizedLinear | None:
