@@ -114,7 +114,12 @@ def fill(model, only="lora_", std=0.2):
 
 
 def gradients(model):
-    return {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.requires_grad}
+    """As they are in this process; ``wholes`` gathers them."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def wholes(tensors):
+    return {name: whole(tensor) for name, tensor in tensors.items()}
 
 
 def adamw(model):
