@@ -457,6 +457,9 @@ SCENARIOS = (
 )  # fmt: skip
 
 
+pytestmark = pytest.mark.xdist_group("two processes")  # which are started once
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     return processes.run(2, SCENARIOS, tmp_path_factory.mktemp("processes"))
