@@ -1,9 +1,13 @@
-"""LoRA training on several processes with torch's own engines, through fused layers: DDP and FSDP2 (``fully_shard``).
+"""LoRA training on several processes with torch's own engines, through fused layers: DDP, FSDP2 (``fully_shard``) and
+tensor parallelism (``parallelize_module``).
 
 Trains a small random Llama on one process's whole batch, then again with every strategy, each process on its share of
 the batch, and compares the losses, which must agree up to rounding. Works on CPUs (gloo) and on GPUs (nccl).
 
     torchrun --nproc-per-node 2 examples/distributed.py
+    torchrun --nproc-per-node 2 examples/distributed.py --strategy tp
+    torchrun --nproc-per-node 4 examples/distributed.py --strategy fsdp2+tp --checkpoint build/checkpoint  # two by two
+    torchrun --nproc-per-node 2 examples/distributed.py --strategy tp --resume build/checkpoint  # goes on from there
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --out build/adapter
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --base nf4  # QLoRA: a base in four bits
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --base experts  # a mixture of experts
@@ -19,18 +23,29 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lora_kernels as lk
 
 BATCH, TOKENS, VOCABULARY = 8, 16, 61
-STRATEGIES = ("ddp", "fsdp2", "accelerate")
+STRATEGIES = ("ddp", "fsdp2", "accelerate", "tp")
+"""What ``--strategy all`` means; "fsdp2+tp" needs four processes."""
+TENSOR_PARALLEL = ("tp", "fsdp2+tp")
+BY_ROWS = ("o_proj", "down_proj")
+"""The layers whose input is spread over the processes, by the layers in front of them."""
 BASES = ("plain", "nf4", "experts")
 TOLERANCE = 1e-5
 """Relative difference of losses: the processes sum the same gradients in another order."""
@@ -76,11 +91,34 @@ def in_4_bits(model: nn.Module) -> None:
                 setattr(parent, name, layer)
 
 
-def distribute(model: PeftModel, strategy: str, device: torch.device) -> nn.Module:
+def split_layers(model: PeftModel, mesh: DeviceMesh) -> None:
+    """Spreads every LoRA layer over the processes of ``mesh``, as PEFT does it for a model with transformers' plan."""
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        if name.endswith(BY_ROWS):
+            plan = {"base_layer": RowwiseParallel(), "lora_A.default": RowwiseParallel()}
+        else:
+            plan = {"base_layer": ColwiseParallel(), "lora_B.default": ColwiseParallel()}
+        parallelize_module(layer, mesh, plan)
+
+
+def mesh_of(strategy: str, device: torch.device) -> DeviceMesh:
+    """[data parallel, tensor parallel]: processes that see other data, and those that share a layer."""
+    world = dist.get_world_size()
+    tensor_parallel = {"tp": world, "fsdp2+tp": 2}.get(strategy, 1)
+    return init_device_mesh(device.type, (world // tensor_parallel, tensor_parallel), mesh_dim_names=("data", "tensor"))
+
+
+def distribute(model: PeftModel, strategy: str, device: torch.device, mesh: DeviceMesh) -> nn.Module:
     """``model`` as the strategy wants it. Wrap after ``lk.patch``."""
     if strategy == "ddp":
         return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    if strategy in TENSOR_PARALLEL:
+        split_layers(model, mesh["tensor"])
+    if strategy == "tp":
+        return model
+    mesh = mesh["data"]
     for layer in model.modules():
         # A whole block is one group: the fused layers read the weights of their base layer and adapters themselves.
         if type(layer).__name__.endswith("DecoderLayer"):
@@ -89,7 +127,8 @@ def distribute(model: PeftModel, strategy: str, device: torch.device) -> nn.Modu
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    # One by one: some are spread over processes, some are not, and torch puts no list of them together.
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, foreach=False)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tensor], backward=Tensor.backward) -> list:
@@ -104,10 +143,30 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tens
     return losses
 
 
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """What a checkpoint holds: the adapter's parameters and the optimizer's state, spread over the processes."""
+    parameters = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    adapter = {name: value for name, value in parameters.items() if "lora_" in name}
+    return {"adapter": adapter, "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def resume(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+    """Reads a checkpoint of any number of processes and any strategy."""
+    state = state_of(model, optimizer)
+    dcp.load(state, checkpoint_id=directory)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["adapter"], optim_state_dict=state["optimizer"],
+        options=StateDictOptions(strict=False),  # the frozen parameters are not in it
+    )  # fmt: skip
+
+
 def train_with(
-    strategy: str, shares: list[Tensor], device: torch.device, base: str, together: bool
+    strategy: str, batches: list[Tensor], device: torch.device, options: argparse.Namespace
 ) -> tuple[nn.Module, list[float]]:
     """The trained model, and the losses over all processes."""
+    base, together = options.base, options.together
+    mesh = mesh_of(strategy, device)
+    shares = [batch.chunk(mesh["data"].size())[mesh["data"].get_local_rank()] for batch in batches]
     if strategy == "accelerate":
         from accelerate import Accelerator
 
@@ -116,8 +175,13 @@ def train_with(
         model, optimizer = accelerator.prepare(model, optimizer_of(model))
         losses = train(model, optimizer, shares, accelerator.backward)
     else:
-        model = distribute(make_model(device, base, together), strategy, device)
-        losses = train(model, optimizer_of(model), shares)  # the optimizer is made of the sharded parameters
+        model = distribute(make_model(device, base, together), strategy, device, mesh)
+        optimizer = optimizer_of(model)  # of the sharded parameters
+        if options.resume is not None:
+            resume(model, optimizer, options.resume)
+        losses = train(model, optimizer, shares)
+        if options.checkpoint is not None:
+            dcp.save(state_of(model, optimizer), checkpoint_id=options.checkpoint)
     for loss in losses:
         dist.all_reduce(loss)
     return model, [loss.item() / dist.get_world_size() for loss in losses]
@@ -133,12 +197,21 @@ def save_adapter(model: nn.Module, directory: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--strategy", choices=("all", *STRATEGIES), default="all")
+    parser.add_argument("--strategy", choices=("all", *STRATEGIES, "fsdp2+tp"), default="all")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--base", choices=BASES, default="plain", help="nf4: in four bits (needs bitsandbytes)")
     parser.add_argument("--together", action="store_true", help="lk.patch(model, packs=True, loss=True)")
     parser.add_argument("--out", type=Path, help="where to save the adapters, one directory per strategy")
+    parser.add_argument("--checkpoint", type=Path, help="where to save adapter and optimizer, in shards")
+    parser.add_argument("--resume", type=Path, help="such a checkpoint, after as many steps, to go on from")
     options = parser.parse_args()
+    strategies = STRATEGIES if options.strategy == "all" else (options.strategy,)
+    if options.base != "plain" or options.together:
+        strategies = tuple(strategy for strategy in strategies if strategy not in TENSOR_PARALLEL)
+    if not strategies:
+        parser.error(f"{options.strategy} is for layers by themselves, over a plain base")
+    if "accelerate" in strategies and options.resume is not None:
+        parser.error("name a strategy of torch's with --resume")
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
@@ -150,17 +223,18 @@ def main() -> int:
     batches = [torch.randint(VOCABULARY, (BATCH, TOKENS), generator=generator).to(device)] * options.steps
 
     model = make_model(device, options.base, options.together)
-    expected = [loss.item() for loss in train(model, optimizer_of(model), batches)]
+    steps_before = options.steps if options.resume is not None else 0
+    expected = [loss.item() for loss in train(model, optimizer_of(model), batches[:1] * (steps_before + options.steps))]
+    expected = expected[steps_before:]
     if rank == 0:
         print(f"{'one process':12}", *(f"{loss:.6f}" for loss in expected))
         if options.out is not None:
             model.save_pretrained(options.out / "one")
 
     agree = True
-    for strategy in STRATEGIES if options.strategy == "all" else [options.strategy]:
+    for strategy in strategies:
         lk.reset_stats()
-        shares = [batch.chunk(world)[rank] for batch in batches]
-        model, losses = train_with(strategy, shares, device, options.base, options.together)
+        model, losses = train_with(strategy, batches, device, options)
         difference = max(abs(ours - one) / one for ours, one in zip(losses, expected))
         agree = agree and difference <= TOLERANCE
         stats = lk.stats()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -67,6 +68,11 @@ def has_hooks(module: nn.Module) -> bool:
 def is_parametrized(module: nn.Module) -> bool:
     """Whether torch computes some of the module's parameters (``torch.nn.utils.parametrize``)."""
     return "parametrizations" in module._modules
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether this is a tensor that torch has spread over processes."""
+    return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
 def not_plain(found: Tensor | Reason | None) -> Reason:

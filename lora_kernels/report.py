@@ -10,6 +10,8 @@ from .reasons import Reason
 
 FUSED = "lora_linear"
 """Reason of a fused row: every plain call of the layer is one ``lora_linear``."""
+FUSED_COLUMNS, FUSED_ROWS = "lora_linear, column-parallel", "lora_linear, row-parallel"
+"""Reasons of fused rows: every plain call is one ``lora_linear`` on this process's shards, and sums over processes."""
 FUSED_POOL = "multi_lora_linear"
 """Reason of a fused row: every call is one ``multi_lora_linear``."""
 FUSED_PACK = "lora_pack"

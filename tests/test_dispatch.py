@@ -260,7 +260,7 @@ def test_backward_takes_the_schedule_of_the_forward(monkeypatch, schedule):
         verdicts.append(lora_linear.BACKWARD.kernels["cuda"].supports(*args))
         return lora_linear.BACKWARD.reference(*args)
 
-    monkeypatch.setattr(lora_linear, "_run_backward", run_backward)
+    monkeypatch.setattr(lora_linear, "run_backward", run_backward)
     x, weight, A, B = tensors(torch.bfloat16)
     with _cuda.use_schedule(schedule):
         y = lk.lora_linear(x, weight, A.requires_grad_(), B)

@@ -48,6 +48,10 @@ ROWS = {
             here(transformers="5.24.0", peft=None),
         ],
     ),
+    "PEFT 0.21.2 makes": (
+        here(transformers="5.24.0"),
+        [here(transformers="5.23.1"), here(transformers="5.24.0", peft=None)],
+    ),
     "bitsandbytes on a CPU": (
         here(["avx512_bf16"], bitsandbytes="0.50.0"),
         [here(["avx512f"], bitsandbytes="0.50.0"), here(["avx512_bf16"])],

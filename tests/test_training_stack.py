@@ -213,8 +213,8 @@ def test_exported_block():
 # -------------------------------------------------------------------------------------------- tensor parallel
 
 
-def test_tensor_parallel_weights_fall_back(tmp_path):
-    """Base layers whose weights are DTensors are PEFT's own business; the others stay fused."""
+def test_shards_under_whole_adapters_fall_back(tmp_path):
+    """A base is shared and its adapter is not, which PEFT has nowhere: its own forward; the others stay fused."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         stock, patched = make(target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"])
@@ -227,9 +227,9 @@ def test_tensor_parallel_weights_fall_back(tmp_path):
             )
         assert isinstance(mlp.up_proj.base_layer.weight, DTensor)
         torch.testing.assert_close(patched(input_ids=IDS).logits, expected)
-        assert lk.stats()["fallback"] == {("lora_linear", Reason.DTENSOR): 9}
+        assert lk.stats()["fallback"] == {("lora_linear", Reason.SHARDING): 9}
         assert served() == 3
-        assert [reason for _, reason in lk.patch(patched).kept] == [Reason.DTENSOR] * 9
+        assert [reason for _, reason in lk.patch(patched).kept] == [Reason.SHARDING] * 9
     finally:
         dist.destroy_process_group()
 

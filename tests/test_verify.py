@@ -125,7 +125,7 @@ def gradients_off_by(factors):
 def test_a_wrong_gradient_is_named(factors, seen, monkeypatch):
     """One per mille, on adapters whose B is zero: without a random B nothing of it would show."""
     model = patched(target_modules=["q_proj"])
-    monkeypatch.setattr(lora_linear, "_run_backward", gradients_off_by(factors))
+    monkeypatch.setattr(lora_linear, "run_backward", gradients_off_by(factors))
     found = lk.verify(model)
     assert not found.ok
     assert {(check.verdict, check.detail) for check in found.checks} == {("differs", seen)}
@@ -138,7 +138,7 @@ def test_a_mask_that_gradients_do_not_share_is_seen(monkeypatch):
     def backward(grad_y, x, s, weight, A, B, seed, *rest):
         return dispatch.run(lora_linear.BACKWARD, grad_y, x, s, weight, A, B, None if seed is None else seed + 1, *rest)
 
-    monkeypatch.setattr(lora_linear, "_run_backward", backward)
+    monkeypatch.setattr(lora_linear, "run_backward", backward)
     found = lk.verify(model)
     assert {check.verdict for check in found.checks} == {"differs"}
     assert all(check.detail.endswith("under dropout") for check in found.checks)
@@ -242,7 +242,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "3 of 3 LoRA layers fused" in printed
     assert "3 ok" in printed
-    monkeypatch.setattr(lora_linear, "_run_backward", gradients_off_by((2, 1, 1)))
+    monkeypatch.setattr(lora_linear, "run_backward", gradients_off_by((2, 1, 1)))
     assert cli.main(arguments) == 1
     assert "3 differs" in capsys.readouterr().out
     assert cli.main([*arguments, "--rows", "0"]) == 2

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..plain import is_dtensor
+
 
 def slots_of(model: nn.Module) -> Slots:
     """The slots of ``model``, whose sharded parts are put into the state in which a write lasts."""
@@ -109,7 +111,7 @@ class Slot:
         tensor, offloaded = self.tensor, self._offloaded()
         if tensor.is_meta and offloaded is not None:
             tensor = offloaded.read()
-        elif _is_dtensor(tensor):
+        elif is_dtensor(tensor):
             tensor = tensor.full_tensor()
         return tensor.detach().to("cpu", copy=True).contiguous()
 
@@ -117,7 +119,7 @@ class Slot:
     def prepare(self, value: Tensor) -> Tensor:
         """``value`` in the slot's dtype, on its device and with its sharding: all that can fail of a write."""
         tensor = self.tensor
-        if _is_dtensor(tensor):
+        if is_dtensor(tensor):
             from torch.distributed.tensor import distribute_tensor
 
             # Each process has read the whole value, so nobody needs to send any.
@@ -142,7 +144,7 @@ class Slot:
     def _is_plain(self) -> bool:
         kind = type(self.tensor)
         dispatches = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
-        return not dispatches or _is_dtensor(self.tensor)
+        return not dispatches or is_dtensor(self.tensor)
 
     def _owned(self) -> bool:
         return self.attribute in self.module._parameters or self.attribute in self.module._buffers
@@ -217,7 +219,3 @@ class _Offloaded:
             self.memory[self.key].copy_(value)  # in place: tied weights are told by their memory
         else:
             self.memory[self.key] = value.clone()
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))

@@ -94,6 +94,14 @@ CONFLICTS = (
         concerns="generate with prompts or prefixes",
     ),
     Conflict(
+        what="PEFT 0.21.2 makes a row-parallel lora_A whose in_features is its shard's, which transformers 5.24 takes "
+        "for the whole: PEFT's own forward raises in training",
+        remedy="lk.patch(model): what it fuses does not read it; or set lora_A.in_features to lora_A.weight.shape[1]",
+        proof="pytest tests/test_tensor_parallel.py",
+        applies=lambda here: here.at_least("transformers", "5.24") and here.below("peft", "0.21.3"),
+        concerns="tensor parallelism by a plan of transformers",
+    ),
+    Conflict(
         what="bitsandbytes on a CPU with AVX512_BF16 repacks 4-bit weights in eval mode, with a loss; such layers are "
         "left to it",
         remedy="patch before the first call in eval mode; for inference lk.unpatch, as its kernel may be faster",

@@ -75,7 +75,7 @@ def lora_linear(
     if isinstance(weight, QuantizedWeight):
         return packed.lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed)
     try:
-        args = _arguments(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed)
+        args = arguments_of_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed)
         return eager.call(_op.SPEC, LoRALinearFunction, args, inference=_op.INFERENCE)
     except RuntimeError:  # asking every call for its layouts is felt in a small layer
         for name, t in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
@@ -103,7 +103,7 @@ def lora_linear_of_layer(
     return lora_linear(x, weight, lora_A, lora_B, bias, scaling=scaling, dropout_p=dropout_p, training=training)
 
 
-def _arguments(
+def arguments_of_call(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float | Tensor,
     dropout_p: float, training: bool, seed: int | Tensor | None,
 ) -> tuple:  # fmt: skip
@@ -128,7 +128,7 @@ def arguments(
     scaling: float | Tensor = 1.0, dropout_p: float = 0.0, training: bool = False, seed: int | Tensor | None = None,
 ) -> tuple:  # fmt: skip
     """The op's positional arguments from those of ``lora_linear``, checked; no seed is drawn."""
-    return _arguments(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, 0 if seed is None else seed)
+    return arguments_of_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, 0 if seed is None else seed)
 
 
 def frozen_linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:

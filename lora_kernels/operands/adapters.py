@@ -58,11 +58,9 @@ def branch_operands(layer: Any, name: str, *also_skipped: nn.Module, some_tokens
     dropout = children["lora_dropout"].__dict__["_modules"][name]
     if type(A) is not nn.Linear or type(B) is not nn.Linear:
         return Reason.PARAMETRIZED if is_parametrized(A) or is_parametrized(B) else _variant_or_modules(layer, name)
-    p = 0.0
-    if type(dropout) is nn.Dropout and not dropout.inplace:
-        p = dropout.p if type(dropout.p) is float else float(dropout.p)
-    elif type(dropout) is not nn.Identity:
-        return Reason.ADAPTER_MODULES
+    p: Any = dropout_probability(dropout)
+    if type(p) is Reason:
+        return p
     reason = why_not_called_as_is(A, B, dropout, *also_skipped)
     if reason is not None:
         return reason
@@ -90,6 +88,13 @@ def branch_operands(layer: Any, name: str, *also_skipped: nn.Module, some_tokens
         if not state["training"]:  # asked of the layer, too, by PEFT's DoRA
             p = 0.0
     return lora_A, lora_B, lora_bias, scaling, p, dropout.training, magnitude
+
+
+def dropout_probability(dropout: nn.Module) -> float | Reason:
+    """How likely an adapter's module for it drops an element in training."""
+    if type(dropout) is nn.Dropout and not dropout.inplace:
+        return dropout.p if type(dropout.p) is float else float(dropout.p)
+    return 0.0 if type(dropout) is nn.Identity else Reason.ADAPTER_MODULES
 
 
 def _variant_or_modules(layer: nn.Module, name: str) -> Reason:

@@ -78,9 +78,14 @@ def forward(ctx: Any, spec: OpSpec, args: tuple, save: Callable[[Any, tuple, Any
     """A Function's forward up to its results: the op's output, saved by ``save(ctx, args, output)``."""
     output = dispatch.run(spec, *args)
     save(ctx, args, output)
+    keep_what_was_asked(ctx)
+    return output
+
+
+def keep_what_was_asked(ctx: Any) -> None:
+    """For ``backward``: the backend and the schedule that a Function's forward was asked to take."""
     ctx.forced_backend = dispatch.forced_backend()
     ctx.cuda_schedule = cuda.asked_schedule()
-    return output
 
 
 def backward(gradients: Callable[..., tuple]) -> Callable[..., tuple]:

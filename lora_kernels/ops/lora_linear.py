@@ -211,7 +211,8 @@ BACKWARD = dispatch.register(
 # --------------------------------------------------------------------------------------------------- autograd
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    """What ``gradients`` needs."""
     x, weight, lora_A, lora_B, _, seed, ctx.scaling, ctx.dropout_p = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], weight, lora_A, lora_B, seed)
@@ -219,10 +220,10 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    _save(ctx, inputs, output)
+    save(ctx, inputs, output)
 
 
-def _gradients(ctx: Any, grad_y: Tensor | None, backward: Callable[..., Any]) -> tuple:
+def gradients(ctx: Any, grad_y: Tensor | None, backward: Callable[..., Any]) -> tuple:
     """Gradients of (x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p); ``backward`` calls the op."""
     x, s, weight, lora_A, lora_B, seed = ctx.saved_tensors
     need_x, need_weight, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
@@ -245,7 +246,7 @@ def _gradients(ctx: Any, grad_y: Tensor | None, backward: Callable[..., Any]) ->
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx: Any, grad_y: Tensor | None, grad_s: None) -> tuple:
-    return _gradients(ctx, grad_y, torch.ops.lora_kernels.lora_linear_backward.default)
+    return gradients(ctx, grad_y, torch.ops.lora_kernels.lora_linear_backward.default)
 
 
 SPEC = dispatch.register(
@@ -304,13 +305,14 @@ class LoRALinearFunction(EagerFunction):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:  # type: ignore[override]
-        return not_a_view(eager.forward(ctx, SPEC, args, _save)[0])
+        return not_a_view(eager.forward(ctx, SPEC, args, save)[0])
 
     @staticmethod
     @eager.backward
     def backward(ctx: Any, grad_y: Tensor | None) -> tuple:  # type: ignore[override]
-        return _gradients(ctx, grad_y, _run_backward)
+        return gradients(ctx, grad_y, run_backward)
 
 
-def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+def run_backward(*args: Any) -> tuple[Tensor, ...]:
+    """The op of the gradients, outside of torch's dispatcher."""
     return dispatch.run(BACKWARD, *args)

@@ -20,13 +20,16 @@ from ..integrations.peft.packs import first_layer, without_pack
 from ..modules.embedding import LoRAEmbedding
 from ..modules.lora import LoRALinear
 from ..operands import is_experts, projections
-from .results import DIFFERS, KEPT, OK, SEED, UNCOUNTED, Check, Results, badness, max_error
+from ..plain import is_dtensor
+from .results import DIFFERS, KEPT, OK, SEED, SHARDS, UNCOUNTED, Check, Results, badness, max_error
 
 _EMBEDDINGS = (nn.Embedding, LoRAEmbedding)
 
 
 def check_layer(layer: nn.Module, rows: int) -> Check:
     """The worst result of a fused layer, or why its original serves it."""
+    if any(is_dtensor(parameter) for parameter in layer.parameters()):
+        return Check("", "", KEPT, detail=SHARDS)
     ours = _alone(layer)
     exact_in_eval(ours, True)  # which is how the layer trains; what bitsandbytes rounds in eval mode is not ours
     _fill_zeros(ours)

@@ -10,6 +10,7 @@ from torch import Tensor
 OK, DIFFERS, RAISED, KEPT = "ok", "differs", "raised", "kept"
 UNCOUNTED = "torch's own product, for so many rows"
 """``FrozenLinear`` and merged layers of ours leave to torch what it multiplies as fast."""
+SHARDS = "not compared: its weights are spread over processes; verify the model before that"
 SEED = 1
 
 Results = dict[str, Tensor]
@@ -24,7 +25,7 @@ class Check:
         name: of the module in the model.
         op: the op that served it, "" if none did.
         verdict: "ok"; "differs": some result is further from float64 than allowed; "raised": the fused layer raised
-            where the original did not; "kept": the original computed it, so there is nothing to compare.
+            where the original did not; "kept": the original computed it, or it holds shards: nothing is compared.
         error, allowed: of the result that is worst by their quotient, both as largest elements.
         detail: which result that is; what was raised; why the original is kept.
         trains: whether a parameter of its adapter requires grad.

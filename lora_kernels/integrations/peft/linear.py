@@ -21,11 +21,12 @@ from ...formats import QuantizedWeight
 from ...functional.dora import dora_embedding, dora_linear_of_layer
 from ...functional.embedding import lora_embedding
 from ...functional.lora import lora_linear_of_layer
+from ...functional.tensor_parallel import lora_linear_of_shards
 from ...modules.base import is_given
 from ...modules.quantized import QuantizedLinear, set_compute_type
 from ...reasons import Reason
-from ...report import FUSED, FUSED_POOL
-from . import conv, experts, mixed_batch, packed_merging, packs, several_adapters
+from ...report import FUSED, FUSED_COLUMNS, FUSED_POOL, FUSED_ROWS
+from . import conv, experts, mixed_batch, packed_merging, packs, several_adapters, sharded_merging
 
 original_create_new_module: Any = LoraModel._create_new_module
 """What ``LoraModel`` had when ``patch_peft`` was called last."""
@@ -64,6 +65,8 @@ class FusedForward(nn.Module):
                     return found
                 _count("lora_pack", found)
             found = operands.operands(self)
+            if found is Reason.DTENSOR and not torch.compiler.is_compiling():
+                found = operands.sharded_operands(self)
             if type(found) is tuple:
                 weight, lora_A, lora_B, bias, scaling, dropout_p, training, magnitude = found
                 reason = operands.call_reason(x, weight, lora_A, lora_B)
@@ -76,6 +79,10 @@ class FusedForward(nn.Module):
             elif type(found) is Reason:
                 mixes = found is Reason.VARIANT and mixed_batch.acts_on_some_tokens(self)
                 reason = None if mixes else found
+            elif type(found) is operands.Shards:
+                reason = operands.call_reason(x, *found[:3])
+                if reason is None:
+                    return lora_linear_of_shards(x, *found)
             else:
                 reason = several_adapters.call_reason(x, found)
                 if reason is None:
@@ -101,6 +108,9 @@ class FusedLinear(FusedForward, Linear):
         base = _packed_base(self)
         if base is not None:
             return packed_merging.merge(self, base, adapter_names)
+        if safe_merge and sharded_merging.is_on_shards(self):
+            sharded_merging.check_finite(self, adapter_names)
+            safe_merge = False
         return super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:
@@ -108,6 +118,10 @@ class FusedLinear(FusedForward, Linear):
         if base is not None:
             return packed_merging.unmerge(self, base)
         return super().unmerge()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        with sharded_merging.spread_factors(self, adapter):
+            return super().get_delta_weight(adapter)
 
 
 def _packed_base(layer: Any) -> QuantizedLinear | None:
@@ -289,6 +303,8 @@ def next_call(layer: Any) -> tuple[Reason | None, str]:
         return (found, "") if type(found) is Reason else (None, "grouped_lora_linear")
     is_conv = isinstance(layer, FusedConv)
     found = conv.adapters(layer) if is_conv else operands.operands(layer)
+    if found is Reason.DTENSOR and isinstance(layer, FusedForward):
+        found = operands.sharded_operands(layer)
     if found is Reason.VARIANT and isinstance(layer, FusedForward) and mixed_batch.acts_on_some_tokens(layer):
         return None, FUSED_POOL
     if type(found) is Reason:
@@ -296,6 +312,9 @@ def next_call(layer: Any) -> tuple[Reason | None, str]:
     if is_conv:
         usual_input = layer.get_base_layer().weight.new_empty(0)
         return conv.call_reason(usual_input, found), "lora_conv"
+    if isinstance(found, operands.Shards):
+        usual_input = found.weight.new_empty(0)
+        return operands.call_reason(usual_input, *found[:3]), FUSED_ROWS if found.by_rows else FUSED_COLUMNS
     weight, lora_A, lora_B, *_, magnitude = found if type(found) is tuple else found.first
     usual_dtype, of_weight = weight.dtype, ""
     if isinstance(weight, QuantizedWeight):

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...class_swaps import give_back
 from ...reasons import Reason
-from ...report import FUSED, FUSED_MLP, FUSED_PACK, Report
+from ...report import FUSED, FUSED_COLUMNS, FUSED_MLP, FUSED_PACK, FUSED_ROWS, Report
 from . import mlp as _mlp
 from . import packs as _packs
 from .linear import FusedForward, next_call
@@ -57,6 +57,8 @@ def _why_not_together(layers: list[nn.Module]) -> Reason | None:
         reason, what = next_call(layer)
         if reason is not None:
             return reason
+        if what in (FUSED_COLUMNS, FUSED_ROWS):
+            return Reason.PACK_SHARDED
         if what != FUSED:
             return Reason.PACK_DORA if what.startswith("dora") else Reason.PACK_QUANTIZED
     return None
