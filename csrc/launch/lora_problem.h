@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../config/lora_linear.h"
+#include "../config/lora_linear_wgmma.h"
 #include "../params/common.h"
 #include "../params/lora_linear.h"
 #include "../philox.h"
@@ -61,6 +62,11 @@ struct LoraProblem {
     return access_of(long_rows, long_rows && is_whole(rank()));
   }
   Access expand_access() const { return access_of(true, is_whole(rank()) && b.aligned()); }
+  // For the forward; null: it fits.
+  const char* misfit_of_wgmma(const DeviceLimits& device) const {
+    if (w_in_columns) return "wgmma does not fit: w lies in columns; what is best without it";
+    return lk::misfit_of_wgmma(element_bytes(), access(), is_whole(n()), device);
+  }
 };
 
 // What the gradients are told besides.
@@ -104,8 +110,16 @@ inline LoraForwardConfig lora_forward_config(const LoraProblem& p, const DeviceL
   const Access access = p.access();
   const bool has_dropout = p.seed != nullptr;
   LoraForwardConfig config{};
+  const char* const misfit = p.misfit_of_wgmma(device);
+  if (wanted == Wanted::kWgmma && misfit == nullptr) {
+    config.cublas = {false, kWgmmaAsAsked};
+    config.launch = wgmma_config(p.m(), p.n(), p.rank(), device);
+    return config;
+  }
   config.cublas =
       uses_cublas(p, p.n(), access, serves_few_rows(p.m(), p.n(), p.rank(), access, has_dropout), device, wanted);
+  if (wanted == Wanted::kWgmma) config.cublas.reason = misfit;
+  if (config.cublas.reason == kVendorOnSm90 && misfit == nullptr) config.cublas.reason = kWgmmaNotMeasured;
   if (config.cublas.yes) {
     config.vendor_makes_s = !has_dropout;
     if (has_dropout) {
