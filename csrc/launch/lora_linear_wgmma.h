@@ -1,4 +1,4 @@
-// lora_linear's launches on sm_90a. LK_NO_WGMMA: the build has none.
+// lora_linear's launches on sm_90a. LK_NO_WGMMA: the build has none (setup.py).
 #pragma once
 
 #include <type_traits>

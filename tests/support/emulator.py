@@ -21,7 +21,7 @@ from lora_kernels.ops import grouped_lora_linear, lora_linear, lora_pack, multi_
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 BUILD = CSRC.parent / "build" / "emu"
 MACHINE = tuple(f"emu/{name}.cpp" for name in ("machine", "memory", "fiber", "async", "order", "boxes", "products"))
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 _libraries: list[torch.library.Library] = []
 """Kept for as long as the process lives."""
 
@@ -127,35 +127,33 @@ def _defined(name: str, op: ModuleType) -> torch.library.Library:
 def _build_over_torch(name: str, binding: str) -> ModuleType:
     torch_dir = Path(torch.__file__).parent
     abi = next(flag for flag in setup_script.load().STABLE_ABI if "TORCH_TARGET_VERSION" in flag)
-    compile_flags = (f"-I{CSRC}/emu/cuda", "-isystem", f"{torch_dir}/include", abi, "-DUSE_CUDA")
+    flags = ("-shared", f"-I{CSRC}/emu/cuda", "-isystem", f"{torch_dir}/include", abi, "-DUSE_CUDA")
+    includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}")
     link_flags = (f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
-    return _build(name, (*MACHINE, binding), (*compile_flags, *link_flags))
+    machine = _compiled("machine.o", MACHINE, ("-r",))  # once for all modules
+    module = _compiled(f"{name}.so", (binding, machine), (*flags, *includes, *link_flags))
+    spec = importlib.util.spec_from_file_location(name, module)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
-def _build(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, _compiled(name, sources, flags))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _compiled(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Path:
-    """A module's file, built once for the sources as they are, also when several test processes ask at once."""
+def _compiled(name: str, sources: tuple[str | Path, ...], flags: tuple[str, ...]) -> Path:
+    """A file that is built once for the sources as they are, also when several test processes ask at once."""
     text = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cuh", ".cpp"))
     settings = repr((FLAGS, flags, torch.__version__, sysconfig.get_python_version()))
     digest = hashlib.sha256(text + settings.encode()).hexdigest()[:16]
-    module = BUILD / f"{digest}" / f"{name}.so"
+    built = BUILD / f"{digest}" / name
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not module.exists():
-            module.parent.mkdir(exist_ok=True)
-            unfinished = module.with_suffix(".tmp")
-            includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        if not built.exists():
+            built.parent.mkdir(exist_ok=True)
+            unfinished = built.with_suffix(".tmp")
             paths = [str(CSRC / source) for source in sources]
-            command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *includes, *paths, "-o", str(unfinished)]
+            command = [os.environ.get("CXX", "g++"), *FLAGS, *paths, *flags, "-o", str(unfinished)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 raise RuntimeError(f"the emulator does not compile:\n{done.stderr}")
-            unfinished.replace(module)
-    return module
+            unfinished.replace(built)
+    return built
