@@ -35,6 +35,49 @@ def plan(capsys):
 
 
 @needs_extension
+def test_plan_of_wgmma(plan):
+    """Where it is asked for: the kernel, and what the copy engine is told of each matrix."""
+    launch = plan("--dropout", arch="sm_90", schedule="wgmma", m=8190, r=24)
+    if launch["schedule"] != "wgmma":
+        assert "this build, or the driver, makes no tensor maps" in launch["reason"]
+        pytest.skip("the extension was built without sm_90a")
+    assert launch["kernel"].startswith("_ZN2lk24lora_linear_wgmma_kernelINS_15LoraLinearWgmmaINS_8BFloat16ELi256ELi48E")
+    assert (launch["grid"], launch["block"]) == ([132, 1, 1], [384, 1, 1])
+    assert launch["workspace_bytes"] == 4 * (2 + 64)
+    assert {name: (m["dims"], m["strides_in_bytes"], m["box"]) for m in launch["maps"] for name in [m["tensor"]]} == {
+        "x": ([4096, 8190], [8192], [64, 128]),
+        "w": ([4096, 4096], [8192], [64, 256]),
+        "s": ([24, 8190], [48], [64, 128]),
+        "b": ([24, 4096], [48], [64, 256]),
+        "y": ([4096, 8190], [8192], [64, 64]),
+    }
+    assert all(m["swizzle_bytes"] == 2 * m["box"][0] and m["why"] for m in launch["maps"])
+    fields = {field["name"]: field["offset"] for field in launch["params"]["fields"]}
+    offsets = [fields[f"map of {name}"] for name in "xwbsy"]
+    assert offsets == list(range(offsets[0], launch["params"]["size"], 128))
+    assert offsets[0] % 64 == 0
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changes", "flags", "reason"),
+    [
+        ({"arch": "sm_80"}, [], "it is sm_90's alone"),
+        ({"arch": "sm_100"}, [], "it is sm_90's alone"),
+        ({"dtype": "tf32"}, [], "its kernel is for bf16 and fp16"),
+        ({"r": 12}, [], "rows of whole chunks of 16 bytes"),
+        ({}, ["--unaligned"], "rows of whole chunks of 16 bytes"),
+    ],
+)
+def test_what_does_not_fit_wgmma_is_told_and_served_otherwise(plan, changes, flags, reason):
+    launches = plan(*flags, **{"arch": "sm_90", "schedule": "wgmma", **changes})
+    launches = launches if isinstance(launches, list) else [launches]
+    assert all(launch["schedule"] != "wgmma" for launch in launches)
+    assert "wgmma does not fit: " in launches[0]["reason"]
+    assert reason in launches[0]["reason"] or "makes no tensor maps" in launches[0]["reason"]
+
+
+@needs_extension
 def test_plan_of_a_large_problem(plan):
     launch = plan()
     params = launch.pop("params")
@@ -217,7 +260,7 @@ def test_no_plan_of_an_unknown_schedule(op):
     """Kills: a name that nobody knows means the fastest."""
     sizes = dict(dtype="bf16", m=8, n=8, k=8, rank=8, rows_aligned=True, has_dropout=False)
     device = dict(sms=108, shared_per_block=166912, capability=80)
-    with pytest.raises(ValueError, match=r'schedule must be "auto", .* or "cublas", got "cutlass"'):
+    with pytest.raises(ValueError, match=r'schedule must be "auto", .* or "wgmma", got "cutlass"'):
         getattr(_native.cuda, f"plan_{op}")(**sizes, **device, schedule="cutlass")
 
 
