@@ -92,6 +92,8 @@ def faults(name: str, order: str) -> list[str]:
             "L" not in order and "no flag is polled",
             "L" in re.sub(ACQUIRE, "", order) and "s may be loaded before its flag",
         ]
+    elif WGMMA in name and "ELb1E" in name:  # the gradient of x: tickets alone
+        found.append(bool(re.search("L|M+A", order)) and "somebody waits for another block")
     elif WGMMA in name:  # tickets, and flags of s, which is stored by threads and read by the copy engine
         found += [
             len(re.findall("(?<!M)A", order)) < 2 and "two additions order nothing: drawing tickets",

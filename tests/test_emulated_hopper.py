@@ -1,4 +1,4 @@
-"""lora_linear on sm_90a, schedule "wgmma": the kernel's own source on the host, its order checked by vector clocks.
+"""lora_linear and dX on sm_90a, schedule "wgmma": the kernels' own source on the host, its order checked by clocks.
 
 The emulator (csrc/emu/async.h) delivers a copy only to who waits for it, hides accumulators until their wait, and stops
 a launch where a chain of barriers, waits and fences does not order two accesses.
@@ -10,7 +10,7 @@ import emulator
 import pytest
 import torch
 from covering import case_id, covering_pairs
-from emulated import SCALING, SEED, expected_forward, mask, matrices
+from emulated import SCALING, SEED, expected_backward, expected_forward, grad_y_of, mask, matrices, saved_s
 from numerics import assert_as_accurate
 
 SM_90 = 90
@@ -34,6 +34,30 @@ def check(problem, name="bf16", *, p=0.0, bias=True, float_adapters=False, **opt
     of_y, of_s = expected_forward(args, *mask(args[0], p), s)
     for ours, (unfused, exact, terms), what in ((s, of_s, "s"), (y, of_y, "y")):
         assert_as_accurate(ours, unfused, exact, what, terms)
+    return launched
+
+
+def run_backward(operands, *, p=0.0, sms=2, **options):
+    """(dX, (blocks, the emulator's report)) for (dY, x, s, weight, lora_A, lora_B)."""
+    native = emulator.load_lora_linear_wgmma()
+    native.set_device(sms, SM_90, True)
+    native.set_options({"resident_blocks": 3, **options})
+    seed = torch.tensor([SEED]) if p > 0 else None
+    op = torch.ops.lora_kernels_emulated_wgmma.lora_linear_backward
+    grad_x, *_ = op(*operands, seed, SCALING, p, True, False, False, "wgmma")
+    _, blocks, report, _ = native.last_launch()
+    return grad_x, (blocks, report)
+
+
+def check_backward(problem, name="bf16", *, p=0.0, float_adapters=False, **options):
+    """The same with comparisons; problem: rows, columns of dX, depth of dY, rank."""
+    m, k, n, rank = problem
+    x, weight, lora_A, lora_B, _ = matrices(m, n, k, rank, name, float_adapters=float_adapters)
+    operands = (grad_y_of(x, weight), x, saved_s(x, lora_A, p), weight, lora_A, lora_B)
+    grad_x, launched = run_backward(operands, p=p, **options)
+    grad_s = torch.frombuffer(bytearray(emulator.load_lora_linear_wgmma().grad_s()), dtype=x.dtype).view(m, rank)
+    unfused, exact, _ = expected_backward(operands, *mask(x, p), grad_s)[0]
+    assert_as_accurate(grad_x, unfused, exact, "dX")
     return launched
 
 
@@ -64,6 +88,18 @@ def test_forward_is_as_accurate_as_torch(case):
     assert report.load_matrix_turns == 1, "banks of memory are asked twice for one matrix"
 
 
+@pytest.mark.parametrize("case", covering_pairs(**{**AXES, "bias": (False,)}), ids=case_id)
+def test_gradient_of_x_is_as_accurate_as_torch(case):
+    """Kills: a panel of w or of a at another's place; a mask of another tile, or one that is not read in time."""
+    problem, sms = tuple(case[axis] for axis in ("m", "n", "k", "rank")), case["sms"]
+    options = {axis: case[axis] for axis in ("p", "float_adapters", "sms")}
+    blocks, report = check_backward(problem, case["name"], **options)
+    columns = columns_of_tiles(problem, sms)
+    assert blocks == min(sms, -(-problem[0] // 128) * -(-problem[1] // columns))
+    assert report.load_matrix_turns == 1
+    assert report.bytes_stored == 2 * problem[0] * problem[1]
+
+
 def test_the_cases_have_both_tiles():
     tiles = {columns_of_tiles((case["m"], case["n"]), case["sms"]) for case in CASES}
     assert tiles == {128, 256}
@@ -85,13 +121,15 @@ def test_work_is_no_more_than_tiles_ask_for(problem, sms):
 
 
 def test_order_of_blocks_and_warps_does_not_change_a_bit():
-    args = matrices(300, 392, 200, 72, "bf16", bias=True)
-    first = run(args, p=0.4, seed=1, resident_blocks=1)
-    for seed in range(2, 22):
-        again = run(
-            args, p=0.4, sms=1 + seed % 4 * 2, seed=seed, resident_blocks=1 + seed % 5, stall_release=seed % 2 == 0
-        )
-        for ours, reference in zip(again[:2], first[:2], strict=True):
+    args = matrices(200, 264, 136, 72, "bf16", bias=True)
+    x, weight, lora_A, lora_B, _ = args
+    operands = (grad_y_of(x, weight), x, saved_s(x, lora_A, 0.4), weight, lora_A, lora_B)
+    first = None
+    for seed in range(20):
+        options = dict(sms=1 + seed % 4 * 2, seed=seed, resident_blocks=1 + seed % 5, stall_release=seed % 2 == 0)
+        results = (*run(args, p=0.4, **options)[:2], run_backward(operands, p=0.4, **options)[0])
+        first = results if first is None else first
+        for ours, reference in zip(results, first, strict=True):
             assert torch.equal(ours.view(torch.int16), reference.view(torch.int16))
 
 
@@ -147,41 +185,51 @@ SCENARIOS = (
     dict(problem=(200, 520, 328, 72), p=0.3, sms=2),  # more stages than the ring has, and several of the branch
     dict(problem=(200, 1032, 64, 16), p=0.3, sms=1),  # tiles so shallow that who loads is told ahead of who multiplies
 )
+ROLES = {"forward": check, "dX": check_backward}
 SITES = {
-    "drop_barrier": ("barrier_sites", 3),  # the block's, and two of each warpgroup around its staging tile
-    "drop_arrival": ("arrival_sites", 4),
-    "drop_barrier_wait": ("barrier_wait_sites", 5),
-    "drop_proxy_fence": ("proxy_fence_sites", 4),
-    "drop_multiply_wait": ("multiply_wait_sites", 4),
-    "drop_multiply_fence": ("multiply_fence_sites", 2),
-    "drop_store_wait": ("store_wait_sites", 2),
-    "drop_global_store": ("global_store_sites", 2),
+    # Of the block, and two of each warpgroup around its staging tile.
+    "drop_barrier": ("barrier_sites", 3, 3),
+    # Of work that is told and heard, of a stage that is opened and given back, of a mask that is made and read.
+    "drop_arrival": ("arrival_sites", 4, 6),
+    "drop_barrier_wait": ("barrier_wait_sites", 5, 7),
+    # Of barriers, of s before its flag and behind it, of y.
+    "drop_proxy_fence": ("proxy_fence_sites", 4, 2),
+    "drop_multiply_wait": ("multiply_wait_sites", 4, 4),
+    "drop_multiply_fence": ("multiply_fence_sites", 2, 2),
+    "drop_store_wait": ("store_wait_sites", 2, 2),
+    "drop_global_store": ("global_store_sites", 2, 1),
 }
 
 
-def survives(**fault):
+def survives(role, **fault):
     """Whether every scenario is right in spite of a fault."""
     for scenario in SCENARIOS:
         for seed in range(3):
             try:
-                check(**scenario, seed=seed, stall_release=seed == 1, **fault)
+                ROLES[role](**scenario, seed=seed, stall_release=seed == 1, **fault)
             except (RuntimeError, AssertionError):
                 return False
     return True
 
 
 @pytest.mark.parametrize("fault", SITES)
-def test_whatever_is_left_out_is_missed(fault):
+@pytest.mark.parametrize("role", ROLES)
+def test_whatever_is_left_out_is_missed(role, fault):
     """Each barrier, arrival, wait, fence and store by itself."""
-    name, count = SITES[fault]
-    _, report = check(**SCENARIOS[0])
+    name, *counts = SITES[fault]
+    _, report = ROLES[role](**SCENARIOS[0])
     sites = getattr(report, name)
-    assert len(sites) == count
-    assert [site for i, site in enumerate(sites) if survives(**{fault: i})] == []
+    assert len(sites) == counts[list(ROLES).index(role)]
+    assert [site for i, site in enumerate(sites) if survives(role, **{fault: i})] == []
 
 
 @pytest.mark.parametrize(
     "fault", ["drop_acquire", "drop_release_order", "early_release", "ignore_copy_size", "ignore_expected_bytes"]
 )
 def test_other_faults_are_missed(fault):
-    assert not survives(**{fault: True})
+    assert not survives("forward", **{fault: True})
+
+
+@pytest.mark.parametrize("fault", ["ignore_copy_size", "ignore_expected_bytes"])
+def test_other_faults_of_the_gradient_are_missed(fault):
+    assert not survives("dX", **{fault: True})

@@ -59,6 +59,26 @@ def test_plan_of_wgmma(plan):
 
 
 @needs_extension
+def test_plan_of_the_gradients_by_wgmma(plan):
+    """The vendor's product makes s', wgmma dX, and dA and dB are what they are elsewhere."""
+    first, launch, last = plan(op="lora_linear_backward", arch="sm_90", schedule="wgmma", n=4104)
+    if launch["schedule"] != "wgmma":
+        pytest.skip("the extension was built without sm_90a")
+    assert (first["product"], last["schedule"]) == ("s' = dY B", "split rows")
+    assert launch["kernel"].startswith(
+        "_ZN2lk24lora_linear_wgmma_kernelINS_15LoraLinearWgmmaINS_8BFloat16ELi256ELi16ELb1E"
+    )
+    assert {m["tensor"]: (m["dims"], m["box"]) for m in launch["maps"]} == {
+        "x": ([4104, 8192], [64, 128]),
+        "w": ([4096, 4104], [64, 64]),  # as it lies
+        "s": ([16, 8192], [64, 128]),
+        "b": ([4096, 16], [64, 64]),
+        "y": ([4096, 8192], [64, 64]),
+    }
+    assert launch["workspace_bytes"] == 4
+
+
+@needs_extension
 @pytest.mark.parametrize(
     ("changes", "flags", "reason"),
     [
@@ -69,8 +89,9 @@ def test_plan_of_wgmma(plan):
         ({}, ["--unaligned"], "rows of whole chunks of 16 bytes"),
     ],
 )
-def test_what_does_not_fit_wgmma_is_told_and_served_otherwise(plan, changes, flags, reason):
-    launches = plan(*flags, **{"arch": "sm_90", "schedule": "wgmma", **changes})
+@pytest.mark.parametrize("op", ["lora_linear", "lora_linear_backward"])
+def test_what_does_not_fit_wgmma_is_told_and_served_otherwise(plan, changes, flags, reason, op):
+    launches = plan(*flags, **{"op": op, "arch": "sm_90", "schedule": "wgmma", **changes})
     launches = launches if isinstance(launches, list) else [launches]
     assert all(launch["schedule"] != "wgmma" for launch in launches)
     assert "wgmma does not fit: " in launches[0]["reason"]

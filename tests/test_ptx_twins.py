@@ -226,7 +226,7 @@ def test_products_of_warpgroups(element, ptx_type):
     body, _ = block(text, text.index("{", text.index(f"struct Warpgroup<{element}>")))
     (functions,) = parse(body).values()
     counts = [int(re.search(r"float ?\(&d\)\[(\d+)\]", f.signature)[1]) for f in functions]
-    assert counts == [16, 64, 128]
+    assert counts == [16, 32, 64, 128]
     for count, f in zip(counts, functions, strict=True):
         assert re.search(r"uint64_t p, uint64_t q, bool accumulates\)$", f.signature)
         template, outputs, inputs = re.split(r"\s*:\s*(?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", f.body, maxsplit=2)

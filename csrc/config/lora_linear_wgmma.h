@@ -1,4 +1,5 @@
-// Problem -> tile, grid and boxes of lora_linear on sm_90a, schedule "wgmma". Host only, no CUDA.
+// Problem -> tile, grid and boxes of lora_linear and of its gradient of x on sm_90a, schedule "wgmma". Host only, no
+// CUDA.
 #pragma once
 
 #include "lora_linear.h"
@@ -11,7 +12,7 @@ constexpr int kWgmmaSharedBytes = 225 << 10;
 // Columns of s that a warp computes at a time: what registers are there for.
 constexpr int wgmma_rank_tile_of(int64_t rank) { return rank <= 16 ? 16 : 48; }
 
-// Why a forward is none for wgmma; null: it is one. y_is_whole: its rows are whole chunks of 16 bytes.
+// Why a forward, or dX, is none for wgmma; null: it is one. y_is_whole: its rows are whole chunks of 16 bytes.
 inline const char* misfit_of_wgmma(int element_bytes, Access access, bool y_is_whole, const DeviceLimits& device) {
   if (device.capability != 90 || device.shared_per_block < kWgmmaSharedBytes) {
     return "wgmma does not fit: it is sm_90's alone; what is best without it";
@@ -33,10 +34,12 @@ constexpr const char* kWgmmaNotMeasured =
     "sm_90: mma.sync reaches three fifths of the rate of the vendor's wgmma (measured on an H200); schedule \"wgmma\" "
     "fits, but has run on no GPU yet: it is taken where it is asked for, or was measured to be fastest";
 
-inline LoraLinearConfig wgmma_config(int64_t m, int64_t n, int64_t rank, const DeviceLimits& device) {
+// Of y [m, n], or of dX.
+inline LoraLinearConfig wgmma_config(LoraRole role, int64_t m, int64_t n, int64_t rank, const DeviceLimits& device) {
   LoraLinearConfig config{};
   config.splits = 1;
-  config.reason = "blocks stay on their SMs; warps that would be idle compute s";
+  config.reason = role == LoraRole::kForward ? "blocks stay on their SMs; warps that would be idle compute s"
+                                             : "blocks stay on their SMs; warps that would be idle make the mask";
   const auto tiles = [&](LoraTile tile) {
     return blocks_of(m, tile_shape(tile).rows) * blocks_of(n, tile_shape(tile).columns);
   };
@@ -45,11 +48,12 @@ inline LoraLinearConfig wgmma_config(int64_t m, int64_t n, int64_t rank, const D
   const double narrow = 0.55 * static_cast<double>(blocks_of(tiles(LoraTile::kNarrowWgmma), device.sms));
   const LoraTile tile = narrow < wide ? LoraTile::kNarrowWgmma : LoraTile::kWgmma;
   config.tile_reason = narrow < wide ? "narrow tiles fill the waves of SMs better" : "wide tiles read least";
-  config.key = {LoraRole::kForward, Schedule::kWgmma, tile, wgmma_rank_tile_of(rank), Access::kWhole};
+  config.key = {role, Schedule::kWgmma, tile, wgmma_rank_tile_of(rank), Access::kWhole};
   config.blocks = std::min<int64_t>(tiles(tile), device.sms);
   const int64_t rows = blocks_of(m, tile_shape(tile).rows);
+  // Tickets of tiles; in the forward also of slabs of s, and a flag per block of rows.
+  config.counters = role == LoraRole::kForward ? 2 + rows : 1;
   config.group_rows = static_cast<int>(std::clamp<int64_t>(rows, 1, kGroupRows / tile_shape(tile).rows));
-  config.counters = 2 + rows;
   return config;
 }
 

@@ -142,9 +142,11 @@ void Machine::store_wait_read(size_t pending, Site site) {
   Thread& t = *current_;
   AsyncThread& own = async_of(t, site);
   while (own.groups.size() > pending) {
-    store_boxes(*t.block, own.groups.front());
-    own.clock.at(own.store_agent).count += static_cast<uint32_t>(own.groups.front().size());
+    const std::vector<BoxCopy> group = std::move(own.groups.front());
     own.groups.erase(own.groups.begin());
+    if (group.empty()) continue;
+    store_boxes(*t.block, group);
+    own.clock.at(own.store_agent).count += static_cast<uint32_t>(group.size());
   }
 }
 

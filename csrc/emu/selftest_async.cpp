@@ -326,8 +326,9 @@ void test_products() {
   }
   require_right([](uint64_t seed) { multiply(by_clocks(seed), false, Early::kReads); });
   // In front of the last thread's issue it is the product that comes too late.
-  require_caught("may still be read", [](uint64_t seed) { multiply(by_clocks(seed), false, Early::kOverwrites); },
-                 "is not ordered before");
+  require_caught(
+      "may still be read", [](uint64_t seed) { multiply(by_clocks(seed), false, Early::kOverwrites); },
+      "is not ordered before");
   require_caught("exits with products", [](uint64_t seed) { multiply(by_clocks(seed), false, Early::kExits); });
   require_caught("without a fence",
                  [](uint64_t seed) { multiply(by_clocks(seed, {.drop_multiply_fence = 0}), false); });

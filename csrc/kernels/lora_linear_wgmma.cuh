@@ -1,10 +1,13 @@
-// y = x wT + bias + scaling · s bT, s = dropout(x) aT, on sm_90a: schedule "wgmma".
+// y = x wT + bias + scaling · s bT, s = dropout(x) aT, on sm_90a: schedule "wgmma". And the gradient of x,
+// dX = dY W + scaling · mask ∘ (s' A), where s' = dY B is there already: x is dY, and w and b, which are W and A, lie
+// the other way round in memory.
 //
 // A block stays on its SM and has three warpgroups, each with a part of its own.
 // - Warp 0 loads: one thread draws tickets of tiles of y, tells them to the other warps, and lets the copy engine fill
 //   a ring of stages with x and w, and behind these with s and b: the branch is one more stage per 64 ranks.
-// - Warps 1 to 3 would be idle. They compute s in slabs of 16 rows (shrink_slabs.cuh), dropout included, in issue slots
-//   that the products leave free; a flag per block of rows tells when its s is there.
+// - Warps 1 to 3 would be idle. In the forward they compute s in slabs of 16 rows (shrink_slabs.cuh), dropout included,
+//   in issue slots that the products leave free; a flag per block of rows tells when its s is there. In the gradient of
+//   x they make the mask of a tile's branch, a bit per element.
 // - Warpgroups 1 and 2 multiply 64 rows of the tile each, add the branch in fp32, and store by the copy engine, while
 //   the ring fills with the next tile.
 //
@@ -20,7 +23,8 @@
 
 namespace lk {
 
-template <class Element_, int kN_, int kRankTile_>
+// kRankTile: columns of s that a warp computes at a time; of the gradient of x, whether there are more than 16 ranks.
+template <class Element_, int kN_, int kRankTile_, bool kGradX = false>
 struct LoraLinearWgmma {
   using Element = Element_;
   using Params = LoraWgmmaParams;
@@ -31,35 +35,40 @@ struct LoraLinearWgmma {
   static constexpr int kRowBytes = 128, kEightRows = 8 * kRowBytes;
   static_assert(kDepth * sizeof(typename Element::Storage) == kRowBytes);
   static constexpr int kOffsetW = kM * kRowBytes, kBytesStage = kOffsetW + kN * kRowBytes;
-  static constexpr int kStoreColumns = 64, kStoreTiles = 2, kBytesStoreTile = kGroupRows * kRowBytes;
+  static constexpr int kStoreColumns = 64, kStoreTiles = kGradX ? 1 : 2, kBytesStoreTile = kGroupRows * kRowBytes;
   static constexpr int kWorkSlots = 2, kBytesWorkSlot = 8;
   static constexpr int kOffsetStore = kStages * kBytesStage;
-  static constexpr int kOffsetWork = kOffsetStore + kGroups * kStoreTiles * kBytesStoreTile;
+  static constexpr int kOffsetKeep = kOffsetStore + kGroups * kStoreTiles * kBytesStoreTile;
+  static constexpr int kOffsetWork = kOffsetKeep + (kGradX ? KeepBits<kM, kN>::kBytes : 0);
   static constexpr int kOffsetStageBarriers = kOffsetWork + kWorkSlots * kBytesWorkSlot;
   static constexpr int kOffsetWorkBarriers = kOffsetStageBarriers + RingBarriers<kStages>::kBytes;
-  static constexpr int kSharedBytes = kOffsetWorkBarriers + RingBarriers<kWorkSlots>::kBytes;
+  static constexpr int kOffsetKeepBarriers = kOffsetWorkBarriers + RingBarriers<kWorkSlots>::kBytes;
+  static constexpr int kSharedBytes = kOffsetKeepBarriers + (kGradX ? RingBarriers<1>::kBytes : 0);
 
   // Of the registers that the launch gives to every thread, who loads leaves most to who multiplies.
   static constexpr int kLaunchRegisters = 168;
-  static constexpr int kLoaderRegisters = kRankTile == 16 ? 80 : 104;
-  static constexpr int kProductRegisters = kRankTile == 16 ? 208 : 200;
+  static constexpr int kLoaderRegisters = kGradX ? 56 : kRankTile == 16 ? 80 : 104;
+  static constexpr int kProductRegisters = kGradX ? 224 : kRankTile == 16 ? 208 : 200;
   static_assert(kLoaderRegisters + kGroups * kProductRegisters <= (1 + kGroups) * kLaunchRegisters);
 
   LK_DEVICE static void run(const Params& p) {
     const uint32_t smem = dynamic_shared();
     if (thread_index() == 0) {
-      RingBarriers<kStages>::init(smem + kOffsetStageBarriers, 1, kGroups * kWarpgroup / kWarp);
-      RingBarriers<kWorkSlots>::init(smem + kOffsetWorkBarriers, 1, kGroups * kWarpgroup / kWarp);
+      RingBarriers<kStages>::init(smem + kOffsetStageBarriers, 1, kProductWarps);
+      RingBarriers<kWorkSlots>::init(smem + kOffsetWorkBarriers, 1, kProductWarps + (kGradX ? kSideWarps : 0));
+      if constexpr (kGradX) RingBarriers<1>::init(smem + kOffsetKeepBarriers, kSideWarps, kProductWarps);
       barrier_init_done();
     }
     sync_block();
     const int warp = static_cast<int>(broadcast(static_cast<uint32_t>(thread_index() / kWarp)));
-    if (warp < kWarpgroup / kWarp) {
+    if (warp <= kSideWarps) {
       release_registers<kLoaderRegisters>();
-      if (warp != 0) {
+      if (warp == 0) {
+        if (lane() == 0) load_tiles(p, smem);
+      } else if constexpr (kGradX) {
+        make_masks(p.lora, smem);
+      } else {
         Slabs::run(p.lora);
-      } else if (lane() == 0) {
-        load_tiles(p, smem);
       }
     } else {
       claim_registers<kProductRegisters>();
@@ -68,6 +77,7 @@ struct LoraLinearWgmma {
   }
 
  private:
+  static constexpr int kSideWarps = kWarpgroup / kWarp - 1, kProductWarps = kGroups * kWarpgroup / kWarp;
   using Slabs = ShrinkSlabs<Element, kRankTile, kM>;
   using Product = Warpgroup<Element>;
   using Stages = Ring<kStages>;
@@ -133,19 +143,32 @@ struct LoraLinearWgmma {
         if (t == depths - 1) ticket = draw_ticket(lora);  // its way is hidden behind a full ring
         const uint32_t barrier = open_stage(smem, stages);
         load_box(stage(smem, stages), &p.x, t * kDepth, work.row * kM, barrier);
-        load_box(stage(smem, stages) + kOffsetW, &p.w, t * kDepth, work.column * kN, barrier);
+        load_columns(stage(smem, stages) + kOffsetW, &p.w, t * kDepth, work.column * kN, barrier);
         stages.advance();
       }
       LK_NO_UNROLL
       for (int r = 0; r < lora.rank; r += kDepth) {
         const uint32_t barrier = open_stage(smem, stages);
-        load_box(stage(smem, stages) + kOffsetW, &p.b, r, work.column * kN, barrier);
-        if (r == 0) wait_for_s(lora, work.row);  // while b is on its way
+        load_columns(stage(smem, stages) + kOffsetW, &p.b, r, work.column * kN, barrier);
+        if (!kGradX && r == 0) wait_for_s(lora, work.row);  // while b is on its way
         load_box(stage(smem, stages), &p.s, r, work.row * kM, barrier);
         stages.advance();
       }
     }
     tell(smem, slots, kNoMore, 0);
+  }
+
+  // Of w, or of what takes its place: kDepth from k on of kN columns of y. The other way round in memory, it comes in
+  // panels of as many columns as there are in a row.
+  LK_DEVICE static void load_columns(uint32_t address, const TensorMap* map, int k, int column, uint32_t barrier) {
+    if constexpr (kGradX) {
+      LK_UNROLL
+      for (int i = 0; i < kN / kPanelColumns; ++i) {
+        load_box(address + i * kBytesPanel, map, column + i * kPanelColumns, k, barrier);
+      }
+    } else {
+      load_box(address, map, k, column, barrier);
+    }
   }
 
   // A stage that all have left. Returns the barrier at which its copies count.
@@ -161,18 +184,40 @@ struct LoraLinearWgmma {
     fence_proxy_async();  // s was stored by threads, and the copy engine reads it
   }
 
+  // ------------------------------------------------------------------------------------------ those who make masks
+
+  using Keep = KeepBits<kM, kN>;
+  using KeepSlot = Ring<1>;
+
+  LK_DEVICE static void make_masks(const LoraLinearParams& p, uint32_t smem) {
+    const uint32_t barriers = smem + kOffsetKeepBarriers;
+    WorkSlots slots;
+    WorkItem work;
+    KeepSlot keep;
+    while (next_work(smem, slots, work)) {
+      if (p.seed == nullptr) continue;
+      barrier_wait(RingBarriers<1>::empty(barriers, 0), keep.empty_parity());
+      Keep::template compute<kSideWarps * kWarp>(smem + kOffsetKeep, NextRows{work.row * kM}, work.column * kN,
+                                                 DropoutMask(p, p.n), thread_index() - kWarp);
+      sync_warp();
+      if (lane() == 0) barrier_arrive(RingBarriers<1>::full(barriers, 0));
+      keep.advance();
+    }
+  }
+
   // -------------------------------------------------------------------------------------------- those who multiply
 
   LK_DEVICE static void compute_tiles(const Params& p, uint32_t smem, int group) {
     Stages stages;
     WorkSlots slots;
     WorkItem work;
+    KeepSlot keep;
     while (next_work(smem, slots, work)) {
       Accumulator acc;
       LK_UNROLL
       for (int i = 0; i < kN / 2; ++i) acc[i] = 0.0f;
       multiply(p.lora, smem, group, stages, acc);
-      add_branch(p.lora, smem, group, stages, acc);
+      add_branch(p.lora, smem, group, stages, keep, acc);
       store_tile(p, smem, group, work, acc);
     }
     if (thread_index() % kWarpgroup == 0) store_wait_read<0>();  // the block's shared memory ends with it
@@ -186,9 +231,13 @@ struct LoraLinearWgmma {
   LK_DEVICE static uint64_t rows_of(uint32_t stage, int group) {
     return matrix_descriptor(stage + static_cast<uint32_t>(group * kGroupRows * kRowBytes), 0, kEightRows);
   }
-  LK_DEVICE static uint64_t columns_of(uint32_t stage) { return matrix_descriptor(stage + kOffsetW, 0, kEightRows); }
-  // In units of a descriptor's address.
-  static constexpr int kFragmentDepth = 16, kNextFragment = kFragmentDepth * 2 / 16;
+  LK_DEVICE static uint64_t columns_of(uint32_t stage) {
+    return matrix_descriptor(stage + kOffsetW, kGradX ? kBytesPanel : 0, kEightRows);
+  }
+  static constexpr int kPanelColumns = kRowBytes / 2, kBytesPanel = kDepth * kRowBytes;
+  // In units of a descriptor's address: 16 of the depth on, of the rows and of the columns.
+  static constexpr int kFragmentDepth = 16, kNextRows = kFragmentDepth * 2 / 16;
+  static constexpr int kNextColumns = kGradX ? kFragmentDepth * kRowBytes / 16 : kNextRows;
 
   // acc += x wT. A stage is given back when the products of the next one are issued and its own are complete.
   LK_DEVICE static void multiply(const LoraLinearParams& p, uint32_t smem, int group, Stages& stages,
@@ -199,7 +248,7 @@ struct LoraLinearWgmma {
       multiply_fence();
       LK_UNROLL
       for (int i = 0; i < kDepth / kFragmentDepth; ++i) {
-        Product::template multiply_add_async<false>(acc, x + i * kNextFragment, w + i * kNextFragment, true);
+        Product::template multiply_add_async<kGradX>(acc, x + i * kNextRows, w + i * kNextColumns, true);
       }
       multiply_commit();
     };
@@ -218,13 +267,16 @@ struct LoraLinearWgmma {
     give_back(smem, previous);
   }
 
-  // Columns of the branch's product at a time: what two products leave registers for.
-  static constexpr int kChunk = 32, kNextChunk = kChunk * kRowBytes / 16;
+  // Columns of the branch's product at a time: what two products leave registers for, or a panel.
+  static constexpr int kChunk = kGradX ? kPanelColumns : 32;
+  static constexpr int kNextChunk = (kGradX ? kBytesPanel : kChunk * kRowBytes) / 16;
 
   // acc += scaling · s bT, the sum in fp32: the product of one chunk of columns is formed while another one is added.
-  LK_DEVICE static void add_branch(const LoraLinearParams& p, uint32_t smem, int group, Stages& stages,
+  LK_DEVICE static void add_branch(const LoraLinearParams& p, uint32_t smem, int group, Stages& stages, KeepSlot& keep,
                                    Accumulator& acc) {
-    const float scaling = p.scaling;
+    const bool is_masked = kGradX && p.seed != nullptr;
+    const float scale = is_masked ? p.scaling * p.dropout_scale : p.scaling;
+    if (is_masked) barrier_wait(RingBarriers<1>::full(smem + kOffsetKeepBarriers, 0), keep.full_parity());
     LK_NO_UNROLL
     for (int r = 0; r < p.rank; r += kDepth) {
       barrier_wait(full(smem, stages), stages.full_parity());
@@ -233,13 +285,13 @@ struct LoraLinearWgmma {
       const auto issue = [&](int chunk) {
         multiply_fence();
         if constexpr (kRankTile == kFragmentDepth) {
-          Product::template multiply_add_async<false>(product[chunk % 2], s, b + chunk * kNextChunk, false);
+          Product::template multiply_add_async<kGradX>(product[chunk % 2], s, b + chunk * kNextChunk, false);
         } else {
           // Unrolled, it would take registers that are not there.
           LK_NO_UNROLL
           for (int i = 0; i < ceil_div(smaller(kDepth, p.rank - r), kFragmentDepth); ++i) {
-            Product::template multiply_add_async<false>(product[chunk % 2], s + i * kNextFragment,
-                                                        b + chunk * kNextChunk + i * kNextFragment, i > 0);
+            Product::template multiply_add_async<kGradX>(product[chunk % 2], s + i * kNextRows,
+                                                         b + chunk * kNextChunk + i * kNextColumns, i > 0);
           }
         }
         multiply_commit();
@@ -253,11 +305,41 @@ struct LoraLinearWgmma {
         } else {
           multiply_wait<0>(product[chunk % 2]);
         }
-        LK_UNROLL
-        for (int i = 0; i < kChunk / 2; ++i) acc[chunk * kChunk / 2 + i] += scaling * product[chunk % 2][i];
+        float* const sums = acc + chunk * kChunk / 2;
+        if constexpr (kGradX) {
+          add_kept(smem, group, chunk, is_masked, scale, product[chunk % 2], sums);
+        } else {
+          LK_UNROLL
+          for (int i = 0; i < kChunk / 2; ++i) sums[i] += scale * product[chunk % 2][i];
+        }
       }
       give_back(smem, stages.slot());
       stages.advance();
+    }
+    if (is_masked) {
+      sync_warp();
+      if (lane() == 0) barrier_arrive(RingBarriers<1>::empty(smem + kOffsetKeepBarriers, 0));
+      keep.advance();
+    }
+  }
+
+  // Of a chunk of columns, what the mask keeps.
+  LK_DEVICE static void add_kept(uint32_t smem, int group, int chunk, bool is_masked, float scale,
+                                 const float (&product)[kChunk / 2], float* sums) {
+    const int row = group * kGroupRows + thread_index() % kWarpgroup / kWarp * 16 + FragmentC::row(lane());
+    LK_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      LK_UNROLL
+      for (int word = 0; word < kChunk / 32; ++word) {
+        uint32_t bits = ~0u;
+        if (is_masked) bits = Keep::word(smem + kOffsetKeep, row + half * 8, chunk * kChunk + word * 32);
+        bits >>= FragmentC::column(lane());
+        LK_UNROLL
+        for (int j = 0; j < 8; ++j) {
+          const int i = (word * 4 + j / 2) * 4 + half * 2 + j % 2;
+          if (bits >> (j / 2 * 8 + j % 2) & 1) sums[i] += scale * product[i];
+        }
+      }
     }
   }
 

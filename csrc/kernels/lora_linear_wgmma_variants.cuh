@@ -22,18 +22,23 @@ lora_linear_wgmma_kernel(const LK_GRID_CONSTANT LoraWgmmaParams p) {
 
 #undef LK_GRID_CONSTANT
 
-template <class Element, LoraTile kTile, int kRankTile>
-struct LoraWgmmaVariant : Variant<LoraKey{LoraRole::kForward, Schedule::kWgmma, kTile, kRankTile, Access::kWhole},
-                                  LoraLinearWgmma<Element, tile_shape(kTile).columns, kRankTile>> {
-  using Kernel = LoraLinearWgmma<Element, tile_shape(kTile).columns, kRankTile>;
+template <class Element, LoraRole kRole, LoraTile kTile, int kRankTile>
+struct LoraWgmmaVariant
+    : Variant<LoraKey{kRole, Schedule::kWgmma, kTile, kRankTile, Access::kWhole},
+              LoraLinearWgmma<Element, tile_shape(kTile).columns, kRankTile, kRole == LoraRole::kGradX>> {
+  using Kernel = LoraLinearWgmma<Element, tile_shape(kTile).columns, kRankTile, kRole == LoraRole::kGradX>;
   static_assert(Kernel::kM == tile_shape(kTile).rows && Kernel::kStages == tile_shape(kTile).stages);
   static_assert(Kernel::kDepth == tile_shape(kTile).depth(2) && Kernel::kSharedBytes <= kWgmmaSharedBytes);
 };
 
+template <class Element, LoraRole kRole>
+using LoraWgmmaVariants = VariantList<LoraWgmmaVariant<Element, kRole, LoraTile::kWgmma, 16>,
+                                      LoraWgmmaVariant<Element, kRole, LoraTile::kWgmma, 48>,
+                                      LoraWgmmaVariant<Element, kRole, LoraTile::kNarrowWgmma, 16>,
+                                      LoraWgmmaVariant<Element, kRole, LoraTile::kNarrowWgmma, 48>>;
+
 template <class Element>
-using LoraWgmmaVariants =
-    VariantList<LoraWgmmaVariant<Element, LoraTile::kWgmma, 16>, LoraWgmmaVariant<Element, LoraTile::kWgmma, 48>,
-                LoraWgmmaVariant<Element, LoraTile::kNarrowWgmma, 16>,
-                LoraWgmmaVariant<Element, LoraTile::kNarrowWgmma, 48>>;
+using AllLoraWgmmaVariants =
+    Concat<LoraWgmmaVariants<Element, LoraRole::kForward>, LoraWgmmaVariants<Element, LoraRole::kGradX>>;
 
 }  // namespace lk

@@ -22,20 +22,31 @@ struct Boxes {
   static constexpr int kColumns = 64, kSwizzleBytes = 128, kElementBytes = 2;
 };
 
-inline std::array<Boxes, 5> wgmma_boxes(const LoraLinearParams& p, LoraTile tile) {
-  const TileShape shape = tile_shape(tile);
-  constexpr int kStoredRows = 64;  // of a warpgroup
-  return {{{"x", p.x, p.m, p.k, p.x_stride, shape.rows, &LoraWgmmaParams::x, "rows of the tile, 64 of the depth"},
-           {"w", p.w, p.n, p.k, p.w_stride, shape.columns, &LoraWgmmaParams::w, "columns of the tile"},
-           {"s", p.s, p.m, p.rank, p.rank, shape.rows, &LoraWgmmaParams::s, "in the place of x, 64 ranks"},
-           {"b", p.b, p.n, p.rank, p.b_stride, shape.columns, &LoraWgmmaParams::b, "in the place of w"},
-           {"y", p.y, p.m, p.n, p.y_stride, kStoredRows, &LoraWgmmaParams::y, "stored 64 x 64 by each warpgroup"}}};
+inline std::array<Boxes, 5> wgmma_boxes(const LoraLinearParams& p, const LoraKey& key) {
+  const TileShape tile = tile_shape(key.tile);
+  constexpr int kDepth = 64, kStoredRows = 64;  // of a warpgroup
+  const Boxes x{"x", p.x, p.m, p.k, p.x_stride, tile.rows, &LoraWgmmaParams::x, "rows of the tile, 64 of the depth"};
+  const Boxes s{"s", p.s, p.m, p.rank, p.rank, tile.rows, &LoraWgmmaParams::s, "in the place of x, 64 ranks"};
+  const Boxes y{"y", p.y, p.m, p.n, p.y_stride, kStoredRows, &LoraWgmmaParams::y, "stored 64 x 64 by each warpgroup"};
+  if (key.role == LoraRole::kGradX) {
+    const char* const panels = "as it lies, 64 of the depth in panels of 64 columns of the tile";
+    return {{x,
+             {"w", p.w, p.k, p.n, p.w_stride, kDepth, &LoraWgmmaParams::w, panels},
+             s,
+             {"b", p.b, p.rank, p.n, p.b_stride, kDepth, &LoraWgmmaParams::b, "in the place of w"},
+             y}};
+  }
+  return {{x,
+           {"w", p.w, p.n, p.k, p.w_stride, tile.columns, &LoraWgmmaParams::w, "columns of the tile"},
+           s,
+           {"b", p.b, p.n, p.rank, p.b_stride, tile.columns, &LoraWgmmaParams::b, "in the place of w"},
+           y}};
 }
 
 // The Params of a launch. encode(map, boxes) is false where the driver refuses.
 template <class Encode>
-bool with_maps(LoraWgmmaParams& params, LoraTile tile, const Encode& encode) {
-  for (const Boxes& boxes : wgmma_boxes(params.lora, tile)) {
+bool with_maps(LoraWgmmaParams& params, const LoraKey& key, const Encode& encode) {
+  for (const Boxes& boxes : wgmma_boxes(params.lora, key)) {
     if (!encode(params.*boxes.map, boxes)) return false;
   }
   return true;

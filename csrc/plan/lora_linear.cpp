@@ -79,16 +79,16 @@ PyObject* to_python(const Boxes& boxes) {
                        "why", boxes.why);
 }
 
+// Of the forward, or of dX, whose matrices `params` has.
 template <class Element>
-PyObject* planned_wgmma(const Problem& p, const LoraForwardConfig& config) {
+PyObject* planned_wgmma(const LoraLinearParams& params, const LoraLinearConfig& config, const char* why) {
   if constexpr (kHasWgmma<Element>) {
-    Plan plan = plan_of(config.launch, describe_lora_linear_wgmma<Element>(config.launch.key), config.cublas.reason);
+    Plan plan = plan_of(config, describe_lora_linear_wgmma<Element>(config.key), why);
     plan.params_size = sizeof(LoraWgmmaParams);
     plan.fields = LoraWgmmaFields::kFields;
     PyObject* const planned = to_python(plan);
     PyObject* maps = PyList_New(0);
-    const LoraLinearParams params = forward_params(p.lora, {nullptr, p.lora.n()}, nullptr, config.launch, {});
-    for (const Boxes& boxes : wgmma_boxes(params, config.launch.key.tile)) {
+    for (const Boxes& boxes : wgmma_boxes(params, config.key)) {
       if (!append(maps, to_python(boxes))) Py_CLEAR(maps);
     }
     if (planned != nullptr && maps != nullptr) PyDict_SetItemString(planned, "maps", maps);
@@ -110,7 +110,10 @@ PyObject* plan_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
     const auto planned = [&](const LoraLinearConfig& launch) {
       return to_python(plan_of(launch, describe_lora_linear<Element>(launch.key), config.cublas.reason));
     };
-    if (config.launch.key.schedule == Schedule::kWgmma) return planned_wgmma<Element>(p, config);
+    if (config.launch.key.schedule == Schedule::kWgmma) {
+      const LoraLinearParams params = forward_params(p.lora, {nullptr, p.lora.n()}, nullptr, config.launch, {});
+      return planned_wgmma<Element>(params, config.launch, config.cublas.reason);
+    }
     if (!config.cublas.yes) return planned(config.launch);
     return list_of({config.vendor_makes_s ? product("s = x aT", config.cublas.reason) : planned(config.launch),
                     planned(config.expand), product("y += x wT", config.cublas.reason)});
@@ -138,6 +141,11 @@ PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keyword
     const auto planned = [&](const LoraLinearConfig& launch, int64_t more_words) {
       return to_python(plan_of(launch, describe_lora_grad_x<Element>(launch.key), config.cublas.reason, more_words));
     };
+    if (config.grad_x.key.schedule == Schedule::kWgmma) {
+      const LoraLinearParams params = grad_x_params(problem, {nullptr, forward.k()}, config.grad_x, config, {});
+      return list_of({product("s' = dY B", config.cublas.reason),
+                      planned_wgmma<Element>(params, config.grad_x, config.cublas.reason), to_python(last)});
+    }
     if (!config.cublas.yes) return list_of({planned(config.grad_x, config.partial_grad_b), to_python(last)});
     return list_of({product("s' = dY B", config.cublas.reason), planned(config.expand, 0),
                     product("dX += dY W", config.cublas.reason), to_python(last)});

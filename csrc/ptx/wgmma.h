@@ -62,12 +62,15 @@ LK_DEVICE uint64_t matrix_descriptor(uint32_t address, int lead, int stride) {
 
 // Names of the accumulators in a statement, and the accumulators.
 #define LK_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define LK_NAMES_32 \
+  LK_NAMES_16       \
+  ", "              \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define LK_NAMES_64                                                                                      \
-  LK_NAMES_16                                                                                            \
+  LK_NAMES_32                                                                                            \
   ", "                                                                                                   \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
-  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, " \
-  "%56, %57, %58, %59, %60, %61, %62, %63"
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define LK_NAMES_128                                                                                     \
   LK_NAMES_64                                                                                            \
   ", "                                                                                                   \
@@ -77,6 +80,7 @@ LK_DEVICE uint64_t matrix_descriptor(uint32_t address, int lead, int stride) {
   "%119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define LK_REGISTERS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define LK_REGISTERS_16(i) LK_REGISTERS_4(i), LK_REGISTERS_4(i + 4), LK_REGISTERS_4(i + 8), LK_REGISTERS_4(i + 12)
+#define LK_REGISTERS_32(i) LK_REGISTERS_16(i), LK_REGISTERS_16(i + 16)
 #define LK_REGISTERS_64(i) LK_REGISTERS_16(i), LK_REGISTERS_16(i + 16), LK_REGISTERS_16(i + 32), LK_REGISTERS_16(i + 48)
 #define LK_REGISTERS_128(i) LK_REGISTERS_64(i), LK_REGISTERS_64(i + 64)
 
@@ -93,6 +97,7 @@ LK_DEVICE uint64_t matrix_descriptor(uint32_t address, int lead, int stride) {
   }
 #define LK_MULTIPLY_ADDS(type)                                     \
   LK_MULTIPLY_ADD_ASYNC(32, 16, type, "%16", "%17", "%18", "%19")  \
+  LK_MULTIPLY_ADD_ASYNC(64, 32, type, "%32", "%33", "%34", "%35")  \
   LK_MULTIPLY_ADD_ASYNC(128, 64, type, "%64", "%65", "%66", "%67") \
   LK_MULTIPLY_ADD_ASYNC(256, 128, type, "%128", "%129", "%130", "%131")
 
@@ -113,10 +118,12 @@ struct Warpgroup<Float16> {
 #undef LK_MULTIPLY_ADD_ASYNC
 #undef LK_REGISTERS_128
 #undef LK_REGISTERS_64
+#undef LK_REGISTERS_32
 #undef LK_REGISTERS_16
 #undef LK_REGISTERS_4
 #undef LK_NAMES_128
 #undef LK_NAMES_64
+#undef LK_NAMES_32
 #undef LK_NAMES_16
 
 }  // namespace lk

@@ -33,12 +33,12 @@ PROMPT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TENSOR_CORES = Verdict("tensor cores", "bf16, fp16 and, where torch allows it, tf32 on sm_80 and newer")
 """The schedule depends on sizes, alignment and the GPU, and is chosen when the launch is planned: see ``planned``."""
 WGMMA = "wgmma"
-"""Forwards of 16 bits on a GPU of capability 9.0 alone, by a kernel that has run on no GPU yet: never unasked."""
+"""y and dX of 16 bits on a GPU of capability 9.0 alone, by kernels that have run on no GPU yet: never unasked."""
 _SCHEDULES = {
     "auto": TENSOR_CORES,
     "one launch": Verdict("one launch", "asked for: the product and the branch in one kernel"),
     "cublas": Verdict("cublas", "asked for: the branch by our kernels, the vendor's GEMM accumulates onto it"),
-    WGMMA: Verdict(WGMMA, "asked for: forwards by wgmma on sm_90 where it fits, the rest as without asking"),
+    WGMMA: Verdict(WGMMA, "asked for: wgmma on sm_90 where it fits, the rest as without asking"),
 }
 
 _FP32_STRICT = Verdict(None, Reason.FP32_STRICT)
@@ -66,8 +66,8 @@ def use_schedule(name: str) -> Iterator[None]:
     backward of each.
 
     Args:
-        name: "one launch", "cublas", "wgmma" (bf16 and fp16 forwards on a GPU of compute capability 9.0; other calls as
-            under "auto"), or "auto", which is what is expected to be fastest.
+        name: "one launch", "cublas", "wgmma" (bf16 and fp16 on a GPU of compute capability 9.0; other calls as under
+            "auto"), or "auto", which is what is expected to be fastest.
     """
     if name not in _SCHEDULES:
         raise ValueError(f"name must be one of {', '.join(_SCHEDULES)}, got {name!r}")
