@@ -154,6 +154,22 @@ def test_what_does_not_fit_wgmma_is_served_as_without_asking(changes, why):
     assert best["schedule"] != "wgmma"
 
 
+def test_wgmma_takes_the_gradient_of_x_where_it_is_wanted():
+    """dA and dB are reduced as where the vendor multiplies: nobody leaves parts of dB."""
+    config = emulator.load_lora_linear().lora_backward_config
+    sizes, device = (8192, 4096, 4096, 16, True), dict(capability=90, schedule="wgmma")
+    asked = config(*sizes, True, True, True, *H200, **device)
+    assert (asked["schedule"], asked["columns"], asked["blocks"], asked["counters"]) == ("wgmma", 256, 132, 1)
+    assert (asked["cublas"], asked["parts_of_grad_b"]) == (False, 0)
+    by_vendor = config(*sizes, True, True, True, *H200, **{**device, "schedule": "cublas"})
+    assert [asked[name] for name in ("grads_blocks", "grads_splits")] == [
+        by_vendor[name] for name in ("grads_blocks", "grads_splits")
+    ]
+    without = config(*sizes, False, True, True, *H200, **device)
+    assert without["schedule"] != "wgmma"
+    assert "no gradient of x is wanted" in without["why"]
+
+
 def test_wgmma_is_not_taken_unasked():
     """Nobody has measured it: the vendor's GEMM serves, and the reason says so."""
     chosen = config(**{**ON_H200, "schedule": "auto"})

@@ -20,6 +20,7 @@
 #include "../params/lora_linear_wgmma.h"
 #include "ring.cuh"
 #include "shrink_slabs.cuh"
+#include "told_work.cuh"
 
 namespace lk {
 
@@ -36,13 +37,11 @@ struct LoraLinearWgmma {
   static_assert(kDepth * sizeof(typename Element::Storage) == kRowBytes);
   static constexpr int kOffsetW = kM * kRowBytes, kBytesStage = kOffsetW + kN * kRowBytes;
   static constexpr int kStoreColumns = 64, kStoreTiles = kGradX ? 1 : 2, kBytesStoreTile = kGroupRows * kRowBytes;
-  static constexpr int kWorkSlots = 2, kBytesWorkSlot = 8;
   static constexpr int kOffsetStore = kStages * kBytesStage;
   static constexpr int kOffsetKeep = kOffsetStore + kGroups * kStoreTiles * kBytesStoreTile;
   static constexpr int kOffsetWork = kOffsetKeep + (kGradX ? KeepBits<kM, kN>::kBytes : 0);
-  static constexpr int kOffsetStageBarriers = kOffsetWork + kWorkSlots * kBytesWorkSlot;
-  static constexpr int kOffsetWorkBarriers = kOffsetStageBarriers + RingBarriers<kStages>::kBytes;
-  static constexpr int kOffsetKeepBarriers = kOffsetWorkBarriers + RingBarriers<kWorkSlots>::kBytes;
+  static constexpr int kOffsetStageBarriers = kOffsetWork + ToldWork::kBytes;
+  static constexpr int kOffsetKeepBarriers = kOffsetStageBarriers + RingBarriers<kStages>::kBytes;
   static constexpr int kSharedBytes = kOffsetKeepBarriers + (kGradX ? RingBarriers<1>::kBytes : 0);
 
   // Of the registers that the launch gives to every thread, who loads leaves most to who multiplies.
@@ -55,7 +54,7 @@ struct LoraLinearWgmma {
     const uint32_t smem = dynamic_shared();
     if (thread_index() == 0) {
       RingBarriers<kStages>::init(smem + kOffsetStageBarriers, 1, kProductWarps);
-      RingBarriers<kWorkSlots>::init(smem + kOffsetWorkBarriers, 1, kProductWarps + (kGradX ? kSideWarps : 0));
+      ToldWork::init(smem + kOffsetWork, kProductWarps + (kGradX ? kSideWarps : 0));
       if constexpr (kGradX) RingBarriers<1>::init(smem + kOffsetKeepBarriers, kSideWarps, kProductWarps);
       barrier_init_done();
     }
@@ -81,7 +80,6 @@ struct LoraLinearWgmma {
   using Slabs = ShrinkSlabs<Element, kRankTile, kM>;
   using Product = Warpgroup<Element>;
   using Stages = Ring<kStages>;
-  using WorkSlots = Ring<kWorkSlots>;
   using Accumulator = float[kN / 2];
 
   LK_DEVICE static int lane() { return thread_index() % kWarp; }
@@ -94,50 +92,23 @@ struct LoraLinearWgmma {
   }
   LK_DEVICE static uint32_t stage(uint32_t smem, const Stages& stages) { return smem + stages.slot() * kBytesStage; }
 
-  // ------------------------------------------------------------------------------------------------ the tickets
-
-  static constexpr uint32_t kNoMore = ~0u;  // in the place of a row
+  // ---------------------------------------------------------------------------------------------- the one who loads
 
   LK_DEVICE static int draw_ticket(const LoraLinearParams& p) {
     return static_cast<int>(atomic_add(p.counters + kTicketCounter, 1));
   }
-
-  LK_DEVICE static void tell(uint32_t smem, WorkSlots& slots, uint32_t row, uint32_t column) {
-    const uint32_t barriers = smem + kOffsetWorkBarriers;
-    barrier_wait(RingBarriers<kWorkSlots>::empty(barriers, slots.slot()), slots.empty_parity());
-    store_shared_8(smem + kOffsetWork + slots.slot() * kBytesWorkSlot, {float_of(row), float_of(column)});
-    barrier_arrive(RingBarriers<kWorkSlots>::full(barriers, slots.slot()));
-    slots.advance();
-  }
-
-  // By whole warps. Whether there is more.
-  LK_DEVICE static bool next_work(uint32_t smem, WorkSlots& slots, WorkItem& work) {
-    const uint32_t barriers = smem + kOffsetWorkBarriers;
-    barrier_wait(RingBarriers<kWorkSlots>::full(barriers, slots.slot()), slots.full_parity());
-    uint64_t told = 0;
-    if (lane() == 0) {
-      told = load_shared_8(smem + kOffsetWork + slots.slot() * kBytesWorkSlot);
-      barrier_arrive(RingBarriers<kWorkSlots>::empty(barriers, slots.slot()));
-    }
-    const uint32_t row = broadcast(static_cast<uint32_t>(told)), column = broadcast(static_cast<uint32_t>(told >> 32));
-    slots.advance();
-    work = {false, static_cast<int>(row), static_cast<int>(column)};
-    return row != kNoMore;
-  }
-
-  // ---------------------------------------------------------------------------------------------- the one who loads
 
   LK_DEVICE static void load_tiles(const Params& p, uint32_t smem) {
     const LoraLinearParams& lora = p.lora;
     const int row_blocks = ceil_div(lora.m, kM), columns = ceil_div(lora.n, kN), depths = ceil_div(lora.k, kDepth);
     for (const TensorMap* map : {&p.x, &p.w, &p.s, &p.b, &p.y}) prefetch_map(map);
     Stages stages;
-    WorkSlots slots;
+    ToldWork told(smem + kOffsetWork);
     int ticket = draw_ticket(lora);
     LK_NO_UNROLL
     while (ticket < row_blocks * columns) {
       const WorkItem work = work_of_ticket(ticket, row_blocks, 0, columns, lora.group_rows);
-      tell(smem, slots, static_cast<uint32_t>(work.row), static_cast<uint32_t>(work.column));
+      told.tell(work);
       LK_NO_UNROLL
       for (int t = 0; t < depths; ++t) {
         if (t == depths - 1) ticket = draw_ticket(lora);  // its way is hidden behind a full ring
@@ -155,7 +126,7 @@ struct LoraLinearWgmma {
         stages.advance();
       }
     }
-    tell(smem, slots, kNoMore, 0);
+    told.tell_end();
   }
 
   // Of w, or of what takes its place: kDepth from k on of kN columns of y. The other way round in memory, it comes in
@@ -191,10 +162,10 @@ struct LoraLinearWgmma {
 
   LK_DEVICE static void make_masks(const LoraLinearParams& p, uint32_t smem) {
     const uint32_t barriers = smem + kOffsetKeepBarriers;
-    WorkSlots slots;
+    ToldWork told(smem + kOffsetWork);
     WorkItem work;
     KeepSlot keep;
-    while (next_work(smem, slots, work)) {
+    while (told.next(work)) {
       if (p.seed == nullptr) continue;
       barrier_wait(RingBarriers<1>::empty(barriers, 0), keep.empty_parity());
       Keep::template compute<kSideWarps * kWarp>(smem + kOffsetKeep, NextRows{work.row * kM}, work.column * kN,
@@ -209,10 +180,10 @@ struct LoraLinearWgmma {
 
   LK_DEVICE static void compute_tiles(const Params& p, uint32_t smem, int group) {
     Stages stages;
-    WorkSlots slots;
+    ToldWork told(smem + kOffsetWork);
     WorkItem work;
     KeepSlot keep;
-    while (next_work(smem, slots, work)) {
+    while (told.next(work)) {
       Accumulator acc;
       LK_UNROLL
       for (int i = 0; i < kN / 2; ++i) acc[i] = 0.0f;
