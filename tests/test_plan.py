@@ -14,7 +14,7 @@ import setup_script
 from lora_kernels import _native
 from lora_kernels.cli import main
 from lora_kernels.cli.plan.architectures import ARCHITECTURES, blocks_per_sm
-from lora_kernels.support import gpu_packed
+from lora_kernels.support import cuda, gpu_packed
 
 needs_extension = pytest.mark.skipif(_native.cuda is None, reason=f"lora_kernels._cuda: {_native.cuda_error}")
 PROBLEM = {"--m": 8192, "--n": 4096, "--k": 4096, "--r": 16, "--dtype": "bf16", "--arch": "sm_86"}
@@ -76,6 +76,8 @@ def test_plan_of_the_gradients_by_wgmma(plan):
         "y": ([4096, 8192], [64, 64]),
     }
     assert launch["workspace_bytes"] == 4
+    told = cuda._told([first, launch, last])
+    assert told == ("wgmma", launch["reason"]), "what lk.why says, though s' is a product of the vendor's"
 
 
 @needs_extension

@@ -32,7 +32,8 @@ struct LoraLinearWgmma {
   static constexpr int kM = 128, kN = kN_, kDepth = 64, kStages = 4, kRankTile = kRankTile_;
   static constexpr int kGroups = 2, kGroupRows = kM / kGroups, kThreads = (1 + kGroups) * kWarpgroup;
 
-  // Shared memory: stages, staging tiles of y, pieces of work, barriers. A row of each tile is 128 bytes, swizzled.
+  // Shared memory: stages, staging tiles of y (one in the place of two, where there is a mask), the mask, told work,
+  // barriers. A row of each tile is 128 bytes, swizzled.
   static constexpr int kRowBytes = 128, kEightRows = 8 * kRowBytes;
   static_assert(kDepth * sizeof(typename Element::Storage) == kRowBytes);
   static constexpr int kOffsetW = kM * kRowBytes, kBytesStage = kOffsetW + kN * kRowBytes;

@@ -272,7 +272,8 @@ def _limits(device: torch.device) -> dict[str, int]:
 
 
 def _told(launches: Any) -> Verdict:
-    """What a plan comes to: the vendor's product, where it is one of several launches."""
+    """What a plan comes to: of several launches, who multiplies by the weight."""
     launches = launches if isinstance(launches, list) else [launches]
-    told = next((launch for launch in launches if launch["schedule"] == "cublas"), launches[0])
+    by_schedule = {launch["schedule"]: launch for launch in reversed(launches)}
+    told = by_schedule.get(WGMMA) or by_schedule.get("cublas") or launches[0]
     return Verdict(told["schedule"], told["reason"])
