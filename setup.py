@@ -159,13 +159,40 @@ def gencode(archs: list[Arch]) -> list[str]:
     return flags
 
 
+def toolkit_version(cuda_home: Path) -> int:
+    """13000 for 13.0; 0 where its header does not say."""
+    header = (cuda_home / "include" / "cuda_runtime_api.h").read_text(errors="replace")
+    version = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header)
+    return 0 if version is None else int(version[1])
+
+
 def compression(cuda_home: Path) -> list[str]:
     """nvcc's flags. Packed for size, machine code takes a fifth of the room; the driver unpacks it when it is loaded:
     every driver that runs what a toolkit from 13 on has built.
     """
-    header = (cuda_home / "include" / "cuda_runtime_api.h").read_text(errors="replace")
-    version = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header)
-    return ["-compress-mode=size"] if version is not None and int(version[1]) >= 13000 else []
+    return ["-compress-mode=size"] if toolkit_version(cuda_home) >= 13000 else []
+
+
+WGMMA = "_wgmma_"
+"""In the names of CUDA sources that are for sm_90a alone: what only this GPU has is machine code beside 9.0's."""
+WGMMA_ARCHS = [Arch("90a", False)]
+SERIALISED = re.compile(r"\(C75(?:08|10|12|20)\)")
+"""ptxas' remarks that it waits for every wgmma by itself. C7519, a fence that it adds, costs nothing."""
+
+
+def wgmma_problem(cuda_home: Path, archs: list[Arch]) -> str:
+    """Why kernels for sm_90a are not built; empty where they are."""
+    if toolkit_version(cuda_home) < 12000:
+        return f"{cuda_home} is older than CUDA 12.0, the first with 9.0a"
+    return "" if any(arch.family == 90 for arch in archs) else "9.0 is not built for"
+
+
+def check_wgmma(log: str, kernels: list[Any]) -> None:
+    """Stops a build whose kernels for sm_90a would be right, and slower than those that they are to replace."""
+    slow = sorted(set(re.findall(rf"^.*{SERIALISED.pattern}.*$", log, re.MULTILINE)))
+    slow += [f"{GPUS.readable(use.kernel)} spills registers" for use in kernels if use.memory]
+    if slow:
+        raise SystemExit("kernels of wgmma:\n" + "\n".join(slow))
 
 
 def complain(message: str) -> None:
@@ -209,16 +236,20 @@ print(json.dumps(module.kernels()))
 
 CUDA_HOME, CUDA_REASON = find_nvcc()
 ARCHS = LEFT_OUT = []
+WGMMA_PROBLEM = CUDA_REASON
 if CUDA_HOME is not None:
     ARCHS, LEFT_OUT = buildable(
         read_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS), offered_archs(CUDA_HOME)
     )
+    WGMMA_PROBLEM = wgmma_problem(CUDA_HOME, ARCHS)
 
 
 def sources(name: str) -> list[str]:
     """The C++ and CUDA files of an extension, relative to the root."""
     patterns = {"_C": ("bind/*_cpu.cpp", "cpu/*.cpp"), "_cuda": ("bind/*_cuda.cpp", "plan/*.cpp", "launch/*.cu")}[name]
     found = [p.relative_to(ROOT) for pattern in patterns for p in sorted((ROOT / CSRC).glob(pattern))]
+    if WGMMA_PROBLEM:
+        found = [p for p in found if WGMMA not in p.name]
     return [str(p) for p in found if p.name not in ISA_FLAGS or platform.machine() == "x86_64"]
 
 
@@ -246,6 +277,8 @@ class NinjaBuild(build_ext):
         """Print what each kernel uses; complain about memory that the compiler had to add."""
         logs = [build_dir / f"{Path(source).name}.o.log" for source in sources("_cuda") if source.endswith(".cu")]
         kernels = kernels_in("".join(log.read_text() for log in logs))
+        of_wgmma = "".join(log.read_text() for log in logs if WGMMA in log.name)
+        check_wgmma(of_wgmma, kernels_in(of_wgmma) if of_wgmma else [])
         table = GPUS.resource_table(kernels, described_kernels(module))
         print(table, file=sys.stderr)
         (ROOT / "build").mkdir(exist_ok=True)
@@ -270,13 +303,13 @@ class NinjaBuild(build_ext):
             return " ".join(flag.replace("$", "$$").replace(" ", "\\ ") for flag in flags)
 
         cxx_flags = [*CXX_FLAGS, *STABLE_ABI, *(["-DUSE_CUDA"] if cuda else []), *include]
+        cxx_flags += ["-DLK_NO_WGMMA"] if cuda and WGMMA_PROBLEM else []
         nvcc_flags = [
             "-O3",
             "-std=c++20",
             "--expt-relaxed-constexpr",
             "-Xcompiler=-fPIC,-fvisibility=hidden",
             "-Xptxas=-v",
-            *gencode(ARCHS),
             *(compression(CUDA_HOME) if cuda else []),
         ]
         lines = [
@@ -290,7 +323,8 @@ class NinjaBuild(build_ext):
             "  deps = gcc",
             "rule nvcc",
             # What ptxas says about registers is read from the log, also when ninja has nothing to do.
-            "  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)",
+            "  command = $nvcc -MD -MF $out.d $nvccflags $extra -c $in -o $out"
+            " > $out.log 2>&1 || (cat $out.log; false)",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
@@ -301,7 +335,8 @@ class NinjaBuild(build_ext):
             rule = "nvcc" if source.endswith(".cu") else "cxx"
             objects.append(Path(source).name + ".o")
             lines.append(f"build {objects[-1]}: {rule} {str(ROOT.resolve() / source).replace(' ', '$ ')}")
-            lines.append(f"  extra = {escape(SOURCE_FLAGS.get(Path(source).name, []))}")
+            extra = gencode(WGMMA_ARCHS if WGMMA in source else ARCHS) if rule == "nvcc" else []
+            lines.append(f"  extra = {escape([*SOURCE_FLAGS.get(Path(source).name, []), *extra])}")
         lines.append(f"build {str(target).replace(' ', '$ ')}: link {' '.join(objects)}")
         return "\n".join([*lines, ""])
 
@@ -333,6 +368,7 @@ def build_record() -> dict[str, str]:
     if CUDA_HOME is not None:
         nvcc = version([f"{CUDA_HOME}/bin/nvcc", "--version"]).splitlines()[-1]
         cuda = {"CUDA": f"built for {' '.join(map(str, ARCHS))} with {nvcc}"}
+        cuda["CUDA, wgmma"] = f"left out: {WGMMA_PROBLEM}" if WGMMA_PROBLEM else "built for 9.0a"
     if LEFT_OUT:
         cuda["CUDA, left out"] = left_out_text()
     return {
@@ -357,6 +393,8 @@ def warn_of_what_is_left_out() -> None:
     """Before a build that takes minutes."""
     if LEFT_OUT:
         print(f"warning: CUDA, left out: {left_out_text()}", file=sys.stderr)
+    if CUDA_HOME is not None and WGMMA_PROBLEM:
+        print(f"warning: CUDA, kernels of wgmma left out: {WGMMA_PROBLEM}", file=sys.stderr)
 
 
 def extension(name: str) -> Extension:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -284,6 +285,8 @@ print(json.dumps(setup.build_record()))"""
     said = record["CUDA, left out"]
     assert said.startswith("7.5: the kernels need 8.0; 12.0+PTX: not known to ")
     assert f"warning: CUDA, left out: {said}" in run.stderr
+    assert record["CUDA, wgmma"].startswith("left out: ")
+    assert "warning: CUDA, kernels of wgmma left out: " in run.stderr
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -371,6 +374,61 @@ def test_spills_stop_a_strict_build_only(monkeypatch, capsys):
     monkeypatch.delenv("LORA_KERNELS_STRICT")
     setup.check_spills(uses)
     assert "warning: registers are spilled" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [7508, 7510, 7512, 7519, 7520])
+def test_wgmma_that_waits_for_itself_stops_any_build(code):
+    """Kills: a kernel of wgmma that is right and no faster than those it is to replace; C7519 is harmless."""
+    check, log = setup_script.load().check_wgmma, f"ptxas info    : (C{code}) Potential Performance Loss: wgmma in f"
+    if code == 7519:
+        return check(log, [])
+    with pytest.raises(SystemExit, match=f"C{code}"):
+        check(log, [])
+
+
+def test_spills_in_kernels_of_wgmma_stop_any_build():
+    setup = setup_script.load()
+    uses = setup.kernels_in(PTXAS_LOG)
+    setup.check_wgmma(PTXAS_LOG, uses[:1])
+    with pytest.raises(SystemExit, match="spills registers"):
+        setup.check_wgmma(PTXAS_LOG, uses)
+
+
+@pytest.mark.parametrize(
+    ("version", "archs", "problem"),
+    [
+        (13000, "8.0 9.0+PTX", ""), (12000, "9.0a", ""), (11080, "9.0", "older than CUDA 12.0"),
+        (13000, "8.0 10.0", "9.0 is not built for"),
+    ],
+)  # fmt: skip
+def test_kernels_of_wgmma_are_for_sm_90a_alone(tmp_path, version, archs, problem):
+    setup = setup_script.load()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime_api.h").write_text(f"#define CUDART_VERSION  {version}\n")
+    assert problem in (found := setup.wgmma_problem(tmp_path, setup.read_archs(archs)))
+    assert bool(found) == bool(problem)
+
+
+def test_files_of_wgmma_have_their_own_architecture(tmp_path):
+    """Kills: sm_90a asked of every file, whose compile times it would add to; the files' not being left out."""
+    code = """
+import pathlib, setuptools, setup
+setup.WGMMA_PROBLEM = __PROBLEM__
+text = setup.NinjaBuild(setuptools.Distribution()).ninja_file(setup.extension("_cuda"), pathlib.Path("there.so"))
+print(text)"""
+    environment = {
+        **os.environ, "CUDA_HOME": str(toolkit(tmp_path, CUDA_12_0)), "LORA_KERNELS_CUDA": "1",
+        "TORCH_CUDA_ARCH_LIST": "8.0 9.0",
+    }  # fmt: skip
+    for left_out in (False, True):
+        command = [sys.executable, "-c", code.replace("__PROBLEM__", repr("too old" if left_out else ""))]
+        text = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+        archs = dict(re.findall(r"build (\S+)\.cu\.o: nvcc .*\n  extra = (.*)", text))
+        of_wgmma = {name for name, flags in archs.items() if flags == "-gencode=arch=compute_90a,code=sm_90a"}
+        assert of_wgmma == {name for name in archs if "wgmma" in name}
+        assert bool(of_wgmma) != left_out
+        assert ("-DLK_NO_WGMMA" in text) == left_out
+        assert len({flags for name, flags in archs.items() if name not in of_wgmma}) == 1
 
 
 @pytest.mark.parametrize("log", ["", PTXAS_LOG.replace("bytes stack frame", "bytes of stack", 1)])

@@ -6,6 +6,7 @@ import emulator
 import pytest
 
 A100 = (108, 163 << 10)
+H200 = (132, 227 << 10)
 
 
 def config(
@@ -110,6 +111,72 @@ def test_one_launch_or_the_vendors_gemm(problem, cublas, reason):
     assert chosen["cublas"] == cublas
     assert reason in chosen["why"]
     assert (chosen["schedule"] in ("shrink", "expand")) == cublas
+
+
+ON_H200 = dict(m=8192, n=4096, capability=90, device=H200, schedule="wgmma")
+
+
+@pytest.mark.parametrize(
+    ("changes", "columns", "blocks", "rank_tile"),
+    [
+        (dict(), 256, 132, 16),
+        (dict(rank=24, has_dropout=True), 256, 132, 48),
+        (dict(m=1), 128, 32, 16),  # half of the SMs would have no wide tile
+        (dict(m=1024, n=2048, rank=256), 128, 128, 48),
+    ],
+)
+def test_wgmma_is_taken_where_it_is_asked_for(changes, columns, blocks, rank_tile):
+    chosen = config(**{**ON_H200, **changes})
+    assert (chosen["schedule"], chosen["rows"], chosen["columns"]) == ("wgmma", 128, columns)
+    assert (chosen["blocks"], chosen["rank_tile"], chosen["splits"]) == (blocks, rank_tile, 1)
+    assert not chosen["cublas"]
+    assert chosen["why"].startswith("as asked: wgmma")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (dict(capability=80), "sm_90's alone"),
+        (dict(capability=100), "sm_90's alone"),
+        (dict(device=A100), "sm_90's alone"),
+        (dict(rank=1), "whole chunks"),
+        (dict(rank=12), "whole chunks"),
+        (dict(k=4100), "whole chunks"),
+        (dict(n=4100), "whole chunks"),
+        (dict(aligned=False), "whole chunks"),
+    ],
+)
+def test_what_does_not_fit_wgmma_is_served_as_without_asking(changes, why):
+    asked, best = (config(**{**ON_H200, **changes, "schedule": schedule}) for schedule in ("wgmma", "auto"))
+    assert asked["why"].startswith("wgmma does not fit: ")
+    assert why in asked["why"]
+    assert {**asked, "why": ""} == {**best, "why": ""}
+    assert best["schedule"] != "wgmma"
+
+
+def test_wgmma_takes_the_gradient_of_x_where_it_is_wanted():
+    """dA and dB are reduced as where the vendor multiplies: nobody leaves parts of dB."""
+    config = emulator.load_lora_linear().lora_backward_config
+    sizes, device = (8192, 4096, 4096, 16, True), dict(capability=90, schedule="wgmma")
+    asked = config(*sizes, True, True, True, *H200, **device)
+    assert (asked["schedule"], asked["columns"], asked["blocks"], asked["counters"]) == ("wgmma", 256, 132, 1)
+    assert (asked["cublas"], asked["parts_of_grad_b"]) == (False, 0)
+    by_vendor = config(*sizes, True, True, True, *H200, **{**device, "schedule": "cublas"})
+    assert [asked[name] for name in ("grads_blocks", "grads_splits")] == [
+        by_vendor[name] for name in ("grads_blocks", "grads_splits")
+    ]
+    without = config(*sizes, False, True, True, *H200, **device)
+    assert without["schedule"] != "wgmma"
+    assert "no gradient of x is wanted" in without["why"]
+
+
+def test_wgmma_is_not_taken_unasked():
+    """Nobody has measured it: the vendor's GEMM serves, and the reason says so."""
+    chosen = config(**{**ON_H200, "schedule": "auto"})
+    assert chosen["cublas"]
+    assert "three fifths" in chosen["why"]
+    assert "has run on no GPU yet" in chosen["why"]
+    assert "run on no GPU" not in config(**{**ON_H200, "schedule": "auto", "rank": 12})["why"], "it does not fit"
 
 
 @pytest.mark.parametrize(("m", "k", "rank"), [(1, 4096, 16), (100, 776, 24), (8192, 4096, 16), (512, 14336, 200)])

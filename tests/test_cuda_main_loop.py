@@ -111,3 +111,30 @@ def test_the_gradient_of_x_has_that_loop_with_w_transposed(arch, rank_tile):
     assert (plain.products, plain.fragment_loads, plain.copies, plain.barriers) == (32, 12, 4, 1)
     assert ours[1:] == plain[1:]
     assert ours.total <= plain.total + 7
+
+
+WGMMA_LOOPS = {256: 68, 128: 63}
+"""Instructions that such a loop has without a branch, by the columns of a tile: four products of 64 rows, each with its
+two descriptors, a wait for the copies, one for the products before, an arrival."""
+
+
+@pytest.mark.parametrize("element", ["8BFloat16", "7Float16"])
+@pytest.mark.parametrize("columns", WGMMA_LOOPS)
+@pytest.mark.parametrize("rank_tile", [16, 48])
+@pytest.mark.parametrize("role", ["forward", "dX"])
+def test_the_loop_of_wgmma_is_that_of_a_plain_product(element, columns, rank_tile, role):
+    """Kills: anything of the branch, of dropout or of spilled registers within the loop."""
+    module = Path(_native.cuda.__file__)
+    if "sm_90a" not in sass.architectures(module):
+        pytest.skip("the extension was built without sm_90a")
+    of_wgmma = sorted(name for name in _native.cuda.kernels() if "15LoraLinearWgmmaI" in name)
+    (name,) = [name for name in of_wgmma if f"{element}ELi{columns}ELi{rank_tile}ELb{int(role == 'dX')}E" in name]
+    instructions = sass.code(module, "sm_90a", *of_wgmma)[name]  # disassembled once for all
+    holders = [body for body in sass.loops(instructions) if any(f"HGMMA.64x{columns}x16" in text for text in body)]
+    loop = min(holders, key=len)  # the others hold it, too: that over the tiles
+    assert sum("HGMMA" in text for text in loop) == 4
+    assert sum("SYNCS" in text for text in loop) == 2, "a wait and an arrival"
+    assert not [text for text in loop if re.search(r"\b(LD[LGS]|ST[LGS]|HMMA|BAR)\b", text)]
+    assert sum("tnspB" in text for text in loop) == (4 if role == "dX" else 0), "w as it lies in memory"
+    assert len(loop) <= WGMMA_LOOPS[columns] + (4 if role == "dX" else 0)
+    assert not [text for _, text in instructions if re.search(r"\b(LDL|STL)\b", text)]

@@ -14,7 +14,7 @@ import setup_script
 from lora_kernels import _native
 from lora_kernels.cli import main
 from lora_kernels.cli.plan.architectures import ARCHITECTURES, blocks_per_sm
-from lora_kernels.support import gpu_packed
+from lora_kernels.support import cuda, gpu_packed
 
 needs_extension = pytest.mark.skipif(_native.cuda is None, reason=f"lora_kernels._cuda: {_native.cuda_error}")
 PROBLEM = {"--m": 8192, "--n": 4096, "--k": 4096, "--r": 16, "--dtype": "bf16", "--arch": "sm_86"}
@@ -32,6 +32,72 @@ def plan(capsys):
         return json.loads(capsys.readouterr().out)
 
     return run
+
+
+@needs_extension
+def test_plan_of_wgmma(plan):
+    """Where it is asked for: the kernel, and what the copy engine is told of each matrix."""
+    launch = plan("--dropout", arch="sm_90", schedule="wgmma", m=8190, r=24)
+    if launch["schedule"] != "wgmma":
+        assert "this build, or the driver, makes no tensor maps" in launch["reason"]
+        pytest.skip("the extension was built without sm_90a")
+    assert launch["kernel"].startswith("_ZN2lk24lora_linear_wgmma_kernelINS_15LoraLinearWgmmaINS_8BFloat16ELi256ELi48E")
+    assert (launch["grid"], launch["block"]) == ([132, 1, 1], [384, 1, 1])
+    assert launch["workspace_bytes"] == 4 * (2 + 64)
+    assert {name: (m["dims"], m["strides_in_bytes"], m["box"]) for m in launch["maps"] for name in [m["tensor"]]} == {
+        "x": ([4096, 8190], [8192], [64, 128]),
+        "w": ([4096, 4096], [8192], [64, 256]),
+        "s": ([24, 8190], [48], [64, 128]),
+        "b": ([24, 4096], [48], [64, 256]),
+        "y": ([4096, 8190], [8192], [64, 64]),
+    }
+    assert all(m["swizzle_bytes"] == 2 * m["box"][0] and m["why"] for m in launch["maps"])
+    fields = {field["name"]: field["offset"] for field in launch["params"]["fields"]}
+    offsets = [fields[f"map of {name}"] for name in "xwbsy"]
+    assert offsets == list(range(offsets[0], launch["params"]["size"], 128))
+    assert offsets[0] % 64 == 0
+
+
+@needs_extension
+def test_plan_of_the_gradients_by_wgmma(plan):
+    """The vendor's product makes s', wgmma dX, and dA and dB are what they are elsewhere."""
+    first, launch, last = plan(op="lora_linear_backward", arch="sm_90", schedule="wgmma", n=4104)
+    if launch["schedule"] != "wgmma":
+        pytest.skip("the extension was built without sm_90a")
+    assert (first["product"], last["schedule"]) == ("s' = dY B", "split rows")
+    assert launch["kernel"].startswith(
+        "_ZN2lk24lora_linear_wgmma_kernelINS_15LoraLinearWgmmaINS_8BFloat16ELi256ELi16ELb1E"
+    )
+    assert {m["tensor"]: (m["dims"], m["box"]) for m in launch["maps"]} == {
+        "x": ([4104, 8192], [64, 128]),
+        "w": ([4096, 4104], [64, 64]),  # as it lies
+        "s": ([16, 8192], [64, 128]),
+        "b": ([4096, 16], [64, 64]),
+        "y": ([4096, 8192], [64, 64]),
+    }
+    assert launch["workspace_bytes"] == 4
+    told = cuda._told([first, launch, last])
+    assert told == ("wgmma", launch["reason"]), "what lk.why says, though s' is a product of the vendor's"
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changes", "flags", "reason"),
+    [
+        ({"arch": "sm_80"}, [], "it is sm_90's alone"),
+        ({"arch": "sm_100"}, [], "it is sm_90's alone"),
+        ({"dtype": "tf32"}, [], "its kernel is for bf16 and fp16"),
+        ({"r": 12}, [], "rows of whole chunks of 16 bytes"),
+        ({}, ["--unaligned"], "rows of whole chunks of 16 bytes"),
+    ],
+)
+@pytest.mark.parametrize("op", ["lora_linear", "lora_linear_backward"])
+def test_what_does_not_fit_wgmma_is_told_and_served_otherwise(plan, changes, flags, reason, op):
+    launches = plan(*flags, **{"op": op, "arch": "sm_90", "schedule": "wgmma", **changes})
+    launches = launches if isinstance(launches, list) else [launches]
+    assert all(launch["schedule"] != "wgmma" for launch in launches)
+    assert "wgmma does not fit: " in launches[0]["reason"]
+    assert reason in launches[0]["reason"] or "makes no tensor maps" in launches[0]["reason"]
 
 
 @needs_extension
@@ -217,7 +283,7 @@ def test_no_plan_of_an_unknown_schedule(op):
     """Kills: a name that nobody knows means the fastest."""
     sizes = dict(dtype="bf16", m=8, n=8, k=8, rank=8, rows_aligned=True, has_dropout=False)
     device = dict(sms=108, shared_per_block=166912, capability=80)
-    with pytest.raises(ValueError, match=r'schedule must be "auto", .* or "cublas", got "cutlass"'):
+    with pytest.raises(ValueError, match=r'schedule must be "auto", .* or "wgmma", got "cutlass"'):
         getattr(_native.cuda, f"plan_{op}")(**sizes, **device, schedule="cutlass")
 
 

@@ -1,12 +1,14 @@
-"""csrc/ptx/core.h beside its twin in the emulator: the same functions, and asm statements that mean what the twin does.
+"""csrc/ptx/ beside its twins in the emulator: the same functions, and asm statements that mean what the twin does.
 
-Nothing but a GPU runs core.h. What the emulated tests prove of a kernel holds on one if every function of the machine
-does what its twin does.
+Nothing but a GPU runs csrc/ptx/. What the emulated tests prove of a kernel holds on one if every function of the
+machine does what its twin does.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,9 +63,21 @@ def parse(text: str, scope: str = "") -> dict[str, list[Function]]:
     return found
 
 
+HEADERS = ("core.h", "mbarrier.h", "tma.h", "wgmma.h")
+
+
+def text_of(folder: str, name: str) -> str:
+    """A header from its namespace on, but for what macros make, which has a test of its own."""
+    text = re.sub(r"//.*", "", (CSRC / folder / "ptx" / name).read_text())
+    text = re.sub(r"#define(?:.*\\\n)*.*\n", "", text[text.index("namespace lk {") + len("namespace lk {") :])
+    return re.sub(r"template <class Element>\s+struct Warpgroup\b.*", "", text, flags=re.DOTALL)
+
+
 def header(folder: str) -> dict[str, list[Function]]:
-    text = re.sub(r"//.*", "", (CSRC / folder / "ptx/core.h").read_text())
-    return parse(text[text.index("namespace lk {") + len("namespace lk {") :])
+    found: dict[str, list[Function]] = {}
+    for name in HEADERS:
+        found |= parse(text_of(folder, name))
+    return found
 
 
 PTX, TWIN = (header(folder) if CSRC.is_dir() else {} for folder in (".", "emu"))
@@ -85,7 +99,7 @@ def test_both_have_the_same_signatures(name):
 
 def test_both_have_the_same_structs_and_constants():
     def stated(folder: str) -> list[str]:
-        text = (CSRC / folder / "ptx/core.h").read_text()
+        text = "".join(text_of(folder, name) for name in HEADERS)
         return re.findall(r"struct alignas.*?};|constexpr .*?;|using \w+ = .*?;", text, re.DOTALL)
 
     assert len(stated(".")) >= 6
@@ -104,7 +118,7 @@ def statement(function: Function) -> tuple[str, str]:
     template, *rest = re.split(r"\s*:\s*(?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", inner)
     text = "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', template)).replace("\\n", "")
     lists = [re.findall(r'"([^"]+)"(?:\(((?:[^()]|\([^()]*\))*)\))?', part) for part in rest]
-    operands = [name for part in lists[:2] for _, name in part]
+    operands = [name.strip() for part in lists[:2] for _, name in part]
     clobbers = lists[2][0][0] if len(lists) > 2 and lists[2] else ""
     return re.sub(r"%(\d)", lambda m: operands[int(m[1])], text), clobbers
 
@@ -150,6 +164,32 @@ MEANINGS = {
     "load_acquire": "ld.acquire.gpu.global.u32 v, [p];",
     "permute_bytes": "prmt.b32 permuted, low, high, selector;",
     "in_register": "add.f32 same, f, 0f80000000;",
+    # sm_90: barriers of this block alone, and phases by parity.
+    "barrier_init": "mbarrier.init.shared::cta.b64 [barrier], arrivals;",
+    "barrier_init_done": "fence.mbarrier_init.release.cluster;",
+    "barrier_arrive": "mbarrier.arrive.shared::cta.b64 _, [barrier];",
+    "barrier_arrive_expecting": "mbarrier.arrive.expect_tx.shared::cta.b64 _, [barrier], bytes;",
+    "barrier_wait": (
+        "{.reg .pred p;wait_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [barrier], parity; @!p bra wait_%=;}"
+    ),
+    "sync_named": "bar.sync barrier, threads;",
+    "fence_proxy_async": "fence.proxy.async;",
+    "fence_proxy_async_shared": "fence.proxy.async.shared::cta;",
+    # The innermost coordinate first.
+    "prefetch_map": "prefetch.tensormap [map];",
+    "load_box": (
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[address], [map, {column, row}], [barrier];"
+    ),
+    "store_box": "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [map, {column, row}], [address];",
+    "store_commit": "cp.async.bulk.commit_group;",
+    "store_wait_read": "cp.async.bulk.wait_group.read kPending;",
+    "release_registers": "setmaxnreg.dec.sync.aligned.u32 kRegisters;",
+    "claim_registers": "setmaxnreg.inc.sync.aligned.u32 kRegisters;",
+    "store_matrix_x4": "stmatrix.sync.aligned.m8n8.x4.shared.b16 [row_address], {r[0], r[1], r[2], r[3]};",
+    "multiply_fence": "wgmma.fence.sync.aligned;",
+    "multiply_commit": "wgmma.commit_group.sync.aligned;",
+    "multiply_wait": "wgmma.wait_group.sync.aligned kPending;",
 }
 """By the PTX manual; several where a function is overloaded."""
 
@@ -167,8 +207,38 @@ def test_every_asm_statement_has_its_meaning_here():
 def test_the_compiler_moves_no_access_across_another():
     # What writes memory, waits, or reads what others write, is volatile and a barrier for the compiler.
     for name, functions in PTX.items():
-        changes = re.match(r"store_|copy_async|atomic_add|load_acquire|load_matrix", name)
+        changes = re.match(
+            r"store_|copy_async|atomic_add|load_acquire|load_matrix|load_box|barrier_|sync_named|fence_|multiply_[fcw]",
+            name,
+        )
         for f in functions:
             if changes and "asm" in f.body:
                 assert "asm volatile" in f.body, name
                 assert statement(f)[1] == "memory", name
+
+
+@pytest.mark.parametrize(("element", "ptx_type"), [("BFloat16", "bf16"), ("Float16", "f16")])
+def test_products_of_warpgroups(element, ptx_type):
+    """Kills: an accumulator left out or out of place, an operand's number that is another's, a sign, p transposed."""
+    flags = ("-E", "-P", "-x", "c++", "-DLK_DEVICE=", "-DLK_UNROLL=")
+    command = [os.environ.get("CXX", "g++"), *flags, str(CSRC / "ptx/wgmma.h")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    body, _ = block(text, text.index("{", text.index(f"struct Warpgroup<{element}>")))
+    (functions,) = parse(body).values()
+    counts = [int(re.search(r"float ?\(&d\)\[(\d+)\]", f.signature)[1]) for f in functions]
+    assert counts == [16, 32, 64, 128]
+    for count, f in zip(counts, functions, strict=True):
+        assert re.search(r"uint64_t p, uint64_t q, bool accumulates\)$", f.signature)
+        template, outputs, inputs = re.split(r"\s*:\s*(?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", f.body, maxsplit=2)
+        statement = "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', template)).replace("\\n", "")
+        registers = ", ".join(f"%{i}" for i in range(count))
+        p, q, accumulates, turned = (f"%{count + i}" for i in range(4))
+        assert statement == (
+            f"{{.reg .pred a; setp.ne.b32 a, {accumulates}, 0; "
+            f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.{ptx_type}.{ptx_type} "
+            f"{{{registers}}}, {p}, {q}, a, 1, 1, 0, {turned};}}"
+        )
+        indices = re.findall(r'"\+f"\(d\[([\d +]+)\]\)', outputs)
+        assert [sum(map(int, index.split("+"))) for index in indices] == list(range(count))
+        assert re.findall(r'"(\w)"\(', inputs) == ["l", "l", "r", "n"]
+        assert inputs.index("(p)") < inputs.index("(q)") < inputs.index("accumulates") < inputs.index("kTransposedQ")

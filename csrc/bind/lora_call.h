@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../launch/lora_linear.h"
+#include "../launch/lora_linear_wgmma.h"
 #include "../launch/lora_problem.h"
 #include "aten.h"
 #include "cuda_counters.h"
@@ -82,15 +83,37 @@ inline void product(const Tensor& out, const Tensor& a, const Tensor& b, const s
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), row.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
+// One launch, of the forward or of dX.
+template <class Element>
+cudaError_t launch_lora(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
+  if constexpr (kHasWgmma<Element>) {
+    if (config.key.schedule == Schedule::kWgmma) return launch_lora_linear_wgmma<Element>(p, config, stream);
+  }
+  if (config.key.role == LoraRole::kGradX) return launch_lora_grad_x<Element>(p, config, stream);
+  return launch_lora_linear<Element>(p, config, stream);
+}
+
+inline DeviceLimits limits_of(const CudaCall& call) {
+  DeviceLimits device = device_limits(call.device);
+  device.encodes_tensor_maps = encodes_tensor_maps();
+  return device;
+}
+
 // y and s. add_product(y): y += x wT, where the config leaves that to the vendor's GEMM.
 template <class AddProduct>
 std::tuple<Tensor, Tensor> lora_forward(const Tensor& x, const Operands& operands, const CudaCall& call, Wanted wanted,
                                         const AddProduct& add_product) {
-  const LoraProblem& problem = operands.problem;
+  LoraProblem problem = operands.problem;
   const int64_t m = problem.m(), n = problem.n();
   const Tensor y = new_empty_as(x, {m, n}), s = new_empty_as(x, {m, problem.rank()});
-  const LoraForwardConfig config = lora_forward_config(problem, device_limits(call.device), wanted);
+  const LoraForwardConfig config = lora_forward_config(problem, limits_of(call), wanted);
   if (m > 0) {
+    // Copies of boxes convert nothing: adapters of fp32 are rounded before, as for the vendor's products.
+    const bool is_wgmma = config.launch.key.schedule == Schedule::kWgmma;
+    const Tensor a = is_wgmma ? cast(operands.a, x.scalar_type()) : operands.a,
+                 b = is_wgmma ? cast(operands.b, x.scalar_type()) : operands.b;
+    problem.a = ref_of(a);
+    problem.b = ref_of(b);
     if (config.vendor_makes_s) product(s, operands.x, transposed(cast(operands.a, x.scalar_type())));
     const Counters counters(x, call, config.launch.counters);
     const Floats partials(x, config.launch.partials);
@@ -98,7 +121,7 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x, const Operands& operand
     const cudaError_t error = with_element(problem.x.type, [&]<class Element>(std::type_identity<Element>) {
       for (const LoraLinearConfig* which : {&config.launch, &config.expand}) {
         const LoraLinearParams p = forward_params(problem, output_of(y, n), s.mutable_data_ptr(), *which, workspace);
-        const cudaError_t error = launch_lora_linear<Element>(p, *which, call.stream);
+        const cudaError_t error = launch_lora<Element>(p, *which, call.stream);
         if (error != cudaSuccess) return error;
       }
       return cudaSuccess;
@@ -142,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& x, const Tensor& 
     return result();
   }
 
-  const LoraBackwardConfig config = lora_backward_config(problem, device_limits(call.device), wanted);
+  const LoraBackwardConfig config = lora_backward_config(problem, limits_of(call), wanted);
   const Counters counters(x, call, config.grad_x.counters + config.grads.counters);
   const Tensor grad_s = new_empty_as(x, {m, rank});
   if (config.vendor_makes_s) product(grad_s, gy, cast(operands.b, x.scalar_type()));
@@ -153,10 +176,17 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& x, const Tensor& 
                                         .partials = partials.data()};
   const LoraGradsParams g = grads_params(problem, need_A ? grad_a.mutable_data_ptr() : nullptr,
                                          need_B ? grad_b.mutable_data_ptr() : nullptr, config, workspace);
+  const bool is_wgmma = config.grad_x.key.schedule == Schedule::kWgmma;
+  const Tensor a = is_wgmma ? cast(operands.a, x.scalar_type()) : operands.a;
   const cudaError_t error = with_element(problem.forward.x.type, [&]<class Element>(std::type_identity<Element>) {
     for (const LoraLinearConfig* which : {&config.grad_x, &config.expand}) {
-      const LoraLinearParams p = grad_x_params(problem, output_of(grad_x, k), *which, config, workspace);
-      const cudaError_t error = launch_lora_grad_x<Element>(p, *which, call.stream);
+      LoraLinearParams p = grad_x_params(problem, output_of(grad_x, k), *which, config, workspace);
+      if (is_wgmma) {
+        p.b = a.const_data_ptr();
+        p.b_stride = a.stride(0);
+        p.adapters_are_float = false;
+      }
+      const cudaError_t error = launch_lora<Element>(p, *which, call.stream);
       if (error != cudaSuccess) return error;
     }
     return launch_lora_grads<Element>(g, config.grads, call.stream);

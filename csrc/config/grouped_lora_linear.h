@@ -54,7 +54,7 @@ inline UsesCublas grouped_uses_vendor(int64_t m, int64_t n, int64_t groups, cons
   if (!product.is_shared && !(product.has_vendor && (family == 9 || family == 10))) {
     return {false, "the vendor's grouped GEMM serves bf16 on sm_90 and sm_100"};
   }
-  if (wanted != Wanted::kBest) return {wanted == Wanted::kCublas, "as asked"};
+  if (is_decided(wanted)) return {wanted == Wanted::kCublas, "as asked"};
   if (blocks_of(m, groups) <= kFewRows) {
     if (product.is_shared && groups > 1) {
       return {true, "one weight, and few rows of each group: every group's tiles would read it again"};

@@ -11,11 +11,12 @@
 
 namespace lk {
 
-// How a launch shares out its work. The last two are launches of "cublas", the schedule that has no kernel of its own.
-enum class Schedule : int32_t { kTicketed, kColumn0, kDual, kDecode, kShrink, kExpand };
+// How a launch shares out its work. Shrink and expand are launches of "cublas", the schedule that has no kernel of its
+// own; wgmma is sm_90a's (lora_linear_wgmma.h).
+enum class Schedule : int32_t { kTicketed, kColumn0, kDual, kDecode, kShrink, kExpand, kWgmma };
 
 constexpr const char* name_of(Schedule schedule) {
-  constexpr const char* kNames[] = {"ticketed", "column-0", "dual", "decode", "shrink", "expand"};
+  constexpr const char* kNames[] = {"ticketed", "column-0", "dual", "decode", "shrink", "expand", "wgmma"};
   return kNames[static_cast<int>(schedule)];
 }
 
@@ -204,15 +205,19 @@ inline LoraLinearConfig expand_config(LoraRole role, int64_t m, int64_t n, Acces
 // ------------------------------------------------------------------------------- one launch, or the vendor's GEMM
 
 // Who decides: the model below, or who asks for one or the other (tests, benchmarks, measured winners).
-enum class Wanted : int32_t { kBest, kOneLaunch, kCublas };
+enum class Wanted : int32_t { kBest, kOneLaunch, kCublas, kWgmma };
+
+// Whether there is nothing left to decide. Wgmma is taken where it fits, and what is best elsewhere.
+constexpr bool is_decided(Wanted wanted) { return wanted == Wanted::kOneLaunch || wanted == Wanted::kCublas; }
 
 // By the name of a schedule, as a caller of the op or of a plan gives it: the verdict's, where the model decides, or
 // "auto". Nothing by another name.
-constexpr const char* kWantedNames = "\"auto\", \"tensor cores\", \"one launch\" or \"cublas\"";
+constexpr const char* kWantedNames = "\"auto\", \"tensor cores\", \"one launch\", \"cublas\" or \"wgmma\"";
 inline std::optional<Wanted> wanted_by(std::string_view schedule) {
   if (schedule == "auto" || schedule == "tensor cores") return Wanted::kBest;
   if (schedule == "one launch") return Wanted::kOneLaunch;
   if (schedule == "cublas") return Wanted::kCublas;
+  if (schedule == "wgmma") return Wanted::kWgmma;
   return std::nullopt;
 }
 
@@ -220,6 +225,9 @@ struct UsesCublas {
   bool yes;
   const char* reason;
 };
+
+constexpr const char* kVendorOnSm90 =
+    "sm_90: mma.sync reaches three fifths of the rate of the vendor's wgmma (measured on an H200)";
 
 // Whether large problems of a GPU go to the vendor's GEMM. The branch in launches of its own takes a pass over x and
 // one over y more than the product alone, on an H200 a fifth of its time for 8192 rows of 4096 x 4096; one launch must
@@ -232,7 +240,7 @@ inline UsesCublas prefers_cublas(int capability, bool large) {
       return {large, large ? "sm_80: mma.sync is reckoned at four fifths of the vendor's rate, the branch costs less"
                            : "sm_80: few tiles: one launch costs less than three"};
     case 9:
-      return {true, "sm_90: mma.sync reaches three fifths of the rate of the vendor's wgmma (measured on an H200)"};
+      return {true, kVendorOnSm90};
     case 10:
     case 11:
       return {true, "sm_100: mma.sync cannot keep up with tcgen05, which the vendor's GEMM uses"};
@@ -246,7 +254,7 @@ inline UsesCublas prefers_cublas(int capability, bool large) {
 inline UsesCublas uses_cublas(int64_t m, int64_t n, int element_bytes, Access access, bool few_rows,
                               const DeviceLimits& device, Wanted wanted) {
   if (access == Access::kGatherAll) return {true, "rows of x, w, dY or of an adapter are not whole chunks of 16 bytes"};
-  if (wanted != Wanted::kBest) return {wanted == Wanted::kCublas, "as asked"};
+  if (is_decided(wanted)) return {wanted == Wanted::kCublas, "as asked"};
   if (few_rows) return {false, "few rows"};
   if (n % chunk_elements(element_bytes) != 0) {
     return {false, "rows of y are not whole chunks of 16 bytes, which costs the vendor's GEMM most of its rate"};

@@ -36,7 +36,7 @@ struct PackSizes {
 // Whether members are better off one by one, for y [m, all n] or dX [m, k].
 inline UsesCublas one_by_one(int64_t m, int64_t columns, bool is_served, const DeviceLimits& device, Wanted wanted) {
   if (!is_served) return {true, "rows of a tensor are not whole chunks of 16 bytes: a launch for each member"};
-  if (wanted != Wanted::kBest) return {wanted == Wanted::kCublas, "as asked"};
+  if (is_decided(wanted)) return {wanted == Wanted::kCublas, "as asked"};
   if (m <= kFewRows) return {true, "few rows: each member's launch shares out its depth"};
   const char* tile_reason;
   const LoraTile tile = choose_tile(m, columns, device, tile_reason);

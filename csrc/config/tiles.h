@@ -8,8 +8,9 @@ namespace lk {
 // The device as far as a choice depends on it.
 struct DeviceLimits {
   int sms;
-  int shared_per_block;  // what a block may opt in to, bytes
-  int capability;        // 10 * major + minor
+  int shared_per_block;             // what a block may opt in to, bytes
+  int capability;                   // 10 * major + minor
+  bool encodes_tensor_maps = true;  // the driver makes what the copy engine of sm_90 is told, and so does this build
 };
 
 constexpr int kChunkBytes = 16;  // what one cp.async, one ldmatrix row and one wide store move
@@ -23,12 +24,14 @@ constexpr int64_t kMaxRowStride = 1 << 25;
 constexpr int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 enum class LoraTile : int32_t {
-  kLarge,   // 128 x 128
-  kSmall,   // 64 x 64, for problems that leave SMs idle with the large one
-  kFlat,    // 16 x 64, for a few rows
-  kNarrow,  // 64 x 16, of s alone
-  kWide,    // 64 x 128, likewise
-  kBranch,  // 128 x 128, for products as shallow as a rank
+  kLarge,        // 128 x 128
+  kSmall,        // 64 x 64, for problems that leave SMs idle with the large one
+  kFlat,         // 16 x 64, for a few rows
+  kNarrow,       // 64 x 16, of s alone
+  kWide,         // 64 x 128, likewise
+  kBranch,       // 128 x 128, for products as shallow as a rank
+  kWgmma,        // 128 x 256, of two warpgroups
+  kNarrowWgmma,  // 128 x 128, likewise
 };
 
 struct TileShape {
@@ -38,8 +41,8 @@ struct TileShape {
 };
 
 constexpr TileShape tile_shape(LoraTile tile) {
-  constexpr TileShape kShapes[] = {{128, 128, 64, 4}, {64, 64, 128, 3},  {16, 64, 128, 4},
-                                   {64, 16, 128, 4},  {64, 128, 128, 3}, {128, 128, 64, 2}};
+  constexpr TileShape kShapes[] = {{128, 128, 64, 4}, {64, 64, 128, 3},  {16, 64, 128, 4},   {64, 16, 128, 4},
+                                   {64, 128, 128, 3}, {128, 128, 64, 2}, {128, 256, 128, 4}, {128, 128, 128, 4}};
   return kShapes[static_cast<int>(tile)];
 }
 

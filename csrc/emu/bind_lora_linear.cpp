@@ -1,5 +1,6 @@
 // The CUDA bindings of lora_linear, also by slabs, as they are, over CPU tensors and emulated launches: ops of
 // `lora_kernels_emulated`. Also the frozen product's kernel, and what the config says. Test only.
+#define LK_NO_WGMMA  // bind_lora_linear_wgmma.cpp has it
 #include "../kernels/frozen_linear.cuh"
 #include "dequantize_launch.h"
 #include "lora_linear_launches.h"

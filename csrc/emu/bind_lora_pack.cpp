@@ -1,5 +1,6 @@
 // The CUDA binding of lora_pack and its gradients as it is, over CPU tensors and emulated launches: ops of
 // `lora_kernels_emulated_pack`. Test only.
+#define LK_NO_WGMMA
 #include "../kernels/lora_pack_variants.cuh"
 #include "../launch/lora_pack.h"
 #include "../launch/lora_pack_problem.h"

@@ -15,12 +15,12 @@ constexpr int kFruitlessRounds = 1000;  // in which all who poll have polled and
 
 thread_local Machine* machine = nullptr;
 
+}  // namespace
+
 Machine& running() {
   if (machine == nullptr) throw std::logic_error("a kernel's function was called outside of emu::launch");
   return *machine;
 }
-
-}  // namespace
 
 Machine::Machine(int blocks, int threads, int dynamic_shared_bytes, const std::vector<Range>& global,
                  const Options& options, const std::function<void()>& kernel)
@@ -81,6 +81,7 @@ Report Machine::run() {
   int fruitless_rounds = 0;
   uint64_t progress_before = 0;
   while (std::any_of(blocks_.begin(), blocks_.end(), [](const auto& b) { return b->running; })) {
+    if (options_.by_clocks && random_() % 4 == 0) deliver_box();
     Warp* warp = pick();
     if (warp != nullptr) {
       step(*warp);
@@ -90,7 +91,7 @@ Report Machine::run() {
         block.running = false;
         start_next(block);
       }
-    } else if (!wake(&Warp::stalled)) {
+    } else if (!deliver_box() && !wake(&Warp::stalled)) {
       fruitless_rounds = progress_ == progress_before ? fruitless_rounds + 1 : 0;
       progress_before = progress_;
       if (fruitless_rounds > kFruitlessRounds || !wake(&Warp::polling)) fail_deadlock();
@@ -106,6 +107,10 @@ void Machine::start(Block& block) {
   block.shared.assign(shared_bytes_, kPoison);
   block.words.assign((shared_bytes_ + 3) / 4, SharedWord{});
   block.known.emplace(block_count_);
+  if (options_.by_clocks) {
+    block.async = std::make_unique<AsyncBlock>(block.words.size());
+    block.async->agents = threads_;
+  }
   for (int i = 0; i < threads_; ++i) {
     Thread& t = block.threads[i];
     t.block = &block;
@@ -119,6 +124,11 @@ void Machine::start(Block& block) {
     t.acquired.reset();
     t.releases = 0;
     t.polled = nullptr;
+    if (options_.by_clocks) {
+      t.async = std::make_unique<AsyncThread>();
+      t.async->agent = block.index * kAgents + i;
+      t.async->step();
+    }
   }
   for (size_t i = 0; i < block.warps.size(); ++i) {
     Warp& w = block.warps[i];
@@ -187,6 +197,7 @@ void Machine::exit_thread() {
                                       [](const Thread& other) { return other.doing == kInBarrier; });
     fail(*waiting, waiting->site, concatenate("sync_block waits for thread ", t.index, ", which has exited"));
   }
+  if (t.async != nullptr) finish_thread(t);
   t.doing = kExited;
   w.ready &= ~t.bit();
   w.exited |= t.bit();
@@ -267,6 +278,11 @@ void Machine::complete_barrier(Block& block) {
     }
     w.ready = kAllLanes;
   }
+  if (block.async != nullptr) {
+    std::vector<Thread*> all;
+    for (Thread& t : block.threads) all.push_back(&t);
+    meet(all);
+  }
   for (Thread& t : block.threads) {
     if (!t.acquired) continue;
     block.known->join(*t.acquired);
@@ -310,8 +326,28 @@ void Machine::join_collective(Collective collective, const Operands& operands, S
 
 void Machine::perform(Warp& w) {
   switch (w.collective) {
-    case Collective::kSyncWarp:
+    case Collective::kSyncWarp: {
       ++w.epoch;
+      if (w.block->async == nullptr) break;
+      std::vector<Thread*> lanes;
+      for (int lane = 0; lane < kLanes; ++lane) lanes.push_back(&w.block->threads[w.first_thread + lane]);
+      meet(lanes);
+      break;
+    }
+    case Collective::kBroadcast:
+      for (const Operands& lane : w.operands) *lane.r = w.operands[0].address;
+      break;
+    case Collective::kStoreMatrix:
+      report_.load_matrix_turns = std::max(report_.load_matrix_turns, turns(w.operands));
+      for (int lane = 0; lane < kLanes; ++lane) {
+        uint32_t row[4];
+        for (int i = 0; i < 4; ++i) row[i] = w.operands[lane % 8 * 4 + i].a[lane / 8];
+        Thread& t = w.block->threads[w.first_thread + lane];
+        const uint32_t address = w.operands[lane].address;
+        check_shared(t, address, sizeof row, sizeof row, w.site);
+        note_write(t, address, sizeof row, w.site);
+        std::memcpy(w.block->shared.data() + (address - kSharedBase), row, sizeof row);
+      }
       break;
     case Collective::kBallot: {
       uint32_t ballot = 0;

@@ -1,6 +1,6 @@
 // The emulator of the machine that ptx/core.h describes: the kernels' own sources run, and are checked, without a GPU.
 // Test only, never shipped. ptx/ beside this has the twins of csrc/ptx/: the same names and meaning for a host
-// compiler.
+// compiler. async.h has what sm_90 adds.
 //
 // A launch throws std::runtime_error where a kernel
 //   - leaves the registered arrays or its shared memory, or uses a misaligned address;
@@ -40,6 +40,15 @@ struct Faults {
   bool drop_release_order = false;  // store_release and atomic_add_acquire_release publish nothing
   bool early_release = false;       // they publish what they would before the last barrier
   bool ignore_copy_size = false;    // asynchronous copies are always whole: no tail is zero
+
+  // With Options::by_clocks. The barriers of drop_barrier are the named ones, too.
+  int drop_arrival = -1;
+  int drop_barrier_wait = -1;
+  int drop_proxy_fence = -1;
+  int drop_multiply_wait = -1;
+  int drop_multiply_fence = -1;
+  int drop_store_wait = -1;
+  bool ignore_expected_bytes = false;  // barriers count arrivals alone
 };
 
 struct Options {
@@ -48,6 +57,7 @@ struct Options {
   Faults faults = {};
   int first_block = 0;         // the index of the first: a launch's blocks in front of it are not run
   bool stall_release = false;  // a releasing thread stops before its store until nobody else can go on
+  bool by_clocks = false;      // order is what a clock per thread says (async.h), not block barriers
 };
 
 struct Report {
@@ -57,6 +67,11 @@ struct Report {
   size_t groups_under_way = 0;  // of a thread's copies, at most, when it has waited: how far loads are ahead of use
   int load_matrix_turns = 0;    // that a load_matrix took for 8x8 elements, at most: 1 where no bank is asked twice
   std::vector<std::string> barrier_sites, async_wait_sites, global_store_sites;  // in Faults' order
+  std::vector<std::string> arrival_sites, barrier_wait_sites, proxy_fence_sites, multiply_wait_sites,
+      multiply_fence_sites, store_wait_sites;
+  uint64_t multiply_adds = 0;  // of warpgroups' products, each by itself
+  uint64_t bytes_loaded = 0;   // by copies of boxes, from the matrix
+  uint64_t bytes_stored = 0;
 };
 
 Report run(int blocks, int threads, int dynamic_shared_bytes, const std::vector<Range>& global, const Options& options,

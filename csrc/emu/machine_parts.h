@@ -11,6 +11,7 @@
 #include <sstream>
 #include <unordered_map>
 
+#include "async_parts.h"
 #include "fiber.h"
 #include "machine.h"
 
@@ -56,7 +57,7 @@ struct Clock {
   }
 };
 
-// The last write to a byte of global memory.
+// The last write to a byte of global memory. By clocks, the thread is an agent, and the epoch its count.
 struct GlobalWrite {
   int32_t thread;     // of the whole launch
   uint32_t epoch;     // of its block; 0: not written in this launch
@@ -105,7 +106,8 @@ struct Thread {
   size_t open_copies;
   std::optional<Clock> acquired;  // since the last block barrier
   uint32_t releases;
-  const void* polled;  // what load_acquire has read last
+  const void* polled;                  // what load_acquire has read last
+  std::unique_ptr<AsyncThread> async;  // null: not by clocks
 
   int lane() const { return index % kLanes; }
   uint32_t bit() const { return 1u << lane(); }
@@ -118,7 +120,9 @@ enum class Collective {
   kLoadMatrixTransposed,
   kMultiplyAddBFloat16,
   kMultiplyAddFloat16,
-  kMultiplyAddTensorFloat32
+  kMultiplyAddTensorFloat32,
+  kBroadcast,
+  kStoreMatrix
 };
 
 // One lane's part of a collective.
@@ -153,6 +157,7 @@ struct Block {
   std::vector<SharedWord> words;
   std::optional<Clock> known;
   Stacks stacks;
+  std::unique_ptr<AsyncBlock> async;  // null: not by clocks
 
   explicit Block(int thread_count) : threads(thread_count), warps(thread_count / kLanes), stacks(thread_count) {}
 };
@@ -189,6 +194,21 @@ class Machine {
   void store_release(uint32_t* p, uint32_t value, Site site);
   uint32_t load_acquire(const uint32_t* p, Site site);
 
+  void sync_named(int barrier, int threads, Site site);
+  void barrier_init(uint32_t barrier, int arrivals, Site site);
+  void barrier_init_done(Site site);
+  void barrier_arrive(uint32_t barrier, int bytes, Site site);
+  void barrier_wait(uint32_t barrier, uint32_t parity, Site site);
+  void fence_proxy_async(bool shared_only, Site site);
+  void load_box(uint32_t address, const BoxMap& map, int column, int row, uint32_t barrier, Site site);
+  void store_box(const BoxMap& map, int column, int row, uint32_t address, Site site);
+  void store_commit();
+  void store_wait_read(size_t pending, Site site);
+  void multiply_fence(Site site);
+  void multiply_add_async(const ProductOf& product, float* d, Site site);
+  void multiply_commit();
+  void multiply_wait(size_t pending, Site site);
+
  private:
   static void enter_thread();
   void start(Block& block);
@@ -207,6 +227,7 @@ class Machine {
 
   static Warp& warp_of(const Thread& t) { return t.block->warps[t.index / kLanes]; }
   int id_of(const Thread& t) const { return t.block->index * threads_ + t.index; }
+  int agents() const { return options_.by_clocks ? kAgents : threads_; }  // numbered per block, in GlobalWrite
 
   void check_shared(const Thread& t, uint32_t address, size_t bytes, size_t alignment, const Site& site) const;
   template <class F>
@@ -226,11 +247,35 @@ class Machine {
   void publish(const void* flag, bool pass_on);
   void stall(Site site);
 
+  // By clocks: order.cpp, boxes.cpp and products.cpp.
+  AsyncThread& async_of(Thread& t, const Site& site) const;
+  int new_agent(Block& block) const;
+  static void block_until_woken(std::vector<Thread*>& waiting);
+  static void release(std::vector<Thread*>& waiting);
+  static void meet(std::vector<Thread*>& threads);
+  template <class F>
+  void for_clocked_words(Block& block, uint32_t address, size_t bytes, const F& f);
+  void check_under_way(const Thread& t, const ClockedWord& word, uint32_t at, const Site& site) const;
+  void clocked_read(Thread& t, const VectorClock& clock, uint32_t address, size_t bytes, int agent, uint32_t count,
+                    bool by_engine, Site site);
+  void clocked_write(Thread& t, const VectorClock& clock, uint32_t address, size_t bytes, int agent, uint32_t count,
+                     bool by_engine, Site site);
+  void check_shown(const GlobalRange& range, const Thread& t, const void* p, size_t bytes, const Site& site) const;
+  MemoryBarrier& barrier_at(const Thread& t, uint32_t address, const Site& site) const;
+  void arrive(MemoryBarrier& barrier);
+  bool deliver_box();
+  void deliver(Block& block, MemoryBarrier& barrier);
+  void store_boxes(Block& block, const std::vector<BoxCopy>& boxes);
+  void check_box(const Thread& t, const BoxMap& map, uint32_t address, const Site& site) const;
+  void compute(Block& block, int warpgroup, Product& product);
+  void finish_thread(Thread& t);
+
   const int block_count_, threads_;
   const size_t shared_bytes_;
   std::vector<GlobalRange> ranges_;
   size_t last_range_ = 0;
   std::unordered_map<uintptr_t, Clock> flags_;  // what a thread learns that acquires the word
+  std::unordered_map<uintptr_t, VectorClock> clocked_flags_;
   const Options options_;
   const std::function<void()>& kernel_;
 
@@ -241,8 +286,12 @@ class Machine {
   Thread* current_ = nullptr;
   std::exception_ptr error_;
   uint64_t progress_ = 0;  // changes that may end somebody's polling
-  std::vector<Site> barrier_sites_, async_wait_sites_, global_store_sites_;
+  std::vector<Site> barrier_sites_, async_wait_sites_, global_store_sites_, arrival_sites_, barrier_wait_sites_,
+      proxy_fence_sites_, multiply_wait_sites_, multiply_fence_sites_, store_wait_sites_;
   Report report_;
 };
+
+// The one whose kernel calls.
+Machine& running();
 
 }  // namespace lk::emu

@@ -40,6 +40,10 @@ void Machine::check_written_before(const Thread& t, const SharedWord& word, uint
 }
 
 void Machine::note_read(Thread& t, uint32_t address, size_t bytes, const Site& site) {
+  if (t.async != nullptr) {
+    const VectorClock& clock = t.async->clock;
+    return clocked_read(t, clock, address, bytes, t.async->agent, clock.of(t.async->agent).count, false, site);
+  }
   const uint32_t epoch = t.block->epoch, warp_epoch = warp_of(t).epoch;
   const auto warp = static_cast<int16_t>(t.index / kLanes);
   for_words(t, address, bytes, site, [&](SharedWord& word, uint32_t at) {
@@ -60,6 +64,10 @@ void Machine::note_read(Thread& t, uint32_t address, size_t bytes, const Site& s
 }
 
 void Machine::note_write(Thread& t, uint32_t address, size_t bytes, const Site& site) {
+  if (t.async != nullptr) {
+    const VectorClock& clock = t.async->clock;
+    return clocked_write(t, clock, address, bytes, t.async->agent, clock.of(t.async->agent).count, false, site);
+  }
   const uint32_t epoch = t.block->epoch, warp_epoch = warp_of(t).epoch;
   const int warp = t.index / kLanes;
   for_words(t, address, bytes, site, [&](SharedWord& word, uint32_t at) {
@@ -96,6 +104,7 @@ void Machine::store_shared(uint32_t address, const void* source, size_t bytes, S
 
 void Machine::copy_async(uint32_t address, const void* source, int size, int bytes, Site site) {
   Thread& t = *current_;
+  if (t.async != nullptr) fail(t, site, "a thread's asynchronous copy in a launch by clocks");
   if (options_.faults.ignore_copy_size) bytes = size;
   if (bytes < 0 || bytes > size) fail(t, site, concatenate("copies ", bytes, " of ", size, " bytes"));
   check_shared(t, address, size, size, site);
@@ -167,6 +176,7 @@ GlobalRange& Machine::range_of(const Thread& t, const void* p, size_t bytes, siz
 }
 
 bool Machine::is_known(const GlobalWrite& write, const Thread& t) const {
+  if (t.async != nullptr) return t.async->clock.of(write.thread).count >= write.epoch;
   if (write.thread / kLanes == id_of(t) / kLanes) return true;
   const int block = write.thread / threads_;
   if (block == t.block->index && write.epoch < t.block->epoch) return true;
@@ -188,7 +198,7 @@ void Machine::check_known(const GlobalRange& range, const Thread& t, const void*
     if (write.epoch == 0 || (atomic && write.atomic) || is_known(write, t)) continue;
     fail(t, site,
          concatenate(access, " global memory at ", p, ", byte ", i, " of its array, last written by block ",
-                     write.thread / threads_, ", thread ", write.thread % threads_));
+                     write.thread / agents(), ", thread ", write.thread % agents()));
   }
 }
 
@@ -196,7 +206,8 @@ void Machine::record_write(GlobalRange& range, const Thread& t, const void* p, s
   if (range.writes.empty()) range.writes.resize(range.end - range.begin, GlobalWrite{});
   const size_t first = reinterpret_cast<uintptr_t>(p) - range.begin;
   std::fill_n(range.writes.begin() + static_cast<ptrdiff_t>(first), bytes,
-              GlobalWrite{id_of(t), t.block->epoch, t.releases, atomic});
+              t.async == nullptr ? GlobalWrite{id_of(t), t.block->epoch, t.releases, atomic}
+                                 : GlobalWrite{t.async->agent, t.async->clock.of(t.async->agent).count, 0, atomic});
   ++progress_;
 }
 
@@ -213,7 +224,7 @@ bool Machine::write_global(const void* p, size_t bytes, size_t alignment, Site s
   GlobalRange& range = range_of(t, p, bytes, alignment, "writes", site);
   check_known(range, t, p, bytes, false, "unordered write of", site);
   record_write(range, t, p, bytes, false);
-  if (flags_.empty()) return true;
+  if (flags_.empty()) return true;  // by clocks, what a flag has told stays known
   const auto begin = reinterpret_cast<uintptr_t>(p);
   for (uintptr_t word = begin & ~uintptr_t{3}; word < begin + bytes; word += 4) flags_.erase(word);
   return true;
@@ -222,6 +233,11 @@ bool Machine::write_global(const void* p, size_t bytes, size_t alignment, Site s
 // ---- flags
 
 void Machine::acquire(const void* flag) {
+  if (current_->async != nullptr) {
+    const auto found = clocked_flags_.find(reinterpret_cast<uintptr_t>(flag));
+    if (found != clocked_flags_.end()) current_->async->clock.join(found->second);
+    return;
+  }
   const auto found = flags_.find(reinterpret_cast<uintptr_t>(flag));
   if (found == flags_.end()) return;
   if (!current_->acquired) current_->acquired.emplace(block_count_);
@@ -231,9 +247,13 @@ void Machine::acquire(const void* flag) {
 // A store forgets what earlier releases published through the flag, an atomic operation passes it on.
 void Machine::publish(const void* flag, bool pass_on) {
   const auto address = reinterpret_cast<uintptr_t>(flag);
-  if (!pass_on) flags_.erase(address);
+  if (!pass_on) flags_.erase(address), clocked_flags_.erase(address);
   if (options_.faults.drop_release_order) return;
   Thread& t = *current_;
+  if (t.async != nullptr) {
+    clocked_flags_[address].join(options_.faults.early_release ? t.async->before_meeting : t.async->clock);
+    return t.async->step();
+  }
   Clock& clock = flags_.try_emplace(address, block_count_).first->second;
   clock.join(*t.block->known);
   if (t.acquired) clock.join(*t.acquired);

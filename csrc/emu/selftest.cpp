@@ -1,6 +1,6 @@
 // Proves the emulator on kernels small enough to be checked by eye: right ones must pass, wrong ones be caught.
 // A program of its own, so that it also runs under sanitizers:
-//     g++ -std=c++20 -O1 -g -fsanitize=address,undefined csrc/emu/selftest.cpp csrc/emu/machine.cpp
+//     g++ -std=c++20 -O1 -g -fsanitize=address,undefined selftest.cpp selftest_async.cpp and the machine's sources
 #include <array>
 #include <bit>
 #include <cstdio>
@@ -13,6 +13,9 @@
 #include "../device.h"
 
 namespace lk {
+
+void selftest_async();  // selftest_async.cpp
+
 namespace {
 
 constexpr int kThreads = 64, kSeeds = 20;
@@ -501,6 +504,7 @@ constexpr Test kTests[] = {
     TEST(test_global_bounds),
     TEST(test_deadlock_is_reported),
     TEST(test_exited_and_diverged_threads_are_reported),
+    TEST(selftest_async),
 };
 
 }  // namespace

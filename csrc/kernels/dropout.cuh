@@ -74,10 +74,12 @@ struct KeepBits {
     return load_shared_4(smem + (row * kWords + column / 32) * 4);
   }
 
+  // By kThreads threads, of which this is the first, second, ...
   template <int kThreads, class Rows>
-  LK_DEVICE static void compute(uint32_t smem, const Rows& row_of, int column0, const DropoutMask& mask) {
+  LK_DEVICE static void compute(uint32_t smem, const Rows& row_of, int column0, const DropoutMask& mask,
+                                int thread = thread_index()) {
     LK_NO_UNROLL
-    for (int i = thread_index(); i < kRows * kWords; i += kThreads) {
+    for (int i = thread; i < kRows * kWords; i += kThreads) {
       uint32_t bits = 0;
       LK_NO_UNROLL
       for (int group = 0; group < 32 / kDropoutGroup; ++group) {

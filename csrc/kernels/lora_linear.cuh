@@ -17,6 +17,7 @@
 // - dropout.cuh: the mask, on a stage of x or as bits for the branch;
 // - lora_branch.cuh: acc += scaling · s bᵀ, with s of other blocks or of this one (ShrinkTask), and the epilogue;
 // - store.cuh: accumulators to rows of memory, and sums of parts of the depth.
+// lora_linear_wgmma.cuh is another kernel of the same, for sm_90a alone.
 // lora_linear_dual.cuh has the schedules of few rows or columns, lora_shrink_expand.cuh the branch by itself for where
 // the vendor multiplies x by w, lora_grads.cuh dA and dB; lora_linear_variants.cuh lists all kernels with their keys,
 // and config/lora_linear.h chooses one. multi_lora_decode.cuh and multi_lora_branch.cuh are for rows with adapters of

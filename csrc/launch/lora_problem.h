@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../config/lora_linear.h"
+#include "../config/lora_linear_wgmma.h"
 #include "../params/common.h"
 #include "../params/lora_linear.h"
 #include "../philox.h"
@@ -61,6 +62,11 @@ struct LoraProblem {
     return access_of(long_rows, long_rows && is_whole(rank()));
   }
   Access expand_access() const { return access_of(true, is_whole(rank()) && b.aligned()); }
+  // For the forward; null: it fits.
+  const char* misfit_of_wgmma(const DeviceLimits& device) const {
+    if (w_in_columns) return "wgmma does not fit: w lies in columns; what is best without it";
+    return lk::misfit_of_wgmma(element_bytes(), access(), is_whole(n()), device);
+  }
 };
 
 // What the gradients are told besides.
@@ -80,6 +86,12 @@ struct LoraBackwardProblem {
             .x_is_whole = f.is_whole(f.k()) && f.x.aligned(),
             .grad_y_is_whole = grad_y_is_whole,
             .ranks_are_whole = ranks_are_whole};
+  }
+  // For dX; null: it fits.
+  const char* misfit_of_wgmma(const DeviceLimits& device) const {
+    if (!need_x) return "wgmma does not fit: no gradient of x is wanted; what is best without it";
+    if (forward.w_in_columns) return "wgmma does not fit: w lies in columns; what is best without it";
+    return lk::misfit_of_wgmma(forward.element_bytes(), access().grad_x, forward.is_whole(forward.k()), device);
   }
 };
 
@@ -104,8 +116,16 @@ inline LoraForwardConfig lora_forward_config(const LoraProblem& p, const DeviceL
   const Access access = p.access();
   const bool has_dropout = p.seed != nullptr;
   LoraForwardConfig config{};
+  const char* const misfit = p.misfit_of_wgmma(device);
+  if (wanted == Wanted::kWgmma && misfit == nullptr) {
+    config.cublas = {false, kWgmmaAsAsked};
+    config.launch = wgmma_config(LoraRole::kForward, p.m(), p.n(), p.rank(), device);
+    return config;
+  }
   config.cublas =
       uses_cublas(p, p.n(), access, serves_few_rows(p.m(), p.n(), p.rank(), access, has_dropout), device, wanted);
+  if (wanted == Wanted::kWgmma) config.cublas.reason = misfit;
+  if (config.cublas.reason == kVendorOnSm90 && misfit == nullptr) config.cublas.reason = kWgmmaNotMeasured;
   if (config.cublas.yes) {
     config.vendor_makes_s = !has_dropout;
     if (has_dropout) {
@@ -165,8 +185,19 @@ inline LoraBackwardConfig lora_backward_config(const LoraBackwardProblem& p, con
                                                Wanted wanted) {
   const LoraProblem& f = p.forward;
   const LoraBackwardAccess access = p.access();
-  return lora_backward_config(f.m(), f.n(), f.k(), f.rank(), access, p.need_x, p.need_a, p.need_b, device,
-                              uses_cublas(f, f.k(), access.grad_x, false, device, wanted));
+  const char* const misfit = p.misfit_of_wgmma(device);
+  if (wanted == Wanted::kWgmma && misfit == nullptr) {
+    LoraBackwardConfig config{};
+    config.cublas = {false, kWgmmaAsAsked};
+    config.vendor_makes_s = true;
+    config.grad_x = wgmma_config(LoraRole::kGradX, f.m(), f.k(), f.rank(), device);
+    config.grads = lora_grads_config(f.m(), p.need_b ? f.n() : 0, p.need_a ? f.k() : 0, f.rank(), 0, access, device);
+    return config;
+  }
+  UsesCublas cublas = uses_cublas(f, f.k(), access.grad_x, false, device, wanted);
+  if (wanted == Wanted::kWgmma) cublas.reason = misfit;
+  if (cublas.reason == kVendorOnSm90 && misfit == nullptr) cublas.reason = kWgmmaNotMeasured;
+  return lora_backward_config(f.m(), f.n(), f.k(), f.rank(), access, p.need_x, p.need_a, p.need_b, device, cublas);
 }
 
 // counters: those of the first launch, then of dA's and dB's. grad_s: s' = dY B, [m, rank] of x's type, which the first
@@ -259,6 +290,7 @@ struct MemoryRef {
 template <class F>
 void for_each_range(const LoraLinearParams& p, const LoraLinearConfig& config, int element_bytes, const F& f) {
   const bool shrinks = config.key.schedule == Schedule::kShrink, expands = config.key.schedule == Schedule::kExpand;
+  const bool is_wgmma = config.key.schedule == Schedule::kWgmma;
   const int adapter_bytes = p.adapters_are_float ? 4 : element_bytes;
   const auto add = [&](const void* data, int64_t rows, int64_t columns, int64_t stride, int bytes, bool is_written) {
     if (data != nullptr) f(MemoryRef{data, rows, columns, stride, bytes, is_written});
@@ -269,9 +301,10 @@ void for_each_range(const LoraLinearParams& p, const LoraLinearConfig& config, i
     add(data, is_backward ? c : r, is_backward ? r : c, stride, bytes, false);
   };
   add(p.seed, 1, 1, 1, sizeof *p.seed, false);
-  add(p.s, p.m, p.rank, p.rank, element_bytes, !expands);
-  if (!expands) {
-    add(p.x, p.m, p.k, p.x_stride, element_bytes, false);
+  const bool makes_s = !expands && !(is_wgmma && is_backward);
+  add(p.s, p.m, p.rank, p.rank, element_bytes, makes_s);
+  if (!expands) add(p.x, p.m, p.k, p.x_stride, element_bytes, false);
+  if (makes_s) {
     factor(p.a, p.rank, p.k, p.a_stride, adapter_bytes);
   }
   if (!shrinks) {

@@ -1,7 +1,9 @@
 // Plans of lora_linear and its gradients.
 #include "../launch/lora_linear.h"
 
+#include "../launch/lora_linear_wgmma.h"
 #include "../launch/lora_problem.h"
+#include "../launch/lora_wgmma_boxes.h"
 #include "lora_linear_shared.h"
 
 namespace lk {
@@ -40,6 +42,7 @@ bool parse(PyObject* args, PyObject* keywords, Problem& p) {
   };
   p.lora = {.x = matrix(m, k), .w = matrix(n, k), .a = matrix(rank, k), .b = matrix(n, rank)};
   if (has_dropout != 0) p.lora.seed = &kSeed;
+  p.device.encodes_tensor_maps = kHasWgmma<BFloat16>;  // the driver of the device is not asked
   return parse_wanted(schedule, p.wanted);
 }
 
@@ -53,6 +56,50 @@ Plan plan_of(const LoraLinearConfig& config, const KernelInfo& kernel, const cha
           .fields = LoraLinearFields::kFields};
 }
 
+struct LoraWgmmaFields {
+  using Params = LoraWgmmaParams;
+  static constexpr std::array kMaps = {Field{"map of x", offsetof(Params, x), sizeof(Params::x)},
+                                       Field{"map of w", offsetof(Params, w), sizeof(Params::w)},
+                                       Field{"map of b", offsetof(Params, b), sizeof(Params::b)},
+                                       Field{"map of s", offsetof(Params, s), sizeof(Params::s)},
+                                       Field{"map of y", offsetof(Params, y), sizeof(Params::y)}};
+  static constexpr std::array kFields = joined(LoraLinearFields::kFields, kMaps);
+  static_assert(offsetof(Params, lora) == 0 &&
+                sizeof(Params) == kMaps.front().offset + kMaps.size() * sizeof(TensorMap));
+};
+
+// What the copy engine is told of a matrix; the dimension whose elements are neighbours comes first.
+PyObject* to_python(const Boxes& boxes) {
+  return Py_BuildValue("{s:s,s:[L,L],s:[L],s:[i,i],s:i,s:s}",                                              //
+                       "tensor", boxes.tensor,                                                             //
+                       "dims", static_cast<long long>(boxes.columns), static_cast<long long>(boxes.rows),  //
+                       "strides_in_bytes", static_cast<long long>(boxes.stride * Boxes::kElementBytes),    //
+                       "box", Boxes::kColumns, boxes.box_rows,                                             //
+                       "swizzle_bytes", Boxes::kSwizzleBytes,                                              //
+                       "why", boxes.why);
+}
+
+// Of the forward, or of dX, whose matrices `params` has.
+template <class Element>
+PyObject* planned_wgmma(const LoraLinearParams& params, const LoraLinearConfig& config, const char* why) {
+  if constexpr (kHasWgmma<Element>) {
+    Plan plan = plan_of(config, describe_lora_linear_wgmma<Element>(config.key), why);
+    plan.params_size = sizeof(LoraWgmmaParams);
+    plan.fields = LoraWgmmaFields::kFields;
+    PyObject* const planned = to_python(plan);
+    PyObject* maps = PyList_New(0);
+    for (const Boxes& boxes : wgmma_boxes(params, config.key)) {
+      if (!append(maps, to_python(boxes))) Py_CLEAR(maps);
+    }
+    if (planned != nullptr && maps != nullptr) PyDict_SetItemString(planned, "maps", maps);
+    Py_XDECREF(maps);
+    return planned;
+  } else {
+    PyErr_SetString(PyExc_RuntimeError, "this build has no kernels of wgmma");
+    return nullptr;
+  }
+}
+
 // One launch, or a list of them.
 PyObject* plan_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
   Problem p;
@@ -63,6 +110,10 @@ PyObject* plan_lora_linear(PyObject*, PyObject* args, PyObject* keywords) {
     const auto planned = [&](const LoraLinearConfig& launch) {
       return to_python(plan_of(launch, describe_lora_linear<Element>(launch.key), config.cublas.reason));
     };
+    if (config.launch.key.schedule == Schedule::kWgmma) {
+      const LoraLinearParams params = forward_params(p.lora, {nullptr, p.lora.n()}, nullptr, config.launch, {});
+      return planned_wgmma<Element>(params, config.launch, config.cublas.reason);
+    }
     if (!config.cublas.yes) return planned(config.launch);
     return list_of({config.vendor_makes_s ? product("s = x aT", config.cublas.reason) : planned(config.launch),
                     planned(config.expand), product("y += x wT", config.cublas.reason)});
@@ -90,6 +141,11 @@ PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keyword
     const auto planned = [&](const LoraLinearConfig& launch, int64_t more_words) {
       return to_python(plan_of(launch, describe_lora_grad_x<Element>(launch.key), config.cublas.reason, more_words));
     };
+    if (config.grad_x.key.schedule == Schedule::kWgmma) {
+      const LoraLinearParams params = grad_x_params(problem, {nullptr, forward.k()}, config.grad_x, config, {});
+      return list_of({product("s' = dY B", config.cublas.reason),
+                      planned_wgmma<Element>(params, config.grad_x, config.cublas.reason), to_python(last)});
+    }
     if (!config.cublas.yes) return list_of({planned(config.grad_x, config.partial_grad_b), to_python(last)});
     return list_of({product("s' = dY B", config.cublas.reason), planned(config.expand, 0),
                     product("dX += dY W", config.cublas.reason), to_python(last)});
@@ -101,6 +157,10 @@ std::vector<KernelInfo> kernels() {
     std::vector<KernelInfo> all = lora_linear_kernels<Element>();
     const std::vector<KernelInfo> backward = lora_backward_kernels<Element>();
     all.insert(all.end(), backward.begin(), backward.end());
+    if constexpr (kHasWgmma<Element>) {
+      const std::vector<KernelInfo> wgmma = lora_linear_wgmma_kernels<Element>();
+      all.insert(all.end(), wgmma.begin(), wgmma.end());
+    }
     return all;
   });
 }

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..support.winners import CANDIDATES
+from ..support import winners
 from ..text import one_line
 from . import layers, models
 from .cases import BASELINE, EVENT_SAMPLE_S, NULL, OURS, Case, Result, WrongResult, measure
@@ -177,7 +177,7 @@ def _layer_case(device: torch.device, layer: Layer, what: str) -> Case:
     return layers.make_case(
         device, layer.m, layer.n, layer.k, rank=layer.rank, dropout=layer.dropout, what=what, dtype=layer.dtype,
         adapter_dtype=FP32 if layer.fp32_adapters else layer.dtype, compiled=layer.compiled and what != "decode",
-        autocast=layer.autocast, alternatives=CANDIDATES if device.type == "cuda" else ("reference",),
+        autocast=layer.autocast, alternatives=winners.candidates(device) if device.type == "cuda" else ("reference",),
         level="decode" if what == "decode" else "layer",
     )  # fmt: skip
 

@@ -120,7 +120,7 @@ def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     if not options.levels:
         dtype = DTYPES[options.dtype]
         given = {"rank": options.rank, "dropout": options.dropout, "dtype": dtype, "adapter_dtype": torch.float32}
-        given["alternatives"] = winners.CANDIDATES if options.write_winners else ()
+        given["alternatives"] = winners.candidates(device) if options.write_winners else ()
         for what in ("forward", "forward+backward") if options.write_winners else ("forward+backward",):
             yield layers.make_case(device, options.m, options.n, options.k, what=what, **given)
         return

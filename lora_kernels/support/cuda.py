@@ -32,10 +32,13 @@ PROMPT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 TENSOR_CORES = Verdict("tensor cores", "bf16, fp16 and, where torch allows it, tf32 on sm_80 and newer")
 """The schedule depends on sizes, alignment and the GPU, and is chosen when the launch is planned: see ``planned``."""
+WGMMA = "wgmma"
+"""y and dX of 16 bits on a GPU of capability 9.0 alone, by kernels that have run on no GPU yet: never unasked."""
 _SCHEDULES = {
     "auto": TENSOR_CORES,
     "one launch": Verdict("one launch", "asked for: the product and the branch in one kernel"),
     "cublas": Verdict("cublas", "asked for: the branch by our kernels, the vendor's GEMM accumulates onto it"),
+    WGMMA: Verdict(WGMMA, "asked for: wgmma on sm_90 where it fits, the rest as without asking"),
 }
 
 _FP32_STRICT = Verdict(None, Reason.FP32_STRICT)
@@ -63,7 +66,8 @@ def use_schedule(name: str) -> Iterator[None]:
     backward of each.
 
     Args:
-        name: "one launch", "cublas", or "auto", which is what is expected to be fastest.
+        name: "one launch", "cublas", "wgmma" (bf16 and fp16 on a GPU of compute capability 9.0; other calls as under
+            "auto"), or "auto", which is what is expected to be fastest.
     """
     if name not in _SCHEDULES:
         raise ValueError(f"name must be one of {', '.join(_SCHEDULES)}, got {name!r}")
@@ -282,7 +286,8 @@ def _limits(device: torch.device) -> dict[str, int]:
 
 
 def _told(launches: Any) -> Verdict:
-    """What a plan comes to: the vendor's product, where it is one of several launches."""
+    """What a plan comes to: of several launches, who multiplies by the weight."""
     launches = launches if isinstance(launches, list) else [launches]
-    told = next((launch for launch in launches if launch["schedule"] == "cublas"), launches[0])
+    by_schedule = {launch["schedule"]: launch for launch in reversed(launches)}
+    told = by_schedule.get(WGMMA) or by_schedule.get("cublas") or launches[0]
     return Verdict(told["schedule"], told["reason"])

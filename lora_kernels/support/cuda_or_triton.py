@@ -10,7 +10,10 @@ from ..spec import Verdict
 from . import cuda, triton, winners
 
 _MEASURED_TRITON = Verdict(None, Reason.MEASURED_TRITON)
-_MEASURED = {f"cuda, {schedule}": Verdict(schedule, "measured to be fastest") for schedule in ("one launch", "cublas")}
+_MEASURED = {
+    f"cuda, {schedule}": Verdict(schedule, "measured to be fastest")
+    for schedule in ("one launch", "cublas", cuda.WGMMA)
+}
 
 
 def cuda_or_triton(

@@ -17,12 +17,19 @@ import torch
 
 from .. import measured
 from ..plain import float32_products
-from . import triton
+from . import cuda, triton
 
-CANDIDATES = ("cuda, one launch", "cuda, cublas", "triton")
+_WGMMA = f"cuda, {cuda.WGMMA}"
+CANDIDATES = ("cuda, one launch", "cuda, cublas", _WGMMA, "triton")
 """Backend and, behind the comma, its schedule."""
 ENABLED = os.environ.get("LORA_KERNELS_WINNERS") == "1"
 _WHAT = "winners"
+
+
+def candidates(device: torch.device) -> tuple[str, ...]:
+    """Those that differ on a GPU: elsewhere than on a capability of 9.0, wgmma is what is taken without asking."""
+    has_wgmma = cuda.capability(device) == (9, 0)
+    return tuple(name for name in CANDIDATES if has_wgmma or name != _WGMMA)
 
 
 def problem(

@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
     options = parser.parse_args(argv)
     device, status = torch.device(options.device), dispatch.backends()
-    names = winners.CANDIDATES if device.type == "cuda" else ("cpu",)
+    names = winners.candidates(device) if device.type == "cuda" else ("cpu",)
     return 1 if run(device, [name for name in names if status[name.partition(", ")[0]].available]) else 0
 
 

@@ -21,7 +21,7 @@ from lora_kernels.spec import OpSpec
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 BUILD = CSRC.parent / "build" / "emu"
-MACHINE = ("emu/machine.cpp", "emu/memory.cpp", "emu/fiber.cpp")
+MACHINE = tuple(f"emu/{name}.cpp" for name in ("machine", "memory", "fiber", "async", "order", "boxes", "products"))
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 _libraries: list[torch.library.Library] = []
 """Kept for as long as the process lives."""
@@ -39,6 +39,13 @@ def load_lora_linear() -> ModuleType:
         schema = str(getattr(torch.ops.lora_kernels_native, name).default._schema)
         library.define(schema.removeprefix("lora_kernels_native::"))
     return _build_over_torch("_emu_lora_linear", "emu/bind_lora_linear.cpp")
+
+
+@functools.cache
+def load_lora_linear_wgmma() -> ModuleType:
+    """The same on a GPU of capability 9.0, schedule "wgmma", in ``torch.ops.lora_kernels_emulated_wgmma``."""
+    _defined("lora_kernels_emulated_wgmma", lora_linear)
+    return _build_over_torch("_emu_lora_linear_wgmma", "emu/bind_lora_linear_wgmma.cpp")
 
 
 @functools.cache

@@ -29,7 +29,9 @@ from lora_kernels.support import triton as triton_support
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 REHEARSED = os.environ.get("LORA_KERNELS_REHEARSAL") == "1"
 DEVICE = torch.device("cpu" if REHEARSED else "cuda")
-BACKENDS = ("cpu", "reference") if REHEARSED else ("cuda, one launch", "cuda, cublas", "triton")
+HAS_WGMMA = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+ON_GPU = ("cuda, one launch", "cuda, cublas", *(["cuda, wgmma"] if HAS_WGMMA else []), "triton")
+BACKENDS = ("cpu", "reference") if REHEARSED else ON_GPU
 """And, behind the comma, the schedule."""
 SCALING, SEED = 1.7, -987654321012345
 RESULTS = ("y", "dX", "dA", "dB")

@@ -61,7 +61,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = device.sms;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = 99 << 10;
+      *value = device.capability == 90 ? 227 << 10 : 99 << 10;
       break;
     case cudaDevAttrComputeCapabilityMajor:
       *value = device.capability / 10;

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ...support.cuda import MAX_RANK, MAX_ROW, MAX_SIZE
+from ...support.cuda import MAX_RANK, MAX_ROW, MAX_SIZE, WGMMA
 from .. import _arguments as arguments
 from ._planned_ops import register
 
 
-def add_sizes(parser: argparse.ArgumentParser, fewest_rows: int) -> None:
+def add_sizes(parser: argparse.ArgumentParser, fewest_rows: int, *more_schedules: str) -> None:
     """What rows in groups are told by, too."""
     size = arguments.integer(1, MAX_ROW)
     parser.add_argument("--m", type=arguments.integer(fewest_rows, MAX_SIZE), required=True, help="tokens: rows of x")
@@ -19,8 +19,9 @@ def add_sizes(parser: argparse.ArgumentParser, fewest_rows: int) -> None:
     parser.add_argument("--r", type=arguments.integer(1, MAX_RANK), required=True, help="rank of an adapter")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "tf32"), required=True, help="tf32: fp32 tensors")
     parser.add_argument(
-        "--schedule", choices=("auto", "one launch", "cublas"), default="auto", help="(default: what is fastest there)"
-    )
+        "--schedule", choices=("auto", "one launch", "cublas", *more_schedules), default="auto",
+        help="(default: what is fastest there)",
+    )  # fmt: skip
 
 
 def sizes(options: argparse.Namespace) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def sizes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_sizes(parser, 0)
+    add_sizes(parser, 0, WGMMA)
     parser.add_argument("--dropout", action="store_true", help="the branch drops out elements of x")
     parser.add_argument("--unaligned", action="store_true", help="rows of the tensors do not begin at 16 bytes")
 

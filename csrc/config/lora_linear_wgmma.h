@@ -1,0 +1,60 @@
+// Problem -> tile, grid and boxes of lora_linear and of its gradient of x on sm_90a, schedule "wgmma". Host only, no
+// CUDA.
+#pragma once
+
+#include "lora_linear.h"
+
+namespace lk {
+
+// Shared memory of a launch with the wide tile: four stages of 48 KB, staging tiles of y, and barriers.
+constexpr int kWgmmaSharedBytes = 225 << 10;
+
+// Columns of s that a warp computes at a time: what registers are there for.
+constexpr int wgmma_rank_tile_of(int64_t rank) { return rank <= 16 ? 16 : 48; }
+
+// Why a forward, or dX, is none for wgmma; null: it is one. y_is_whole: its rows are whole chunks of 16 bytes.
+inline const char* misfit_of_wgmma(int element_bytes, Access access, bool y_is_whole, const DeviceLimits& device) {
+  if (device.capability != 90 || device.shared_per_block < kWgmmaSharedBytes) {
+    return "wgmma does not fit: it is sm_90's alone; what is best without it";
+  }
+  if (!device.encodes_tensor_maps) {
+    return "wgmma does not fit: this build, or the driver, makes no tensor maps; what is best without it";
+  }
+  if (element_bytes != 2) return "wgmma does not fit: its kernel is for bf16 and fp16; what is best without it";
+  if (access != Access::kWhole || !y_is_whole) {
+    return "wgmma does not fit: the copy engine reads and writes rows of whole chunks of 16 bytes; what is best "
+           "without it";
+  }
+  return nullptr;
+}
+
+constexpr const char* kWgmmaAsAsked = "as asked: wgmma, its operands by the copy engine, the branch one more stage";
+// What the model says of wgmma where nobody has asked for it, and it fits.
+constexpr const char* kWgmmaNotMeasured =
+    "sm_90: mma.sync reaches three fifths of the rate of the vendor's wgmma (measured on an H200); schedule \"wgmma\" "
+    "fits, but has run on no GPU yet: it is taken where it is asked for, or was measured to be fastest";
+
+// Of y [m, n], or of dX.
+inline LoraLinearConfig wgmma_config(LoraRole role, int64_t m, int64_t n, int64_t rank, const DeviceLimits& device) {
+  LoraLinearConfig config{};
+  config.splits = 1;
+  config.reason = role == LoraRole::kForward ? "blocks stay on their SMs; warps that would be idle compute s"
+                                             : "blocks stay on their SMs; warps that would be idle make the mask";
+  const auto tiles = [&](LoraTile tile) {
+    return blocks_of(m, tile_shape(tile).rows) * blocks_of(n, tile_shape(tile).columns);
+  };
+  // A narrow tile reads half as much again per multiply-add. A model: it orders, it does not predict.
+  const double wide = static_cast<double>(blocks_of(tiles(LoraTile::kWgmma), device.sms));
+  const double narrow = 0.55 * static_cast<double>(blocks_of(tiles(LoraTile::kNarrowWgmma), device.sms));
+  const LoraTile tile = narrow < wide ? LoraTile::kNarrowWgmma : LoraTile::kWgmma;
+  config.tile_reason = narrow < wide ? "narrow tiles fill the waves of SMs better" : "wide tiles read least";
+  config.key = {role, Schedule::kWgmma, tile, wgmma_rank_tile_of(rank), Access::kWhole};
+  config.blocks = std::min<int64_t>(tiles(tile), device.sms);
+  const int64_t rows = blocks_of(m, tile_shape(tile).rows);
+  // Tickets of tiles; in the forward also of slabs of s, and a flag per block of rows.
+  config.counters = role == LoraRole::kForward ? 2 + rows : 1;
+  config.group_rows = static_cast<int>(std::clamp<int64_t>(rows, 1, kGroupRows / tile_shape(tile).rows));
+  return config;
+}
+
+}  // namespace lk
