@@ -22,7 +22,7 @@ from lora_kernels.spec import OpSpec
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 BUILD = CSRC.parent / "build" / "emu"
 MACHINE = tuple(f"emu/{name}.cpp" for name in ("machine", "memory", "fiber", "async", "order", "boxes", "products"))
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 _libraries: list[torch.library.Library] = []
 """Kept for as long as the process lives."""
 
@@ -137,10 +137,13 @@ def _build_over_torch(name: str, binding: str) -> ModuleType:
     """A module of the CUDA binding in a source; built once for the sources as they are, however many processes ask."""
     torch_dir = Path(torch.__file__).parent
     abi = next(flag for flag in setup_script.load().STABLE_ABI if "TORCH_TARGET_VERSION" in flag)
-    over_torch = (f"-I{CSRC}/emu/cuda", "-isystem", f"{torch_dir}/include", abi, "-DUSE_CUDA")
-    includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}")
+    others = (torch_dir / "include", pybind11.get_include(), sysconfig.get_paths()["include"])
+    flags = (f"-I{CSRC}/emu/cuda", *(f"-isystem{path}" for path in others), abi, "-DUSE_CUDA")
     objects = [_made(f"{Path(source).stem}.o", "-c", str(CSRC / source)) for source in MACHINE]
-    objects.append(_made(f"{name}.o", "-c", *over_torch, *includes, str(CSRC / binding)))
+    headers = "torch_headers.h"
+    compiled = _made(f"{headers}.gch", "-x", "c++-header", *flags, str(CSRC / "emu" / headers))
+    first = ("-include", str(compiled.with_name(headers)))
+    objects.append(_made(f"{name}.o", "-c", *flags, *first, str(CSRC / binding)))
     libraries = (f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
     spec = importlib.util.spec_from_file_location(name, _made(f"{name}.so", "-shared", *map(str, objects), *libraries))
     module = importlib.util.module_from_spec(spec)
