@@ -146,7 +146,7 @@ def main() -> int:
     before = held_out_loss(stock, held, BATCH, device)
     trainers = [Trainer(m, blocks, batch=BATCH, lr=LR, warmup=WARMUP, seed=SEED) for m in (stock, fused)]
     lk.reset_stats()
-    train(*trainers, options.steps)
+    train(dict(zip(("PEFT", "fused"), trainers)), options.steps)
     claims.check("largest difference between the loss curves", largest_difference(*trainers), MAX_LOSS_DIFFERENCE)
     print("\n".join(f"  {line}" for line in counters()))
     after = {name: held_out_loss(m, held, BATCH, device) for name, m in (("PEFT", stock), ("fused", fused))}
