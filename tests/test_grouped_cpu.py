@@ -4,6 +4,7 @@ import pytest
 import torch
 from grouped import SCALING, SEED, SIZES, Sizes, looped, make_problem, offsets_of, run
 from numerics import assert_as_accurate
+from poisoned import memory_of_nan  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels import _native
@@ -26,14 +27,6 @@ SIZES = [*SIZES, Sizes((600, 3, 513), 40, 50, 5, behind=2), Sizes((1, 2, 3, 4, 5
 
 pytestmark = pytest.mark.skipif(_native.cpu is None, reason="lora_kernels._C is not built")
 native = torch.ops.lora_kernels_native
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that torch allocates holds NaN until it is written."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 from numerics import assert_as_accurate
 from packs import BF16, FP16, FP32, FP64, PACKS, SEED, Pack, apart, leaves, make_problem, op_arguments, run, small
+from poisoned import memory_of_nan  # noqa: F401
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
@@ -21,14 +22,6 @@ ON_CPU = pytest.mark.skipif(_native.cpu is None, reason="lora_kernels._C is not 
 def backend(request):
     with lk.use_backend(request.param):
         yield request.param
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that torch allocates holds NaN until it is written."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check_values(pack, dtypes, p, bias):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from many_adapters import BATCHES, SCALINGS, make_problem
 from numerics import assert_as_accurate
+from poisoned import memory_of_nan  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels import _native, dispatch
@@ -29,14 +30,6 @@ def backend(request):
     """None: what dispatch chooses."""
     with lk.use_backend(request.param):
         yield request.param
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that torch allocates holds NaN until it is written."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("ordered", [False, True])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from many_adapters import BATCHES, SCALINGS, SEED, Batch, looped, make_problem, scattered, small
 from numerics import assert_as_accurate
+from poisoned import memory_of_nan  # noqa: F401
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
@@ -22,14 +23,6 @@ ON_CPU = pytest.mark.skipif(_native.cpu is None, reason="lora_kernels._C is not 
 def backend(request):
     with lk.use_backend(request.param):
         yield request.param
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that torch allocates holds NaN until it is written."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def run(batch, problem, dtype, adapter_dtype, function):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_as_accurate
 from packed import decoded, random_packed, random_scaled
+from poisoned import memory_of_nan  # noqa: F401
 
 from lora_kernels import _native, philox
 from lora_kernels.formats import rounded_to
@@ -45,14 +46,6 @@ pytestmark = pytest.mark.skipif(_native.cpu is None, reason="lora_kernels._C is 
 
 
 native = torch.ops.lora_kernels_native
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """Memory that torch allocates holds NaN until it is written."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def skip_unless_possible(schedule, dtype):

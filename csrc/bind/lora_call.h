@@ -178,14 +178,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& x, const Tensor& 
                                          need_B ? grad_b.mutable_data_ptr() : nullptr, config, workspace);
   const bool is_wgmma = config.grad_x.key.schedule == Schedule::kWgmma;
   const Tensor a = is_wgmma ? cast(operands.a, x.scalar_type()) : operands.a;
+  LoraBackwardProblem of_grad_x = problem;
+  of_grad_x.forward.a = ref_of(a);
   const cudaError_t error = with_element(problem.forward.x.type, [&]<class Element>(std::type_identity<Element>) {
     for (const LoraLinearConfig* which : {&config.grad_x, &config.expand}) {
-      LoraLinearParams p = grad_x_params(problem, output_of(grad_x, k), *which, config, workspace);
-      if (is_wgmma) {
-        p.b = a.const_data_ptr();
-        p.b_stride = a.stride(0);
-        p.adapters_are_float = false;
-      }
+      const LoraLinearParams p = grad_x_params(of_grad_x, output_of(grad_x, k), *which, config, workspace);
       const cudaError_t error = launch_lora<Element>(p, *which, call.stream);
       if (error != cudaSuccess) return error;
     }

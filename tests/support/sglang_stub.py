@@ -26,14 +26,8 @@ class ForwardMode(enum.Enum):
     def is_decode(self) -> bool:
         return self is ForwardMode.DECODE
 
-    def is_extend(self) -> bool:
-        return self in (ForwardMode.EXTEND, ForwardMode.TARGET_VERIFY)
-
     def is_target_verify(self) -> bool:
         return self is ForwardMode.TARGET_VERIFY
-
-    def is_draft_extend_v2(self) -> bool:
-        return False
 
 
 @dataclass
