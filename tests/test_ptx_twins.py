@@ -219,26 +219,27 @@ def test_the_compiler_moves_no_access_across_another():
 
 @pytest.mark.parametrize(("element", "ptx_type"), [("BFloat16", "bf16"), ("Float16", "f16")])
 def test_products_of_warpgroups(element, ptx_type):
-    """Kills: an accumulator left out or out of place, an operand's number that is another's, a sign, p transposed."""
+    """Kills: an accumulator left out or out of place, an operand's number that is another's, a sign, one operand's turn that is the other's."""
     flags = ("-E", "-P", "-x", "c++", "-DLK_DEVICE=", "-DLK_UNROLL=")
     command = [os.environ.get("CXX", "g++"), *flags, str(CSRC / "ptx/wgmma.h")]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     body, _ = block(text, text.index("{", text.index(f"struct Warpgroup<{element}>")))
     (functions,) = parse(body).values()
     counts = [int(re.search(r"float ?\(&d\)\[(\d+)\]", f.signature)[1]) for f in functions]
-    assert counts == [16, 32, 64, 128]
+    assert counts == [8, 16, 32, 64, 128]
     for count, f in zip(counts, functions, strict=True):
         assert re.search(r"uint64_t p, uint64_t q, bool accumulates\)$", f.signature)
         template, outputs, inputs = re.split(r"\s*:\s*(?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", f.body, maxsplit=2)
         statement = "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', template)).replace("\\n", "")
         registers = ", ".join(f"%{i}" for i in range(count))
-        p, q, accumulates, turned = (f"%{count + i}" for i in range(4))
+        p, q, accumulates, *turned = (f"%{count + i}" for i in range(5))
         assert statement == (
             f"{{.reg .pred a; setp.ne.b32 a, {accumulates}, 0; "
             f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.{ptx_type}.{ptx_type} "
-            f"{{{registers}}}, {p}, {q}, a, 1, 1, 0, {turned};}}"
+            f"{{{registers}}}, {p}, {q}, a, 1, 1, {', '.join(turned)};}}"
         )
         indices = re.findall(r'"\+f"\(d\[([\d +]+)\]\)', outputs)
         assert [sum(map(int, index.split("+"))) for index in indices] == list(range(count))
-        assert re.findall(r'"(\w)"\(', inputs) == ["l", "l", "r", "n"]
-        assert inputs.index("(p)") < inputs.index("(q)") < inputs.index("accumulates") < inputs.index("kTransposedQ")
+        assert re.findall(r'"(\w)"\(', inputs) == ["l", "l", "r", "n", "n"]
+        order = [inputs.index(name) for name in ("(p)", "(q)", "accumulates", "kTransposedP", "kTransposedQ")]
+        assert order == sorted(order)

@@ -103,17 +103,11 @@ inline DeviceLimits limits_of(const CudaCall& call) {
 template <class AddProduct>
 std::tuple<Tensor, Tensor> lora_forward(const Tensor& x, const Operands& operands, const CudaCall& call, Wanted wanted,
                                         const AddProduct& add_product) {
-  LoraProblem problem = operands.problem;
+  const LoraProblem& problem = operands.problem;
   const int64_t m = problem.m(), n = problem.n();
   const Tensor y = new_empty_as(x, {m, n}), s = new_empty_as(x, {m, problem.rank()});
   const LoraForwardConfig config = lora_forward_config(problem, limits_of(call), wanted);
   if (m > 0) {
-    // Copies of boxes convert nothing: adapters of fp32 are rounded before, as for the vendor's products.
-    const bool is_wgmma = config.launch.key.schedule == Schedule::kWgmma;
-    const Tensor a = is_wgmma ? cast(operands.a, x.scalar_type()) : operands.a,
-                 b = is_wgmma ? cast(operands.b, x.scalar_type()) : operands.b;
-    problem.a = ref_of(a);
-    problem.b = ref_of(b);
     if (config.vendor_makes_s) product(s, operands.x, transposed(cast(operands.a, x.scalar_type())));
     const Counters counters(x, call, config.launch.counters);
     const Floats partials(x, config.launch.partials);
@@ -169,20 +163,16 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& x, const Tensor& 
   const Counters counters(x, call, config.grad_x.counters + config.grads.counters);
   const Tensor grad_s = new_empty_as(x, {m, rank});
   if (config.vendor_makes_s) product(grad_s, gy, cast(operands.b, x.scalar_type()));
-  const Floats parts_of_grad_b(x, config.partial_grad_b), partials(x, config.grads.partials);
+  const Floats parts_of_grad_b(x, config.partial_grad_b), partials(x, config.grad_x.partials + config.grads.partials);
   const LoraBackwardWorkspace workspace{.counters = counters.data(),
                                         .grad_s = grad_s.mutable_data_ptr(),
                                         .partial_grad_b = parts_of_grad_b.data(),
                                         .partials = partials.data()};
   const LoraGradsParams g = grads_params(problem, need_A ? grad_a.mutable_data_ptr() : nullptr,
                                          need_B ? grad_b.mutable_data_ptr() : nullptr, config, workspace);
-  const bool is_wgmma = config.grad_x.key.schedule == Schedule::kWgmma;
-  const Tensor a = is_wgmma ? cast(operands.a, x.scalar_type()) : operands.a;
-  LoraBackwardProblem of_grad_x = problem;
-  of_grad_x.forward.a = ref_of(a);
   const cudaError_t error = with_element(problem.forward.x.type, [&]<class Element>(std::type_identity<Element>) {
     for (const LoraLinearConfig* which : {&config.grad_x, &config.expand}) {
-      const LoraLinearParams p = grad_x_params(of_grad_x, output_of(grad_x, k), *which, config, workspace);
+      const LoraLinearParams p = grad_x_params(problem, output_of(grad_x, k), *which, config, workspace);
       const cudaError_t error = launch_lora<Element>(p, *which, call.stream);
       if (error != cudaSuccess) return error;
     }

@@ -332,6 +332,15 @@ inline LoraGradsConfig lora_grads_config(int64_t m, int64_t n, int64_t k, int64_
   return config;
 }
 
+// What a launch of dX that computes s' leaves of dB [n, rank]. Parts of dB take as much traffic per rank as 1/32 of dY:
+// beyond a narrow rank tile it is cheaper to read dY twice.
+inline void plan_parts_of_grad_b(int64_t m, int64_t n, bool need_b, LoraBackwardConfig& config) {
+  const LoraKey& key = config.grad_x.key;
+  if (!need_b || key.rank_tile != 16) return;
+  config.parts_of_grad_b = blocks_of(m, tile_shape(key.tile).rows);
+  config.partial_grad_b = config.parts_of_grad_b * n * key.rank_tile;
+}
+
 // How the gradients for dY [m, n] and x [m, k] are launched.
 inline LoraBackwardConfig lora_backward_config(int64_t m, int64_t n, int64_t k, int64_t rank,
                                                const LoraBackwardAccess& access, bool need_x, bool need_a, bool need_b,
@@ -345,12 +354,7 @@ inline LoraBackwardConfig lora_backward_config(int64_t m, int64_t n, int64_t k, 
     grad_x.reason = "tiles of s' also compute parts of dB while they have dY";
     grad_x.key.tile = choose_tile(m, k, device, grad_x.tile_reason);
     plan_tickets(m, k, rank, grad_x);
-    // Parts of dB take as much traffic per rank as 1/32 of dY: beyond a narrow rank tile it is cheaper to read dY
-    // twice.
-    if (need_b && grad_x.key.rank_tile == 16) {
-      config.parts_of_grad_b = blocks_of(m, tile_shape(grad_x.key.tile).rows);
-      config.partial_grad_b = config.parts_of_grad_b * n * grad_x.key.rank_tile;
-    }
+    plan_parts_of_grad_b(m, n, need_b, config);
   } else {
     config.vendor_makes_s = need_x || need_a;
     if (need_x) config.expand = expand_config(LoraRole::kGradX, m, k, access.expand);

@@ -13,7 +13,8 @@ constexpr int kWgmmaSharedBytes = 225 << 10;
 constexpr int wgmma_rank_tile_of(int64_t rank) { return rank <= 16 ? 16 : 48; }
 
 // Why a forward, or dX, is none for wgmma; null: it is one. y_is_whole: its rows are whole chunks of 16 bytes.
-inline const char* misfit_of_wgmma(int element_bytes, Access access, bool y_is_whole, const DeviceLimits& device) {
+inline const char* misfit_of_wgmma(int element_bytes, int64_t depth, Access access, bool y_is_whole,
+                                   const DeviceLimits& device) {
   if (device.capability != 90 || device.shared_per_block < kWgmmaSharedBytes) {
     return "wgmma does not fit: it is sm_90's alone; what is best without it";
   }
@@ -25,6 +26,7 @@ inline const char* misfit_of_wgmma(int element_bytes, Access access, bool y_is_w
     return "wgmma does not fit: the copy engine reads and writes rows of whole chunks of 16 bytes; what is best "
            "without it";
   }
+  if (depth == 0) return "wgmma does not fit: there is nothing to sum; what is best without it";
   return nullptr;
 }
 
@@ -34,12 +36,15 @@ constexpr const char* kWgmmaNotMeasured =
     "sm_90: mma.sync reaches three fifths of the rate of the vendor's wgmma (measured on an H200); schedule \"wgmma\" "
     "fits, but has run on no GPU yet: it is taken where it is asked for, or was measured to be fastest";
 
-// Of y [m, n], or of dX.
-inline LoraLinearConfig wgmma_config(LoraRole role, int64_t m, int64_t n, int64_t rank, const DeviceLimits& device) {
+// Of y [m, n] from x [m, k], or of dX from dY. rounds_adapters: they are fp32, and the launch has room for both factors
+// in 16-bit elements.
+inline LoraLinearConfig wgmma_config(LoraRole role, int64_t m, int64_t n, int64_t k, int64_t rank, bool rounds_adapters,
+                                     const DeviceLimits& device) {
   LoraLinearConfig config{};
   config.splits = 1;
   config.reason = role == LoraRole::kForward ? "blocks stay on their SMs; warps that would be idle compute s"
-                                             : "blocks stay on their SMs; warps that would be idle make the mask";
+                                             : "blocks stay on their SMs; tiles of s' also compute parts of dB while "
+                                               "they have dY; warps that would be idle make the mask";
   const auto tiles = [&](LoraTile tile) {
     return blocks_of(m, tile_shape(tile).rows) * blocks_of(n, tile_shape(tile).columns);
   };
@@ -51,8 +56,9 @@ inline LoraLinearConfig wgmma_config(LoraRole role, int64_t m, int64_t n, int64_
   config.key = {role, Schedule::kWgmma, tile, wgmma_rank_tile_of(rank), Access::kWhole};
   config.blocks = std::min<int64_t>(tiles(tile), device.sms);
   const int64_t rows = blocks_of(m, tile_shape(tile).rows);
-  // Tickets of tiles; in the forward also of slabs of s, and a flag per block of rows.
-  config.counters = role == LoraRole::kForward ? 2 + rows : 1;
+  // Tickets of tiles and of slabs of s, and a flag per block of rows; tickets of rounding, and what is done of it.
+  config.counters = 2 + rows + (rounds_adapters ? 2 : 0);
+  if (rounds_adapters) config.partials = (n + k) * rank / 2;
   config.group_rows = static_cast<int>(std::clamp<int64_t>(rows, 1, kGroupRows / tile_shape(tile).rows));
   return config;
 }

@@ -44,7 +44,7 @@ struct ProductOf {
   Element element = Element::kBFloat16;
   int columns = 0;
   uint64_t p = 0, q = 0;
-  bool transposed_q = false;
+  bool transposed_p = false, transposed_q = false;
   bool accumulates = false;
 
   friend bool operator==(const ProductOf&, const ProductOf&) = default;

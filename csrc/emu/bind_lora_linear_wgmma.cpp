@@ -10,36 +10,41 @@
 namespace lk {
 
 inline bool driver_encodes = true;
-inline std::vector<unsigned char> last_s;  // dY B, as the launch of dX finds it
+inline std::vector<unsigned char> last_s, last_parts;  // of the last launch of dX: dY B, and parts of dB
 bool encodes_tensor_maps() { return driver_encodes; }
 
 template <class Element>
 cudaError_t launch_lora_linear_wgmma(const LoraLinearParams& p, const LoraLinearConfig& config, cudaStream_t stream) {
   if (config.blocks == 0) return cudaSuccess;
-  last_s.assign(static_cast<const unsigned char*>(p.s), static_cast<const unsigned char*>(p.s) + 2 * p.m * p.rank);
   RowsApart y(p.y, p.m, p.n, Boxes::kElementBytes);
-  LoraWgmmaParams params{};
-  params.lora = p;
-  params.lora.y = y.data();
-  params.lora.y_stride = y.stride();
+  LoraLinearParams lora = p;
+  lora.y = y.data();
+  lora.y_stride = y.stride();
+  LoraWgmmaParams params = wgmma_params(lora, config.key);
   with_maps(params, config.key, [](TensorMap& map, const Boxes& b) {
     map = emu::encoded({.data = reinterpret_cast<uint64_t>(b.data),
                         .rows = static_cast<uint64_t>(b.rows),
                         .columns = static_cast<uint64_t>(b.columns),
                         .stride_bytes = static_cast<uint64_t>(b.stride) * Boxes::kElementBytes,
                         .box_rows = b.box_rows,
-                        .box_columns = Boxes::kColumns,
-                        .swizzle_bytes = Boxes::kSwizzleBytes});
+                        .box_columns = b.box_columns,
+                        .swizzle_bytes = b.swizzle_bytes()});
     return true;
   });
   Memory memory;
-  for_each_range(params.lora, config, Boxes::kElementBytes, [&](const MemoryRef& ref) { add(memory, ref); });
+  for_each_range(lora, config, Boxes::kElementBytes, [&](const MemoryRef& ref) { add(memory, ref); });
   memory.input(p.counters, sizeof(uint32_t), 1, config.counters, 0);
   options.by_clocks = true;
   return with_variant(AllLoraWgmmaVariants<Element>{}, config.key, [&]<class Kernel>(Kernel) {
     const cudaError_t error =
         run<Kernel>(&lora_linear_wgmma_kernel<Kernel>, true, config.blocks, params, memory, stream);
     y.copy_back();
+    const auto bytes = [](const void* begin, int64_t count) {
+      const auto* const first = static_cast<const unsigned char*>(begin);
+      return first == nullptr ? std::vector<unsigned char>() : std::vector<unsigned char>(first, first + count);
+    };
+    last_s = bytes(p.s, 2 * p.m * p.rank);
+    last_parts = bytes(p.partial_grad_b, sizeof(float) * blocks_of(p.m, Kernel::kM) * p.k * 16);
     return error;
   });
 }
@@ -53,9 +58,10 @@ template <class Element>
 cudaError_t launch_lora_grad_x(const LoraLinearParams&, const LoraLinearConfig& config, cudaStream_t) {
   return config.blocks == 0 ? cudaSuccess : cudaErrorLaunchFailure;
 }
+// Gradients of the adapter stay as they are: what they are made of is asked for below.
 template <class Element>
-cudaError_t launch_lora_grads(const LoraGradsParams&, const LoraGradsConfig& config, cudaStream_t) {
-  return config.blocks == 0 ? cudaSuccess : cudaErrorLaunchFailure;
+cudaError_t launch_lora_grads(const LoraGradsParams&, const LoraGradsConfig&, cudaStream_t) {
+  return cudaSuccess;
 }
 
 }  // namespace lk
@@ -68,7 +74,11 @@ cudaError_t launch_lora_grads(const LoraGradsParams&, const LoraGradsConfig& con
 PYBIND11_MODULE(_emu_lora_linear_wgmma, m) {
   using lk::emu::runtime;
   lk::define_launch(m);
-  m.def("grad_s", [] { return pybind11::bytes(reinterpret_cast<const char*>(lk::last_s.data()), lk::last_s.size()); });
+  const auto bytes = [](const std::vector<unsigned char>& of) {
+    return pybind11::bytes(reinterpret_cast<const char*>(of.data()), of.size());
+  };
+  m.def("grad_s", [bytes] { return bytes(lk::last_s); });
+  m.def("parts_of_grad_b", [bytes] { return bytes(lk::last_parts); });
   m.def("set_device", [](int sms, int capability, bool driver_encodes) {
     runtime.sms = sms;
     runtime.capability = capability;

@@ -101,7 +101,7 @@ void Machine::compute(Block& block, int warpgroup, Product& product) {
   Thread& t = *current_;
   const ProductOf& what = product.what;
   const uint32_t number = group.computed + 1;
-  const SharedOperand p(what.p, false), q(what.q, what.transposed_q);
+  const SharedOperand p(what.p, what.transposed_p), q(what.q, what.transposed_q);
   if (!p.is_valid() || !q.is_valid()) fail(t, product.site, "a descriptor without a swizzle");
   const auto element = [&](const SharedOperand& operand, int row, int k) {
     const uint32_t at = operand.address(static_cast<uint32_t>(row), static_cast<uint32_t>(k));

@@ -1,24 +1,29 @@
 // y = x wT + bias + scaling · s bT, s = dropout(x) aT, on sm_90a: schedule "wgmma". And the gradient of x,
-// dX = dY W + scaling · mask ∘ (s' A), where s' = dY B is there already: x is dY, and w and b, which are W and A, lie
-// the other way round in memory.
+// dX = dY W + scaling · mask ∘ (s' A), s' = dY B: x is dY, and w, a and b, which are W, B and A, lie the other way
+// round in memory.
 //
 // A block stays on its SM and has three warpgroups, each with a part of its own.
 // - Warp 0 loads: one thread draws tickets of tiles of y, tells them to the other warps, and lets the copy engine fill
 //   a ring of stages with x and w, and behind these with s and b: the branch is one more stage per 64 ranks.
 // - Warps 1 to 3 would be idle. In the forward they compute s in slabs of 16 rows (shrink_slabs.cuh), dropout included,
 //   in issue slots that the products leave free; a flag per block of rows tells when its s is there. In the gradient of
-//   x they make the mask of a tile's branch, a bit per element.
+//   x they make the mask of a tile's branch, a bit per element. Before that they round adapters that are fp32
+//   (rounded_adapters.cuh).
 // - Warpgroups 1 and 2 multiply 64 rows of the tile each, add the branch in fp32, and store by the copy engine, while
-//   the ring fills with the next tile.
+//   the ring fills with the next tile. In the gradient of x, which drops nothing on the way to s', they also compute
+//   that, in tiles of its own, and parts of dB while they have dY (grad_s_tile.cuh).
 //
-// No deadlock, whatever the order the blocks start in: a tile waits for slabs alone, and whoever waits has warps that
-// go on drawing slabs until none are left.
+// No deadlock, whatever the order the blocks start in. In the forward a tile waits for slabs alone, and whoever waits
+// has warps that go on drawing slabs until none are left. In the gradient of x it waits for tiles of lower tickets,
+// which belong to blocks that are running or done.
 //
 // Whoever reads a stage gives it back with an arrival of each warp, once its products are complete.
 #pragma once
 
 #include "../params/lora_linear_wgmma.h"
+#include "grad_s_tile.cuh"
 #include "ring.cuh"
+#include "rounded_adapters.cuh"
 #include "shrink_slabs.cuh"
 #include "told_work.cuh"
 
@@ -43,7 +48,8 @@ struct LoraLinearWgmma {
   static constexpr int kOffsetWork = kOffsetKeep + (kGradX ? KeepBits<kM, kN>::kBytes : 0);
   static constexpr int kOffsetStageBarriers = kOffsetWork + ToldWork::kBytes;
   static constexpr int kOffsetKeepBarriers = kOffsetStageBarriers + RingBarriers<kStages>::kBytes;
-  static constexpr int kSharedBytes = kOffsetKeepBarriers + (kGradX ? RingBarriers<1>::kBytes : 0);
+  static constexpr int kOffsetSavedBarrier = kOffsetKeepBarriers + (kGradX ? RingBarriers<1>::kBytes : 0);
+  static constexpr int kSharedBytes = kOffsetSavedBarrier + (kGradX ? kBytesBarrier : 0);
 
   // Of the registers that the launch gives to every thread, who loads leaves most to who multiplies.
   static constexpr int kLaunchRegisters = 168;
@@ -56,7 +62,10 @@ struct LoraLinearWgmma {
     if (thread_index() == 0) {
       RingBarriers<kStages>::init(smem + kOffsetStageBarriers, 1, kProductWarps);
       ToldWork::init(smem + kOffsetWork, kProductWarps + (kGradX ? kSideWarps : 0));
-      if constexpr (kGradX) RingBarriers<1>::init(smem + kOffsetKeepBarriers, kSideWarps, kProductWarps);
+      if constexpr (kGradX) {
+        RingBarriers<1>::init(smem + kOffsetKeepBarriers, kSideWarps, kProductWarps);
+        barrier_init(smem + kOffsetSavedBarrier, 1);
+      }
       barrier_init_done();
     }
     sync_block();
@@ -65,10 +74,15 @@ struct LoraLinearWgmma {
       release_registers<kLoaderRegisters>();
       if (warp == 0) {
         if (lane() == 0) load_tiles(p, smem);
-      } else if constexpr (kGradX) {
-        make_masks(p.lora, smem);
       } else {
-        Slabs::run(p.lora);
+        const Adapters adapters = adapters_of(p);
+        adapters.make();
+        if constexpr (kGradX) {
+          make_masks(p.lora, smem);
+        } else {
+          adapters.wait();
+          Slabs::run(p.lora);
+        }
       }
     } else {
       claim_registers<kProductRegisters>();
@@ -78,12 +92,18 @@ struct LoraLinearWgmma {
 
  private:
   static constexpr int kSideWarps = kWarpgroup / kWarp - 1, kProductWarps = kGroups * kWarpgroup / kWarp;
+  using Adapters = RoundedAdapters<Element>;
   using Slabs = ShrinkSlabs<Element, kRankTile, kM>;
+  static constexpr int kColumnsOfGradS = kRankTile == 16 ? 16 : 64;
+  using GradS = GradSTile<Element, kColumnsOfGradS>;
+  static_assert(!GradS::kHasParts || GradS::kBytesSavedS <= kBytesStoreTile);
   using Product = Warpgroup<Element>;
   using Stages = Ring<kStages>;
   using Accumulator = float[kN / 2];
 
   LK_DEVICE static int lane() { return thread_index() % kWarp; }
+
+  LK_DEVICE static Adapters adapters_of(const Params& p) { return Adapters(p, ceil_div(p.lora.m, kM)); }
 
   LK_DEVICE static uint32_t full(uint32_t smem, const Stages& stages) {
     return RingBarriers<kStages>::full(smem + kOffsetStageBarriers, stages.slot());
@@ -102,27 +122,37 @@ struct LoraLinearWgmma {
   LK_DEVICE static void load_tiles(const Params& p, uint32_t smem) {
     const LoraLinearParams& lora = p.lora;
     const int row_blocks = ceil_div(lora.m, kM), columns = ceil_div(lora.n, kN), depths = ceil_div(lora.k, kDepth);
+    const int shrink_columns = kGradX ? ceil_div(lora.rank, kColumnsOfGradS) : 0;
+    const Adapters adapters = adapters_of(p);
     for (const TensorMap* map : {&p.x, &p.w, &p.s, &p.b, &p.y}) prefetch_map(map);
     Stages stages;
     ToldWork told(smem + kOffsetWork);
     int ticket = draw_ticket(lora);
     LK_NO_UNROLL
-    while (ticket < row_blocks * columns) {
-      const WorkItem work = work_of_ticket(ticket, row_blocks, 0, columns, lora.group_rows);
+    while (ticket < row_blocks * (shrink_columns + columns)) {
+      const WorkItem work = work_of_ticket(ticket, row_blocks, shrink_columns, columns, lora.group_rows);
       told.tell(work);
+      const bool is_shrink = kGradX && work.is_shrink;
+      if (is_shrink) adapters.wait();
       LK_NO_UNROLL
       for (int t = 0; t < depths; ++t) {
         if (t == depths - 1) ticket = draw_ticket(lora);  // its way is hidden behind a full ring
-        const uint32_t barrier = open_stage(smem, stages);
+        const uint32_t barrier = open_stage(smem, stages, is_shrink ? kOffsetW + GradS::kBytesFactor : kBytesStage);
         load_box(stage(smem, stages), &p.x, t * kDepth, work.row * kM, barrier);
-        load_columns(stage(smem, stages) + kOffsetW, &p.w, t * kDepth, work.column * kN, barrier);
+        if (is_shrink) {
+          load_box(stage(smem, stages) + kOffsetW, &p.a, work.column * kColumnsOfGradS, t * kDepth, barrier);
+        } else {
+          load_columns(stage(smem, stages) + kOffsetW, &p.w, t * kDepth, work.column * kN, barrier);
+        }
         stages.advance();
       }
+      if (is_shrink) continue;
       LK_NO_UNROLL
       for (int r = 0; r < lora.rank; r += kDepth) {
-        const uint32_t barrier = open_stage(smem, stages);
+        const uint32_t barrier = open_stage(smem, stages, kBytesStage);
+        if (r == 0) adapters.wait();
         load_columns(stage(smem, stages) + kOffsetW, &p.b, r, work.column * kN, barrier);
-        if (!kGradX && r == 0) wait_for_s(lora, work.row);  // while b is on its way
+        if (r == 0) wait_for_s(lora, work.row);  // while b is on its way
         load_box(stage(smem, stages), &p.s, r, work.row * kM, barrier);
         stages.advance();
       }
@@ -143,15 +173,16 @@ struct LoraLinearWgmma {
     }
   }
 
-  // A stage that all have left. Returns the barrier at which its copies count.
-  LK_DEVICE static uint32_t open_stage(uint32_t smem, const Stages& stages) {
+  // A stage that all have left, for so many bytes. Returns the barrier at which its copies count.
+  LK_DEVICE static uint32_t open_stage(uint32_t smem, const Stages& stages, int bytes) {
     barrier_wait(empty(smem, stages.slot()), stages.empty_parity());
-    barrier_arrive_expecting(full(smem, stages), kBytesStage);
+    barrier_arrive_expecting(full(smem, stages), bytes);
     return full(smem, stages);
   }
 
   LK_DEVICE static void wait_for_s(const LoraLinearParams& p, int row) {
-    const uint32_t expected = Slabs::expected(p, row);
+    const uint32_t expected =
+        kGradX ? static_cast<uint32_t>(GradS::kArrivals * ceil_div(p.rank, kColumnsOfGradS)) : Slabs::expected(p, row);
     while (load_acquire(p.counters + kFirstFlag + row) != expected) pause();
     fence_proxy_async();  // s was stored by threads, and the copy engine reads it
   }
@@ -167,7 +198,7 @@ struct LoraLinearWgmma {
     WorkItem work;
     KeepSlot keep;
     while (told.next(work)) {
-      if (p.seed == nullptr) continue;
+      if (work.is_shrink || p.seed == nullptr) continue;
       barrier_wait(RingBarriers<1>::empty(barriers, 0), keep.empty_parity());
       Keep::template compute<kSideWarps * kWarp>(smem + kOffsetKeep, NextRows{work.row * kM}, work.column * kN,
                                                  DropoutMask(p, p.n), thread_index() - kWarp);
@@ -184,7 +215,14 @@ struct LoraLinearWgmma {
     ToldWork told(smem + kOffsetWork);
     WorkItem work;
     KeepSlot keep;
+    GradS grad_s(p, smem + kOffsetStore, smem + kOffsetSavedBarrier);
     while (told.next(work)) {
+      if constexpr (kGradX) {
+        if (work.is_shrink) {
+          grad_s.compute(work, group, [&](const auto& use) { for_stages(p.lora, smem, stages, use); });
+          continue;
+        }
+      }
       Accumulator acc;
       LK_UNROLL
       for (int i = 0; i < kN / 2; ++i) acc[i] = 0.0f;
@@ -197,6 +235,18 @@ struct LoraLinearWgmma {
 
   LK_DEVICE static void give_back(uint32_t smem, uint32_t slot) {
     if (lane() == 0) barrier_arrive(empty(smem, slot));
+  }
+
+  // use(x's tile, the other's) for a tile's stages, each of which is given back when use returns.
+  template <class Use>
+  LK_DEVICE static void for_stages(const LoraLinearParams& p, uint32_t smem, Stages& stages, const Use& use) {
+    LK_NO_UNROLL
+    for (int left = ceil_div(p.k, kDepth); left > 0; --left) {
+      barrier_wait(full(smem, stages), stages.full_parity());
+      use(stage(smem, stages), stage(smem, stages) + kOffsetW);
+      give_back(smem, stages.slot());
+      stages.advance();
+    }
   }
 
   // Of a stage: this group's rows of x or s, and the columns of y.

@@ -8,7 +8,7 @@ namespace lk {
 
 class ToldWork {
   static constexpr int kSlots = 2, kBytesSlot = 8;
-  static constexpr uint32_t kNoMore = ~0u;  // in the place of a row
+  static constexpr uint32_t kNoMore = ~0u, kShrinks = 1u << 31;  // in the place of a row, and beside it
   using Barriers = RingBarriers<kSlots>;
 
  public:
@@ -20,7 +20,7 @@ class ToldWork {
   LK_DEVICE explicit ToldWork(uint32_t smem) : smem_(smem) {}
 
   LK_DEVICE void tell(const WorkItem& work) {
-    tell(static_cast<uint32_t>(work.row), static_cast<uint32_t>(work.column));
+    tell(static_cast<uint32_t>(work.row) | (work.is_shrink ? kShrinks : 0), static_cast<uint32_t>(work.column));
   }
   LK_DEVICE void tell_end() { tell(kNoMore, 0); }
 
@@ -34,7 +34,7 @@ class ToldWork {
     }
     const uint32_t row = broadcast(static_cast<uint32_t>(told)), column = broadcast(static_cast<uint32_t>(told >> 32));
     ring_.advance();
-    work = {false, static_cast<int>(row), static_cast<int>(column)};
+    work = {(row & kShrinks) != 0, static_cast<int>(row & ~kShrinks), static_cast<int>(column)};
     return row != kNoMore;
   }
 

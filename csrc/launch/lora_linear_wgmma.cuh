@@ -13,8 +13,7 @@ cudaError_t launch_lora_linear_wgmma(const LoraLinearParams& p, const LoraLinear
   constexpr auto kType =
       std::is_same_v<Element, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   if (config.blocks == 0) return cudaSuccess;
-  LoraWgmmaParams params{};
-  params.lora = p;
+  LoraWgmmaParams params = wgmma_params(p, config.key);
   const bool are_encoded =
       with_maps(params, config.key, [](TensorMap& map, const Boxes& boxes) { return encode(map, boxes, kType); });
   if (!are_encoded) return cudaErrorInvalidValue;

@@ -65,7 +65,7 @@ struct LoraProblem {
   // For the forward; null: it fits.
   const char* misfit_of_wgmma(const DeviceLimits& device) const {
     if (w_in_columns) return "wgmma does not fit: w lies in columns; what is best without it";
-    return lk::misfit_of_wgmma(element_bytes(), access(), is_whole(n()), device);
+    return lk::misfit_of_wgmma(element_bytes(), k(), access(), is_whole(n()), device);
   }
 };
 
@@ -91,7 +91,8 @@ struct LoraBackwardProblem {
   const char* misfit_of_wgmma(const DeviceLimits& device) const {
     if (!need_x) return "wgmma does not fit: no gradient of x is wanted; what is best without it";
     if (forward.w_in_columns) return "wgmma does not fit: w lies in columns; what is best without it";
-    return lk::misfit_of_wgmma(forward.element_bytes(), access().grad_x, forward.is_whole(forward.k()), device);
+    return lk::misfit_of_wgmma(forward.element_bytes(), forward.n(), access().grad_x, forward.is_whole(forward.k()),
+                               device);
   }
 };
 
@@ -119,7 +120,7 @@ inline LoraForwardConfig lora_forward_config(const LoraProblem& p, const DeviceL
   const char* const misfit = p.misfit_of_wgmma(device);
   if (wanted == Wanted::kWgmma && misfit == nullptr) {
     config.cublas = {false, kWgmmaAsAsked};
-    config.launch = wgmma_config(LoraRole::kForward, p.m(), p.n(), p.rank(), device);
+    config.launch = wgmma_config(LoraRole::kForward, p.m(), p.n(), p.k(), p.rank(), p.adapters_are_wider(), device);
     return config;
   }
   config.cublas =
@@ -189,9 +190,10 @@ inline LoraBackwardConfig lora_backward_config(const LoraBackwardProblem& p, con
   if (wanted == Wanted::kWgmma && misfit == nullptr) {
     LoraBackwardConfig config{};
     config.cublas = {false, kWgmmaAsAsked};
-    config.vendor_makes_s = true;
-    config.grad_x = wgmma_config(LoraRole::kGradX, f.m(), f.k(), f.rank(), device);
-    config.grads = lora_grads_config(f.m(), p.need_b ? f.n() : 0, p.need_a ? f.k() : 0, f.rank(), 0, access, device);
+    config.grad_x = wgmma_config(LoraRole::kGradX, f.m(), f.k(), f.n(), f.rank(), f.adapters_are_wider(), device);
+    plan_parts_of_grad_b(f.m(), f.n(), p.need_b, config);
+    config.grads = lora_grads_config(f.m(), p.need_b ? f.n() : 0, p.need_a ? f.k() : 0, f.rank(),
+                                     config.parts_of_grad_b, access, device);
     return config;
   }
   UsesCublas cublas = uses_cublas(f, f.k(), access.grad_x, false, device, wanted);
@@ -200,8 +202,8 @@ inline LoraBackwardConfig lora_backward_config(const LoraBackwardProblem& p, con
   return lora_backward_config(f.m(), f.n(), f.k(), f.rank(), access, p.need_x, p.need_a, p.need_b, device, cublas);
 }
 
-// counters: those of the first launch, then of dA's and dB's. grad_s: s' = dY B, [m, rank] of x's type, which the first
-// launch leaves for the second, as it does config.partial_grad_b floats.
+// counters and partials: those of the first launch, then of dA's and dB's. grad_s: s' = dY B, [m, rank] of x's type,
+// which the first launch leaves for the second, as it does config.partial_grad_b floats.
 struct LoraBackwardWorkspace {
   uint32_t* counters;
   void* grad_s;
@@ -240,7 +242,7 @@ inline LoraLinearParams grad_x_params(const LoraBackwardProblem& p, OutputRef gr
           .group_rows = launch.group_rows,
           .splits = launch.splits,
           .split_depth = launch.split_depth,
-          .partials = nullptr,
+          .partials = launch.partials > 0 ? workspace.partials : nullptr,
           .saved_s = config.parts_of_grad_b > 0 ? p.s.data : nullptr,
           .partial_grad_b = config.parts_of_grad_b > 0 ? workspace.partial_grad_b : nullptr};
 }
@@ -270,7 +272,7 @@ inline LoraGradsParams grads_params(const LoraBackwardProblem& p, void* grad_a, 
           .seed_step = f.seed_step,
           .splits = config.grads.splits,
           .split_rows = config.grads.split_rows,
-          .partials = workspace.partials,
+          .partials = workspace.partials + config.grad_x.partials,
           .counters = workspace.counters + config.grad_x.counters,
           .partial_grad_b = config.parts_of_grad_b > 0 ? workspace.partial_grad_b : nullptr,
           .parts_of_grad_b = static_cast<int32_t>(config.parts_of_grad_b)};
@@ -290,7 +292,6 @@ struct MemoryRef {
 template <class F>
 void for_each_range(const LoraLinearParams& p, const LoraLinearConfig& config, int element_bytes, const F& f) {
   const bool shrinks = config.key.schedule == Schedule::kShrink, expands = config.key.schedule == Schedule::kExpand;
-  const bool is_wgmma = config.key.schedule == Schedule::kWgmma;
   const int adapter_bytes = p.adapters_are_float ? 4 : element_bytes;
   const auto add = [&](const void* data, int64_t rows, int64_t columns, int64_t stride, int bytes, bool is_written) {
     if (data != nullptr) f(MemoryRef{data, rows, columns, stride, bytes, is_written});
@@ -301,10 +302,9 @@ void for_each_range(const LoraLinearParams& p, const LoraLinearConfig& config, i
     add(data, is_backward ? c : r, is_backward ? r : c, stride, bytes, false);
   };
   add(p.seed, 1, 1, 1, sizeof *p.seed, false);
-  const bool makes_s = !expands && !(is_wgmma && is_backward);
-  add(p.s, p.m, p.rank, p.rank, element_bytes, makes_s);
-  if (!expands) add(p.x, p.m, p.k, p.x_stride, element_bytes, false);
-  if (makes_s) {
+  add(p.s, p.m, p.rank, p.rank, element_bytes, !expands);
+  if (!expands) {
+    add(p.x, p.m, p.k, p.x_stride, element_bytes, false);
     factor(p.a, p.rank, p.k, p.a_stride, adapter_bytes);
   }
   if (!shrinks) {

@@ -34,10 +34,11 @@ inline bool encode(TensorMap& map, const Boxes& boxes, CUtensorMapDataType type)
   if (encode == nullptr) return false;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(boxes.columns), static_cast<cuuint64_t>(boxes.rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(boxes.stride) * Boxes::kElementBytes};
-  const cuuint32_t box[] = {Boxes::kColumns, static_cast<cuuint32_t>(boxes.box_rows)}, steps[] = {1, 1};
-  static_assert(Boxes::kSwizzleBytes == 128);
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(boxes.box_columns), static_cast<cuuint32_t>(boxes.box_rows)};
+  const cuuint32_t steps[] = {1, 1};
+  const auto swizzle = boxes.swizzle_bytes() == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B;
   return encode(reinterpret_cast<CUtensorMap*>(&map), type, 2, const_cast<void*>(boxes.data), sizes, strides, box,
-                steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 

@@ -18,6 +18,7 @@ struct Problem {
 
 // Where tensors begin that are never read.
 constexpr int64_t kSeed = 0;
+float parts_of_grad_b;
 const void* somewhere(bool aligned, FloatType type) {
   return reinterpret_cast<const void*>(static_cast<uintptr_t>(aligned ? 0 : element_bytes(type)));
 }
@@ -62,8 +63,12 @@ struct LoraWgmmaFields {
                                        Field{"map of w", offsetof(Params, w), sizeof(Params::w)},
                                        Field{"map of b", offsetof(Params, b), sizeof(Params::b)},
                                        Field{"map of s", offsetof(Params, s), sizeof(Params::s)},
-                                       Field{"map of y", offsetof(Params, y), sizeof(Params::y)}};
-  static constexpr std::array kFields = joined(LoraLinearFields::kFields, kMaps);
+                                       Field{"map of y", offsetof(Params, y), sizeof(Params::y)},
+                                       Field{"map of a", offsetof(Params, a), sizeof(Params::a)},
+                                       Field{"map of saved s", offsetof(Params, saved_s), sizeof(Params::saved_s)}};
+  static constexpr std::array kRounded = {Field{"rounded a", offsetof(Params, rounded_a), sizeof(Params::rounded_a)},
+                                          Field{"rounded b", offsetof(Params, rounded_b), sizeof(Params::rounded_b)}};
+  static constexpr std::array kFields = joined(joined(LoraLinearFields::kFields, kRounded), kMaps);
   static_assert(offsetof(Params, lora) == 0 &&
                 sizeof(Params) == kMaps.front().offset + kMaps.size() * sizeof(TensorMap));
 };
@@ -74,16 +79,17 @@ PyObject* to_python(const Boxes& boxes) {
                        "tensor", boxes.tensor,                                                             //
                        "dims", static_cast<long long>(boxes.columns), static_cast<long long>(boxes.rows),  //
                        "strides_in_bytes", static_cast<long long>(boxes.stride * Boxes::kElementBytes),    //
-                       "box", Boxes::kColumns, boxes.box_rows,                                             //
-                       "swizzle_bytes", Boxes::kSwizzleBytes,                                              //
+                       "box", boxes.box_columns, boxes.box_rows,                                           //
+                       "swizzle_bytes", boxes.swizzle_bytes(),                                             //
                        "why", boxes.why);
 }
 
 // Of the forward, or of dX, whose matrices `params` has.
 template <class Element>
-PyObject* planned_wgmma(const LoraLinearParams& params, const LoraLinearConfig& config, const char* why) {
+PyObject* planned_wgmma(const LoraLinearParams& params, const LoraLinearConfig& config, const char* why,
+                        int64_t more_words = 0) {
   if constexpr (kHasWgmma<Element>) {
-    Plan plan = plan_of(config, describe_lora_linear_wgmma<Element>(config.key), why);
+    Plan plan = plan_of(config, describe_lora_linear_wgmma<Element>(config.key), why, more_words);
     plan.params_size = sizeof(LoraWgmmaParams);
     plan.fields = LoraWgmmaFields::kFields;
     PyObject* const planned = to_python(plan);
@@ -142,9 +148,10 @@ PyObject* plan_lora_linear_backward(PyObject*, PyObject* args, PyObject* keyword
       return to_python(plan_of(launch, describe_lora_grad_x<Element>(launch.key), config.cublas.reason, more_words));
     };
     if (config.grad_x.key.schedule == Schedule::kWgmma) {
-      const LoraLinearParams params = grad_x_params(problem, {nullptr, forward.k()}, config.grad_x, config, {});
-      return list_of({product("s' = dY B", config.cublas.reason),
-                      planned_wgmma<Element>(params, config.grad_x, config.cublas.reason), to_python(last)});
+      const LoraBackwardWorkspace workspace{.partial_grad_b = &parts_of_grad_b};
+      const LoraLinearParams params = grad_x_params(problem, {nullptr, forward.k()}, config.grad_x, config, workspace);
+      return list_of({planned_wgmma<Element>(params, config.grad_x, config.cublas.reason, config.partial_grad_b),
+                      to_python(last)});
     }
     if (!config.cublas.yes) return list_of({planned(config.grad_x, config.partial_grad_b), to_python(last)});
     return list_of({product("s' = dY B", config.cublas.reason), planned(config.expand, 0),

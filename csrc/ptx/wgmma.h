@@ -52,16 +52,20 @@ LK_DEVICE void multiply_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// How an operand lies in shared memory. In rows of 128 bytes along the depth, swizzled: eight rows, `stride` bytes,
-// then the next eight. Transposed, the rows of memory lie along the operand's rows, and are panels, `lead` bytes apart.
+// How an operand lies in shared memory. In rows of 128 or 32 bytes along the depth, swizzled: eight rows, `stride`
+// bytes, then the next eight. Transposed, the rows of memory lie along the operand's rows, and are panels, `lead` bytes
+// apart.
+template <int kRowBytes = 128>
 LK_DEVICE uint64_t matrix_descriptor(uint32_t address, int lead, int stride) {
-  constexpr uint64_t kSwizzle128 = 1;
+  static_assert(kRowBytes == 128 || kRowBytes == 32);
+  constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 3;
   return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(lead >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 |
-         kSwizzle128 << 62;
+         kSwizzle << 62;
 }
 
 // Names of the accumulators in a statement, and the accumulators.
-#define LK_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define LK_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define LK_NAMES_16 LK_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define LK_NAMES_32 \
   LK_NAMES_16       \
   ", "              \
@@ -79,27 +83,30 @@ LK_DEVICE uint64_t matrix_descriptor(uint32_t address, int lead, int stride) {
   "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, "     \
   "%119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define LK_REGISTERS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define LK_REGISTERS_16(i) LK_REGISTERS_4(i), LK_REGISTERS_4(i + 4), LK_REGISTERS_4(i + 8), LK_REGISTERS_4(i + 12)
+#define LK_REGISTERS_8(i) LK_REGISTERS_4(i), LK_REGISTERS_4(i + 4)
+#define LK_REGISTERS_16(i) LK_REGISTERS_8(i), LK_REGISTERS_8(i + 8)
 #define LK_REGISTERS_32(i) LK_REGISTERS_16(i), LK_REGISTERS_16(i + 16)
 #define LK_REGISTERS_64(i) LK_REGISTERS_16(i), LK_REGISTERS_16(i + 16), LK_REGISTERS_16(i + 32), LK_REGISTERS_16(i + 48)
 #define LK_REGISTERS_128(i) LK_REGISTERS_64(i), LK_REGISTERS_64(i + 64)
 
 // The operands behind the accumulators follow them in number.
-#define LK_MULTIPLY_ADD_ASYNC(columns, count, type, p_name, q_name, accumulates_name, turned_name)            \
-  template <bool kTransposedQ>                                                                                \
+#define LK_MULTIPLY_ADD_ASYNC(columns, count, type, p_name, q_name, accumulates_name, p_turned, q_turned)     \
+  template <bool kTransposedQ, bool kTransposedP = false>                                                     \
   LK_DEVICE static void multiply_add_async(float(&d)[count], uint64_t p, uint64_t q, bool accumulates) {      \
     asm volatile("{.reg .pred a;\n setp.ne.b32 a, " accumulates_name                                          \
                  ", 0;\n"                                                                                     \
                  " wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" LK_NAMES_##count \
-                 "}, " p_name ", " q_name ", a, 1, 1, 0, " turned_name ";}"                                   \
+                 "}, " p_name ", " q_name ", a, 1, 1, " p_turned ", " q_turned ";}"                           \
                  : LK_REGISTERS_##count(0)                                                                    \
-                 : "l"(p), "l"(q), "r"(static_cast<uint32_t>(accumulates)), "n"(kTransposedQ ? 1 : 0));       \
+                 : "l"(p), "l"(q), "r"(static_cast<uint32_t>(accumulates)), "n"(kTransposedP ? 1 : 0),        \
+                   "n"(kTransposedQ ? 1 : 0));                                                                \
   }
-#define LK_MULTIPLY_ADDS(type)                                     \
-  LK_MULTIPLY_ADD_ASYNC(32, 16, type, "%16", "%17", "%18", "%19")  \
-  LK_MULTIPLY_ADD_ASYNC(64, 32, type, "%32", "%33", "%34", "%35")  \
-  LK_MULTIPLY_ADD_ASYNC(128, 64, type, "%64", "%65", "%66", "%67") \
-  LK_MULTIPLY_ADD_ASYNC(256, 128, type, "%128", "%129", "%130", "%131")
+#define LK_MULTIPLY_ADDS(type)                                            \
+  LK_MULTIPLY_ADD_ASYNC(16, 8, type, "%8", "%9", "%10", "%11", "%12")     \
+  LK_MULTIPLY_ADD_ASYNC(32, 16, type, "%16", "%17", "%18", "%19", "%20")  \
+  LK_MULTIPLY_ADD_ASYNC(64, 32, type, "%32", "%33", "%34", "%35", "%36")  \
+  LK_MULTIPLY_ADD_ASYNC(128, 64, type, "%64", "%65", "%66", "%67", "%68") \
+  LK_MULTIPLY_ADD_ASYNC(256, 128, type, "%128", "%129", "%130", "%131", "%132")
 
 // d[64, n] += p[64, 16] q[n, 16]T, or = where nothing is accumulated; operands by descriptors. Warp i of the group has
 // rows 16 i to 16 i + 15 of d, as mma.m16n8's accumulators lie, eight columns after the other.
@@ -120,10 +127,12 @@ struct Warpgroup<Float16> {
 #undef LK_REGISTERS_64
 #undef LK_REGISTERS_32
 #undef LK_REGISTERS_16
+#undef LK_REGISTERS_8
 #undef LK_REGISTERS_4
 #undef LK_NAMES_128
 #undef LK_NAMES_64
 #undef LK_NAMES_32
 #undef LK_NAMES_16
+#undef LK_NAMES_8
 
 }  // namespace lk

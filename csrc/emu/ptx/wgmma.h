@@ -37,19 +37,20 @@ inline void multiply_wait(emu::Site site = emu::Site::current()) {
   emu::multiply_wait(kPending, site);
 }
 
+template <int kRowBytes = 128>
 inline uint64_t matrix_descriptor(uint32_t address, int lead, int stride) {
-  constexpr uint64_t kSwizzle128 = 1;
+  constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 3;
   return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(lead >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 |
-         kSwizzle128 << 62;
+         kSwizzle << 62;
 }
 
 template <class Element>
 struct Warpgroup {
-  template <bool kTransposedQ, int kCount>
+  template <bool kTransposedQ, bool kTransposedP = false, int kCount>
   static void multiply_add_async(float (&d)[kCount], uint64_t p, uint64_t q, bool accumulates,
                                  emu::Site site = emu::Site::current()) {
     const auto element = std::is_same_v<Element, BFloat16> ? emu::Element::kBFloat16 : emu::Element::kFloat16;
-    emu::multiply_add_async({element, 2 * kCount, p, q, kTransposedQ, accumulates}, d, site);
+    emu::multiply_add_async({element, 2 * kCount, p, q, kTransposedP, kTransposedQ, accumulates}, d, site);
   }
 };
 
