@@ -144,6 +144,7 @@ def test_wgmma_is_taken_where_it_is_asked_for(changes, columns, blocks, rank_til
         (dict(k=4100), "whole chunks"),
         (dict(n=4100), "whole chunks"),
         (dict(aligned=False), "whole chunks"),
+        (dict(k=0), "nothing to sum"),
     ],
 )
 def test_what_does_not_fit_wgmma_is_served_as_without_asking(changes, why):
@@ -155,16 +156,21 @@ def test_what_does_not_fit_wgmma_is_served_as_without_asking(changes, why):
 
 
 def test_wgmma_takes_the_gradient_of_x_where_it_is_wanted():
-    """dA and dB are reduced as where the vendor multiplies: nobody leaves parts of dB."""
+    """It leaves parts of dB where ranks are few; else dA and dB are reduced as where the vendor multiplies."""
     config = emulator.load_lora_linear().lora_backward_config
     sizes, device = (8192, 4096, 4096, 16, True), dict(capability=90, schedule="wgmma")
     asked = config(*sizes, True, True, True, *H200, **device)
-    assert (asked["schedule"], asked["columns"], asked["blocks"], asked["counters"]) == ("wgmma", 256, 132, 1)
-    assert (asked["cublas"], asked["parts_of_grad_b"]) == (False, 0)
-    by_vendor = config(*sizes, True, True, True, *H200, **{**device, "schedule": "cublas"})
-    assert [asked[name] for name in ("grads_blocks", "grads_splits")] == [
+    assert (asked["schedule"], asked["columns"], asked["blocks"], asked["counters"]) == ("wgmma", 256, 132, 2 + 64)
+    assert (asked["cublas"], asked["parts_of_grad_b"]) == (False, 64)
+    many = (8192, 4096, 4096, 24, True)
+    wide, by_vendor = (
+        config(*many, True, True, True, *H200, **{**device, "schedule": name}) for name in ("wgmma", "cublas")
+    )
+    assert (wide["schedule"], wide["parts_of_grad_b"]) == ("wgmma", 0)
+    assert [wide[name] for name in ("grads_blocks", "grads_splits")] == [
         by_vendor[name] for name in ("grads_blocks", "grads_splits")
     ]
+    assert not config(*sizes, True, True, False, *H200, **device)["parts_of_grad_b"]
     without = config(*sizes, False, True, True, *H200, **device)
     assert without["schedule"] != "wgmma"
     assert "no gradient of x is wanted" in without["why"]

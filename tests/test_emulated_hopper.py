@@ -210,6 +210,23 @@ def test_without_the_drivers_tensor_maps_another_schedule_is_taken():
         torch.ops.lora_kernels_emulated_wgmma.lora_linear(*args, None, SCALING, 0.0, "wgmma")
 
 
+@pytest.mark.parametrize("problem", [(200, 264, 136), (130, 1032, 328)])
+def test_the_yardstick_is_the_base_layer(problem):
+    """What the machine code of the main loop is compared with (test_cuda_main_loop.py) computes something."""
+    native = emulator.load_lora_linear_wgmma()
+    x, weight, lora_A, lora_B, bias = matrices(*problem, 16, "bf16", bias=True)
+    grad_y = grad_y_of(x, weight)
+    native.set_frozen(True)
+    try:
+        y = run((x, weight, lora_A, lora_B, bias))[0]
+        grad_x = run_backward((grad_y, x, saved_s(x, lora_A), weight, lora_A, lora_B))[0]
+    finally:
+        native.set_frozen(False)
+    linear = torch.nn.functional.linear
+    assert_as_accurate(y, linear(x, weight, bias), linear(x.double(), weight.double(), bias.double()), "y")
+    assert_as_accurate(grad_x, grad_y @ weight, grad_y.double() @ weight.double(), "dY W")
+
+
 # ------------------------------------------------------------------------------------------------------- faults
 
 SCENARIOS = (

@@ -60,24 +60,39 @@ def test_plan_of_wgmma(plan):
 
 @needs_extension
 def test_plan_of_the_gradients_by_wgmma(plan):
-    """The vendor's product makes s', wgmma dX, and dA and dB are what they are elsewhere."""
-    first, launch, last = plan(op="lora_linear_backward", arch="sm_90", schedule="wgmma", n=4104)
+    """One launch has s', dX and parts of dB; dA is made, and dB summed, where they are elsewhere."""
+    launches = plan(op="lora_linear_backward", arch="sm_90", schedule="wgmma", n=4104)
+    launch, last = launches[0], launches[-1]
     if launch["schedule"] != "wgmma":
         pytest.skip("the extension was built without sm_90a")
-    assert (first["product"], last["schedule"]) == ("s' = dY B", "split rows")
+    assert (len(launches), last["schedule"]) == (2, "split rows")
+    assert "parts of dB are there and only summed" in last["reason"]
     assert launch["kernel"].startswith(
         "_ZN2lk24lora_linear_wgmma_kernelINS_15LoraLinearWgmmaINS_8BFloat16ELi256ELi16ELb1E"
     )
     assert {m["tensor"]: (m["dims"], m["box"]) for m in launch["maps"]} == {
         "x": ([4104, 8192], [64, 128]),
         "w": ([4096, 4104], [64, 64]),  # as it lies
+        "a": ([16, 4104], [16, 64]),
         "s": ([16, 8192], [64, 128]),
+        "saved s": ([16, 8192], [16, 128]),
         "b": ([4096, 16], [64, 64]),
         "y": ([4096, 8192], [64, 64]),
     }
-    assert launch["workspace_bytes"] == 4
-    told = cuda._told([first, launch, last])
-    assert told == ("wgmma", launch["reason"]), "what lk.why says, though s' is a product of the vendor's"
+    assert [m["swizzle_bytes"] for m in launch["maps"] if m["box"][0] == 16] == [32, 32]
+    assert launch["workspace_bytes"] == 4 * (2 + 64 + 64 * 4104 * 16)
+    assert cuda._told(launches) == ("wgmma", launch["reason"]), "what lk.why says"
+
+
+@needs_extension
+def test_plan_of_the_gradients_by_wgmma_of_many_ranks(plan):
+    """Parts of dB would be too large; tiles of s' are as wide as a row of 128 bytes."""
+    launch, last = plan(op="lora_linear_backward", arch="sm_90", schedule="wgmma", r=72)[-2:]
+    if launch["schedule"] != "wgmma":
+        pytest.skip("the extension was built without sm_90a")
+    assert {m["tensor"]: m["box"] for m in launch["maps"]}["a"] == [64, 64]
+    assert "saved s" not in [m["tensor"] for m in launch["maps"]]
+    assert "dY is read again" in last["reason"]
 
 
 @needs_extension

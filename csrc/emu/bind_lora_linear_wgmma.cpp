@@ -1,6 +1,7 @@
 // The CUDA binding of lora_linear as it is, over CPU tensors, on a GPU of capability 9.0: forwards and
 // gradients of x of schedule "wgmma" are emulated, as ops of `lora_kernels_emulated_wgmma`. Other launches are those of
 // bind_lora_linear.cpp. Test only.
+#include "../kernels/frozen_linear_wgmma.cuh"
 #include "../kernels/lora_linear_wgmma_variants.cuh"
 #include "../launch/lora_linear_wgmma.h"
 #include "../launch/lora_wgmma_boxes.h"
@@ -11,6 +12,7 @@ namespace lk {
 
 inline bool driver_encodes = true;
 inline std::vector<unsigned char> last_s, last_parts;  // of the last launch of dX: dY B, and parts of dB
+inline bool is_frozen = false;                         // no branch: the tests' yardstick
 bool encodes_tensor_maps() { return driver_encodes; }
 
 template <class Element>
@@ -36,8 +38,11 @@ cudaError_t launch_lora_linear_wgmma(const LoraLinearParams& p, const LoraLinear
   memory.input(p.counters, sizeof(uint32_t), 1, config.counters, 0);
   options.by_clocks = true;
   return with_variant(AllLoraWgmmaVariants<Element>{}, config.key, [&]<class Kernel>(Kernel) {
-    const cudaError_t error =
-        run<Kernel>(&lora_linear_wgmma_kernel<Kernel>, true, config.blocks, params, memory, stream);
+    const auto launch = [&]<class Launched>(std::type_identity<Launched>) {
+      return run<Launched>(&lora_linear_wgmma_kernel<Launched>, true, config.blocks, params, memory, stream);
+    };
+    using Frozen = FrozenLinearWgmma<typename Kernel::Loop>;
+    const cudaError_t error = is_frozen ? launch(std::type_identity<Frozen>{}) : launch(std::type_identity<Kernel>{});
     y.copy_back();
     const auto bytes = [](const void* begin, int64_t count) {
       const auto* const first = static_cast<const unsigned char*>(begin);
@@ -79,6 +84,7 @@ PYBIND11_MODULE(_emu_lora_linear_wgmma, m) {
   };
   m.def("grad_s", [bytes] { return bytes(lk::last_s); });
   m.def("parts_of_grad_b", [bytes] { return bytes(lk::last_parts); });
+  m.def("set_frozen", [](bool frozen) { lk::is_frozen = frozen; });
   m.def("set_device", [](int sms, int capability, bool driver_encodes) {
     runtime.sms = sms;
     runtime.capability = capability;

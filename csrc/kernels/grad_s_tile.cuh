@@ -29,23 +29,25 @@ class GradSTile {
   LK_DEVICE GradSTile(const LoraWgmmaParams& p, uint32_t staging, uint32_t barrier)
       : p_(p), staging_(staging), barrier_(barrier) {}
 
-  // for_stages(f): f(dY's tile, B's) for one stage after the other. All threads of both groups call it.
-  template <class ForStages>
-  LK_DEVICE void compute(const WorkItem& work, int group, const ForStages& for_stages) {
+  // All threads of both groups call it.
+  template <class Loop>
+  LK_DEVICE void compute(const WorkItem& work, int group, Loop& loop) {
+    static_assert(Loop::kM == kRows && Loop::kGroups == kGroups && Loop::kDepth == kDepth);
     const LoraLinearParams& p = p_.lora;
     const bool has_parts = kHasParts && p.partial_grad_b != nullptr;
     if (has_parts) fetch_saved_s(work.row * kRows, group);
     float* const part = p.partial_grad_b + static_cast<int64_t>(work.row) * p.k * kColumns;
     float acc[kColumns / 2] = {};
-    int n0 = 0;
-    for_stages([&](uint32_t grad_y, uint32_t factor) {
-      multiply_rows(acc, grad_y, factor, group);
-      if constexpr (kHasParts) {
-        // The groups take turns.
-        if (has_parts && n0 / kDepth % kGroups == group) part_of_grad_b(grad_y, part, n0);
-      }
-      n0 += kDepth;
-    });
+    LK_NO_UNROLL
+    for (int n0 = 0; n0 < p.k; n0 += kDepth) {
+      loop.use_stage([&](uint32_t stage) {
+        multiply_rows(acc, Loop::rows_of(stage, group), stage + Loop::kOffsetW);
+        if constexpr (kHasParts) {
+          // The groups take turns.
+          if (has_parts && n0 / kDepth % kGroups == group) part_of_grad_b(stage, part, n0);
+        }
+      });
+    }
     store(acc, work.row * kRows + group * kGroupRows, work.column * kColumns);
     fence_proxy_async();  // the copy engine reads s'
     sync_named(1 + group, kWarpgroup);
@@ -69,9 +71,8 @@ class GradSTile {
   }
 
   // acc += rows of dY, times B.
-  LK_DEVICE static void multiply_rows(float (&acc)[kColumns / 2], uint32_t grad_y, uint32_t factor, int group) {
-    const uint32_t first = grad_y + static_cast<uint32_t>(group * kGroupRows * kRowBytesGradY);
-    const uint64_t rows = matrix_descriptor(first, 0, 8 * kRowBytesGradY), columns = turned(factor);
+  LK_DEVICE static void multiply_rows(float (&acc)[kColumns / 2], uint64_t rows, uint32_t factor) {
+    const uint64_t columns = turned(factor);
     multiply_fence();
     LK_UNROLL
     for (int i = 0; i < kDepth / kFragmentDepth; ++i) {

@@ -16,15 +16,14 @@
 // No deadlock, whatever the order the blocks start in. In the forward a tile waits for slabs alone, and whoever waits
 // has warps that go on drawing slabs until none are left. In the gradient of x it waits for tiles of lower tickets,
 // which belong to blocks that are running or done.
-//
-// Whoever reads a stage gives it back with an arrival of each warp, once its products are complete.
 #pragma once
 
 #include "../params/lora_linear_wgmma.h"
+#include "gemm_wgmma.cuh"
 #include "grad_s_tile.cuh"
-#include "ring.cuh"
 #include "rounded_adapters.cuh"
 #include "shrink_slabs.cuh"
+#include "store_boxes.cuh"
 #include "told_work.cuh"
 
 namespace lk {
@@ -34,20 +33,17 @@ template <class Element_, int kN_, int kRankTile_, bool kGradX = false>
 struct LoraLinearWgmma {
   using Element = Element_;
   using Params = LoraWgmmaParams;
-  static constexpr int kM = 128, kN = kN_, kDepth = 64, kStages = 4, kRankTile = kRankTile_;
-  static constexpr int kGroups = 2, kGroupRows = kM / kGroups, kThreads = (1 + kGroups) * kWarpgroup;
+  using Loop = WgmmaLoop<Element, kN_, kGradX>;
+  static constexpr int kM = Loop::kM, kN = kN_, kDepth = Loop::kDepth, kStages = Loop::kStages;
+  static constexpr int kRankTile = kRankTile_, kThreads = (1 + Loop::kGroups) * kWarpgroup;
 
   // Shared memory: stages, staging tiles of y (one in the place of two, where there is a mask), the mask, told work,
-  // barriers. A row of each tile is 128 bytes, swizzled.
-  static constexpr int kRowBytes = 128, kEightRows = 8 * kRowBytes;
-  static_assert(kDepth * sizeof(typename Element::Storage) == kRowBytes);
-  static constexpr int kOffsetW = kM * kRowBytes, kBytesStage = kOffsetW + kN * kRowBytes;
-  static constexpr int kStoreColumns = 64, kStoreTiles = kGradX ? 1 : 2, kBytesStoreTile = kGroupRows * kRowBytes;
-  static constexpr int kOffsetStore = kStages * kBytesStage;
-  static constexpr int kOffsetKeep = kOffsetStore + kGroups * kStoreTiles * kBytesStoreTile;
+  // barriers.
+  using Store = StoreBoxes<Loop, kGradX ? 1 : 2>;
+  static constexpr int kOffsetStore = Loop::kBytesStages, kOffsetKeep = kOffsetStore + Store::kBytes;
   static constexpr int kOffsetWork = kOffsetKeep + (kGradX ? KeepBits<kM, kN>::kBytes : 0);
   static constexpr int kOffsetStageBarriers = kOffsetWork + ToldWork::kBytes;
-  static constexpr int kOffsetKeepBarriers = kOffsetStageBarriers + RingBarriers<kStages>::kBytes;
+  static constexpr int kOffsetKeepBarriers = kOffsetStageBarriers + Loop::kBytesBarriers;
   static constexpr int kOffsetSavedBarrier = kOffsetKeepBarriers + (kGradX ? RingBarriers<1>::kBytes : 0);
   static constexpr int kSharedBytes = kOffsetSavedBarrier + (kGradX ? kBytesBarrier : 0);
 
@@ -55,12 +51,12 @@ struct LoraLinearWgmma {
   static constexpr int kLaunchRegisters = 168;
   static constexpr int kLoaderRegisters = kGradX ? 56 : kRankTile == 16 ? 80 : 104;
   static constexpr int kProductRegisters = kGradX ? 224 : kRankTile == 16 ? 208 : 200;
-  static_assert(kLoaderRegisters + kGroups * kProductRegisters <= (1 + kGroups) * kLaunchRegisters);
+  static_assert(kLoaderRegisters + Loop::kGroups * kProductRegisters <= (1 + Loop::kGroups) * kLaunchRegisters);
 
   LK_DEVICE static void run(const Params& p) {
     const uint32_t smem = dynamic_shared();
     if (thread_index() == 0) {
-      RingBarriers<kStages>::init(smem + kOffsetStageBarriers, 1, kProductWarps);
+      Loop::init(smem + kOffsetStageBarriers);
       ToldWork::init(smem + kOffsetWork, kProductWarps + (kGradX ? kSideWarps : 0));
       if constexpr (kGradX) {
         RingBarriers<1>::init(smem + kOffsetKeepBarriers, kSideWarps, kProductWarps);
@@ -91,27 +87,20 @@ struct LoraLinearWgmma {
   }
 
  private:
-  static constexpr int kSideWarps = kWarpgroup / kWarp - 1, kProductWarps = kGroups * kWarpgroup / kWarp;
+  static constexpr int kSideWarps = kWarpgroup / kWarp - 1, kProductWarps = Loop::kProductWarps;
   using Adapters = RoundedAdapters<Element>;
   using Slabs = ShrinkSlabs<Element, kRankTile, kM>;
   static constexpr int kColumnsOfGradS = kRankTile == 16 ? 16 : 64;
   using GradS = GradSTile<Element, kColumnsOfGradS>;
-  static_assert(!GradS::kHasParts || GradS::kBytesSavedS <= kBytesStoreTile);
-  using Product = Warpgroup<Element>;
-  using Stages = Ring<kStages>;
-  using Accumulator = float[kN / 2];
+  static_assert(!GradS::kHasParts || GradS::kBytesSavedS <= Store::kBytesTile);
+  using Product = typename Loop::Product;
+  using Accumulator = typename Loop::Accumulator;
 
   LK_DEVICE static int lane() { return thread_index() % kWarp; }
 
   LK_DEVICE static Adapters adapters_of(const Params& p) { return Adapters(p, ceil_div(p.lora.m, kM)); }
 
-  LK_DEVICE static uint32_t full(uint32_t smem, const Stages& stages) {
-    return RingBarriers<kStages>::full(smem + kOffsetStageBarriers, stages.slot());
-  }
-  LK_DEVICE static uint32_t empty(uint32_t smem, uint32_t slot) {
-    return RingBarriers<kStages>::empty(smem + kOffsetStageBarriers, slot);
-  }
-  LK_DEVICE static uint32_t stage(uint32_t smem, const Stages& stages) { return smem + stages.slot() * kBytesStage; }
+  LK_DEVICE static Loop loop_of(uint32_t smem) { return Loop(smem, smem + kOffsetStageBarriers); }
 
   // ---------------------------------------------------------------------------------------------- the one who loads
 
@@ -125,7 +114,7 @@ struct LoraLinearWgmma {
     const int shrink_columns = kGradX ? ceil_div(lora.rank, kColumnsOfGradS) : 0;
     const Adapters adapters = adapters_of(p);
     for (const TensorMap* map : {&p.x, &p.w, &p.s, &p.b, &p.y}) prefetch_map(map);
-    Stages stages;
+    Loop loop = loop_of(smem);
     ToldWork told(smem + kOffsetWork);
     int ticket = draw_ticket(lora);
     LK_NO_UNROLL
@@ -137,47 +126,28 @@ struct LoraLinearWgmma {
       LK_NO_UNROLL
       for (int t = 0; t < depths; ++t) {
         if (t == depths - 1) ticket = draw_ticket(lora);  // its way is hidden behind a full ring
-        const uint32_t barrier = open_stage(smem, stages, is_shrink ? kOffsetW + GradS::kBytesFactor : kBytesStage);
-        load_box(stage(smem, stages), &p.x, t * kDepth, work.row * kM, barrier);
-        if (is_shrink) {
-          load_box(stage(smem, stages) + kOffsetW, &p.a, work.column * kColumnsOfGradS, t * kDepth, barrier);
-        } else {
-          load_columns(stage(smem, stages) + kOffsetW, &p.w, t * kDepth, work.column * kN, barrier);
-        }
-        stages.advance();
+        loop.fill_stage(is_shrink ? Loop::kOffsetW + GradS::kBytesFactor : Loop::kBytesStage,
+                        [&](uint32_t stage, uint32_t barrier) {
+                          load_box(stage, &p.x, t * kDepth, work.row * kM, barrier);
+                          if (is_shrink) {
+                            load_box(stage + Loop::kOffsetW, &p.a, work.column * kColumnsOfGradS, t * kDepth, barrier);
+                          } else {
+                            Loop::load_columns(stage, &p.w, t * kDepth, work.column * kN, barrier);
+                          }
+                        });
       }
       if (is_shrink) continue;
       LK_NO_UNROLL
       for (int r = 0; r < lora.rank; r += kDepth) {
-        const uint32_t barrier = open_stage(smem, stages, kBytesStage);
-        if (r == 0) adapters.wait();
-        load_columns(stage(smem, stages) + kOffsetW, &p.b, r, work.column * kN, barrier);
-        if (r == 0) wait_for_s(lora, work.row);  // while b is on its way
-        load_box(stage(smem, stages), &p.s, r, work.row * kM, barrier);
-        stages.advance();
+        loop.fill_stage(Loop::kBytesStage, [&](uint32_t stage, uint32_t barrier) {
+          if (r == 0) adapters.wait();
+          Loop::load_columns(stage, &p.b, r, work.column * kN, barrier);
+          if (r == 0) wait_for_s(lora, work.row);  // while b is on its way
+          load_box(stage, &p.s, r, work.row * kM, barrier);
+        });
       }
     }
     told.tell_end();
-  }
-
-  // Of w, or of what takes its place: kDepth from k on of kN columns of y. The other way round in memory, it comes in
-  // panels of as many columns as there are in a row.
-  LK_DEVICE static void load_columns(uint32_t address, const TensorMap* map, int k, int column, uint32_t barrier) {
-    if constexpr (kGradX) {
-      LK_UNROLL
-      for (int i = 0; i < kN / kPanelColumns; ++i) {
-        load_box(address + i * kBytesPanel, map, column + i * kPanelColumns, k, barrier);
-      }
-    } else {
-      load_box(address, map, k, column, barrier);
-    }
-  }
-
-  // A stage that all have left, for so many bytes. Returns the barrier at which its copies count.
-  LK_DEVICE static uint32_t open_stage(uint32_t smem, const Stages& stages, int bytes) {
-    barrier_wait(empty(smem, stages.slot()), stages.empty_parity());
-    barrier_arrive_expecting(full(smem, stages), bytes);
-    return full(smem, stages);
   }
 
   LK_DEVICE static void wait_for_s(const LoraLinearParams& p, int row) {
@@ -211,7 +181,7 @@ struct LoraLinearWgmma {
   // -------------------------------------------------------------------------------------------- those who multiply
 
   LK_DEVICE static void compute_tiles(const Params& p, uint32_t smem, int group) {
-    Stages stages;
+    Loop loop = loop_of(smem);
     ToldWork told(smem + kOffsetWork);
     WorkItem work;
     KeepSlot keep;
@@ -219,124 +189,68 @@ struct LoraLinearWgmma {
     while (told.next(work)) {
       if constexpr (kGradX) {
         if (work.is_shrink) {
-          grad_s.compute(work, group, [&](const auto& use) { for_stages(p.lora, smem, stages, use); });
+          grad_s.compute(work, group, loop);
           continue;
         }
       }
       Accumulator acc;
       LK_UNROLL
       for (int i = 0; i < kN / 2; ++i) acc[i] = 0.0f;
-      multiply(p.lora, smem, group, stages, acc);
-      add_branch(p.lora, smem, group, stages, keep, acc);
-      store_tile(p, smem, group, work, acc);
+      loop.multiply(p.lora.k, group, acc);
+      add_branch(p.lora, smem, group, loop, keep, acc);
+      Store::store(p, smem + kOffsetStore, group, work.row, work.column, acc);
     }
-    if (thread_index() % kWarpgroup == 0) store_wait_read<0>();  // the block's shared memory ends with it
+    Store::wait();
   }
 
-  LK_DEVICE static void give_back(uint32_t smem, uint32_t slot) {
-    if (lane() == 0) barrier_arrive(empty(smem, slot));
-  }
-
-  // use(x's tile, the other's) for a tile's stages, each of which is given back when use returns.
-  template <class Use>
-  LK_DEVICE static void for_stages(const LoraLinearParams& p, uint32_t smem, Stages& stages, const Use& use) {
-    LK_NO_UNROLL
-    for (int left = ceil_div(p.k, kDepth); left > 0; --left) {
-      barrier_wait(full(smem, stages), stages.full_parity());
-      use(stage(smem, stages), stage(smem, stages) + kOffsetW);
-      give_back(smem, stages.slot());
-      stages.advance();
-    }
-  }
-
-  // Of a stage: this group's rows of x or s, and the columns of y.
-  LK_DEVICE static uint64_t rows_of(uint32_t stage, int group) {
-    return matrix_descriptor(stage + static_cast<uint32_t>(group * kGroupRows * kRowBytes), 0, kEightRows);
-  }
-  LK_DEVICE static uint64_t columns_of(uint32_t stage) {
-    return matrix_descriptor(stage + kOffsetW, kGradX ? kBytesPanel : 0, kEightRows);
-  }
-  static constexpr int kPanelColumns = kRowBytes / 2, kBytesPanel = kDepth * kRowBytes;
-  // In units of a descriptor's address: 16 of the depth on, of the rows and of the columns.
-  static constexpr int kFragmentDepth = 16, kNextRows = kFragmentDepth * 2 / 16;
-  static constexpr int kNextColumns = kGradX ? kFragmentDepth * kRowBytes / 16 : kNextRows;
-
-  // acc += x wT. A stage is given back when the products of the next one are issued and its own are complete.
-  LK_DEVICE static void multiply(const LoraLinearParams& p, uint32_t smem, int group, Stages& stages,
-                                 Accumulator& acc) {
-    const auto issue = [&] {
-      barrier_wait(full(smem, stages), stages.full_parity());
-      const uint64_t x = rows_of(stage(smem, stages), group), w = columns_of(stage(smem, stages));
-      multiply_fence();
-      LK_UNROLL
-      for (int i = 0; i < kDepth / kFragmentDepth; ++i) {
-        Product::template multiply_add_async<kGradX>(acc, x + i * kNextRows, w + i * kNextColumns, true);
-      }
-      multiply_commit();
-    };
-    issue();
-    uint32_t previous = stages.slot();
-    stages.advance();
-    LK_NO_UNROLL
-    for (int left = ceil_div(p.k, kDepth) - 1; left > 0; --left) {
-      issue();
-      multiply_wait<1>();
-      give_back(smem, previous);
-      previous = stages.slot();
-      stages.advance();
-    }
-    multiply_wait<0>(acc);
-    give_back(smem, previous);
-  }
-
+  static constexpr int kFragmentDepth = Loop::kFragmentDepth;
   // Columns of the branch's product at a time: what two products leave registers for, or a panel.
-  static constexpr int kChunk = kGradX ? kPanelColumns : 32;
-  static constexpr int kNextChunk = (kGradX ? kBytesPanel : kChunk * kRowBytes) / 16;
+  static constexpr int kChunk = kGradX ? Loop::kPanelColumns : 32;
+  static constexpr int kNextChunk = (kGradX ? Loop::kBytesPanel : kChunk * Loop::kRowBytes) / 16;
 
   // acc += scaling · s bT, the sum in fp32: the product of one chunk of columns is formed while another one is added.
-  LK_DEVICE static void add_branch(const LoraLinearParams& p, uint32_t smem, int group, Stages& stages, KeepSlot& keep,
+  LK_DEVICE static void add_branch(const LoraLinearParams& p, uint32_t smem, int group, Loop& loop, KeepSlot& keep,
                                    Accumulator& acc) {
     const bool is_masked = kGradX && p.seed != nullptr;
     const float scale = is_masked ? p.scaling * p.dropout_scale : p.scaling;
     if (is_masked) barrier_wait(RingBarriers<1>::full(smem + kOffsetKeepBarriers, 0), keep.full_parity());
     LK_NO_UNROLL
     for (int r = 0; r < p.rank; r += kDepth) {
-      barrier_wait(full(smem, stages), stages.full_parity());
-      const uint64_t s = rows_of(stage(smem, stages), group), b = columns_of(stage(smem, stages));
-      float product[2][kChunk / 2];
-      const auto issue = [&](int chunk) {
-        multiply_fence();
-        if constexpr (kRankTile == kFragmentDepth) {
-          Product::template multiply_add_async<kGradX>(product[chunk % 2], s, b + chunk * kNextChunk, false);
-        } else {
-          // Unrolled, it would take registers that are not there.
-          LK_NO_UNROLL
-          for (int i = 0; i < ceil_div(smaller(kDepth, p.rank - r), kFragmentDepth); ++i) {
-            Product::template multiply_add_async<kGradX>(product[chunk % 2], s + i * kNextRows,
-                                                         b + chunk * kNextChunk + i * kNextColumns, i > 0);
+      loop.use_stage([&](uint32_t stage) {
+        const uint64_t s = Loop::rows_of(stage, group), b = Loop::columns_of(stage);
+        float product[2][kChunk / 2];
+        const auto issue = [&](int chunk) {
+          multiply_fence();
+          if constexpr (kRankTile == kFragmentDepth) {
+            Product::template multiply_add_async<kGradX>(product[chunk % 2], s, b + chunk * kNextChunk, false);
+          } else {
+            // Unrolled, it would take registers that are not there.
+            LK_NO_UNROLL
+            for (int i = 0; i < ceil_div(smaller(kDepth, p.rank - r), kFragmentDepth); ++i) {
+              Product::template multiply_add_async<kGradX>(product[chunk % 2], s + i * Loop::kNextRows,
+                                                           b + chunk * kNextChunk + i * Loop::kNextColumns, i > 0);
+            }
+          }
+          multiply_commit();
+        };
+        issue(0);
+        LK_UNROLL
+        for (int chunk = 0; chunk < kN / kChunk; ++chunk) {
+          if (chunk + 1 < kN / kChunk) {
+            issue(chunk + 1);
+            multiply_wait<1>(product[chunk % 2]);
+          } else {
+            multiply_wait<0>(product[chunk % 2]);
+          }
+          float* const sums = acc + chunk * kChunk / 2;
+          if constexpr (kGradX) {
+            add_kept(smem, group, chunk, is_masked, scale, product[chunk % 2], sums);
+          } else {
+            LK_UNROLL
+            for (int i = 0; i < kChunk / 2; ++i) sums[i] += scale * product[chunk % 2][i];
           }
         }
-        multiply_commit();
-      };
-      issue(0);
-      LK_UNROLL
-      for (int chunk = 0; chunk < kN / kChunk; ++chunk) {
-        if (chunk + 1 < kN / kChunk) {
-          issue(chunk + 1);
-          multiply_wait<1>(product[chunk % 2]);
-        } else {
-          multiply_wait<0>(product[chunk % 2]);
-        }
-        float* const sums = acc + chunk * kChunk / 2;
-        if constexpr (kGradX) {
-          add_kept(smem, group, chunk, is_masked, scale, product[chunk % 2], sums);
-        } else {
-          LK_UNROLL
-          for (int i = 0; i < kChunk / 2; ++i) sums[i] += scale * product[chunk % 2][i];
-        }
-      }
-      give_back(smem, stages.slot());
-      stages.advance();
+      });
     }
     if (is_masked) {
       sync_warp();
@@ -348,7 +262,7 @@ struct LoraLinearWgmma {
   // Of a chunk of columns, what the mask keeps.
   LK_DEVICE static void add_kept(uint32_t smem, int group, int chunk, bool is_masked, float scale,
                                  const float (&product)[kChunk / 2], float* sums) {
-    const int row = group * kGroupRows + thread_index() % kWarpgroup / kWarp * 16 + FragmentC::row(lane());
+    const int row = group * Loop::kGroupRows + thread_index() % kWarpgroup / kWarp * 16 + FragmentC::row(lane());
     LK_UNROLL
     for (int half = 0; half < 2; ++half) {
       LK_UNROLL
@@ -363,47 +277,6 @@ struct LoraLinearWgmma {
         }
       }
     }
-  }
-
-  // y = acc + bias, by way of staging tiles, of which one is filled while the other is stored.
-  LK_DEVICE static void store_tile(const Params& p, uint32_t smem, int group, const WorkItem& work,
-                                   const Accumulator& acc) {
-    const int warp_row = thread_index() % kWarpgroup / kWarp * 16, row = warp_row + lane() % 16;
-    const bool leads = thread_index() % kWarpgroup == 0;
-    LK_UNROLL
-    for (int chunk = 0; chunk < kN / kStoreColumns; ++chunk) {
-      const uint32_t tile =
-          smem + static_cast<uint32_t>(kOffsetStore + (group * kStoreTiles + chunk % kStoreTiles) * kBytesStoreTile);
-      const int column0 = work.column * kN + chunk * kStoreColumns;
-      if (leads) store_wait_read<kStoreTiles - 1>();
-      sync_named(1 + group, kWarpgroup);  // the staging tile is free
-      LK_UNROLL
-      for (int i = 0; i < kStoreColumns / 16; ++i) {
-        const float* const d = acc + chunk * kStoreColumns / 2 + i * 8;
-        uint32_t packed[4];
-        LK_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const Float2 bias = bias_of(p.lora, column0 + i * 16 + half * 8 + FragmentC::column(lane()));
-          packed[half * 2] = Element::pack(d[half * 4] + bias.x, d[half * 4 + 1] + bias.y);
-          packed[half * 2 + 1] = Element::pack(d[half * 4 + 2] + bias.x, d[half * 4 + 3] + bias.y);
-        }
-        const int place = (i * 2 + lane() / 16) ^ (row & 7);
-        store_matrix_x4(tile + static_cast<uint32_t>(row * kRowBytes + place * kChunkBytes), packed);
-      }
-      fence_proxy_async_shared();
-      sync_named(1 + group, kWarpgroup);
-      if (leads) {
-        store_box(&p.y, column0, work.row * kM + group * kGroupRows, tile);
-        store_commit();
-      }
-    }
-  }
-
-  // Of a column and the next one.
-  LK_DEVICE static Float2 bias_of(const LoraLinearParams& p, int column) {
-    if (p.bias == nullptr || column >= p.n) return {0.0f, 0.0f};
-    const auto* const bias = static_cast<const typename Element::Storage*>(p.bias) + column;
-    return {Element::low(load_global(bias)), Element::low(load_global(bias + 1))};
   }
 };
 
