@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 
-WGMMA = "15LoraLinearWgmmaI"
+WGMMA, WGMMA_GRAD_X = "15LoraLinearWgmmaI", "ELb1EEEEEvNS_15LoraWgmmaParams"
 
 
 def built() -> list[str]:
@@ -113,14 +113,16 @@ def faults(name: str, order: str) -> list[str]:
             "L" not in order and "no flag is polled",
             "L" in re.sub(ACQUIRE, "", order) and "s may be loaded before its flag",
         ]
-    elif WGMMA in name and "ELb1E" in name:  # the gradient of x: tickets alone
-        found.append(bool(re.search("L|M+A", order)) and "somebody waits for another block")
-    elif WGMMA in name:  # tickets, and flags of s, which is stored by threads and read by the copy engine
+    elif WGMMA in name:
+        # Tickets, and flags of what threads store and the copy engine reads: rounded adapters and s, by a warp, or s'
+        # in the gradient of x, by a warpgroup.
+        by_warps, by_groups = (1, 1) if WGMMA_GRAD_X in name else (2, 0)
         found += [
-            len(re.findall("(?<!M)A", order)) < 2 and "two additions order nothing: drawing tickets",
-            not re.search("sM*FM+A", order) and "s is not published, or not shown to the copy engine",
+            len(re.findall("(?<!M)A", order)) < 1 + by_warps and "additions that order nothing: drawing tickets",
+            len(re.findall("sM*FM+A", order)) < by_warps and "adapters, or s, are not published, or not shown",
+            len(re.findall("sM*FBM+A", order)) < by_groups and "s' is not published, or not shown",
             "L" not in order and "no flag is polled",
-            "L" in re.sub("(LI)+M*FT", "", order) and "s may be copied before its flag, or before it is shown",
+            "L" in re.sub("(LI)+M*F", "", order) and "s may be copied before its flag, or before it is shown",
         ]
     elif "10LoraLinearI" in name or "16LoraLinearPackedI" in name:  # tickets, and flags of s
         found += [
@@ -162,7 +164,8 @@ ORDERS = {
     "16LoraLinearPackedI": "ABlBsBMAIsBlsBMAIlBLILIBls",
     "15MultiLoraDecodeI": "ABlsBMAIlBlsBMAIsBlLILIBlBBs",
     "9LoraGradsI": "lBlsBMAIsBlsBs",
-    WGMMA: "FBlBMFBAlsMFMAIATTTLILIMFT",
+    WGMMA: "FBlFBAlsMFMAILILIMFAlslsMFMAIAATTLILIMFTLILIMFT",
+    WGMMA + WGMMA_GRAD_X: "FBTsMFBMAIBlFBAlsMFMAIlALILIMFATTTTLILIMFTTLILIMFT",
 }
 """As they are, shortened, by a part of the kernel's name."""
 
@@ -196,12 +199,18 @@ def test_the_check_knows_what_is_right(name):
         ("9LoraGradsI", "BMAIsB", "BAsB"),
         ("9LoraGradsI", "BMAIsBl", "BMAIslB"),
         ("9LoraGradsI", "sBMAI", "BsMAI"),
-        (WGMMA, "sMFMAI", "sMAI"),  # not shown to the copy engine
+        (WGMMA, "lslsMFMAI", "lslsMAI"),  # one of two is not shown to the copy engine
+        (WGMMA, "sMFMAI", "sMAI"),
         (WGMMA, "sMFMAI", "MFsMAI"),  # shown before it is stored
         (WGMMA, "sMFMAI", "sMFA"),  # added to the flag by an addition that orders nothing
         (WGMMA, "LILIMFT", "LLMFT"),  # ld.relaxed.gpu
         (WGMMA, "LILIMFT", "LILIT"),
-        (WGMMA, "LILIMFT", "llMFT"),
+        (WGMMA, "LILIMF", "llMF"),
+        (WGMMA + WGMMA_GRAD_X, "sMFBMAI", "sBMAI"),  # s' is not shown
+        (WGMMA + WGMMA_GRAD_X, "sMFBMAI", "sMBFMAI"),  # shown by one thread alone
+        (WGMMA + WGMMA_GRAD_X, "sMFBMAI", "sMFBA"),
+        (WGMMA + WGMMA_GRAD_X, "sMFMAI", "MFsMAI"),
+        (WGMMA + WGMMA_GRAD_X, "LILIMFT", "LILIT"),
     ],
 )
 def test_the_check_sees_what_is_wrong(name, right, wrong):

@@ -153,6 +153,8 @@ def test_the_loop_of_wgmma_is_that_of_a_plain_product(element, columns, rank_til
     assert not [text for text in loop if re.search(r"\b(LD[LGS]|ST[LGS]|HMMA|BAR)\b", text)]
     assert sum("tnspB" in text for text in loop) == (4 if role == "dX" else 0), "w as it lies in memory"
     assert not [text for _, text in code[name] if re.search(r"\b(LDL|STL)\b", text)]
-    source = FROZEN_WGMMA.format(element=element.lstrip("0123456789"), columns=columns, turned=str(role == "dX").lower())
+    source = FROZEN_WGMMA.format(
+        element=element.lstrip("0123456789"), columns=columns, turned=str(role == "dX").lower()
+    )
     module, (plain,) = compiled(source, "sm_90a", tmp_path)
     assert len(loop) <= len(wgmma_loop(sass.code(module, "sm_90a", plain), plain, columns)) + 2

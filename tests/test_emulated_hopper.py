@@ -243,7 +243,7 @@ SITES = {
     # Of work that is told and heard, of a stage that is opened and given back; of a mask that is made and read, and of
     # the saved s.
     "drop_arrival": ("arrival_sites", 4, 7),
-    "drop_barrier_wait": ("barrier_wait_sites", 5, 9),
+    "drop_barrier_wait": ("barrier_wait_sites", 5, 8),
     # Of barriers, of adapters before their flag and behind it, of s likewise, of y.
     "drop_proxy_fence": ("proxy_fence_sites", 6, 6),
     "drop_multiply_wait": ("multiply_wait_sites", 4, 6),

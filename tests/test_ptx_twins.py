@@ -219,7 +219,7 @@ def test_the_compiler_moves_no_access_across_another():
 
 @pytest.mark.parametrize(("element", "ptx_type"), [("BFloat16", "bf16"), ("Float16", "f16")])
 def test_products_of_warpgroups(element, ptx_type):
-    """Kills: an accumulator left out or out of place, an operand's number that is another's, a sign, one operand's turn that is the other's."""
+    """Kills: an accumulator left out or out of place, an operand's number that is another's, a sign, p turned for q."""
     flags = ("-E", "-P", "-x", "c++", "-DLK_DEVICE=", "-DLK_UNROLL=")
     command = [os.environ.get("CXX", "g++"), *flags, str(CSRC / "ptx/wgmma.h")]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
