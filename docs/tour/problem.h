@@ -24,36 +24,26 @@ struct Operand {
 constexpr int kM = 128, kDepth = 64;  // rows of a tile, and how much of the depth is multiplied at a time
 constexpr int kRankTile = 64;         // columns of a tile of s
 
-// A fragment of 16 x 8 as an accumulator holds it: two neighbouring columns of row `row` and of the eighth row below.
-// out = scale · d + bias, where that is inside of out [rows, columns]; without a bias, null.
-LK_DEVICE void store_fragment(uint16_t* out, int rows, int columns, int row, int column, const float* d, float scale,
-                              const uint16_t* bias) {
-  if (column >= columns) return;  // which is even
-  float of_bias[2] = {};
-  LK_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    if (bias != nullptr) of_bias[i] = BFloat16::low(load_global(bias + column + i));
-  }
-  LK_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    if (row + half * 8 >= rows) continue;
-    store_global(reinterpret_cast<uint32_t*>(out + static_cast<int64_t>(row + half * 8) * columns + column),
-                 BFloat16::pack(scale * d[half * 2] + of_bias[0], scale * d[half * 2 + 1] + of_bias[1]));
-  }
-}
-
-// A warp's accumulators, kRows x kColumns fragments from element (row0, column0) on.
+// A warp's accumulators from element (row0, column0) on: kRows x kColumns fragments of 16 x 8, of which a lane holds
+// two neighbouring columns of a row and of the eighth row below. out = scale · acc + bias, where that is inside of out
+// [rows, columns]; without a bias, null.
 template <int kRows, int kColumns>
 LK_DEVICE void store_fragments(uint16_t* out, int rows, int columns, int row0, int column0, const float* acc,
                                float scale, const uint16_t* bias) {
-  const int row = row0 + FragmentC::row(thread_index() % kWarp),
-            lane_column = FragmentC::column(thread_index() % kWarp);
+  const int lane = thread_index() % kWarp;
   LK_UNROLL
-  for (int i = 0; i < kRows; ++i) {
+  for (int j = 0; j < kColumns; ++j) {
+    const int column = column0 + j * 8 + FragmentC::column(lane);
+    if (column >= columns) continue;  // which is even
+    const uint32_t both = bias == nullptr ? 0 : load_global(reinterpret_cast<const uint32_t*>(bias + column));
     LK_UNROLL
-    for (int j = 0; j < kColumns; ++j) {
-      const float* const d = acc + (i * kColumns + j) * 4;
-      store_fragment(out, rows, columns, row + i * 16, column0 + j * 8 + lane_column, d, scale, bias);
+    for (int i = 0; i < kRows * 2; ++i) {
+      const int row = row0 + i * 8 + FragmentC::row(lane);
+      if (row >= rows) continue;
+      const float* const d = acc + (i / 2 * kColumns + j) * 4 + i % 2 * 2;
+      const float low = scale * d[0] + BFloat16::low(both), high = scale * d[1] + BFloat16::high(both);
+      store_global(reinterpret_cast<uint32_t*>(out + static_cast<int64_t>(row) * columns + column),
+                   BFloat16::pack(low, high));
     }
   }
 }

@@ -1,4 +1,4 @@
-"""Compiles the emulator of the CUDA kernels (csrc/emu), and what runs on it. That needs g++, not nvcc, CUDA or torch."""
+"""Compiles the emulator of the CUDA kernels (csrc/emu), and what runs on it. Needs g++; no nvcc, CUDA or torch."""
 
 from __future__ import annotations
 

@@ -39,6 +39,13 @@ def architectures(module: Path) -> list[str]:
     return sorted(set(re.findall(r"\.(sm_\d+\w*)\.cubin", _run("-lelf", str(module)))))
 
 
+@functools.cache
+def registers(module: Path) -> dict[str, int]:
+    """Registers of a thread of each kernel, by its mangled name."""
+    found = re.findall(r"^ Function (\w+):\n +REG:(\d+)", _run("-res-usage", str(module)), re.MULTILINE)
+    return {name: int(count) for name, count in found}
+
+
 def _listing(module: Path, arch: str, kernels: tuple[str, ...]) -> str:
     """What the program prints, which takes it half a minute for a hundred kernels; kept, for other processes, too."""
     digest = hashlib.sha256(module.read_bytes() + repr((arch, kernels)).encode()).hexdigest()[:16]
