@@ -47,14 +47,15 @@ class Step(NamedTuple):
     product: str
     products: int
     copy: str
+    copies_by_engine: bool = False
 
 
 STEPS = {
     1: Step("naive", "sm_80", "step1_y", (1, 128), 4, "FFMA", 64, "LDG"),
     2: Step("tiled", "sm_80", "step2_y", (128, 128), 4, "HMMA", 128, "LDGSTS"),
     3: Step("ticketed", "sm_80", "step3", (128, 128), 4, "HMMA", 128, "LDGSTS"),
-    4: Step("TMA ring", "sm_90a", "step4", (128, 128), 4, "HMMA", 128, "UTMALDG"),
-    5: Step("warp-specialised", "sm_90a", "step5", (128, 256), 8, "HGMMA.64x256x16", 4, "UTMALDG"),
+    4: Step("TMA ring", "sm_90a", "step4", (128, 128), 4, "HMMA", 128, "UTMALDG", True),
+    5: Step("warp-specialised", "sm_90a", "step5", (128, 256), 8, "HGMMA.64x256x16", 4, "UTMALDG", True),
 }
 HEADERS = {"sm_80": ("step1_naive.cuh", "step3_ticketed.cuh"), "sm_90a": ("step5_warp_specialised.cuh",)}
 SCALING = 0.5
@@ -173,13 +174,15 @@ def cubin(arch: str) -> Path:
 
 
 class Code(NamedTuple):
-    """Of a warp that multiplies, per 64 of the depth. Registers of a thread at launch, and what warps make of them;
-    loads and stores of spilled ones.
+    """Instructions are per 64 of the depth: of a warp that multiplies, and of the thread that tells the engine to copy.
+
+    Registers of a thread at launch, and what warps make of them; loads and stores of spilled ones.
     """
 
     instructions: int
     fragment_loads: int
     copies: int
+    of_loader: int
     registers: str
     spills: int
 
@@ -190,18 +193,37 @@ def code(step: int) -> Code:
     registers = {name: count for name, count in sass.registers(module).items() if "4tour" in name}
     (kernel,) = (name for name in registers if of.kernel in name)
     instructions = sass.code(module, of.arch, *sorted(registers))[kernel]
-    loops = [(sum(of.product in text for text in loop), loop) for loop in sass.loops(instructions)]
-    # s has narrower products, the rest of a depth is unrolled less, and loops around it are longer.
-    most = max(count for count, _ in loops if count > 0 and of.products % count == 0)
-    loop = min((loop for count, loop in loops if count == most), key=len)
-    times = of.products // most
     texts = [text for _, text in instructions]
-    claimed = [int(text.split()[-1], 16) for text in texts if "USETMAXREG" in text]
+
+    def part(span: tuple[int, int]) -> list[str]:
+        return [text for address, text in instructions if span[0] <= address <= span[1]]
+
+    def length(span: tuple[int, int]) -> int:
+        return len(part(span))
+
+    def count(name: str, span: tuple[int, int]) -> int:
+        return sum(name in text for text in part(span))
+
+    branches = sass.branches(instructions)
+    loops = [(begin, end) for end, begin in branches if begin < end]
+    # s has narrower products, the rest of a depth is unrolled less, and loops around it are longer.
+    most = max(found for loop in loops if (found := count(of.product, loop)) and of.products % found == 0)
+    loop = min((loop for loop in loops if count(of.product, loop) == most), key=length)
+    times, of_loader, of_others = of.products // most, 0, length(loop)
+    if of.copies_by_engine:
+        # The others skip it within the loop, or it is a loop of its own.
+        skipped = [(begin + 1, end - 1) for begin, end in branches if begin < end]
+        loads = [span for span in skipped + loops if count(of.copy, span) == 2 and not count(of.product, span)]
+        within = [(begin, end) for begin, end in loads if loop[0] <= begin and end <= loop[1]]
+        of_loader = length(min(within or loads, key=length))
+        of_others -= of_loader if within else 0
+    claimed = sorted(int(text.split()[-1], 16) for text in texts if "USETMAXREG" in text)
     return Code(
-        instructions=times * len(loop),
-        fragment_loads=times * sum("LDSM" in text for text in loop),
-        copies=times * sum(of.copy in text for text in loop),
-        registers=" ".join([f"{registers[kernel]}", *(["to " + ", ".join(map(str, claimed))] if claimed else [])]),
+        instructions=times * of_others,
+        fragment_loads=times * count("LDSM", loop),
+        copies=0 if of.copies_by_engine else times * count(of.copy, loop),
+        of_loader=of_loader,
+        registers=f"{registers[kernel]}" + (f" ({', '.join(map(str, claimed))})" if claimed else ""),
         spills=sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in texts),
     )
 
@@ -216,13 +238,14 @@ def rows(step: int) -> dict[str, str]:
     found = {"launches": f"{len(reports)}", "tile of y, threads": f"{m} x {n}, {emulator().THREADS[step - 1]}"}
     if compiler().startswith("nvcc "):
         machine = code(step)
-        of_all = machine.instructions * of.multiplying_warps * 128 * 128 / (m * n)
+        of_all = (machine.instructions * of.multiplying_warps + machine.of_loader) * 128 * 128 / (m * n)
         found |= {
             "instructions of a warp": f"{machine.instructions}",
             "- products": f"{of.products} {of.product.partition('.')[0]}",
             "- loads of fragments": f"{machine.fragment_loads} LDSM" if machine.fragment_loads else "0",
             "- copies": f"{machine.copies} {of.copy}" if machine.copies else "0",
-            "instructions, 128 x 128": f"{of_all:,.0f}",
+            "of a thread that loads": f"{machine.of_loader}: 2 {of.copy}" if machine.of_loader else "none",
+            "of all warps, 128 x 128": f"{of_all:,.0f}",
             "registers": machine.registers,
             "spills": f"{machine.spills}",
         }
@@ -263,10 +286,7 @@ def main() -> None:
         print(*page_tables(), sep="\n\n")
         return
     steps = list(STEPS) if arguments.step is None else [arguments.step]
-    print(
-        f"y [{RAGGED.m}, {RAGGED.n}], depth {RAGGED.k}, rank {RAGGED.rank}, bf16, on the host emulator; errors as parts"
-    )
-    print("of what separate bf16 operations make:")
+    print("bf16 on the host emulator; errors as parts of what separate operations in bf16 make:")
     for step in steps:
         try:
             errors = [error(step, **schedule) for schedule in SCHEDULES]
@@ -275,11 +295,11 @@ def main() -> None:
         if not max(errors) <= 2.0:
             raise SystemExit(f"{head(step)}: wrong, {max(errors)} times the error of separate bf16 operations")
         print(f"  {head(step):18} {len(errors)} schedules, 0 races, error {max(errors):.2f}")
+    m, n, k, rank = WHOLE
     once = sum(array.nbytes for array in operands(WHOLE).values()) / 1024
     print(f"""
-Instructions (SASS, {compiler()}) are those of the loop, per 64 of the depth; "128 x 128" those of all warps that
-multiply, for as many elements of y. Global memory is read for y [{WHOLE.m}, {WHOLE.n}], depth {WHOLE.k}, rank {WHOLE.rank}:
-every operand once would be {once:.1f} KB.
+Instructions ({compiler()}) are those of the loop, per 64 of the depth; "of all warps" for 128 x 128 elements of y.
+Global memory is read for y [{m}, {n}], depth {k}, rank {rank}; every operand once would be {once:.1f} KB.
 
 {table({head(step): rows(step) for step in steps})}""")
 

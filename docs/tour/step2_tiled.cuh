@@ -1,9 +1,8 @@
-// Step 2, tiled: a block computes a tile of 128 x 128 with tensor cores, from operands in shared memory.
+// Step 2, tiled: a block computes 128 x 128 of y with tensor cores, from operands in shared memory.
 //
-// Step 1 read two elements for a multiply-add. Here 64 of the depth of 128 rows of x and of w come to shared memory,
-// and each element is used 128 times. ldmatrix takes them to registers as mma.sync wants them: 16 x 8 x 16 at a time.
-//
-// Such a piece of the operands is a stage. Three of them rotate: cp.async fills two while the third is multiplied.
+// Step 1 read two elements for a multiply-add. Here 64 of the depth of 128 rows of x and of w, a stage, come to shared
+// memory, and each element is used 128 times. ldmatrix takes them to registers as mma.sync wants them, 16 x 8 x 16 at a
+// time. Three stages rotate: cp.async fills two while the third is multiplied.
 //
 //     stage   0      1      2      0      1          one row: 128 bytes of x or w, eight chunks of 16;
 //     fill   [k=0]  [k=64] [k=128][k=192] ...        chunk c of row r lies at place c ^ (r % 8), so that the eight
@@ -32,16 +31,17 @@ struct Tiled {
   LK_DEVICE static int warp_row() { return thread_index() / kWarp / 2 * kWarpM; }
   LK_DEVICE static int warp_column() { return thread_index() / kWarp % 2 * kWarpN; }
 
-  // Rows row0 on, 64 of the depth from k on; a thread copies 16 bytes at a time. Zeros come from beyond the edges.
+  // Rows row0 on, 64 of the depth from k on: a thread copies 16 bytes of every 16th row, beyond the edges zeros.
   template <int kRows>
   LK_DEVICE static void load(uint32_t tile, const Operand& from, int row0, int k) {
+    constexpr int kStep = kThreads / Tile::kChunks;
+    const int row = thread_index() / Tile::kChunks, chunk = thread_index() % Tile::kChunks;
+    const int depth = k + chunk * Tile::kChunkElements;
+    int64_t offset = static_cast<int64_t>(row0 + row) * from.depth + depth;
     LK_UNROLL
-    for (int i = 0; i < kRows * Tile::kChunks; i += kThreads) {
-      const int row = (i + thread_index()) / Tile::kChunks, chunk = (i + thread_index()) % Tile::kChunks;
-      const int depth = k + chunk * Tile::kChunkElements;
-      const bool is_inside = row0 + row < from.rows && depth < from.depth;
-      const int64_t offset = is_inside ? static_cast<int64_t>(row0 + row) * from.depth + depth : 0;
-      copy_async_16(tile + Tile::offset(row, chunk), from.data + offset, is_inside ? kChunkBytes : 0);
+    for (int i = 0; i < kRows; i += kStep, offset += kStep * from.depth) {
+      const bool is_inside = row0 + row + i < from.rows && depth < from.depth;
+      copy_async_16(tile + Tile::offset(row + i, chunk), from.data + offset, is_inside ? kChunkBytes : 0);
     }
   }
 

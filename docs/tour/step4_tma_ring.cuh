@@ -90,7 +90,7 @@ LK_KERNEL(kThreads, 1) step4(const Problem p, const LK_GRID_CONSTANT Maps maps) 
       load_box(stage + Product::kOffsetQ, &maps.a, t * kDepth, work.column * kRankTile, barrier);
     });
     Product::store(p.s, p.m, p.rank, row0, work.column * kRankTile, acc, p.scaling, nullptr);
-    fence_proxy_async();  // threads have stored s, and the engine reads it
+    fence_proxy_async();  // the engine reads s, which threads have stored
     sync_block();
     if (thread_index() == 0) tell_s(p, work.row);
     return;

@@ -93,7 +93,7 @@ struct Specialised {
       const Work work = work_of(p, drawn);
       if (work.is_s) {
         tile<kRankTile>(work, group, p.s, p.rank, p.scaling, nullptr);
-        fence_proxy_async();
+        fence_proxy_async();  // the engine reads s
         sync_named(1, kGroups * kWarpgroup);
         if (thread_index() == kWarpgroup) tell_s(p, work.row);
       } else {
