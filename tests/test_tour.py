@@ -136,6 +136,7 @@ def test_the_page_has_the_tables_of_the_command():
     heads = {tour.head(step) for step in STEPS}
     of_page = [table for table in tables(page) if heads.issuperset(table.get("", ["another table"]))]
     of_command = tables("\n\n".join(tour.page_tables()))
+    assert f"Every operand once would be {tour.every_operand_once()}." in page
     assert [table[""] for table in of_page] == [table[""] for table in of_command]
     for theirs, ours in zip(of_page, of_command, strict=True):
         if tour.compiler() not in page:  # the emulator's numbers stay

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import re
 import subprocess
 import sys
@@ -79,10 +78,12 @@ SCHEDULES = tuple(
 # ---------------------------------------------------------------------------------------------------- the emulator
 
 
+made = functools.partial(emulator_objects.made, folders=(emulator_objects.CSRC, TOUR))
+
+
 @functools.cache
 def emulator() -> ModuleType:
     """The steps, compiled for the host; once for the sources as they are."""
-    made = functools.partial(emulator_objects.made, folders=(emulator_objects.CSRC, TOUR))
     includes = (f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"]))
     flags = (f"-I{emulator_objects.CSRC}", *includes)
     steps = made("_tour.o", "-c", *flags, str(TOUR / "on_emulator.cpp"))
@@ -156,21 +157,18 @@ def compiler() -> str:
     return "nvcc " + re.findall(r"\bV([\d.]+)", told)[0]
 
 
-@functools.cache
 def cubin(arch: str) -> Path:
     """The steps for one architecture, compiled once for the sources as they are."""
-    sources = sorted(path for folder in (emulator_objects.CSRC, TOUR) for path in folder.rglob("*.*h"))
-    text = b"".join(path.read_bytes() for path in sources) + compiler().encode()
-    path = ROOT / "build" / "tour" / f"{hashlib.sha256(text).hexdigest()[:16]}.{arch}.cubin"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        source = path.with_suffix(".cu")
-        source.write_text("".join(f'#include "{TOUR / header}"\n' for header in HEADERS[arch]))
-        flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={arch}", f"-I{emulator_objects.CSRC}"]
-        nvcc = setup_script.load().CUDA_HOME / "bin" / "nvcc"
-        subprocess.run([nvcc, *flags, "-cubin", source, "-o", path.with_suffix(".tmp")], check=True)
-        path.with_suffix(".tmp").replace(path)
-    return path
+    *others, last = HEADERS[arch]
+    flags = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={arch}", f"-I{emulator_objects.CSRC}", "-cubin")
+    sources = (*(f"-include={TOUR / other}" for other in others), "-x=cu", str(TOUR / last))
+    return made(
+        f"tour_{arch}.cubin",
+        *flags,
+        *sources,
+        settings=(compiler(),),
+        compiler=(str(setup_script.load().CUDA_HOME / "bin" / "nvcc"),),
+    )
 
 
 class Code(NamedTuple):
@@ -255,6 +253,10 @@ def rows(step: int) -> dict[str, str]:
     }
 
 
+def every_operand_once() -> str:
+    return f"{sum(array.nbytes for array in operands(WHOLE).values()) / 1024:.1f} KB"
+
+
 def table(columns: dict[str, dict[str, str]], *, changes_only: bool = False) -> str:
     """Markdown, aligned; by the columns' heads, what their rows say."""
     labels = list(next(iter(columns.values())))
@@ -296,10 +298,9 @@ def main() -> None:
             raise SystemExit(f"{head(step)}: wrong, {max(errors)} times the error of separate bf16 operations")
         print(f"  {head(step):18} {len(errors)} schedules, 0 races, error {max(errors):.2f}")
     m, n, k, rank = WHOLE
-    once = sum(array.nbytes for array in operands(WHOLE).values()) / 1024
     print(f"""
 Instructions ({compiler()}) are those of the loop, per 64 of the depth; "of all warps" for 128 x 128 elements of y.
-Global memory is read for y [{m}, {n}], depth {k}, rank {rank}; every operand once would be {once:.1f} KB.
+Global memory is read for y [{m}, {n}], depth {k}, rank {rank}; every operand once would be {every_operand_once()}.
 
 {table({head(step): rows(step) for step in steps})}""")
 
