@@ -61,7 +61,7 @@ class Launches {
       const Maps maps = maps_of(kTileN);
       launch(tiles_of_s(p_) + tiles_of_y, kThreads, kRingSharedBytes, [&] { step4(p_, maps); });
     } else {
-      const Maps maps = maps_of(Specialised::kTileN);
+      const Maps maps = maps_of(Specialised::kWideN);
       launch(persistent_blocks, Specialised::kThreads, Specialised::kSharedBytes, [&] { step5(p_, maps); });
     }
     return std::move(reports_);

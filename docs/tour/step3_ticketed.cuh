@@ -3,10 +3,8 @@
 // Step 2 computed s in a launch of its own: of one block per 128 rows, while the other SMs had nothing to do, and the
 // tiles of y began when the last of them had ended. But a tile of y needs s last, and of its own rows alone:
 //
-//     ticket   0      1      2      3      4      5            a tile of y waits at its own end,
-//     work    [s 0]  [s 1]  [y 00] [y 10] [y 01] [y 11]        if at all
-//               |      '------------|--->'-----|--->'  flag 1
-//               '----------------->'---------->'       flag 0
+//     ticket   0      1      2        3        4        5
+//     work    [s 0]  [s 1]  [y 0,0]  [y 1,0]  [y 0,1]  [y 1,1]     y r,c looks for s r at its own end, and rarely waits
 //
 // - A block draws a ticket: its work follows the order in which blocks start, not their index.
 // - Tickets of s come first. Whoever waits waits for a lower ticket, whose block has started and waits for nobody: no

@@ -1,4 +1,4 @@
-// Step 4, a ring that the copy engine fills (TMA, sm_90): one thread asks for a box, and the other 127 just multiply.
+// Step 4, a ring that the copy engine fills (TMA, sm_90): one thread asks for boxes, and 127 only multiply.
 //
 // In steps 2 and 3 every thread computes addresses, checks edges and copies 16 bytes, 16 times per stage. Here a tensor
 // map, made once by the host, tells the engine of a matrix: address, rows, columns, the box, the order of chunks in a
@@ -24,7 +24,8 @@
 
 namespace lk::tour {
 
-// Boxes of 64 columns, 128 bytes, whose chunks lie as SharedTile's do; of 128 rows, of a kRankTile, of w and b kTileN.
+// Boxes have 64 columns, 128 bytes, whose chunks lie as SharedTile's do, and 128 rows; of a kRankTile, of w and b those
+// of a tile's columns.
 struct Maps {
   TensorMap x, w, a, s, b;
 };

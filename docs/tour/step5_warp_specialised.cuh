@@ -23,8 +23,8 @@
 namespace lk::tour {
 
 struct Specialised {
-  static constexpr int kTileN = 256, kGroups = 2, kGroupRows = kM / kGroups, kThreads = (1 + kGroups) * kWarpgroup;
-  static constexpr int kRowBytes = kDepth * 2, kOffsetQ = kM * kRowBytes, kBytesStage = kOffsetQ + kTileN * kRowBytes;
+  static constexpr int kWideN = 256, kGroups = 2, kGroupRows = kM / kGroups, kThreads = (1 + kGroups) * kWarpgroup;
+  static constexpr int kRowBytes = kDepth * 2, kOffsetQ = kM * kRowBytes, kBytesStage = kOffsetQ + kWideN * kRowBytes;
   static constexpr int kOffsetRing = kRing * kBytesStage, kOffsetTickets = kOffsetRing + Ring<kRing>::kBytes;
   static constexpr int kSharedBytes = kOffsetTickets + kRing * 4;
 
@@ -32,7 +32,7 @@ struct Specialised {
   const Maps& maps;
   uint32_t smem = dynamic_shared();
   Ring<kRing> ring{smem + kOffsetRing};
-  int depths = ceil_div(p.k, kDepth), tickets = tiles_of_s(p) + ceil_div(p.m, kM) * ceil_div(p.n, kTileN);
+  int depths = ceil_div(p.k, kDepth), tickets = tiles_of_s(p) + ceil_div(p.m, kM) * ceil_div(p.n, kWideN);
   bool leads = thread_index() % kWarp == 0;  // its warp
 
   LK_DEVICE int steps(const Work& work) const { return depths + (work.is_s ? 0 : ceil_div(p.rank, kDepth)); }
@@ -48,7 +48,7 @@ struct Specialised {
         if (t == 0) store_shared_4(ticket(), static_cast<uint32_t>(drawn));
         barrier_arrive_expecting(ring.full(), work.is_s ? kOffsetQ + kRankTile * kRowBytes : kBytesStage);
         const bool is_branch = t >= depths;
-        const int k = (is_branch ? t - depths : t) * kDepth, column = work.column * (work.is_s ? kRankTile : kTileN);
+        const int k = (is_branch ? t - depths : t) * kDepth, column = work.column * (work.is_s ? kRankTile : kWideN);
         load_box(stage() + kOffsetQ, work.is_s ? &maps.a : is_branch ? &maps.b : &maps.w, k, column, ring.full());
         if (t == depths) wait_for_s(p, work.row), fence_proxy_async();
         load_box(stage(), is_branch ? &maps.s : &maps.x, k, work.row * kM, ring.full());
@@ -97,7 +97,7 @@ struct Specialised {
         sync_named(1, kGroups * kWarpgroup);
         if (thread_index() == kWarpgroup) tell_s(p, work.row);
       } else {
-        tile<kTileN>(work, group, p.y, p.n, 1.0f, p.bias);
+        tile<kWideN>(work, group, p.y, p.n, 1.0f, p.bias);
       }
     }
   }
