@@ -157,6 +157,10 @@ def compiler() -> str:
     return "nvcc " + re.findall(r"\bV([\d.]+)", told)[0]
 
 
+def has_machine_code() -> bool:
+    return compiler().startswith("nvcc ")
+
+
 def cubin(arch: str) -> Path:
     """The steps for one architecture, compiled once for the sources as they are."""
     *others, last = HEADERS[arch]
@@ -234,7 +238,7 @@ def rows(step: int) -> dict[str, str]:
     of, (m, n) = STEPS[step], STEPS[step].tile
     _, reports = run(step, operands(WHOLE))
     found = {"launches": f"{len(reports)}", "tile of y, threads": f"{m} x {n}, {emulator().THREADS[step - 1]}"}
-    if compiler().startswith("nvcc "):
+    if has_machine_code():
         machine = code(step)
         of_all = (machine.instructions * of.multiplying_warps + machine.of_loader) * 128 * 128 / (m * n)
         found |= {
@@ -298,11 +302,10 @@ def main() -> None:
             raise SystemExit(f"{head(step)}: wrong, {max(errors)} times the error of separate bf16 operations")
         print(f"  {head(step):18} {len(errors)} schedules, 0 races, error {max(errors):.2f}")
     m, n, k, rank = WHOLE
-    print(f"""
-Instructions ({compiler()}) are those of the loop, per 64 of the depth; "of all warps" for 128 x 128 elements of y.
-Global memory is read for y [{m}, {n}], depth {k}, rank {rank}; every operand once would be {every_operand_once()}.
-
-{table({head(step): rows(step) for step in steps})}""")
+    per = 'those of the loop, per 64 of the depth; "of all warps" for 128 x 128 elements of y'
+    print(f"\nInstructions ({compiler()}) are {per}." if has_machine_code() else f"\nNo instructions: {compiler()}.")
+    print(f"Global memory is read for y [{m}, {n}], depth {k}, rank {rank}; every operand once would be", end=" ")
+    print(f"{every_operand_once()}.\n\n{table({head(step): rows(step) for step in steps})}")
 
 
 if __name__ == "__main__":
