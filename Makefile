@@ -27,6 +27,7 @@ TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+FORMATTED := 'csrc/*' 'docs/tour/*.h' 'docs/tour/*.cuh' 'docs/tour/*.cpp'
 SAY    := @printf '== %s\n'
 
 .PHONY: demo test test-full build lint format docs bench gpu ptx clean distclean
@@ -80,12 +81,12 @@ lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'csrc/*' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files $(FORMATTED) | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*' | xargs $(BIN)/clang-format -i
+	git ls-files $(FORMATTED) | xargs $(BIN)/clang-format -i
 
 docs: $(VENV)/.built
 	$(BIN)/python docs/generate_api.py

@@ -64,6 +64,7 @@ struct Report {
   uint64_t barriers = 0;        // block barriers completed
   uint64_t mma = 0;             // multiply_add, once per warp
   uint64_t async_copies = 0;    // asynchronous copies, once per thread
+  uint64_t bytes_read = 0;      // of global memory, by loads and asynchronous copies: as often as they are read
   size_t groups_under_way = 0;  // of a thread's copies, at most, when it has waited: how far loads are ahead of use
   int load_matrix_turns = 0;    // that a load_matrix took for 8x8 elements, at most: 1 where no bank is asked twice
   std::vector<std::string> barrier_sites, async_wait_sites, global_store_sites;  // in Faults' order

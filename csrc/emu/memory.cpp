@@ -111,6 +111,7 @@ void Machine::copy_async(uint32_t address, const void* source, int size, int byt
   if (bytes > 0) {
     GlobalRange& range = range_of(t, source, bytes, size, "copies", site);
     check_known(range, t, source, bytes, false, "unordered read of", site);
+    report_.bytes_read += static_cast<uint64_t>(bytes);
   }
   note_write(t, address, size, site);
   for (uint32_t at = address; at < address + size; at += 4) {
@@ -215,6 +216,7 @@ void Machine::read_global(const void* p, size_t bytes, size_t alignment, Site si
   const Thread& t = *current_;
   const GlobalRange& range = range_of(t, p, bytes, alignment, "reads", site);
   check_known(range, t, p, bytes, false, "unordered read of", site);
+  report_.bytes_read += bytes;
 }
 
 bool Machine::write_global(const void* p, size_t bytes, size_t alignment, Site site) {

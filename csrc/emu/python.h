@@ -60,6 +60,7 @@ inline void define_report(pybind11::module_& m) {
       .def_readonly("multiply_fence_sites", &Report::multiply_fence_sites)
       .def_readonly("store_wait_sites", &Report::store_wait_sites)
       .def_readonly("warpgroup_multiply_adds", &Report::multiply_adds)
+      .def_readonly("bytes_read", &Report::bytes_read)
       .def_readonly("bytes_loaded", &Report::bytes_loaded)
       .def_readonly("bytes_stored", &Report::bytes_stored);
 }

@@ -63,6 +63,7 @@ void test_reverse() {
   for (uint64_t seed = 0; seed < kSeeds; ++seed) {
     const emu::Report report = reverse({.seed = seed});
     require(report.barriers == 1 && report.barrier_sites.size() == 1, "barriers are counted");
+    require(report.bytes_read == kThreads * sizeof(uint32_t), "bytes of loads are counted");
   }
 }
 
@@ -164,6 +165,8 @@ void test_async_copy() {
   for (uint64_t seed = 0; seed < kSeeds; ++seed) {
     const emu::Report report = copy({.seed = seed});
     require(report.async_copies == 2 * kThreads && report.async_wait_sites.size() == 2, "copies are counted");
+    // Of every third copy, half.
+    require(report.bytes_read == 2 * kThreads * 16 - 43 * 8, "bytes of copies are counted, and no zeros");
   }
 }
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
-import hashlib
-import importlib.util
-import os
-import subprocess
 import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+import emulator_objects
 import pybind11
 import setup_script
 import torch
+from emulator_objects import CSRC, MACHINE
 
 from lora_kernels.ops import grouped_lora_linear, lora_linear, lora_pack, multi_lora_branch, multi_lora_linear
 from lora_kernels.spec import OpSpec
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
-BUILD = CSRC.parent / "build" / "emu"
-MACHINE = tuple(f"emu/{name}.cpp" for name in ("machine", "memory", "fiber", "async", "order", "boxes", "products"))
-FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+__all__ = ["CSRC", "MACHINE"]
 _libraries: list[torch.library.Library] = []
 """Kept for as long as the process lives."""
 
@@ -139,32 +133,10 @@ def _build_over_torch(name: str, binding: str) -> ModuleType:
     abi = next(flag for flag in setup_script.load().STABLE_ABI if "TORCH_TARGET_VERSION" in flag)
     others = (torch_dir / "include", pybind11.get_include(), sysconfig.get_paths()["include"])
     flags = (f"-I{CSRC}/emu/cuda", *(f"-isystem{path}" for path in others), abi, "-DUSE_CUDA")
-    objects = [_made(f"{Path(source).stem}.o", "-c", str(CSRC / source)) for source in MACHINE]
+    made = functools.partial(emulator_objects.made, settings=(torch.__version__, sysconfig.get_python_version()))
     headers = "torch_headers.h"
-    compiled = _made(f"{headers}.gch", "-x", "c++-header", *flags, str(CSRC / "emu" / headers))
+    compiled = made(f"{headers}.gch", "-x", "c++-header", *flags, str(CSRC / "emu" / headers))
     first = ("-include", str(compiled.with_name(headers)))
-    objects.append(_made(f"{name}.o", "-c", *flags, *first, str(CSRC / binding)))
+    objects = [*emulator_objects.machine(), made(f"{name}.o", "-c", *flags, *first, str(CSRC / binding))]
     libraries = (f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
-    spec = importlib.util.spec_from_file_location(name, _made(f"{name}.so", "-shared", *map(str, objects), *libraries))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _made(name: str, *arguments: str) -> Path:
-    """What the compiler makes of these arguments and the sources as they are."""
-    text = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cuh", ".cpp"))
-    settings = repr((FLAGS, arguments, torch.__version__, sysconfig.get_python_version()))
-    digest = hashlib.sha256(text + settings.encode()).hexdigest()[:16]
-    made = BUILD / digest / name
-    made.parent.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not made.exists():
-            unfinished = made.with_suffix(".tmp")
-            command = [os.environ.get("CXX", "g++"), *FLAGS, *arguments, "-o", str(unfinished)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"the emulator does not compile:\n{done.stderr}")
-            unfinished.replace(made)
-    return made
+    return emulator_objects.imported(made(f"{name}.so", "-shared", *map(str, objects), *libraries))

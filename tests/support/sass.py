@@ -39,6 +39,13 @@ def architectures(module: Path) -> list[str]:
     return sorted(set(re.findall(r"\.(sm_\d+\w*)\.cubin", _run("-lelf", str(module)))))
 
 
+@functools.cache
+def registers(module: Path) -> dict[str, int]:
+    """Registers of a thread of each kernel, by its mangled name."""
+    found = re.findall(r"^ Function (\w+):\n +REG:(\d+)", _run("-res-usage", str(module)), re.MULTILINE)
+    return {name: int(count) for name, count in found}
+
+
 def _listing(module: Path, arch: str, kernels: tuple[str, ...]) -> str:
     """What the program prints, which takes it half a minute for a hundred kernels; kept, for other processes, too."""
     digest = hashlib.sha256(module.read_bytes() + repr((arch, kernels)).encode()).hexdigest()[:16]
@@ -66,12 +73,13 @@ def code(module: Path, arch: str, *kernels: str) -> dict[str, list[tuple[int, st
     return found
 
 
+def branches(instructions: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """(address, target) of every branch of a kernel."""
+    found = ((address, re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)) for address, text in instructions)
+    return [(address, int(branch[1], 16)) for address, branch in found if branch]
+
+
 def loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
     """Every loop of a kernel: the instructions from a backward branch's target to the branch."""
-    found = []
-    for end, instruction in instructions:
-        branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)", instruction)
-        begin = int(branch[1], 16) if branch else end
-        if begin < end:
-            found.append([text for address, text in instructions if begin <= address <= end])
-    return found
+    backward = ((begin, end) for end, begin in branches(instructions) if begin < end)
+    return [[text for address, text in instructions if begin <= address <= end] for begin, end in backward]
