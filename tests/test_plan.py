@@ -53,7 +53,7 @@ def test_plan_of_wgmma(plan):
     }
     assert all(m["swizzle_bytes"] == 2 * m["box"][0] and m["why"] for m in launch["maps"])
     fields = {field["name"]: field["offset"] for field in launch["params"]["fields"]}
-    offsets = [fields[f"map of {name}"] for name in "xwbsy"]
+    offsets = [fields[f"map of {name}"] for name in ("x", "w", "b", "s", "y", "a", "saved s")]
     assert offsets == list(range(offsets[0], launch["params"]["size"], 128))
     assert offsets[0] % 64 == 0
 

@@ -71,7 +71,7 @@ struct KeepBits {
   static constexpr int kBytes = kRows * kWords * 4;
 
   LK_DEVICE static uint32_t word(uint32_t smem, int row, int column) {
-    return load_shared_4(smem + offset(row, column / 32));
+    return load_shared_4(smem + place(row * kWords + column / 32) * 4);
   }
 
   // By kThreads threads, of which this is the first, second, ...
@@ -90,16 +90,15 @@ struct KeepBits {
           bits |= (dropout_bits(words, j) >= mask.threshold ? 1u : 0u) << (group * kDropoutGroup + j);
         }
       }
-      store_shared_4(smem + offset(i / kWords, i % kWords), bits);
+      store_shared_4(smem + place(i) * 4, bits);
     }
   }
 
  private:
-  // Eight rows of one column, which a warp reads together, lie in different banks.
-  LK_DEVICE static uint32_t offset(int row, int word) {
+  // Of word i: eight rows of one column, which a warp reads together, lie in different banks.
+  LK_DEVICE static int place(int i) {
     static_assert(kWords <= 8);
-    const int place = kWords == 8 ? word ^ (row >> 2 & 1) : word;
-    return static_cast<uint32_t>((row * kWords + place) * 4);
+    return kWords == 8 ? i ^ (i / kWords >> 2 & 1) : i;
   }
 };
 
