@@ -1,7 +1,7 @@
 """Builds ``lora_kernels._C`` (CPU kernels, always) and ``lora_kernels._cuda`` (CUDA kernels, where nvcc is found).
 
 Both are abi3 extensions on libtorch's stable ABI: built once, they run on every CPython >= 3.10 and torch >= 2.10,
-with or without CUDA. No GPU is needed to build. Environment:
+with or without CUDA. No GPU is needed to build; a torch is (packaging/installed_torch.py). Environment:
 
     CXX                      C++ compiler (default: g++)
     CUDA_HOME                CUDA toolkit (default: the one nvcc on PATH belongs to, then /usr/local/cuda)

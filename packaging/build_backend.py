@@ -18,12 +18,6 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
 OLDEST = ".".join(map(str, installed_torch.OLDEST_TORCH))
-HIDDEN = f"""
-lora_kernels is compiled against torch, and there is none in {sys.prefix}.
-If that is an environment made for this build, it hides the torch that is installed. Another one is not downloaded
-for it, which would take minutes and gigabytes. In an environment with torch >= {OLDEST}, 'setuptools>=77' and ninja:
-    pip install --no-build-isolation .        # or: uv pip install --no-build-isolation .
-    python -m build --no-isolation            # for a wheel"""
 
 
 def torch_to_download() -> list[str]:
@@ -38,7 +32,12 @@ def torch_to_download() -> list[str]:
         return []
     # pip has its tools outside of the environment that it installs into, which therefore has no torch.
     if Path(setuptools.__file__).is_relative_to(sys.prefix):
-        raise SystemExit(HIDDEN)
+        raise SystemExit(f"""
+lora_kernels is compiled against torch, and there is none in {sys.prefix}.
+If that is an environment made for this build, it hides the torch that is installed. Another one is not downloaded
+for it, which would take minutes and gigabytes. In an environment with torch >= {OLDEST}, 'setuptools>=77' and ninja:
+    pip install --no-build-isolation .        # or: uv pip install --no-build-isolation .
+    python -m build --no-isolation            # for a wheel""")
     return [f"torch>={OLDEST}"]
 
 

@@ -1,16 +1,16 @@
 """``make wheel``: the wheels of a release, checked, and tried in environments that have nothing to build with.
 
-    python packaging/make_wheels.py [--out dist] [--torch SPEC] [cpu] [cuda]
+    python packaging/make_wheels.py [--out dist] [--torch SPEC] cpu cuda
 
 Two wheels of one version need two names. They differ as torch's do, in the version's local part: 0.2.0+cpu and
 0.2.0+cu130, where the toolkit is 13.0. ``lora_kernels==0.2.0`` asks for either, ``pip list`` tells which is there, and
 of a folder or an index with both pip takes the one with CUDA, which serves CPUs too. PyPI takes no local versions.
 
 Each is built by ``setup.py`` over the objects of ``make build``, strictly (no kernel may spill registers); its use of
-Python's C API is held against its tag by abi3audit; auditwheel names the oldest glibc that it runs with. Then
-``smoke.py`` runs in a fresh environment: pip installs the wheel, without an index; torch is the one of the environment
-that this runs in, lent by a .pth file (what an editable install hooks in is not followed from there), or, with
---torch, one that pip installs first.
+Python's C API is held against its tag by abi3audit; auditwheel names the oldest glibc that it runs with. pip installs
+it into a fresh environment, where ``smoke.py`` runs without a compiler. Torch is lent to that environment by a .pth file
+that names the packages of the one that this runs in (what an editable install hooks in there is not followed); with
+--torch, pip installs one, and nothing is lent. Only then a wheel is put into dist.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ MOST_BYTES = 60 << 20
 OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libc10.so")
 
 
-def run(*command: str | Path, **options: object) -> None:
+def run(*command: object, cwd: Path | None = None, environment: dict[str, str] | None = None) -> None:
     """A command that must succeed, with this environment's programs before others."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
-    environment = {**os.environ, "PATH": path, **options.pop("environment", {})}
-    finished = subprocess.run([str(word) for word in command], env=environment, **options)
+    words = [str(word) for word in command]
+    finished = subprocess.run(words, cwd=cwd, env={**os.environ, "PATH": path, **(environment or {})})
     if finished.returncode != 0:
-        raise SystemExit(f"{' '.join(map(str, command))}: exit status {finished.returncode}")
+        raise SystemExit(f"{' '.join(words)}: exit status {finished.returncode}")
 
 
 def local_version(kind: str) -> str:
@@ -66,8 +66,8 @@ def build(kind: str, local: str, scratch: Path) -> Path:
     return wheel
 
 
-def repair(wheel: Path, scratch: Path, out: Path) -> Path:
-    """The wheel under the name of the oldest platform that it runs on, in ``out``."""
+def repair(wheel: Path, scratch: Path) -> Path:
+    """The wheel under the name of the oldest platform that it runs on."""
     excluded = [option for library in OF_TORCH for option in ("--exclude", library)]
     run("auditwheel", "repair", *excluded, "--wheel-dir", scratch / "repaired", wheel)
     (repaired,) = (scratch / "repaired").glob("*.whl")
@@ -76,8 +76,7 @@ def repair(wheel: Path, scratch: Path, out: Path) -> Path:
     size = repaired.stat().st_size
     if size >= MOST_BYTES:
         raise SystemExit(f"{repaired.name} has {size / 2**20:.1f} MiB; at most {MOST_BYTES >> 20} are wanted")
-    out.mkdir(parents=True, exist_ok=True)
-    return Path(shutil.move(repaired, out / repaired.name))
+    return repaired
 
 
 def smoke(wheel: Path, kind: str, scratch: Path, torch: str | None) -> None:
@@ -89,9 +88,7 @@ def smoke(wheel: Path, kind: str, scratch: Path, torch: str | None) -> None:
     if torch is None:
         site_packages = sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)})
         Path(site_packages, "lent_torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        run(*pip, "--no-index", wheel, cwd=scratch)
-    else:
-        run(*pip, torch, wheel, cwd=scratch)
+    run(*pip, *filter(None, [torch]), wheel, cwd=scratch)
     script = Path(shutil.copy(ROOT / "packaging" / "smoke.py", scratch))
     alone = {"PATH": str(home / "bin"), "HOME": str(scratch)}
     tried = subprocess.run([python, script, kind], cwd=scratch, env=alone)
@@ -101,18 +98,19 @@ def smoke(wheel: Path, kind: str, scratch: Path, torch: str | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build, check and try the wheels of a release.")
-    parser.add_argument("kinds", nargs="*", choices=[[], *KINDS], default=KINDS, metavar="cpu|cuda")
+    parser.add_argument("kinds", nargs="+", choices=KINDS)
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where they go (default: dist)")
     parser.add_argument("--torch", help="what pip installs to try them with (default: the torch of this environment)")
     options = parser.parse_args()
-    locals_of = {kind: local_version(kind) for kind in options.kinds}
-    for kind, local in locals_of.items():
+    options.out.mkdir(parents=True, exist_ok=True)
+    for kind, local in {kind: local_version(kind) for kind in options.kinds}.items():
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder)
             built = build(kind, local, scratch)
             run("abi3audit", "--strict", built)
-            wheel = repair(built, scratch, options.out)
-            smoke(wheel, kind, scratch, options.torch)
+            repaired = repair(built, scratch)
+            smoke(repaired, kind, scratch, options.torch)
+            wheel = Path(shutil.move(repaired, options.out / repaired.name))
         print(f"{wheel}: {wheel.stat().st_size / 2**20:.1f} MiB")
 
 

@@ -182,7 +182,7 @@ def missing_files(text: str) -> list[str]:
     return missing
 
 
-_TOP = ("bench", "csrc", "docs", "examples", "lora_kernels", "tests", "triton_kernels")
+_TOP = ("bench", "csrc", "docs", "examples", "lora_kernels", "packaging", "tests", "triton_kernels")
 
 
 @pytest.mark.parametrize("file", IN_REPOSITORY)
