@@ -8,9 +8,9 @@ of a folder or an index with both pip takes the one with CUDA, which serves CPUs
 
 Each is built by ``setup.py`` over the objects of ``make build``, strictly (no kernel may spill registers); its use of
 Python's C API is held against its tag by abi3audit; auditwheel names the oldest glibc that it runs with. pip installs
-it into a fresh environment, where ``smoke.py`` runs without a compiler. Torch is lent to that environment by a .pth file
-that names the packages of the one that this runs in (what an editable install hooks in there is not followed); with
---torch, pip installs one, and nothing is lent. Only then a wheel is put into dist.
+it into a fresh environment, where ``smoke.py`` runs without a compiler. Torch is lent to it by a .pth file that names
+the folder of the one that this runs with (what an editable install hooks in there is not followed); with --torch, pip
+installs one, and nothing is lent. Only then a wheel is put into dist.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import sysconfig
 import tempfile
 import venv
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +88,10 @@ def smoke(wheel: Path, kind: str, scratch: Path, torch: str | None) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--python", python, "install"]
     if torch is None:
         site_packages = sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)})
-        Path(site_packages, "lent_torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        ours = find_spec("torch")
+        if ours is None or ours.origin is None:
+            raise SystemExit(f"{sys.executable} has no torch to lend: --torch names one to install")
+        Path(site_packages, "lent_torch.pth").write_text(f"{Path(ours.origin).parents[1]}\n")
     run(*pip, *filter(None, [torch]), wheel, cwd=scratch)
     script = Path(shutil.copy(ROOT / "packaging" / "smoke.py", scratch))
     alone = {"PATH": str(home / "bin"), "HOME": str(scratch)}

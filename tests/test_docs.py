@@ -262,6 +262,14 @@ def test_the_version_is_the_same_everywhere():
     assert re.search(r"^version: (\S+)$", documents.read("CITATION.cff"), re.MULTILINE)[1] == lk.__version__
 
 
+def test_a_python_that_is_claimed_has_run_a_wheel():
+    """The classifiers of pyproject.toml are the rows of a table."""
+    claimed = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', documents.read("pyproject.toml"))
+    table = documents.read("docs/testing.md").partition("### Wheels")[2]
+    assert claimed == list(dict.fromkeys(re.findall(r"^\| (3\.\d+)\.\d+ \|", table, re.MULTILINE)))
+    assert len(claimed) > 1
+
+
 def test_every_place_is_in_the_table():
     """CONTRIBUTING.md's table of places: the package's files and folders, and those of csrc."""
     table = documents.read("CONTRIBUTING.md").partition("| place | holds |")[2].partition("\n\n")[0]
