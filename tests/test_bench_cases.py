@@ -1,5 +1,6 @@
 """Cases of ``lora-kernels bench`` for experts, adapters, packs: what they time, and that wrong results end them."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import lora_kernels as lk
 from lora_kernels.benchmarks import adapters, experts, packs
 from lora_kernels.benchmarks.cases import BASELINE, OURS, WrongResult
+from lora_kernels.cli import main
 
 CPU = torch.device("cpu")
 
@@ -78,3 +80,15 @@ def test_wrong_results_are_not_timed(make, monkeypatch):
     monkeypatch.setattr(lk, "patch", spoiling)
     with pytest.raises(WrongResult):
         make()
+
+
+def test_a_quick_run_takes_a_few_cases_and_says_what_served_them(capsys):
+    assert main(["bench", "decode", "pack", "--quick", "--threads", "1", "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    table, chosen = printed.out.split("chosen here:")
+    assert [line.split(":")[0] for line in printed.err.splitlines()] == ["decode"] * 2 + ["pack"] * 2
+    cases = re.findall(r"^  (\w+): .*: (\w+) on (\w+)$", chosen, re.MULTILINE)
+    assert [level for level, *_ in cases] == ["decode"] * 2 + ["pack"] * 2
+    assert {(op, backend) for _, op, backend in cases} == {("lora_linear", "cpu"), ("lora_pack", "cpu")}
+    assert chosen.count("forward: cpu, ") == 2, "the schedule, and its reason"
+    assert "null: PEFT again" in table

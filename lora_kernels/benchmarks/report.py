@@ -55,6 +55,16 @@ def render(results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
+def chosen(results: Sequence[Result]) -> str:
+    """By case, which backends served its calls, by which schedules, and which faster paths were passed over."""
+    lines = ["chosen here:"]
+    for result in results:
+        lines.append(f"  {result.level}: {result.name}, {result.what}: {', '.join(sorted(result.served)) or 'nothing'}")
+        lines += [f"    {name}: {schedule}" for name, schedule in result.schedules.items()]
+        lines += [f"    passed over: {what}" for what in sorted(result.declined)]
+    return "\n".join(lines)
+
+
 def _rows(result: Result) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, seconds in result.seconds.items():

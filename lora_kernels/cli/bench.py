@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ._models import DTYPES, pick_device, require
 
 LEVELS = ("layer", "decode", "sweep", "qlora", "experts", "adapters", "pack", "prompt", "block", "model")
 ALL, MODELLED = "all", "modelled"
+QUICK_CASES, QUICK_PAIRS = 2, 5
 
 
 def add_parser(commands: Any) -> None:
@@ -60,6 +62,8 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--write-winners", action="store_true", help="time the one layer's forward, too, and each "
                         "schedule on a GPU; remember the fastest, for LORA_KERNELS_WINNERS=1")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="in minutes: the first cases of every level, or of those "
+                        "named, a few rounds of each; then what served them on this machine, and why")  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="leave out the rows of torch.compile")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=arguments.path, metavar="DIR", help="write results.json and plots there")
@@ -68,6 +72,9 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Carry out the command."""
+    if options.quick:
+        options.levels = options.levels or [ALL]
+        options.pairs, options.attempts, options.no_compile = min(options.pairs, QUICK_PAIRS), 1, True
     unknown = set(options.levels) - {*LEVELS, ALL, MODELLED}
     if unknown:
         raise CliError(f"unknown level {sorted(unknown)[0]!r}; choose from {', '.join((*LEVELS, ALL, MODELLED))}")
@@ -102,6 +109,8 @@ def run(options: argparse.Namespace) -> int:
           "\n".join([*(f"{key}: {value}" for key, value in env.items()), "", report.render(results)]))  # fmt: skip
     if not options.levels and not options.json and not results[0].quotable:
         print(NOISE)
+    if options.quick and not options.json:
+        print(f"\n{report.chosen(results)}")
     if options.write_winners:
         eager, *_ = _measure_all(_cases(options, device), options, device, eager=True)
         found = winners_of(results, captured=True) | winners_of(eager, captured=False)
@@ -138,7 +147,7 @@ def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     }
     for level in LEVELS:
         if level in options.levels or ALL in options.levels:
-            yield from makers[level]()
+            yield from islice(makers[level](), QUICK_CASES if options.quick else None)
 
 
 def _measure_all(
