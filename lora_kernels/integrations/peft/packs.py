@@ -1,13 +1,19 @@
 """Layers that read one x, served by one ``lora_pack``: the first of them that is called computes what all give.
 
 The others, called with the same tensor, hand out what is theirs. Each layer is still called, with its hooks; a layer
-that is called with another tensor, or is not as it was when the first was, computes its own. A pack whose results
-nobody takes pauses, and tries again later.
+that is called with another tensor, or is not as it was when the first was, computes its own. Results wait no longer
+than one call of the module that the layers belong to, in the thread of that call; outside of it, layers compute their
+own. A pack whose results nobody takes pauses, and tries again later.
+
+Activation checkpointing runs a forward a second time, which has to do the same again. So what a pack does there depends
+on nothing that it has seen before: it never pauses, and where a module checkpoints a part of its own forward, whose
+second run is outside of it, layers of that part compute their own in both.
 """
 
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -23,8 +29,11 @@ from ...reasons import Reason
 
 _PACK = "_lora_pack"
 """Where a layer has (its pack, its place in it)."""
+PACKS = "_lora_packs"
+"""Where a module has the packs of its layers (``parents.py``)."""
 ROLES = "_gated_mlp"
 """Where a gated MLP that is fused has the names of its layers (``mlp.py``)."""
+OURS = (_PACK, PACKS, ROLES)
 _MISSES, _PAUSE = 2, 64
 """After so many calls in a row whose results nobody asked for, a pack pauses for so many."""
 
@@ -39,6 +48,16 @@ class _Waiting(NamedTuple):
     results: list[Tensor | None]
 
 
+class Call:
+    """A call of the module that a pack's layers belong to."""
+
+    def __init__(self, outer: Call | None) -> None:
+        self.outer = outer
+        """Of the same module, from within which this one is called."""
+        self.keeps = _keeps()
+        self.waiting: _Waiting | None = None
+
+
 class Pack:
     """Layers in the order in which a forward calls them. They hold it, it does not hold them: a model that nobody has
     any more is freed at once.
@@ -47,11 +66,30 @@ class Pack:
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
         self.misses, self.paused = 0, 0
-        self.waiting: _Waiting | None = None
+        self.calls: dict[int, Call] = {}
+        """By thread: each has its own."""
 
     @property
     def layers(self) -> list[Any]:
         return [layer() for layer in self._layers]
+
+    def begin(self) -> Call:
+        """A call of the layers' module begins in this thread. It must ``end``."""
+        thread = _thread()
+        call = self.calls[thread] = Call(self.calls.get(thread))
+        return call
+
+    def note(self, call: Call) -> None:
+        """The module's forward is through: whether it has taken what was computed for it."""
+        if call.waiting is not None:
+            _note_miss(self)
+
+    def end(self, call: Call) -> None:
+        thread = _thread()
+        if call.outer is None:
+            del self.calls[thread]
+        else:
+            self.calls[thread] = call.outer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pack:
         twin = memo[id(self)] = Pack([])
@@ -65,11 +103,21 @@ class Pack:
         self.__init__(layers)  # type: ignore[misc]
 
 
-def attach(layers: list[nn.Module]) -> None:
-    """Makes a pack of these layers."""
+def _thread() -> int:
+    return 0 if is_compiling() else threading.get_ident()
+
+
+def attach(parent: nn.Module, layers: list[nn.Module]) -> None:
+    """Makes a pack of these layers of ``parent``, whose class has to be one of ``parents.py``."""
     pack = Pack(layers)
+    parent.__dict__[PACKS] = (*of_parent(parent), pack)
     for place, layer in enumerate(layers):
         layer.__dict__[_PACK] = pack, place
+
+
+def of_parent(module: nn.Module) -> tuple[Pack, ...]:
+    """The packs of a module's layers."""
+    return module.__dict__.get(PACKS, ())
 
 
 def detach(layers: Iterable[nn.Module]) -> None:
@@ -97,9 +145,12 @@ def first_layer(module: nn.Module) -> str:
 
 def call(pack: Pack, place: int, layer: nn.Module, x: Any) -> Tensor | Reason:
     """What the layer in this place gives for x, or why it computes that itself."""
+    ongoing = pack.calls.get(_thread())
+    if ongoing is None:
+        return Reason.PACK_OUTSIDE
     if place == 0:
-        return _compute(pack, x)
-    waiting = pack.waiting
+        return _compute(pack, ongoing, x)
+    waiting = ongoing.waiting
     if waiting is None or waiting.x is not x or waiting.modes != _modes(x):
         return Reason.PACK_APART
     now: Any = operands.operands(layer)
@@ -111,7 +162,7 @@ def call(pack: Pack, place: int, layer: nn.Module, x: Any) -> Tensor | Reason:
     result = results[place]
     results[place] = None
     if all(left is None for left in results):
-        pack.waiting, pack.misses = None, 0
+        ongoing.waiting, pack.misses = None, 0
     return Reason.PACK_APART if result is None else result
 
 
@@ -164,11 +215,13 @@ def why_not(pack: Pack, x: Tensor) -> list[operands.Operands] | Reason:
     return found
 
 
-def _compute(pack: Pack, x: Any) -> Tensor | Reason:
-    if pack.waiting is not None:
-        pack.waiting = None
-        pack.misses += 1
-    if pack.misses >= _MISSES:
+def _compute(pack: Pack, ongoing: Call, x: Any) -> Tensor | Reason:
+    if ongoing.waiting is not None:
+        ongoing.waiting = None
+        _note_miss(pack)
+    if ongoing.keeps != _keeps():
+        return Reason.PACK_OUTSIDE
+    if pack.misses >= _MISSES and not _may_run_twice():
         pack.paused += 1
         if pack.paused % _PAUSE:
             return Reason.PACK_APART
@@ -182,5 +235,34 @@ def _compute(pack: Pack, x: Any) -> Tensor | Reason:
         lora_pack(x, weights, lora_As, lora_Bs, biases, scalings=scalings, dropout_p=probabilities, training=drops)
     )
     first, results[0] = results[0], None
-    pack.waiting = _Waiting(x, _modes(x), found, [_versions(of_layer) for of_layer in found], results)
+    ongoing.waiting = _Waiting(x, _modes(x), found, [_versions(of_layer) for of_layer in found], results)
     return first
+
+
+def _note_miss(pack: Pack) -> None:
+    if not is_compiling() and not _may_run_twice():
+        pack.misses += 1
+
+
+# ------------------------------------------------------------------------------------------ activation checkpointing
+
+
+def _saves_elsewhere() -> tuple[Any, Any] | None:
+    """The hooks of tensors that are saved for backward, which checkpointing without reentry works by."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _keeps() -> tuple:
+    """What differs inside of a checkpointed part of a module's forward from the module's own. Compilers have their own
+    ways to know.
+    """
+    return () if is_compiling() else (torch.is_grad_enabled(), _saves_elsewhere())
+
+
+def _may_run_twice() -> bool:
+    """Whether what happens now may be run again by activation checkpointing, or is that: without reentry, tensors that
+    are saved are hooked; with it, the first run is the forward of an ``autograd.Function``, where there is no
+    forward-mode AD; the second is in a backward.
+    """
+    in_function = not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+    return in_function or _saves_elsewhere() is not None or torch._C._current_graph_task_id() != -1

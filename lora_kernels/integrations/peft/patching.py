@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -119,7 +118,7 @@ def unpatch(model: nn.Module) -> None:
     """
     exact_in_eval(model, False)
     for module in model.modules():
-        _give_back(module, {FrozenLinear: nn.Linear, **frozen_originals(), **losses.originals()})
+        class_swaps.give_back(module, {FrozenLinear: nn.Linear, **frozen_originals(), **losses.originals()})
         losses.forget(module)
     if not _peft_imported():
         return
@@ -127,23 +126,12 @@ def unpatch(model: nn.Module) -> None:
     fused = _fused_layers()
     originals = {ours: theirs for theirs, ours in fused.SWAPS.items()}
     for module in model.modules():
-        _give_back(module, originals)
+        class_swaps.give_back(module, originals)
         fused.stop_counting(module)
         if module.__dict__.get("_create_new_module") is fused.create_in_patched_model:
             del module.__dict__["_create_new_module"]
     for _, peft_model in prompt_models(model):
         _fused_prompts().unfuse(peft_model)
-
-
-def _give_back(module: nn.Module, originals: Mapping[Any, type]) -> None:
-    swapped = class_swaps.give_back(module, originals)
-    if swapped is None:
-        return
-    ours, theirs = swapped
-    for name, value in list(module.__dict__.items()):
-        # An accelerate hook keeps the method that it wraps on the instance.
-        if getattr(value, "__func__", None) is ours.forward:
-            module.__dict__[name] = MethodType(theirs.forward, module)
 
 
 def patch_peft() -> None:
