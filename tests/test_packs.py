@@ -126,6 +126,35 @@ def test_a_sibling_that_has_changed_since(change):
     assert y.requires_grad == (change == "grad mode")
 
 
+@pytest.mark.parametrize("change", ["hook", "disable", "merge", "lora_bias", "double", "other adapter", "no adapter"])
+@pytest.mark.parametrize("place", ["first", "second"])
+def test_one_layer_that_is_not_as_the_others(place, change):
+    """Kills: layers that are served, without gradients, by what a glance at them shows."""
+    model = lora(Twice())
+    x = torch.randn(2, 24)
+    lk.patch(model, packs={"x": x})
+    layer = getattr(model.base_model.model, place)
+    if change == "hook":
+        layer.lora_B["default"].register_forward_hook(lambda m, args, y: 2 * y)
+    elif change == "disable":
+        layer.enable_adapters(False)
+    elif change == "merge":
+        layer.merge()
+    elif change == "lora_bias":
+        layer.lora_B["default"].bias = nn.Parameter(torch.randn(layer.out_features))
+    elif change == "double":
+        layer.lora_B["default"].double(), layer.lora_A["default"].double()
+    else:
+        model.add_adapter("other", LoraConfig(r=2, target_modules=[place], init_lora_weights=False))
+        layer.set_adapter("other" if change == "other adapter" else ["other", "default"])
+        if change == "no adapter":
+            layer.delete_adapter("other"), layer.delete_adapter("default")
+    with torch.no_grad():
+        ours = [model(x) for _ in range(4)]
+        lk.unpatch(model)
+        torch.testing.assert_close(ours, [model(x)] * 4, rtol=1e-5, atol=1e-6)
+
+
 def test_layers_outside_of_their_module():
     """Each computes its own: nobody could tell for how long to keep what the others give."""
     model, _ = patched(llama())

@@ -5,9 +5,11 @@ PEFT.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ... import class_swaps
 from ...reasons import Reason
@@ -22,16 +24,23 @@ class Parent(nn.Module):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        own = packs.of_parent(self)
-        calls = [pack.begin() for pack in own]
+        own = self.__dict__.get(packs.PACKS)
+        if own is None:
+            return super().forward(*args, **kwargs)
+        calls, traced = own[0], is_compiling()
+        thread = 0 if traced else get_ident()
+        outer = calls.get(thread)
+        call = calls[thread] = packs.Call(traced)
         try:
             result = super().forward(*args, **kwargs)
-            for pack, call in zip(own, calls):
-                pack.note(call)
+            if call.waiting:
+                packs.note_misses(self, call)
             return result
         finally:
-            for pack, call in zip(own, calls):
-                pack.end(call)
+            if outer is None:
+                del calls[thread]
+            else:
+                calls[thread] = outer
 
     def __setattr__(self, name: str, value: Any) -> None:
         replaced = self.__dict__["_modules"].get(name)
@@ -98,7 +107,7 @@ def _is_served(parent: nn.Module, name: str, layer: nn.Module) -> bool:
 
 def leave(parent: nn.Module) -> None:
     """Takes apart what is served together in one module."""
-    for pack in packs.of_parent(parent):
+    for pack in parent.__dict__.get(packs.PACKS, (None, ()))[1]:
         packs.detach(filter(None, pack.layers))
     _forget(parent)
 
