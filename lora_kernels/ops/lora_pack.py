@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _native, dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
@@ -317,8 +318,10 @@ def decode(
 
 
 def looks_at_sizes() -> bool:
-    """Whether whatever serves a call on the CPU, now, looks at the sizes of its operands: the extension does."""
-    return _native.cpu is not None and dispatch.forced_backend() is None
+    """Whether whatever serves a call on the CPU, now, looks at the sizes of its operands: the extension does. Compilers
+    before torch 2.14 cannot ask.
+    """
+    return _native.cpu is not None and not is_compiling() and dispatch.forced_backend() is None
 
 
 class LoRAPackFunction(EagerFunction):

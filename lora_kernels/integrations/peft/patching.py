@@ -56,7 +56,8 @@ def patch(
             backward. Which layers these are is found by what they do: one forward of a few tokens shows who reads what,
             and an MLP's own code is run once with stand-ins for its layers. That forward is given the ``dummy_inputs``
             of a model of transformers; for other models, ``packs`` is a dict of keyword arguments of their forward.
-            Dropout then draws one seed per pack, not one per layer. False takes earlier packs apart.
+            Dropout then draws one seed per pack, not one per layer. Layers that are called outside of their module's
+            forward go one by one. False takes earlier packs apart.
         loss: also have a causal language model of transformers form its loss without logits, by
             ``linear_cross_entropy``, where its forward is a backbone, a head and ``ForCausalLMLoss``: that is tried on
             eight tokens first, loss and gradient. Works without PEFT. Such a call returns ``logits=None``;
