@@ -14,6 +14,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Collection, Mapping
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -21,8 +22,12 @@ from torch import nn
 _SWAPPED_IN: set[type] = set()
 
 
-def in_place_of(original: type) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """A decorator for a class of modules that is swapped in for ``original``: from then on it goes by its name."""
+def in_place_of(original: type, *, computes: bool = True) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """A decorator for a class of modules that is swapped in for ``original``: from then on it goes by its name.
+
+    Args:
+        computes: whether its forward does, and not only its layers' forwards, so that ``swapped_in`` tells of it.
+    """
 
     def rename(ours: type[nn.Module]) -> type[nn.Module]:
         home = ours.__module__, ours.__qualname__
@@ -36,7 +41,8 @@ def in_place_of(original: type) -> Callable[[type[nn.Module]], type[nn.Module]]:
         ours.__name__, ours.__qualname__, ours.__module__ = (
             original.__name__, original.__qualname__, original.__module__,
         )  # fmt: skip
-        _SWAPPED_IN.add(ours)
+        if computes:
+            _SWAPPED_IN.add(ours)
         return ours
 
     return rename
@@ -68,12 +74,16 @@ def our_class(module: nn.Module, ours: Collection[type]) -> type | None:
 
 def give_back(module: nn.Module, originals: Mapping[Any, type]) -> tuple[type[Any], type[Any]] | None:
     """Puts the original in the place of our class; returns both, None where the module has none of ours."""
-    ours = our_class(module, originals)
+    ours: Any = our_class(module, originals)
     if ours is None:
         return None
-    original = originals[ours]
+    original: Any = originals[ours]
     kind: Any = type(module)
     module.__class__ = _with_base(kind, ours, original)
+    for name, value in list(module.__dict__.items()):
+        # Hooks of accelerate and transformers keep the method that they wrap on the instance.
+        if getattr(value, "__func__", None) is ours.forward:
+            module.__dict__[name] = MethodType(original.forward, module)
     return ours, original
 
 

@@ -73,6 +73,7 @@ class Reason(str, enum.Enum):
     TASK_IDS = "task_ids missing, or not one integer per sample"
     MODEL_CACHE = "the model's cache is of its own kind"
     PACK_APART = "the layers of a pack were not called with one tensor, one after the other"
+    PACK_OUTSIDE = "a layer of a pack outside of its module's forward, or in a part of that which is checkpointed alone"
     PACK_DORA = "DoRA in a pack of layers"
     PACK_QUANTIZED = "quantised weights in a pack of layers"
     PACK_SHARDED = "tensor-parallel layers in a pack of layers"

@@ -75,32 +75,114 @@ def test_x_that_is_changed_between_siblings():
         torch.testing.assert_close(twin(x), stock(x))
 
 
-@pytest.mark.parametrize("change", ["weight", "disable", "scaling", "hook", "autocast"])
+class Twice(nn.Module):
+    """Layers of one x, between whose calls something may happen."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 8), nn.Linear(24, 12)
+        self.between = lambda: None
+
+    def forward(self, x):
+        y = self.first(x)
+        self.between()
+        return y, self.second(x)
+
+
+@pytest.mark.parametrize("change", ["nothing", "weight", "disable", "scaling", "hook", "autocast", "grad mode"])
 def test_a_sibling_that_has_changed_since(change):
     """Kills: results that are handed out by x alone."""
-    model, _ = patched(llama())
-    q, k = block(model).self_attn.q_proj, block(model).self_attn.k_proj
+    model = lora(Twice())
     x = torch.randn(2, 24)
-    with torch.no_grad():
-        q(x)
-        dtype = torch.float32
+    lk.patch(model, packs={"x": x})
+    inner = model.base_model.model
+    layer, cast = inner.second, torch.autocast("cpu", torch.bfloat16)
+
+    def between():
         if change == "weight":
-            k.lora_B["default"].weight.mul_(3.0)
+            layer.lora_B["default"].weight.mul_(3.0)
         elif change == "disable":
-            k.enable_adapters(False)
+            layer.enable_adapters(False)
         elif change == "scaling":
-            k.scaling["default"] = 7.0
+            layer.scaling["default"] = 7.0
         elif change == "hook":
-            k.lora_A["default"].register_forward_hook(lambda m, args, y: 2 * y)
+            layer.lora_A["default"].register_forward_hook(lambda m, args, y: 2 * y)
         elif change == "autocast":
-            dtype = torch.bfloat16
-        with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
-            y = k(x)
-            lk.unpatch(model)
-            torch.testing.assert_close(
-                y, k(x), rtol=1e-2 if change == "autocast" else 1e-5, atol=1e-2 * (change == "autocast") + 1e-6
-            )
-        assert y.dtype == dtype
+            cast.__enter__()
+        elif change == "grad mode":
+            torch.set_grad_enabled(True)
+
+    inner.between = between
+    lk.reset_stats()
+    with torch.no_grad():
+        _, y = model(x)
+        is_wide = change != "autocast"
+        assert y.dtype == (torch.float32 if is_wide else torch.bfloat16)
+        lk.unpatch(model)
+        torch.testing.assert_close(y, layer(x), rtol=1e-5 if is_wide else 1e-2, atol=1e-6 if is_wide else 1e-2)
+        if change == "autocast":
+            cast.__exit__(None, None, None)
+    assert fallbacks().get(("lora_pack", Reason.PACK_APART), 0) == (change != "nothing")
+    assert y.requires_grad == (change == "grad mode")
+
+
+@pytest.mark.parametrize("change", ["hook", "disable", "merge", "lora_bias", "double", "other adapter", "no adapter"])
+@pytest.mark.parametrize("place", ["first", "second"])
+def test_one_layer_that_is_not_as_the_others(place, change):
+    """Kills: layers that are served, without gradients, by what a glance at them shows."""
+    model = lora(Twice())
+    x = torch.randn(2, 24)
+    lk.patch(model, packs={"x": x})
+    layer = getattr(model.base_model.model, place)
+    if change == "hook":
+        layer.lora_B["default"].register_forward_hook(lambda m, args, y: 2 * y)
+    elif change == "disable":
+        layer.enable_adapters(False)
+    elif change == "merge":
+        layer.merge()
+    elif change == "lora_bias":
+        layer.lora_B["default"].bias = nn.Parameter(torch.randn(layer.out_features))
+    elif change == "double":
+        layer.lora_B["default"].double(), layer.lora_A["default"].double()
+    else:
+        model.add_adapter("other", LoraConfig(r=2, target_modules=[place], init_lora_weights=False))
+        layer.set_adapter("other" if change == "other adapter" else ["other", "default"])
+        if change == "no adapter":
+            layer.delete_adapter("other"), layer.delete_adapter("default")
+    with torch.no_grad():
+        ours = [model(x) for _ in range(4)]
+        lk.unpatch(model)
+        torch.testing.assert_close(ours, [model(x)] * 4, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_outside_of_their_module():
+    """Each computes its own: nobody could tell for how long to keep what the others give."""
+    model, _ = patched(llama())
+    attention, x = block(model).self_attn, torch.randn(2, 24)
+    lk.reset_stats()
+    ys = [layer(x) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert fallbacks() == {("lora_pack", Reason.PACK_OUTSIDE): 3}
+    lk.unpatch(model)
+    torch.testing.assert_close(ys, [layer(x) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)])
+
+
+def test_layers_that_are_called_from_elsewhere():
+    """Layers whose module has no forward that runs, as those of a ModuleList, are served one by one."""
+
+    class Many(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(24, 8) for _ in range(3)])
+
+        def forward(self, x):
+            return [head(x) for head in self.heads]
+
+    stock = lora(Many())
+    twin, x = copy.deepcopy(stock), torch.randn(2, 24)
+    report = lk.patch(twin, packs={"x": x})
+    assert [what for _, what in report.fused] == ["lora_linear"] * 3
+    assert report.apart == []
+    torch.testing.assert_close(twin(x), stock(x))
 
 
 def test_a_model_that_cannot_be_called_is_left_alone():

@@ -1,4 +1,4 @@
-"""patch(packs=True) with dropout, checkpointing, compilers, generate, copies, verify; and taking packs apart."""
+"""patch(packs=True) with dropout, compilers, generate, copies, verify; and taking packs apart."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import gc
 import pickle
 import weakref
 
-import pytest
 import torch
 from pack_models import block, fallbacks, llama, patched, served
 from test_model_zoo import IDS, assert_same, outputs_and_gradients
@@ -30,18 +29,6 @@ def test_dropout():
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["logits"], other["logits"])
     assert served()["lora_mlp"] == 3 * 4
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant):
-    stock = llama().train()
-    twin, _ = patched(stock)
-    for model in (stock, twin):
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert_same(twin, stock)
-    assert served()["lora_mlp"] == 6
-    assert fallbacks() == {}
 
 
 def test_autocast():
@@ -95,14 +82,6 @@ def test_copies_and_pickles():
         alone = copy.deepcopy(block(other).self_attn.k_proj, _packs.without_pack(block(other).self_attn.k_proj))
         assert _packs.of_layer(alone) is None
     assert served()["lora_mlp"] == 6
-
-
-def test_nothing_is_left_waiting():
-    twin, _ = patched(llama())
-    outputs_and_gradients(twin)
-    packs = {pack for pack, _ in filter(None, map(_packs.of_layer, twin.modules()))}
-    assert packs
-    assert all(pack.waiting is None for pack in packs)
 
 
 def test_a_model_is_freed_at_once():

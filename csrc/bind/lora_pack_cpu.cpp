@@ -152,33 +152,60 @@ void run_decodes(const std::vector<LoraDecodeParams>& products) {
   });
 }
 
-// y of a few fp32 rows, and the op's s. As decode_rows of lora_linear, with one pass over all A and one over all W.
-Tensors decode(const Tensor& x, const Pack& pack, float* s) {
-  const Tensor rows = as_rows(x);
-  const int64_t m = rows.size(0);
+// What decoding needs of a member. Where a pack is small, a copy of a tensor's handle is felt.
+struct DecodedMember {
+  const Tensor &weight, &a, &b;
+  const Tensor* bias;  // null: none
+  double scaling;
+};
+
+// y of a few fp32 rows; and s of all, one behind the other, into memory that is given once its size is known. As
+// decode_rows of lora_linear, with one pass over all A and one over all W.
+template <class MemoryOfS>
+Tensors decode(const Tensor& x, const std::vector<DecodedMember>& members, const MemoryOfS& memory_of_s) {
+  const int64_t m = rows_of(x);
+  const Tensor rows = m == 1 && x.stride(x.dim() - 1) == 1 ? x : as_rows(x);  // one row needs no view
+  LoraDecodeParams of_x{};
+  of_x.x = floats(rows);
+  of_x.x_stride = m == 1 ? 0 : rows.stride(0);
+  of_x.rows = m;
+  of_x.k = x.size(x.dim() - 1);
+  int64_t rank = 0;
+  for (const DecodedMember& member : members) rank += member.a.size(0);
+  float* s = memory_of_s(m * rank);
   Tensors ys, kept;  // kept: operands that are read where they were copied to
   std::vector<LoraDecodeParams> shrinks, products;
-  for (const Member& member : pack.members) {
-    STD_TORCH_CHECK(is_fp32(rows) && member.weight.stride(1) == 1,
+  ys.reserve(members.size());
+  shrinks.reserve(members.size());
+  products.reserve(members.size());
+  const auto data_of = [&](const Tensor& given, const Tensor& read) {
+    if (read.get() != given.get()) kept.push_back(read);
+    return floats(read);
+  };
+  for (const DecodedMember& member : members) {
+    STD_TORCH_CHECK(is_fp32(x) && member.weight.stride(1) == 1,
                     "the decode schedule serves fp32 with unit column stride");
-    ys.push_back(new_empty_rows_as(x, member.n()));
-    LoraDecodeParams p = decode_params(rows, member.weight, mutable_floats(ys.back()));
-    if (member.rank() > 0) {
+    ys.push_back(new_empty_rows_as(x, member.weight.size(0)));
+    LoraDecodeParams& p = products.emplace_back(of_x);
+    p.w = floats(member.weight);
+    p.w_stride = member.weight.stride(0);
+    p.n = member.weight.size(0);
+    p.y = mutable_floats(ys.back());
+    p.rank = member.a.size(0);
+    if (p.rank > 0) {
       const Tensor a = as_float_rows(member.a), b = as_float_rows(member.b);
-      shrinks.push_back(decode_params(rows, a, s + m * member.begin));
-      p.s = s + m * member.begin;
-      p.rank = member.rank();
-      p.b = floats(b);
+      LoraDecodeParams& shrink = shrinks.emplace_back(of_x);
+      shrink.w = data_of(member.a, a);
+      shrink.w_stride = a.stride(0);
+      shrink.n = p.rank;
+      shrink.y = s;
+      p.s = s;
+      p.b = data_of(member.b, b);
       p.b_stride = b.stride(0);
       p.alpha = static_cast<float>(member.scaling);
-      kept.push_back(a);
-      kept.push_back(b);
+      s += m * p.rank;
     }
-    if (member.bias) {
-      kept.push_back(torch::stable::contiguous(*member.bias));
-      p.bias = floats(kept.back());
-    }
-    products.push_back(p);
+    if (member.bias != nullptr) p.bias = data_of(*member.bias, torch::stable::contiguous(*member.bias));
   }
   run_decodes(shrinks);
   run_decodes(products);
@@ -188,18 +215,24 @@ Tensors decode(const Tensor& x, const Pack& pack, float* s) {
 // The decode schedule where s is not asked for. A list takes as long on its way here as a tensor does: weights, all A,
 // all B and biases come as one.
 Tensors lora_pack_decode(Tensor x, Tensors operands, std::vector<double> scalings) {
-  const size_t members = scalings.size();
-  STD_TORCH_CHECK(operands.size() == 3 * members || operands.size() == 4 * members,
+  const size_t count = scalings.size();
+  STD_TORCH_CHECK(count >= 1 && (operands.size() == 3 * count || operands.size() == 4 * count),
                   "operands must be weights, lora_As, lora_Bs and maybe biases, of as many members as scalings");
-  const auto list = [&](size_t i) {
-    return Tensors(operands.begin() + i * members, operands.begin() + (i + 1) * members);
-  };
-  const Tensors weights = list(0), lora_As = list(1), lora_Bs = list(2);
-  const Tensors biases = operands.size() == 4 * members ? list(3) : Tensors();
-  check_lora_pack(x, weights, lora_As, lora_Bs, biases, std::nullopt, scalings, scalings);
-  const Pack pack(weights, lora_As, lora_Bs, biases, std::nullopt, scalings, scalings, "decode");
-  const std::unique_ptr<float[]> s(new float[rows_of(x) * pack.rank]);
-  return decode(x, pack, s.get());
+  std::vector<DecodedMember> members;
+  members.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor &weight = operands[i], &a = operands[count + i], &b = operands[2 * count + i];
+    check_member(x, weight, a, b);
+    const Tensor* bias = operands.size() == 4 * count ? &operands[3 * count + i] : nullptr;
+    if (bias != nullptr && bias->numel() == 0) bias = nullptr;
+    if (bias != nullptr) check_bias(x, weight.size(0), *bias);
+    members.push_back({weight, a, b, bias, scalings[i]});
+  }
+  std::unique_ptr<float[]> s;
+  return decode(x, members, [&](int64_t size) {
+    s.reset(new float[size]);
+    return s.get();
+  });
 }
 
 std::tuple<Tensors, Tensor> lora_pack(Tensor x, Tensors weights, Tensors lora_As, Tensors lora_Bs, Tensors biases,
@@ -208,8 +241,14 @@ std::tuple<Tensors, Tensor> lora_pack(Tensor x, Tensors weights, Tensors lora_As
   check_lora_pack(x, weights, lora_As, lora_Bs, biases, seed, scalings, dropout_p);
   const Pack pack(weights, lora_As, lora_Bs, biases, seed, scalings, dropout_p, schedule);
   if (schedule != "decode") return forward(x, pack);
-  const Tensor s = new_empty_as(x, {rows_of(x) * pack.rank});
-  return {decode(x, pack, mutable_floats(s)), s};
+  std::vector<DecodedMember> members;
+  for (const Member& m : pack.members) members.push_back({m.weight, m.a, m.b, m.bias ? &*m.bias : nullptr, m.scaling});
+  std::optional<Tensor> s;
+  const Tensors ys = decode(x, members, [&](int64_t size) {
+    s = new_empty_as(x, {size});
+    return mutable_floats(*s);
+  });
+  return {ys, *s};
 }
 
 // ------------------------------------------------------------------------------------------------ backward

@@ -12,6 +12,11 @@
 
 namespace lk {
 
+// A product's operands.
+struct OperandPair {
+  Operand p, q;
+};
+
 // One block's tile: kM x kN, kDepth of the reduction at a time, kStages of them under way. A stage has kSideBytes for
 // what is brought along.
 template <class Element_, int kM_, int kN_, int kDepth_, int kWarpsM_, int kWarpsN_, int kStages_,
@@ -100,6 +105,62 @@ struct Gemm {
       stage = stage == smem + (kStages - 1) * kBytesStage ? smem : stage + kBytesStage;
     }
   }
+
+  // acc += the sum of Pᵢ[row0 ...] Qᵢ[column0 ...]ᵀ over `count` pairs of operands, part(i) = {Pᵢ, Qᵢ}, as if the depth
+  // of each went on in the next: nobody waits where one ends.
+  template <class Chunk, class Part>
+  LK_DEVICE static void run_parts(uint32_t smem, int count, const Part& part, int row0, int column0, Accumulator& acc) {
+    int i = 0, to_load = depth_tiles(part(0).p);  // of part i
+    LoaderP<InParts<Chunk>> load_P(part(0).p, row0, 0);
+    LoaderQ<InParts<Chunk>> load_Q(part(0).q, column0, 0);
+    const auto skip_what_is_loaded = [&] {
+      while (to_load == 0 && ++i < count) {
+        load_P.begin(part(i).p);
+        load_Q.begin(part(i).q);
+        to_load = depth_tiles(part(i).p);
+      }
+    };
+    const auto load_stage = [&](uint32_t stage) {
+      load_P.load(stage);
+      load_Q.load(stage + kOffsetQ);
+      --to_load;
+      skip_what_is_loaded();
+    };
+    skip_what_is_loaded();
+    int loaded = 0;  // stages that are not multiplied yet
+    LK_UNROLL
+    for (int t = 0; t < kStages - 1; ++t) {
+      if (to_load > 0) {
+        load_stage(smem + t * kBytesStage);
+        ++loaded;
+      }
+      copy_async_commit();
+    }
+    const uint32_t offset_P = lane_offset_P(), offset_Q = lane_offset_Q();
+    uint32_t stage = smem, free_stage = smem + (kStages - 1) * kBytesStage;
+    while (loaded > 0) {
+      copy_async_wait<kStages - 2>();
+      sync_block();  // as in `run`
+      if (to_load > 0) {
+        load_stage(free_stage);
+      } else {
+        --loaded;
+      }
+      copy_async_commit();
+      LK_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        for_fragments(stage, offset_P, offset_Q, step,
+                      [&](int mi, int ni, const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {
+                        Element::multiply_add(acc[mi][ni], a, b0, b1);
+                      });
+      }
+      free_stage = stage;
+      stage = stage == smem + (kStages - 1) * kBytesStage ? smem : stage + kBytesStage;
+    }
+  }
+
+ private:
+  LK_DEVICE static int depth_tiles(const Operand& m) { return (static_cast<uint32_t>(m.depth) + kDepth - 1) / kDepth; }
 };
 
 }  // namespace lk

@@ -16,6 +16,7 @@
 // - gemm.cuh: the main loop, x wᵀ or x aᵀ; main_loop.cuh: what is asked of one;
 // - dropout.cuh: the mask, on a stage of x or as bits for the branch;
 // - lora_branch.cuh: acc += scaling · s bᵀ, with s of other blocks or of this one (ShrinkTask), and the epilogue;
+// - pack_branch.cuh: the same of all members of a pack;
 // - store.cuh: accumulators to rows of memory, and sums of parts of the depth.
 // lora_linear_wgmma.cuh is another kernel of the same, for sm_90a alone.
 // lora_linear_dual.cuh has the schedules of few rows or columns, lora_shrink_expand.cuh the branch by itself for where
@@ -31,6 +32,7 @@
 #include "gemm.cuh"
 #include "lora_branch.cuh"
 #include "members.cuh"
+#include "pack_branch.cuh"
 #include "row_groups.cuh"
 
 namespace lk {
@@ -338,24 +340,18 @@ struct LoraLinear {
                          [&](auto sum) { Branch::add(p, smem, row0, column0, flag, tiles, acc, sum); });
   }
 
-  // The products of all members with their weights, and then the branches: by the first of these, s of all is there.
+  // The products of all members with their weights, and then all branches.
   LK_DEVICE static void sum_members(const Params& params, uint32_t smem, typename Base::Accumulator& acc) {
-    LK_NO_UNROLL
-    for (int member = 0; member < params.count; ++member) {
+    const auto operands = [&](int member) {
       const LoraLinearParams& p = params.members[member];
-      const WorkItem work = work_of(smem);
-      Base::template run<Chunk, Chunk>(smem, {p.x, p.x_stride, p.m, p.k}, first_row(smem, work),
-                                       {p.w, p.w_stride, p.n, p.k}, work.column * Base::kN, 0, p.k, acc, NoSideTask{});
-      sync_block();  // the stages are free
-    }
-    LK_NO_UNROLL
-    for (int member = 0; member < params.count; ++member) {
-      const LoraLinearParams& p = params.members[member];
-      WorkItem work = work_of(smem);
-      work.member = member;
-      add_branch_of(p, flag_of(params, work), ceil_div(p.rank, kRankTile), work, smem, acc);
-      sync_block();  // of stages, and of bits of a mask
-    }
+      return OperandPair{{p.x, p.x_stride, p.m, p.k}, {p.w, p.w_stride, p.n, p.k}};
+    };
+    Base::template run_parts<Chunk>(smem, params.count, operands, first_row(smem, work_of(smem)),
+                                    work_of(smem).column * Base::kN, acc);
+    sync_block();  // the stages are free
+    const WorkItem work = work_of(smem);
+    PackBranch<Base, BranchSide, kRankTile>::add(params, smem, smem + kOffsetAfterStages, flag_of(params, work),
+                                                 first_row(smem, work), work.column * Base::kN, acc);
   }
 };
 

@@ -152,6 +152,14 @@ constexpr bool kIsInOrder = false;
 template <class Chunk>
 constexpr bool kIsInOrder<InOrder<Chunk>> = true;
 
+// Any of these, of an operand that is not the last: the loader goes on in another.
+template <class Chunk>
+struct InParts : Chunk {};
+template <class>
+constexpr bool kIsInParts = false;
+template <class Chunk>
+constexpr bool kIsInParts<InParts<Chunk>> = true;
+
 // Elements as they are multiplied.
 template <class Element, bool kAligned>
 using PlainChunk = std::conditional_t<kAligned, AsyncChunk<Element>, GatheredChunk<Element>>;
@@ -180,10 +188,16 @@ class TileLoader {
                                        RowWalk<Grid, kDepth, Chunk::kAligned>>;
   using OrderedWalk = std::conditional_t<kTransposed, OrderedColumnWalk<Grid, kDepth, Chunk::kAligned>,
                                          OrderedRowWalk<Grid, kDepth, Chunk::kAligned>>;
-  using Walk = std::conditional_t<kIsInOrder<Chunk>, OrderedWalk, PlainWalk>;
+  using PartsWalk = std::conditional_t<kTransposed, PartsColumnWalk<Grid, kDepth, Chunk::kAligned>,
+                                       PartsRowWalk<Grid, kDepth, Chunk::kAligned>>;
+  using Walk =
+      std::conditional_t<kIsInOrder<Chunk>, OrderedWalk, std::conditional_t<kIsInParts<Chunk>, PartsWalk, PlainWalk>>;
 
  public:
   LK_DEVICE TileLoader(const Operand& m, int row0, int k0, Chunk chunk = {}) : TileLoader(Grid(), m, row0, k0, chunk) {}
+
+  // Goes on with another operand, of which it loads the same rows.
+  LK_DEVICE void begin(const Operand& m) { walk_.begin(Grid(), m, 0, chunk_.element_bytes()); }
 
   // The next kDepth of the depth.
   LK_DEVICE void load(uint32_t smem) {

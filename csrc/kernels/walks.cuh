@@ -112,6 +112,79 @@ class ColumnWalk {
   int64_t step_;  // bytes between the chunks of this thread
 };
 
+// RowWalk through the depth of one operand after the other, with the same rows of each: what is the same in all is
+// kept.
+template <class Grid, int kDepth, bool kAligned>
+class PartsRowWalk {
+  static_assert(kAligned);
+
+ public:
+  LK_DEVICE PartsRowWalk(const Grid& grid, const Operand& m, int row0, int k0, int element_bytes) {
+    const int rows = m.rows - row0;
+    const int first = grid.row < rows ? grid.row : grid.row % rows;  // past the end: as RowWalk
+    row_ = row0 + first;
+    LK_UNROLL
+    for (int i = 1; i < Grid::kSteps; ++i) {
+      const int row = grid.row + i * Grid::kRowStep;
+      beyond_[i - 1] = row < rows ? row - first : 0;
+    }
+    begin(grid, m, k0, element_bytes);
+  }
+
+  LK_DEVICE void begin(const Grid& grid, const Operand& m, int k0, int element_bytes) {
+    left_ = m.depth - k0 - grid.column;
+    stride_ = static_cast<uint32_t>(m.stride * element_bytes);
+    source_ = place_in(m, row_, k0 + grid.column, element_bytes);
+  }
+
+  LK_DEVICE const unsigned char* source(int step) const {
+    return step == 0 ? source_ : source_ + static_cast<uint64_t>(beyond_[step - 1]) * stride_;
+  }
+  LK_DEVICE bool inside(int) const { return 0 < left_; }
+  LK_DEVICE int elements() const { return Grid::Tile::kChunkElements; }
+  LK_DEVICE void next_step() {}
+  LK_DEVICE void next_tile(int element_bytes) {
+    source_ += kDepth * element_bytes;
+    left_ -= kDepth;
+  }
+
+ private:
+  const unsigned char* source_;
+  uint32_t stride_;                               // bytes, of a row less than 4 GiB long
+  uint32_t beyond_[larger(Grid::kSteps - 1, 1)];  // rows from there to the thread's others
+  int row_, left_;
+};
+
+// ColumnWalk likewise.
+template <class Grid, int kDepth, bool kAligned>
+class PartsColumnWalk {
+  static_assert(kAligned && Grid::kTileRows % Grid::kRowStep == 0);
+
+ public:
+  LK_DEVICE PartsColumnWalk(const Grid& grid, const Operand& m, int row0, int k0, int element_bytes) {
+    const int column = row0 + grid.column;
+    column_ = column < m.rows ? column : m.rows - Grid::Tile::kChunkElements;  // past the end: as ColumnWalk
+    begin(grid, m, k0, element_bytes);
+  }
+
+  LK_DEVICE void begin(const Grid& grid, const Operand& m, int k0, int element_bytes) {
+    left_ = m.depth - k0 - grid.row;
+    source_ = place_in(m, k0 + grid.row, column_, element_bytes);
+    step_ = Grid::kRowStep * m.stride * element_bytes;
+  }
+
+  LK_DEVICE const unsigned char* source(int) const { return source_; }
+  LK_DEVICE bool inside(int step) const { return step * Grid::kRowStep < left_; }
+  LK_DEVICE int elements() const { return Grid::Tile::kChunkElements; }
+  LK_DEVICE void next_step() { source_ += step_; }
+  LK_DEVICE void next_tile(int) { left_ -= kDepth; }
+
+ private:
+  const unsigned char* source_;
+  int column_, left_;
+  int64_t step_;  // bytes
+};
+
 // Through rows in an order of their own, in Layout::kRows.
 template <class Grid, int kDepth, bool kAligned>
 class OrderedRowWalk {

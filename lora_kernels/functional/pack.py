@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .. import dispatch
 from ..formats import QuantizedWeight
@@ -77,11 +79,33 @@ def lora_pack(
     try:
         args = _arguments(x, weights, lora_As, lora_Bs, biases, scalings, dropout_p, training, seed)
         return eager.call(_op.SPEC, LoRAPackFunction, args, inference=_op.INFERENCE)
-    except RuntimeError:  # asking every call for its layouts is felt in a small layer
-        for name, given in (("x", (x,)), ("weights", weights), ("lora_As", lora_As), ("lora_Bs", lora_Bs)):
-            for t in given:
-                if t is not None:
-                    check_dense(_NAME, name, t)
+    except (
+        RuntimeError
+    ):  # asking every call for layouts, and for sizes that the kernels look at, is felt in a small layer
+        _check_each(x, weights, lora_As, lora_Bs, biases)
+        raise
+
+
+def lora_pack_of_layers(
+    x: Tensor, weights: list[Any], lora_As: list[Any], lora_Bs: list[Any], biases: list[Any], scalings: list[Any],
+    ps: list[float], training: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``lora_pack`` of layers that have looked at types, dtypes, devices and transforms themselves."""
+    drops = True in training and any(ps)
+    if drops or is_compiling() or dispatch.any_autocast() or not _are_plain(None, scalings, None, ps):
+        probabilities = [p if trains else 0.0 for p, trains in zip(ps, training)] if drops else 0.0
+        return lora_pack(
+            x, weights, lora_As, lora_Bs, biases, scalings=scalings, dropout_p=probabilities, training=drops
+        )
+    args = x, weights, lora_As, lora_Bs, _laid_out(x, biases), None, scalings, [0.0] * len(weights)
+    if x.is_cpu and not _op.looks_at_sizes():
+        _check_each(x, weights, lora_As, lora_Bs, biases)
+    try:
+        if not torch.is_grad_enabled() and _op.decodes(*args):
+            return _op.decode(*args)
+        return eager.run(LoRAPackFunction, args, _op.INFERENCE)
+    except RuntimeError:
+        _check_each(x, weights, lora_As, lora_Bs, biases)
         raise
 
 
@@ -112,39 +136,39 @@ def _arguments(
     As, Bs = _of_each("lora_As", lora_As, count), _of_each("lora_Bs", lora_Bs, count)
     bias_of = [None] * count if biases is None else _of_each("biases", biases, count)
     factors, ps = _numbers("scalings", scalings, count), _numbers("dropout_p", dropout_p, count)
-    members = list(zip(weights, As, Bs, bias_of))
     drops_nothing = not training or (type(dropout_p) is float and dropout_p == 0.0)
-    if drops_nothing and _are_plain(factors, ps) and _fit(x, members):
-        return x, list(weights), As, Bs, _laid_out(x, bias_of), None, factors, [0.0] * count
-    return _checked(x, members, factors, ps, training, seed)
+    if drops_nothing and _are_plain(scalings, factors, dropout_p, ps) and _fit(x, weights, As, Bs, bias_of):
+        biases = [] if biases is None else _laid_out(x, bias_of)
+        return x, list(weights), As, Bs, biases, None, factors, [0.0] * count
+    return _checked(x, list(zip(weights, As, Bs, bias_of)), factors, ps, training, seed)
 
 
-def _fit(x: Tensor, members: list[tuple]) -> bool:
-    """Whether a glance shows that tensors pass the checks below; ``types_fit`` and ``sizes_fit`` would look at x anew
-    for each member.
+def _fit(x: Tensor, weights: Sequence[Any], As: list[Any], Bs: list[Any], biases: list[Any]) -> bool:
+    """Whether a glance shows that tensors pass the checks below, but for what kernels look at: sizes, and the dtypes of
+    everything but lora_As. ``types_fit`` would look at x anew for each member.
     """
-    if type(x) not in _PLAIN or not x.is_cpu:  # no other device's calls are so short
+    if type(x) not in _PLAIN or not x.is_cpu or not _op.looks_at_sizes():  # no other device's calls are so short
         return False
-    dtype, lead = x.dtype, x.shape
-    if dtype not in FLOATS or not lead:
+    dtype = x.dtype
+    if dtype not in FLOATS:
         return False
-    k = lead[-1]
-    for weight, A, B, bias in members:
-        for t in (weight, A, B) if bias is None else (weight, A, B, bias):
-            if type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu:
-                return False
-        w, a = weight.shape, A.shape
-        if len(w) != 2 or len(a) != 2 or w[1] != k or a[1] != k or a[0] < 1 or B.shape != (w[0], a[0]):
+    for weight, A, B, bias in zip(weights, As, Bs, biases):
+        if type(weight) not in _PLAIN or type(A) not in _PLAIN or type(B) not in _PLAIN:
             return False
-        if bias is not None and bias.shape != (w[0],):
+        if not (weight.is_cpu and A.is_cpu and B.is_cpu) or A.dtype is not dtype or weight.dim() != 2 or not A.numel():
+            return False
+        if bias is not None and (type(bias) not in _PLAIN or not bias.is_cpu or not bias.numel()):
             return False
     return True
 
 
-def _are_plain(factors: list[Any], ps: list[Any]) -> bool:
-    """Whether a glance shows that the numbers pass the checks below."""
-    for factor, p in zip(factors, ps):
-        if type(factor) is not float or type(p) is not float or not (-math.inf < factor < math.inf and 0.0 <= p <= 1.0):
+def _are_plain(scalings: Any, factors: list[Any], dropout_p: Any, ps: list[Any]) -> bool:
+    """Whether a glance shows that numbers, given for all or for each, pass the checks below."""
+    for factor in (scalings,) if type(scalings) is float else factors:
+        if type(factor) is not float or not -math.inf < factor < math.inf:
+            return False
+    for p in (dropout_p,) if type(dropout_p) is float else ps:
+        if type(p) is not float or not 0.0 <= p <= 1.0:
             return False
     return True
 
@@ -156,15 +180,7 @@ def _checked(
     weights, As, Bs, bias_of, scalings = [], [], [], [], []
     for i, ((weight, A, B, bias), factor, p) in enumerate(zip(members, factors, ps)):
         op = f"{_NAME}: member {i}"
-        if isinstance(weight, QuantizedWeight):
-            raise TypeError(f"{op}: weight must be a tensor, got a QuantizedWeight: packs are of plain weights")
-        check_base(op, x, weight, bias)
-        if A is None and B is None:
-            A, B = x.new_empty((0, weight.shape[1])), x.new_empty((weight.shape[0], 0))
-        else:
-            check_adapter(op, weight, A, B)
-        if A.dtype != weight.dtype and not dispatch.autocast_enabled(x.device.type):
-            check_adapter_dtype(op, "weight", weight.dtype, A)
+        A, B = _check_member(op, x, weight, A, B, bias)
         check_probability(op, "dropout_p", p)
         B, scaling = scaled(op, B, factor)
         weights.append(weight)
@@ -177,9 +193,42 @@ def _checked(
     return x, weights, As, Bs, _laid_out(x, bias_of), drawn, scalings, probabilities
 
 
+def _check_member(
+    op: str, x: Tensor, weight: Any, A: Tensor | None, B: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The adapter, of no rank where there is none."""
+    if isinstance(weight, QuantizedWeight):
+        raise TypeError(f"{op}: weight must be a tensor, got a QuantizedWeight: packs are of plain weights")
+    check_base(op, x, weight, bias)
+    if A is None and B is None:
+        return x.new_empty((0, weight.shape[1])), x.new_empty((weight.shape[0], 0))
+    lora_A: Any = A
+    lora_B: Any = B
+    check_adapter(op, weight, lora_A, lora_B)
+    if lora_A.dtype != weight.dtype and not dispatch.autocast_enabled(x.device.type):
+        check_adapter_dtype(op, "weight", weight.dtype, lora_A)
+    return lora_A, lora_B
+
+
+def _check_each(
+    x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor | None], Bs: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None] | None,
+) -> None:  # fmt: skip
+    """What a call that has failed should have been told."""
+    for name, given in (("x", (x,)), ("weights", weights), ("lora_As", As), ("lora_Bs", Bs)):
+        for t in given:
+            if t is not None:
+                check_dense(_NAME, name, t)
+    for i, (weight, A, B) in enumerate(zip(weights, As, Bs)):
+        _check_member(f"{_NAME}: member {i}", x, weight, A, B, None if biases is None else biases[i])
+
+
 def _laid_out(x: Tensor, bias_of: list[Tensor | None]) -> list[Tensor]:
     """The biases as the op takes them."""
-    if all(bias is None for bias in bias_of):
+    for bias in bias_of:
+        if bias is not None:
+            break
+    else:
         return []
     return [x.new_empty(0) if bias is None else bias for bias in bias_of]
 

@@ -14,8 +14,8 @@ from .. import dispatch
 
 
 def siblings(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mapping[str, Any] | None) -> list[list[str]]:
-    """The layers, by name, that belong to one module and are called with one tensor, which nobody has changed in
-    between: in the order of their calls.
+    """The layers, by name, that belong to one module, whose forward calls them with one tensor, which nobody has
+    changed in between: in the order of their calls.
 
     A layer that is called more than once belongs to none of them. The forward is that of ``model.eval()`` without
     gradients, with whatever hooks the model has; modes, random generators and ``lk.stats()`` are left as they were.
@@ -28,14 +28,22 @@ def siblings(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mapping[
         ValueError: the model cannot be called so.
     """
     called: list[tuple[str, Any, int]] = []  # holds every x, so that no other can have its id
+    running: Counter[str] = Counter()  # calls of the layers' modules
 
     def note(name: str, args: tuple) -> None:
-        x = args[0] if args else None
+        x = args[0] if args and running[_parent(name)] else None
         called.append((name, x, x._version if isinstance(x, Tensor) and not x.is_inference() else 0))
+
+    def count(name: str, calls: int) -> None:
+        running[name] += calls
 
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args)) for name, layer in layers.items()
     ]
+    for name in {_parent(name) for name in layers}:
+        parent = model.get_submodule(name)
+        hooks.append(parent.register_forward_pre_hook(lambda _, args, name=name: count(name, 1)))
+        hooks.append(parent.register_forward_hook(lambda _, args, result, name=name: count(name, -1)))
     try:
         with _quietly(model):
             model(**(_dummy_inputs(model) if inputs is None else inputs))
@@ -52,8 +60,12 @@ def siblings(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mapping[
     groups: dict[tuple[str, int, int], list[str]] = {}
     for name, x, version in called:
         if times[name] == 1 and isinstance(x, Tensor):
-            groups.setdefault((name.rpartition(".")[0], id(x), version), []).append(name)
+            groups.setdefault((_parent(name), id(x), version), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _dummy_inputs(model: Any) -> dict[str, Any]:

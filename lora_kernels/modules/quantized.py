@@ -282,7 +282,7 @@ def _why_not_linear(x: Any, weight: QuantizedWeight | Reason | None) -> Reason |
 
 def set_compute_type(layer: Any, x: Tensor) -> None:
     """A layer of bitsandbytes' that was not told what to multiply in decides by its first input, whoever computes."""
-    if not getattr(layer, "compute_type_is_set", True):
+    if not layer.__dict__.get("compute_type_is_set", True):  # a miss of getattr takes as long as a kernel does
         layer.set_compute_type(x)
         layer.compute_type_is_set = True
 

@@ -18,12 +18,12 @@ from .adapters import (
 from .calls import call_reason, product_dtype
 from .embedding import EmbeddingOperands, embedding_operands, ids_reason
 from .experts import ExpertsBranch, experts_branch, is_experts, projections, why_not_experts
-from .linear import Operands, SideBySide, adapter_operands, base_operands, operands, plain_adapter
+from .linear import Operands, SideBySide, adapter_operands, base_operands, glance, operands, plain_adapter
 from .sharded import Shards, sharded_operands
 
 __all__ = [
     "Branch", "EmbeddingOperands", "ExpertsBranch", "Operands", "Shards", "SideBySide", "active_adapters",
     "adapter_operands", "base_operands", "branch_operands", "call_reason", "embedding_operands", "experts_branch",
-    "ids_reason", "is_alora", "is_experts", "operands", "plain_adapter", "product_dtype", "projections",
+    "glance", "ids_reason", "is_alora", "is_experts", "operands", "plain_adapter", "product_dtype", "projections",
     "sharded_operands", "usual_scaling", "why_not_called_as_is", "why_not_experts",
 ]  # fmt: skip

@@ -41,6 +41,33 @@ def operands(layer: Any) -> Operands | SideBySide | Reason:
     return names if type(names) is Reason else _several_adapters(layer, names)
 
 
+def glance(layer: Any) -> Operands | None:
+    """What ``operands`` gives for a plain layer with one plain adapter, if it gives anything: whether it does, takes
+    several times as long. None for other layers.
+    """
+    state = layer.__dict__
+    children, names = state["_modules"], state["_active_adapter"]
+    name = names if type(names) is str else names[0] if len(names) == 1 else None
+    base, A = children["base_layer"], children["lora_A"].__dict__["_modules"].get(name)
+    if type(A) is not nn.Linear or type(base) not in _PLAIN_LINEARS or name in state["lora_variant"]:
+        return None
+    B = children["lora_B"].__dict__["_modules"][name]
+    dropout = children["lora_dropout"].__dict__["_modules"][name]
+    of_base, of_B = base.__dict__["_parameters"], B.__dict__["_parameters"]
+    weight, lora_A, lora_B = of_base.get("weight"), A.__dict__["_parameters"].get("weight"), of_B.get("weight")
+    if type(weight) not in PLAIN_TENSORS or type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS:
+        return None
+    bias, scaling = of_base.get("bias"), state["scaling"][name]
+    p = dropout.p if type(dropout) is nn.Dropout else 0.0
+    if (
+        of_B.get("bias") is not None
+        or type(scaling) is not float
+        or (bias is not None and type(bias) not in PLAIN_TENSORS)
+    ):
+        return None
+    return weight, lora_A, lora_B, bias, scaling, p, dropout.training, None
+
+
 def adapter_operands(layer: Any, name: str) -> Operands | Reason:
     """As ``operands``, for one adapter, whether it is the active one or not."""
     base_layer = layer.__dict__["_modules"]["base_layer"]

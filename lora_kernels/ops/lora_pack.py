@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from .. import dispatch
+from .. import _native, dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from ..support import cpu, cuda, fits, triton
 from . import eager, lora_linear
@@ -51,8 +52,12 @@ def _cpu_supports(
 ) -> Verdict:
     if seed is not None and x.dtype == torch.float64:
         return cpu.REFUSED_DTYPE
-    if seed is None and cpu.reads_weight_once(x, weights[0]) and all(w.stride()[1] == 1 for w in weights):
-        return cpu.DECODE
+    if seed is None and cpu.reads_weight_once(x, weights[0]):
+        for weight in weights:  # a generator's start is felt in a small layer
+            if weight.stride()[1] != 1:
+                break
+        else:
+            return cpu.DECODE
     return of_all([cpu.matmul_verdict(x, weight) for weight in weights])
 
 
@@ -296,6 +301,27 @@ def _cpu_inference(
 
 INFERENCE = replace(SPEC, kernels={**SPEC.kernels, "cpu": Kernel(_cpu_supports, native=_cpu_inference)})
 """``lora_pack`` where only the first result is asked for: a kernel may leave s out."""
+
+
+def decodes(x: Tensor, weights: Tensors, *args: Any) -> bool:
+    """Whether ``decode`` serves a call that wants no gradients. The usual way there is felt in a small layer."""
+    return x.is_cpu and looks_at_sizes() and _cpu_supports(x, weights, *args) is cpu.DECODE
+
+
+def decode(
+    x: Tensor, weights: Tensors, lora_As: Tensors, lora_Bs: Tensors, biases: Tensors, seed: None, scalings: list[float],
+    dropout_p: list[float],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Every member's y."""
+    dispatch.count_served(SPEC.name, "cpu")
+    return tuple(_decode(x, [*weights, *lora_As, *lora_Bs, *biases], scalings))
+
+
+def looks_at_sizes() -> bool:
+    """Whether whatever serves a call on the CPU, now, looks at the sizes of its operands: the extension does. Compilers
+    before torch 2.14 cannot ask.
+    """
+    return _native.cpu is not None and not is_compiling() and dispatch.forced_backend() is None
 
 
 class LoRAPackFunction(EagerFunction):

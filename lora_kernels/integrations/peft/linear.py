@@ -51,19 +51,20 @@ class FusedForward(nn.Module):
         found: Any
         reason: Any = None
         mixes = False  # some rows use another adapter than others
+        is_more = is_given(self, args or kwargs)
+        pack = None if is_more else packs.of_layer(self)
+        if pack is not None:
+            found = packs.call(*pack, self, x)
+            if type(found) is not Reason:
+                return found
+            _count("lora_pack", found)
         set_compute_type(self.__dict__["_modules"]["base_layer"], x)
-        if is_given(self, args or kwargs):
+        if is_more:
             reason = Reason.DISABLED if self._disable_adapters else mixed_batch.extra_arguments(args, kwargs)
             mixes = reason is None and (
                 kwargs.get("adapter_names") is not None or mixed_batch.acts_on_some_tokens(self)
             )
         if reason is None and not mixes:
-            pack = packs.of_layer(self)
-            if pack is not None:
-                found = packs.call(*pack, self, x)
-                if type(found) is not Reason:
-                    return found
-                _count("lora_pack", found)
             found = operands.operands(self)
             if found is Reason.DTENSOR and not torch.compiler.is_compiling():
                 found = operands.sharded_operands(self)

@@ -7,21 +7,20 @@ they give, in values and in gradients. No family of models is named.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ... import dispatch, operands
-from ...class_swaps import in_place_of
 from ...formats import QuantizedWeight
 from ...functional.mlp import Projection, lora_mlp_of_layers
 from ...ops.gated_activation import ACTIVATIONS
 from ...plain import FLOATS, LOW_PRECISION
 from ...reasons import Reason
 from .linear import FusedForward
-from .packs import ROLES
+from .packs import OURS, ROLES
 
 
 class Roles(NamedTuple):
@@ -85,7 +84,7 @@ def _settings(
     for child, module in ((None, mlp), *others):
         if module is not None:
             for name, value in module.__dict__.items():
-                if name not in _OWN and name not in (ROLES, "_lora_pack"):
+                if name not in _OWN and name not in OURS:
                     yield child, name, value
 
 
@@ -176,20 +175,17 @@ def _is_product(h: Any, activation: Callable[[Tensor], Tensor], gate: Tensor, up
 _PLAIN = (bool, int, float, str)
 
 
-class FusedMLP(nn.Module):
-    """What replaces a gated MLP, beside its own class: a forward of one op where that computes the same."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        roles: Roles = self.__dict__[ROLES]
-        given = args if args else (kwargs[roles.argument],) if roles.argument in kwargs else ()
-        found: Any = Reason.EXTRA_ARGUMENTS
-        if len(given) == 1 and len(args) + len(kwargs) == 1:
-            found = _operands(self, roles, given[0])
-            if type(found) is not Reason:
-                return lora_mlp_of_layers(given[0], *found)
-        if not torch.compiler.is_compiling():
-            dispatch.count_fallback("lora_mlp", found)
-        return super().forward(*args, **kwargs)
+def call(mlp: nn.Module, roles: Roles, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Reason:
+    """What a fused MLP gives for a call of these arguments, by one op, or why its own forward must."""
+    given = args if args else (kwargs[roles.argument],) if roles.argument in kwargs else ()
+    found: Any = Reason.EXTRA_ARGUMENTS
+    if len(given) == 1 and len(args) + len(kwargs) == 1:
+        found = _operands(mlp, roles, given[0])
+        if type(found) is not Reason:
+            return lora_mlp_of_layers(given[0], *found)
+    if not torch.compiler.is_compiling():
+        dispatch.count_fallback("lora_mlp", found)
+    return found
 
 
 def _operands(mlp: Any, roles: Roles, x: Any) -> tuple[list[Projection], str, float] | Reason:
@@ -235,52 +231,9 @@ def _operands(mlp: Any, roles: Roles, x: Any) -> tuple[list[Projection], str, fl
     return projections, roles.activation, drops
 
 
-_CLASSES: dict[type, type[FusedMLP]] = {}
-
-
-def swap(mlp: nn.Module, roles: Roles) -> None:
-    """Makes ``mlp`` a fused one."""
-    mlp.__dict__[ROLES] = roles
-    mlp.__class__ = _fused(type(mlp))
-
-
-def _fused(base: type[nn.Module]) -> type[FusedMLP]:
-    """The class that takes the place of ``base``."""
-    if base not in _CLASSES:
-        kind: Any = in_place_of(base)(type(f"Fused{base.__name__}", (FusedMLP, base), {}))
-        kind.__reduce_ex__ = _reduce
-        _CLASSES[base] = kind
-    return _CLASSES[base]
-
-
-def _reduce(self: FusedMLP, protocol: Any) -> Any:
-    original = originals().get(type(self))
-    if original is None:
-        raise TypeError(
-            f"{type(self).__name__}: a wrapped module (FSDP) is neither copied nor pickled; use state dicts"
-        )
-    parts: Any = nn.Module.__reduce_ex__(self, protocol)
-    return (_empty, (original,), *parts[2:])
-
-
-def _empty(base: type[nn.Module]) -> nn.Module:
-    kind = _fused(base)
-    return kind.__new__(kind)
-
-
-def originals() -> Mapping[type, type]:
-    """The classes that ``swap`` has made, and what they stand for."""
-    return {ours: theirs for theirs, ours in _CLASSES.items()}
-
-
 def why_not(mlp: nn.Module) -> Reason | None:
     """Why the next call of a fused MLP, on an input of the weights' dtype, is its own; None if it is not."""
     roles = mlp.__dict__[ROLES]
     weight = mlp.__dict__["_modules"][roles.gate].get_base_layer().weight
     found = _operands(mlp, roles, torch.empty(0, dtype=weight.dtype, device=weight.device))
     return found if type(found) is Reason else None
-
-
-def forget(mlp: nn.Module) -> None:
-    """What ``swap`` has left beside the class."""
-    mlp.__dict__.pop(ROLES, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -57,7 +56,8 @@ def patch(
             backward. Which layers these are is found by what they do: one forward of a few tokens shows who reads what,
             and an MLP's own code is run once with stand-ins for its layers. That forward is given the ``dummy_inputs``
             of a model of transformers; for other models, ``packs`` is a dict of keyword arguments of their forward.
-            Dropout then draws one seed per pack, not one per layer. False takes earlier packs apart.
+            Dropout then draws one seed per pack, not one per layer. Layers that are called outside of their module's
+            forward go one by one. False takes earlier packs apart.
         loss: also have a causal language model of transformers form its loss without logits, by
             ``linear_cross_entropy``, where its forward is a backbone, a head and ``ForCausalLMLoss``: that is tried on
             eight tokens first, loss and gradient. Works without PEFT. Such a call returns ``logits=None``;
@@ -119,7 +119,7 @@ def unpatch(model: nn.Module) -> None:
     """
     exact_in_eval(model, False)
     for module in model.modules():
-        _give_back(module, {FrozenLinear: nn.Linear, **frozen_originals(), **losses.originals()})
+        class_swaps.give_back(module, {FrozenLinear: nn.Linear, **frozen_originals(), **losses.originals()})
         losses.forget(module)
     if not _peft_imported():
         return
@@ -127,23 +127,12 @@ def unpatch(model: nn.Module) -> None:
     fused = _fused_layers()
     originals = {ours: theirs for theirs, ours in fused.SWAPS.items()}
     for module in model.modules():
-        _give_back(module, originals)
+        class_swaps.give_back(module, originals)
         fused.stop_counting(module)
         if module.__dict__.get("_create_new_module") is fused.create_in_patched_model:
             del module.__dict__["_create_new_module"]
     for _, peft_model in prompt_models(model):
         _fused_prompts().unfuse(peft_model)
-
-
-def _give_back(module: nn.Module, originals: Mapping[Any, type]) -> None:
-    swapped = class_swaps.give_back(module, originals)
-    if swapped is None:
-        return
-    ours, theirs = swapped
-    for name, value in list(module.__dict__.items()):
-        # An accelerate hook keeps the method that it wraps on the instance.
-        if getattr(value, "__func__", None) is ours.forward:
-            module.__dict__[name] = MethodType(theirs.forward, module)
 
 
 def patch_peft() -> None:
