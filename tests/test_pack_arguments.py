@@ -18,9 +18,17 @@ def backend(request):
         yield request.param
 
 
-def test_bad_arguments(backend):
+@pytest.mark.parametrize("rows", [12, 2])
+def test_bad_arguments(backend, rows):
+    with torch.set_grad_enabled(rows == 12):  # few rows without gradients have a way of their own
+        check_bad_arguments(rows)
+
+
+def check_bad_arguments(rows):
     t = {k: [v.detach() if v is not None else v for v in given] if isinstance(given, list) else given.detach()
-         for k, given in small(PACK).items()}  # fmt: skip
+         for k, given in small(PACK._replace(m=rows), bias=rows == 12).items()}  # fmt: skip
+    if rows == 2:
+        del t["biases"]
     x, Ws, As, Bs = t["x"], t["weights"], t["lora_As"], t["lora_Bs"]
 
     def refused(error, message, **changed):
@@ -42,8 +50,9 @@ def test_bad_arguments(backend):
     refused(TypeError, "member 0: lora_B must be torch.float32", lora_Bs=[Bs[0].half(), Bs[1]])
     refused(TypeError, "member 0: lora_A must be torch.float32", lora_As=[As[0].half(), As[1]],
             lora_Bs=[Bs[0].half(), Bs[1]])  # fmt: skip
-    refused(ValueError, r"member 0: x must be \[\.\.\., 40\]", x=torch.randn(12, 39))
+    refused(ValueError, r"member 0: x must be \[\.\.\., 40\]", x=torch.randn(rows, 39))
     refused(ValueError, r"member 1: x must be \[\.\.\., 41\]", weights=[Ws[0], torch.randn(16, 41)])
+    refused(ValueError, r"member 1: weight must be \[out_features, in_features\]", weights=[Ws[0], torch.randn(40)])
     refused(TypeError, "member 1: weight must be torch.float32", weights=[Ws[0], Ws[1].half()])
     refused(ValueError, "member 1: weight must be on", weights=[Ws[0], Ws[1].to("meta")])
     refused(ValueError, r"member 1: bias must be \[16\]", biases=[None, torch.randn(24)])

@@ -1,8 +1,8 @@
 // acc += Σ scaling · s bᵀ over the members of a pack whose y is one for all, with s of other blocks.
 //
 // As many ranks at a time as the stages hold, s where a stage has P and b where it has Q, as in LoraBranch. Members'
-// ranks lie one behind the other, each from where a fragment of the depth begins (`first_rank`): short ranks share a
-// stage, and are brought and waited for together.
+// ranks lie one behind the other, each from where a fragment of the depth begins: short ranks share a stage, and are
+// brought and waited for together.
 #pragma once
 
 #include "../params/lora_pack.h"
@@ -15,7 +15,6 @@ class PackBranch {
   using Element = typename Base::Element;
   using Branch = LoraBranch<Base, Access::kWhole>;
   static constexpr int kFragment = Base::kFragmentDepth, kDepth = Base::kDepth, kThreads = Base::kThreads;
-  static_assert(kFragment * sizeof(typename Element::Storage) == LoraPackParams::kFragmentBytes);
   static_assert(Base::kFactors == Layout::kColumns, "b lies as w does, a rank in a row of memory");
 
  public:
@@ -23,7 +22,9 @@ class PackBranch {
   // for BranchSide.
   LK_DEVICE static void add(const LoraPackParams& p, uint32_t smem, uint32_t side, const uint32_t* flags, int row0,
                             int column0, typename Base::Accumulator& acc) {
-    const int ranks = p.first_rank[kMaxMembers];
+    int ranks = 0;
+    LK_UNROLL
+    for (const LoraLinearParams& member : p.members) ranks += padded(member.rank);  // 0 where there is none
     LK_NO_UNROLL
     for (int begin = 0; begin < ranks; begin += Branch::kBatch) {
       const int depth = smaller(ranks - begin, Branch::kBatch);
@@ -40,19 +41,25 @@ class PackBranch {
   }
 
  private:
+  LK_DEVICE static int padded(int rank) { return (rank + kFragment - 1) & -kFragment; }
+
   // Which member's a place is, for places that follow each other.
   class Finder {
    public:
-    LK_DEVICE explicit Finder(const LoraPackParams& p) : end_(p.first_rank[1]) {}
+    int member = 0, begin = 0;  // and where its places do
 
-    LK_DEVICE int member_of(const LoraPackParams& p, int place) {
+    LK_DEVICE explicit Finder(const LoraPackParams& p) : end_(padded(p.members[0].rank)) {}
+
+    LK_DEVICE void find(const LoraPackParams& p, int place) {
       LK_NO_UNROLL
-      while (place >= end_) end_ = p.first_rank[++member_ + 1];
-      return member_;
+      while (place >= end_) {
+        begin = end_;
+        end_ += padded(p.members[++member].rank);
+      }
     }
 
    private:
-    int member_ = 0, end_;  // of its places
+    int end_;
   };
 
   // Each fragment's ranks are rows of the tile.
@@ -60,11 +67,11 @@ class PackBranch {
     Finder finder(p);
     LK_NO_UNROLL
     for (int d = 0; d < depth; d += kFragment) {
-      const int member = finder.member_of(p, begin + d);
-      const LoraLinearParams& q = p.members[member];
+      finder.find(p, begin + d);
+      const LoraLinearParams& q = p.members[finder.member];
       with_adapter_chunk<Element, true>(q.adapters_are_float, [&](auto chunk) {
         TileLoader<Element, Base::kN, kFragment, Layout::kColumns, kThreads, decltype(chunk)> load(
-            {q.b, q.b_stride, q.n, q.rank}, column0, begin + d - p.first_rank[member]);
+            {q.b, q.b_stride, q.n, q.rank}, column0, begin + d - finder.begin);
         load.load(Branch::stage_of(smem, d) + Base::kOffsetQ + d % kDepth * Base::TileQ::Tile::kRowBytes);
       });
     }
@@ -74,13 +81,14 @@ class PackBranch {
   LK_DEVICE static void load_s(const LoraPackParams& p, uint32_t stage, int row0, int place) {
     constexpr int kChunks = Base::TileP::Tile::kChunks, kElements = Base::TileP::Tile::kChunkElements;
     const int column = thread_index() % kChunks * kElements;
-    int member = 0;
+    int member = 0, begin = 0, end = 0;
     LK_UNROLL
-    for (int i = 1; i < kMaxMembers; ++i) member += place + column >= p.first_rank[i] ? 1 : 0;
-    member = smaller(member, p.count - 1);  // behind all ranks
-    const LoraLinearParams& q = p.members[member];
-    typename Base::template LoaderP<InParts<AsyncChunk<Element>>> load({q.s, q.rank, q.m, q.rank}, row0,
-                                                                       place - p.first_rank[member]);
+    for (int i = 1; i < kMaxMembers; ++i) {
+      end += padded(p.members[i - 1].rank);
+      if (place + column >= end) member = i, begin = end;
+    }
+    const LoraLinearParams& q = p.members[smaller(member, p.count - 1)];  // behind all ranks, nobody multiplies
+    typename Base::template LoaderP<InParts<AsyncChunk<Element>>> load({q.s, q.rank, q.m, q.rank}, row0, place - begin);
     load.load(stage);
   }
 
@@ -101,8 +109,8 @@ class PackBranch {
     int masked = -1;
     LK_NO_UNROLL
     for (int d = 0; d < depth; d += kFragment) {
-      const int member = finder.member_of(p, begin + d);
-      const LoraLinearParams& q = p.members[member];
+      finder.find(p, begin + d);
+      const LoraLinearParams& q = p.members[finder.member];
       const auto add = [&](auto sum) {
         Base::for_fragments(Branch::stage_of(smem, d), offset_P, offset_Q, d % kDepth / kFragment,
                             [&](int mi, int ni, const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {
@@ -115,11 +123,11 @@ class PackBranch {
         add(ScaledSum{in_register(q.scaling)});
         continue;
       }
-      if (member != masked) {  // its bits take the place of another member's
+      if (finder.member != masked) {  // its bits take the place of another member's
         sync_block();
         BranchSide::Keep::template compute<kThreads>(side, NextRows{row0}, column0, DropoutMask(q, q.n));
         sync_block();
-        masked = member;
+        masked = finder.member;
       }
       add(MaskedSum<Base>{q.scaling * q.dropout_scale, side});
     }

@@ -64,11 +64,6 @@ inline LoraPackParams pack_grad_x_params(const std::vector<LoraBackwardProblem>&
                                          const std::vector<void*>& grad_ss, const LoraPackConfig& config,
                                          uint32_t* counters) {
   LoraPackParams params = pack_params(config, p.size());
-  const int64_t fragment = LoraPackParams::kFragmentBytes / p[0].forward.element_bytes();
-  for (size_t i = 0; i < kMaxMembers; ++i) {
-    const int64_t rank = i < p.size() ? blocks_of(p[i].forward.rank(), fragment) * fragment : 0;
-    params.first_rank[i + 1] = params.first_rank[i] + static_cast<int32_t>(rank);
-  }
   for (size_t i = 0; i < p.size(); ++i) {
     params.members[i] =
         grad_x_params(p[i], grad_x, config.launch, {},

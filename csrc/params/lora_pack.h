@@ -13,11 +13,6 @@ struct LoraPackParams {
   LoraLinearParams members[kMaxMembers];
   int32_t count;
   int32_t shrink_columns, base_columns;  // tiles of all members in a block of rows
-  // Gradient of x: where members' ranks begin if they lie one behind the other, each from where a fragment of
-  // kFragmentBytes does; behind the last one, and in the places of those that there are not, where they end.
-  int32_t first_rank[kMaxMembers + 1];
-
-  static constexpr int kFragmentBytes = 32;
 };
 
 }  // namespace lk

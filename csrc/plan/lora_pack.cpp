@@ -10,10 +10,9 @@ namespace {
 struct LoraPackFields {
   using Params = LoraPackParams;
   static_assert(kMaxMembers == 4);
-  static constexpr std::array kFields = {LK_FIELD(members[0]),    LK_FIELD(members[1]),    LK_FIELD(members[2]),
-                                         LK_FIELD(members[3]),    LK_FIELD(count),         LK_FIELD(shrink_columns),
-                                         LK_FIELD(base_columns),  LK_FIELD(first_rank[0]), LK_FIELD(first_rank[1]),
-                                         LK_FIELD(first_rank[2]), LK_FIELD(first_rank[3]), LK_FIELD(first_rank[4])};
+  static constexpr std::array kFields = {LK_FIELD(members[0]),  LK_FIELD(members[1]), LK_FIELD(members[2]),
+                                         LK_FIELD(members[3]),  LK_FIELD(count),      LK_FIELD(shrink_columns),
+                                         LK_FIELD(base_columns)};
   static_assert(leaves_no_gap<Params>(kFields));
 };
 

@@ -15,7 +15,7 @@ from ..formats import QuantizedWeight
 from ..ops import eager
 from ..ops import lora_pack as _op
 from ..ops.lora_pack import LoRAPackFunction
-from ..plain import FLOATS
+from ..plain import FLOATS, inside_transform
 from .checks import (
     check_adapter,
     check_adapter_dtype,
@@ -77,6 +77,10 @@ def lora_pack(
         ValueError: counts, shapes, devices or numbers do not fit. The message names the member and the argument.
     """
     try:
+        if biases is None and not training and seed is None and type(scalings) is float:
+            ys = _at_once(x, weights, lora_As, lora_Bs, scalings, dropout_p)
+            if ys is not None:
+                return ys
         args = _arguments(x, weights, lora_As, lora_Bs, biases, scalings, dropout_p, training, seed)
         return eager.call(_op.SPEC, LoRAPackFunction, args, inference=_op.INFERENCE)
     except (
@@ -84,6 +88,37 @@ def lora_pack(
     ):  # asking every call for layouts, and for sizes that the kernels look at, is felt in a small layer
         _check_each(x, weights, lora_As, lora_Bs, biases)
         raise
+
+
+def _at_once(
+    x: Tensor, weights: Any, lora_As: Any, lora_Bs: Any, scaling: float, dropout_p: Any
+) -> tuple[Tensor, ...] | None:
+    """The results of a call without gradients whose few rows are decoded, if a glance shows that it is one: what other
+    calls are looked at for takes as long as the products of a small layer. Sizes are left to the kernel.
+    """
+    if torch.is_grad_enabled() or type(x) not in _PLAIN or not x.is_cpu or type(dropout_p) is not float:
+        return None
+    if (
+        dispatch.any_autocast()
+        or inside_transform()
+        or not (-math.inf < scaling < math.inf and 0.0 <= dropout_p <= 1.0)
+    ):
+        return None
+    dtype = x.dtype
+    for given in (weights, lora_As, lora_Bs):
+        if type(given) is not list or not given:
+            return None
+        for t in given:
+            if type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu:
+                return None
+    for A in lora_As:
+        if not A.numel():
+            return None
+    args: Any = x, weights, lora_As, lora_Bs, [], None, [scaling] * len(weights), []
+    try:
+        return _op.decode(*args) if _op.decodes(*args) else None
+    except (RuntimeError, IndexError):  # of sizes; why is found where everything is looked at
+        return None
 
 
 def lora_pack_of_layers(
