@@ -71,7 +71,7 @@ struct KeepBits {
   static constexpr int kBytes = kRows * kWords * 4;
 
   LK_DEVICE static uint32_t word(uint32_t smem, int row, int column) {
-    return load_shared_4(smem + place(row * kWords + column / 32) * 4);
+    return load_shared_4(smem + (row * kWords + column / 32) * 4);
   }
 
   // By kThreads threads, of which this is the first, second, ...
@@ -90,15 +90,8 @@ struct KeepBits {
           bits |= (dropout_bits(words, j) >= mask.threshold ? 1u : 0u) << (group * kDropoutGroup + j);
         }
       }
-      store_shared_4(smem + place(i) * 4, bits);
+      store_shared_4(smem + i * 4, bits);
     }
-  }
-
- private:
-  // Of word i: eight rows of one column, which a warp reads together, lie in different banks.
-  LK_DEVICE static int place(int i) {
-    static_assert(kWords <= 8);
-    return kWords == 8 ? i ^ (i / kWords >> 2 & 1) : i;
   }
 };
 

@@ -40,8 +40,11 @@ struct LoraLinearWgmma {
   // Shared memory: stages, staging tiles of y (one in the place of two, where there is a mask), the mask, told work,
   // barriers.
   using Store = StoreBoxes<Loop, kGradX ? 1 : 2>;
+  // The mask is made and kept by 128 columns: eight rows of one, which a warp reads together, lie in different banks.
+  static constexpr int kKeepColumns = 128;
+  using Keep = KeepBits<kM, kKeepColumns>;
   static constexpr int kOffsetStore = Loop::kBytesStages, kOffsetKeep = kOffsetStore + Store::kBytes;
-  static constexpr int kOffsetWork = kOffsetKeep + (kGradX ? KeepBits<kM, kN>::kBytes : 0);
+  static constexpr int kOffsetWork = kOffsetKeep + (kGradX ? kN / kKeepColumns * Keep::kBytes : 0);
   static constexpr int kOffsetStageBarriers = kOffsetWork + ToldWork::kBytes;
   static constexpr int kOffsetKeepBarriers = kOffsetStageBarriers + Loop::kBytesBarriers;
   static constexpr int kOffsetSavedBarrier = kOffsetKeepBarriers + (kGradX ? RingBarriers<1>::kBytes : 0);
@@ -159,7 +162,6 @@ struct LoraLinearWgmma {
 
   // ------------------------------------------------------------------------------------------ those who make masks
 
-  using Keep = KeepBits<kM, kN>;
   using KeepSlot = Ring<1>;
 
   LK_DEVICE static void make_masks(const LoraLinearParams& p, uint32_t smem) {
@@ -170,8 +172,12 @@ struct LoraLinearWgmma {
     while (told.next(work)) {
       if (work.is_shrink || p.seed == nullptr) continue;
       barrier_wait(RingBarriers<1>::empty(barriers, 0), keep.empty_parity());
-      Keep::template compute<kSideWarps * kWarp>(smem + kOffsetKeep, NextRows{work.row * kM}, work.column * kN,
-                                                 DropoutMask(p, p.n), thread_index() - kWarp);
+      LK_NO_UNROLL
+      for (int i = 0; i < kN / kKeepColumns; ++i) {
+        Keep::template compute<kSideWarps * kWarp>(smem + kOffsetKeep + i * Keep::kBytes, NextRows{work.row * kM},
+                                                   work.column * kN + i * kKeepColumns, DropoutMask(p, p.n),
+                                                   thread_index() - kWarp);
+      }
       sync_warp();
       if (lane() == 0) barrier_arrive(RingBarriers<1>::full(barriers, 0));
       keep.advance();
@@ -268,7 +274,9 @@ struct LoraLinearWgmma {
       LK_UNROLL
       for (int word = 0; word < kChunk / 32; ++word) {
         uint32_t bits = ~0u;
-        if (is_masked) bits = Keep::word(smem + kOffsetKeep, row + half * 8, chunk * kChunk + word * 32);
+        const int column = chunk * kChunk + word * 32;
+        const uint32_t keep = smem + kOffsetKeep + column / kKeepColumns * Keep::kBytes;
+        if (is_masked) bits = Keep::word(keep, row + half * 8, column % kKeepColumns);
         bits >>= FragmentC::column(lane());
         LK_UNROLL
         for (int j = 0; j < 8; ++j) {
