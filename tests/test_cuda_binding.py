@@ -208,6 +208,13 @@ def test_dropout_everywhere_and_mask():
     assert torch.equal(s, (2.0 * kept).to(s.dtype).expand_as(s))
 
 
+def test_limits_are_known_by_device(native):
+    """Kills: another device's limits. What a device has once said is not asked again."""
+    native.set_sms(1)  # forgets
+    assert [native.limits_of(device, sms) for device, sms in ((0, 3), (1, 7), (0, 5))] == [3, 7, 3]
+    native.set_sms(1)
+
+
 def test_other_dtypes_are_refused():
     with pytest.raises(RuntimeError, match="bfloat16, float16 and, in tf32, float32"):
         emulated(*matrices(70, 72, 40, 8, torch.float64)[:4])
@@ -297,11 +304,13 @@ def off_16_bytes(t):
 
 @pytest.mark.parametrize("laid_out", [wide, off_16_bytes])
 @pytest.mark.parametrize("name", OPERANDS)
-def test_gradients_of_one_operand_that_lies_otherwise(name, laid_out):
-    # Strided: s is read as rows of the rank's length, and must be copied. Misaligned: every operand must be asked.
+@pytest.mark.parametrize("schedule", [AUTO, "cublas"])
+def test_gradients_of_one_operand_that_lies_otherwise(schedule, name, laid_out):
+    # Strided: s is read as rows of the rank's length, and must be copied. Misaligned: every operand must be asked,
+    # by the launch that reads it: s is read by dX's, or, beside the vendor's GEMM, by that of dB.
     args = list(problem((70,), 72, 40, 8, torch.bfloat16))
     args[OPERANDS.index(name)] = laid_out(args[OPERANDS.index(name)])
-    for ours, unfused, exact in zip(*backward(args, p=0.3)):
+    for ours, unfused, exact in zip(*backward(args, p=0.3, schedule=schedule)):
         assert_as_accurate(ours, unfused, exact)
 
 

@@ -35,6 +35,13 @@ def test_cpu_kernel_equals_the_definition(rows, columns, p, seed):
     assert torch.equal(ours, philox.keep_mask(torch.tensor([seed]), rows, columns, p))
 
 
+def test_the_threshold_is_rounded_to_nearest():
+    """Kills: one that is cut off. Of 65536 elements one is another then, which only a large mask has."""
+    assert [philox.keep_threshold(p) for p in (0.1, 0.3)] == [6554, 19661]
+    ours = lk.dropout_mask(512, 2048, 0.3, 2026)
+    assert torch.equal(ours, philox.keep_mask(torch.tensor([2026]), 512, 2048, 0.3))
+
+
 def test_elements_take_16_bits_low_half_first():
     words = philox.philox4x32(
         tuple(torch.tensor(v) for v in (5, 0, 0, 0)), tuple(torch.tensor(v) for v in (0x89ABCDEF, 0x1234567))

@@ -55,6 +55,16 @@ def test_off_16_bytes(native):
     assert not native.last_launch()[0]
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("before", [2**31, 2**33])
+def test_elements_behind_what_32_bits_count(native, aligned, before):
+    """Kills: an element's number reckoned in 32 bits. Only the last blocks run: what is in front is not there."""
+    gate, up, _ = given = make((2504,), BF16)
+    h = torch.empty_like(gate)
+    native.gated_behind(before, aligned, *(t.data_ptr() for t in (gate, up, h)), len(h))
+    assert torch.equal(h, run(*given, "silu")[0])
+
+
 @pytest.mark.parametrize("count", [264, 263])
 def test_every_store_that_is_left_out_is_caught(native, count):
     given = make((count,), BF16)

@@ -164,9 +164,10 @@ def test_order_of_blocks_and_warps_does_not_change_a_bit(rank, float_adapters):
             assert ours is reference or torch.equal(ours.view(torch.int16), reference.view(torch.int16))
 
 
-def test_strided_rows():
-    """Kills: a stride taken for another operand's, or for the number of columns."""
-    args, wide = matrices(140, 72, 136, 24, "bf16"), []
+@pytest.mark.parametrize("float_adapters", [False, True])
+def test_strided_rows(float_adapters):
+    """Kills: a stride taken for another operand's, or for the number of columns; also of adapters that are rounded."""
+    args, wide = matrices(140, 72, 136, 24, "bf16", float_adapters=float_adapters), []
     for i, t in enumerate(args[:4]):
         rows = torch.full((t.shape[0], t.shape[1] + 16 + 8 * i), float("nan"), dtype=t.dtype)
         rows[:, 8 : 8 + t.shape[1]] = t

@@ -55,3 +55,12 @@ def test_every_error_is_returned(function):
             assert re.search(re.escape(statement) + r"\s*return cudaGetLastError\(\);", body), "a launch's own error"
     if "const cudaError_t error" in body:
         assert re.search(r"const cudaError_t error[^;]*;\s*if \(error != cudaSuccess\) return error;", body)
+
+
+def test_a_variant_is_launched_as_it_is_described():
+    """Kills: shared memory that was not asked for, threads of another variant, more blocks than tickets count."""
+    (body,) = [body for name, _, body in FUNCTIONS if name == "variant.h"]
+    assert "if (blocks > INT32_MAX) return cudaErrorInvalidValue;" in body
+    assert re.findall(r"cudaFuncAttributeMaxDynamicSharedMemorySize, ([\w:]+)\)", body) == ["Variant::kSharedBytes"]
+    (launch,) = re.findall(r"<<<(.*?)>>>", body)
+    assert launch == "static_cast<unsigned>(blocks), Variant::kThreads, Variant::kSharedBytes, stream"

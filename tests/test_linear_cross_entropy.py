@@ -22,7 +22,7 @@ from numerics import assert_as_accurate
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
-from lora_kernels.ops import vocabulary_chunks
+from lora_kernels.ops import cross_entropy_rows, vocabulary_chunks
 from lora_kernels.support import cpu
 
 DTYPES = [(FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32), (FP64, FP64)]
@@ -269,3 +269,15 @@ def test_it_is_torchs_function_for_the_plain_case():
     x, weight, *_ = leaves_of(make_problem(), FP32)
     labels = torch.randint(0, 61, (37,))
     torch.testing.assert_close(lk.linear_cross_entropy(x, weight, labels), F.cross_entropy(F.linear(x, weight), labels))
+
+
+def test_the_cpu_kernel_knows_a_label_that_is_no_column():
+    """As the function's check is not the op's. Kills: a bound of labels off by one, a row that is filled short."""
+    labels, loss = torch.tensor([37, -1, 36, -100]), cross_entropy_rows.Loss(-100, 0.1, 0.0, 1.0)
+    logits, weights = torch.randn(4, 37), torch.rand(4)
+    results = cross_entropy_rows.native(logits.clone(), labels, weights, loss, FP32)
+    expected = cross_entropy_rows.reference(logits.clone(), labels, weights, loss, FP32)
+    for ours, theirs in zip(results, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        assert ours[:2].isnan().all()
+        assert not ours[3].any()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_kernels import dispatch
-from lora_kernels.support import fits
+from lora_kernels.support import fits, pools_fit
 
 BATCH, TOKENS, ROWS, HIDDEN, TASKS = 3, 5, 2, 8, 4
 ON_META = "tensors are on several devices"
@@ -59,6 +59,17 @@ def test_lora_linear_of_other_dtypes_devices_and_ranks():
 def test_dropout_mask():
     with pytest.raises(RuntimeError, match="seed must be one int64 number"):
         triton("dropout_mask")("", torch.tensor([1, 2]), 3, 8, 0.5)
+
+
+def test_halves_of_the_branch_of_no_ranks():
+    """Kills: a pool that is only looked at where x's columns are."""
+    x, ids = torch.randn(3, 8), torch.zeros(3, dtype=torch.int64)
+    pools_fit.check_multi_lora_shrink(x, torch.randn(2, 1, 8), ids, None, None, None)
+    with pytest.raises(RuntimeError, match="with adapters and ranks"):
+        pools_fit.check_multi_lora_shrink(x, torch.randn(2, 0, 8), ids, None, None, None)
+    pools_fit.check_multi_lora_expand(x, x[:, :1], torch.randn(2, 8, 1), ids, None, None, 1.0, None, None)
+    with pytest.raises(RuntimeError, match="with adapters and ranks"):
+        pools_fit.check_multi_lora_expand(x, x[:, :0], torch.randn(2, 8, 0), ids, None, None, 1.0, None, None)
 
 
 def prompt_arguments():

@@ -48,4 +48,33 @@ cudaError_t launch_gated_activation_backward(const GatedActivationBackwardParams
 #include "../bind/gated_activation_cuda.cpp"
 #undef CUDA
 
-PYBIND11_MODULE(_emu_gated_activation, m) { lk::define_launch(m); }
+namespace lk {
+namespace {
+
+// h in bf16 at these addresses, as if there were so many elements in front of them.
+void gated_behind(int64_t before, bool aligned, uintptr_t gate, uintptr_t up, uintptr_t h, int64_t count) {
+  const auto first = [&](uintptr_t address) { return reinterpret_cast<void*>(address - before * 2); };
+  const GatedActivationParams p{.type = FloatType::kBFloat16,
+                                .activation = Activation::kSilu,
+                                .gate = first(gate),
+                                .up = first(up),
+                                .h = first(h),
+                                .count = before + count};
+  Memory memory;
+  for (uintptr_t in : {gate, up}) memory.input(reinterpret_cast<const void*>(in), 2, 1, count, 0);
+  memory.output(reinterpret_cast<void*>(h), count * 2);
+  const int64_t per_block = static_cast<int64_t>(kGatedThreads) * gated_group(p.type, aligned);
+  options = {.first_block = static_cast<int>(before / per_block)};
+  with_variant(RowVariants<GatedActivation>{}, RowsKey{p.type, aligned}, [&]<class Kernel>(Kernel) {
+    return run<Kernel>(&gated_activation_kernel<Kernel>, aligned, blocks_of(count, per_block), p, memory, nullptr);
+  });
+  options = {};
+}
+
+}  // namespace
+}  // namespace lk
+
+PYBIND11_MODULE(_emu_gated_activation, m) {
+  lk::define_launch(m);
+  m.def("gated_behind", &lk::gated_behind);
+}

@@ -167,6 +167,11 @@ PYBIND11_MODULE(_emu_lora_linear, m) {
     runtime.sms = sms;
     lk::known_limits.forget();
   });
+  // SMs of a device that has this many, unless it is known.
+  m.def("limits_of", [](int device, int sms) {
+    runtime.sms = sms;
+    return lk::device_limits(device).sms;
+  });
   m.def("set_capability", [](int capability) {
     runtime.capability = capability;
     lk::known_limits.forget();

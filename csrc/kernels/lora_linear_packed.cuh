@@ -324,7 +324,7 @@ struct LoraLinearPacked {
   // Where a row's bytes of a stage lie. A row fills all banks; eight bytes of four rows are read together, and every
   // row has its own pair of chunks for the same step.
   static constexpr int kSwizzledRows = 4;
-  LK_DEVICE static uint32_t offset(int row, int chunk) {
+  LK_DEVICE static constexpr uint32_t offset(int row, int chunk) {
     return static_cast<uint32_t>(row * kStageRowBytes + (chunk ^ (row % kSwizzledRows * 2)) * kChunkBytes);
   }
 
@@ -362,6 +362,8 @@ struct LoraLinearPacked {
 
   // A lane's neighbours of a row of the tile.
   LK_DEVICE static uint64_t packed(uint32_t smem, int row, int step) {
+    static_assert(offset(1, 0) % 128 == 32 && offset(2, 0) % 128 == 64 && offset(3, 0) % 128 == 96,
+                  "rows that are read together lie in banks of their own");
     const int lane = lane_index() % 4, chunk = step * 2 + lane / 2;
     return load_shared_8(smem + offset(row, chunk) + lane % 2 * 8);
   }

@@ -201,8 +201,7 @@ struct MultiLoraExpand {
     copy_async_commit();
     copy_async_wait<0>();
     sync_block();
-    add_to_tile(smem, smaller(rows.end - rows.first, kM), smaller(all.n - column0, Base::kN), drops,
-                drops ? adapter.scaling * all.dropout_scale : adapter.scaling, acc);
+    add_to_tile(smem, drops, drops ? adapter.scaling * all.dropout_scale : adapter.scaling, acc);
     sync_block();
     for_chunks([](uint32_t source, Storage* target, int) {
       store_global(reinterpret_cast<Vec16*>(target), load_shared_16(source));
@@ -210,9 +209,8 @@ struct MultiLoraExpand {
   }
 
  private:
-  // scale · acc, where it is kept, to the rows and columns of a tile of elements that exist.
-  LK_DEVICE static void add_to_tile(uint32_t smem, int rows, int columns, bool drops, float scale,
-                                    const typename Base::Accumulator& acc) {
+  // scale · acc, where it is kept, to a tile of elements. What there is past the end of y is not stored.
+  LK_DEVICE static void add_to_tile(uint32_t smem, bool drops, float scale, const typename Base::Accumulator& acc) {
     using Tile = SharedTile<Base::kN, sizeof(typename Element::Storage)>;
     const int lane = thread_index() % kWarp;
     LK_UNROLL
@@ -223,7 +221,6 @@ struct MultiLoraExpand {
         for (int half = 0; half < 2; ++half) {
           const int row = Base::warp_row() + mi * 16 + half * 8 + FragmentC::row(lane);
           const int column = Base::warp_column() + ni * 8 + FragmentC::column(lane);
-          if (row >= rows || column >= columns) continue;
           const uint32_t keep = drops ? Keep::word(smem + kOffsetKeep, row, column) >> column % 32 : 3u;
           const uint32_t place = smem + Tile::element_offset(row, column);
           const Float2 y = load_shared_pair<Element>(place);

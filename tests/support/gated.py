@@ -13,8 +13,12 @@ SHAPES = [(), (1,), (7,), (0, 5), (3, 129), (5, 4, 264)]
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """gate, up and the gradient of h; gate is wide enough for both of an activation's ends."""
-    return (4 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    """gate, up and the gradient of h; gate is wide enough for both of an activation's ends, and now and then zero,
+    where relu has a corner.
+    """
+    gate = 4 * torch.randn(shape)
+    gate.view(-1)[3::5] = 0
+    return gate.to(dtype), torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
 
 
 def plain(gate: Tensor, up: Tensor, grad_h: Tensor, activation: str, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -76,6 +76,11 @@ def test_packed_weights_off_16_bytes(by):
     check(with_part(packed, 0, torch.cat([data.new_empty(by), data])[by:]))
 
 
+def test_more_blocks_than_share_a_scale_of_the_second_level():
+    """Kills: such a scale for the wrong 256 blocks."""
+    check(random_packed(3, 200 * 16, 16, nested=True).to(dtype=FP32))
+
+
 def test_a_block_that_is_longer_than_a_tile():
     check(random_packed(2, 3 * 8400, 8400, nested=True))
 

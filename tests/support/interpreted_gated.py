@@ -31,3 +31,14 @@ def test_results_in_the_operands_memory():
     h = given[0].clone()
     lk.dispatch.run(OUT, h, given[1], "silu", h)
     gated.check((h, gate, up), *given, "silu")
+
+
+def test_nothing_is_written_past_the_end():
+    """Kills: an element too many of the last block."""
+    gate, up, grad_h = make((387,), FP32)
+    memory = torch.full((3, 400), 7.0)
+    h, grad_gate, grad_up = (row[:387] for row in memory)
+    lk.dispatch.run(OUT, gate, up, "silu", h)
+    lk.dispatch.run(BACKWARD_OUT, grad_h, gate, up, "silu", grad_gate, grad_up)
+    gated.check((h, grad_gate, grad_up), gate, up, grad_h, "silu")
+    assert (memory[:, 387:] == 7.0).all()
