@@ -67,10 +67,16 @@ def assert_linear(run):
         torch.testing.assert_close((x.grad * x).sum(), loss, rtol=1e-3, atol=1e-2)
 
 
-def kept():
-    """How many results live."""
+def living():
     gc.collect()
     return sum(type(t) is torch.Tensor and t.shape[:1] == (ROWS,) for t in gc.get_objects())
+
+
+@pytest.fixture
+def kept():
+    """How many results live, beside what other tests of the process have left."""
+    before = living()
+    return lambda: living() - before
 
 
 @REENTRANT
@@ -87,7 +93,7 @@ def test_whole_layers(reentrant):
 
 @WAYS
 @REENTRANT
-def test_a_module(reentrant, way):
+def test_a_module(reentrant, way, kept):
     """Kills: a pack that pauses, or tries again, between the first run of a forward and the second."""
     model, layers = projections(p=0.5)
     layers.way = way
@@ -100,7 +106,7 @@ def test_a_module(reentrant, way):
 @WAYS
 @REENTRANT
 @pytest.mark.parametrize("before", [True, False])
-def test_a_part_of_a_module(before, reentrant, way):
+def test_a_part_of_a_module(before, reentrant, way, kept):
     """Kills: results that wait for the pack's next call, and a second run that goes by layers where the first did not.
 
     before: whether the part follows a call of the same layer that is not in it.
@@ -118,7 +124,7 @@ def test_a_part_of_a_module(before, reentrant, way):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_nothing_is_kept(grad):
+def test_nothing_is_kept(grad, kept):
     """Of a forward that takes only some of what is computed, of one that raises, and of one outside of its module."""
     model, layers = projections()
     x = torch.randn(ROWS + 1, K)[:ROWS]
