@@ -32,7 +32,7 @@ struct LoraLinearParams {
   int32_t group_rows;  // blocks of rows whose tiles are drawn together
   // Dual, decode and shrink: the depth is cut into `splits` parts of split_depth.
   int32_t splits, split_depth;
-  float* partials;
+  float* partials;  // of wgmma: where adapters of fp32 are rounded to
   // Gradient of x: s of the forward [m, rank], and where parts of dB = dYᵀ s go, one [k, 16] per block of rows. Null:
   // not wanted.
   const void* saved_s;
