@@ -155,6 +155,35 @@ def test_what_does_not_fit_wgmma_is_served_as_without_asking(changes, why):
     assert best["schedule"] != "wgmma"
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(), None),
+        (dict(rank=72, has_dropout=True), None),
+        (dict(m=256, n=8448), None),  # as many narrow tiles as SMs
+        (dict(m=256, n=8320), "fewer tiles than SMs"),
+        (dict(m=255, n=16384), "three fifths"),
+        (dict(rank=4), "three fifths"),
+        (dict(n=4100), "rows of y are not whole chunks"),
+        (dict(capability=100), "tcgen05"),
+        (dict(schedule="cublas"), "as asked"),
+        (dict(schedule="one launch"), "as asked"),
+    ],
+)
+def test_wgmma_is_best_for_many_rows_of_many_tiles(changes, reason):
+    """Of sm_90, unasked, in the forward and in dX, which is as wide here as y and as deep."""
+    problem = {**ON_H200, "schedule": "auto", **changes}
+    forward = config(**problem)
+    sizes = problem["m"], 4096, problem["n"]
+    backward = emulator.load_lora_linear().lora_backward_config(
+        *sizes, problem.get("rank", 16), True, True, True, True, *H200,
+        capability=problem["capability"], schedule=problem["schedule"],
+    )  # fmt: skip
+    for chosen in (forward, backward):
+        assert (chosen["schedule"] == "wgmma") == (reason is None)
+    assert (reason or "one more stage of a main loop by wgmma") in forward["why"]
+
+
 def test_wgmma_takes_the_gradient_of_x_where_it_is_wanted():
     """It leaves parts of dB where ranks are few; else dA and dB are reduced as where the vendor multiplies."""
     config = emulator.load_lora_linear().lora_backward_config
@@ -174,15 +203,6 @@ def test_wgmma_takes_the_gradient_of_x_where_it_is_wanted():
     without = config(*sizes, False, True, True, *H200, **device)
     assert without["schedule"] != "wgmma"
     assert "no gradient of x is wanted" in without["why"]
-
-
-def test_wgmma_is_not_taken_unasked():
-    """Nobody has measured it: the vendor's GEMM serves, and the reason says so."""
-    chosen = config(**{**ON_H200, "schedule": "auto"})
-    assert chosen["cublas"]
-    assert "three fifths" in chosen["why"]
-    assert "has run on no GPU yet" in chosen["why"]
-    assert "run on no GPU" not in config(**{**ON_H200, "schedule": "auto", "rank": 12})["why"], "it does not fit"
 
 
 @pytest.mark.parametrize(("m", "k", "rank"), [(1, 4096, 16), (100, 776, 24), (8192, 4096, 16), (512, 14336, 200)])

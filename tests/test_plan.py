@@ -37,11 +37,15 @@ def plan(capsys):
 
 @needs_extension
 def test_plan_of_wgmma(plan):
-    """Where it is asked for: the kernel, and what the copy engine is told of each matrix."""
-    launch = plan("--dropout", arch="sm_90", schedule="wgmma", m=8190, r=24)
-    if launch["schedule"] != "wgmma":
+    """The kernel, and what the copy engine is told of each matrix; the same without asking."""
+    launch, best = (plan("--dropout", arch="sm_90", m=8190, r=24, schedule=name) for name in ("wgmma", "auto"))
+    if isinstance(launch, list):
+        launch = launch[0]
         assert "this build, or the driver, makes no tensor maps" in launch["reason"]
         pytest.skip("the extension was built without sm_90a")
+    assert "as asked" in launch["reason"]
+    assert "has run on no GPU yet" in best["reason"]
+    assert {**launch, "reason": ""} == {**best, "reason": ""}
     assert launch["kernel"].startswith("_ZN2lk24lora_linear_wgmma_kernelINS_15LoraLinearWgmmaINS_8BFloat16ELi256ELi48E")
     assert (launch["grid"], launch["block"]) == ([132, 1, 1], [384, 1, 1])
     assert launch["workspace_bytes"] == 4 * (2 + 64)
@@ -62,7 +66,7 @@ def test_plan_of_wgmma(plan):
 @needs_extension
 def test_plan_of_the_gradients_by_wgmma(plan):
     """One launch has s', dX and parts of dB; dA is made, and dB summed, where they are elsewhere."""
-    launches = plan(op="lora_linear_backward", arch="sm_90", schedule="wgmma", n=4104)
+    launches = plan(op="lora_linear_backward", arch="sm_90", n=4104)
     launch, last = launches[0], launches[-1]
     if launch["schedule"] != "wgmma":
         pytest.skip("the extension was built without sm_90a")
@@ -171,8 +175,8 @@ def test_plan_is_what_the_launch_chooses(plan, changes, flags, schedule, reason)
 @pytest.mark.parametrize(
     ("changes", "flags", "reason"),
     [
-        ({"arch": "sm_90"}, [], "mma.sync reaches three fifths of the rate of the vendor's wgmma"),
-        ({"arch": "sm_90"}, ["--dropout"], "mma.sync reaches three fifths of the rate of the vendor's wgmma"),
+        ({"arch": "sm_90", "r": 4}, [], "mma.sync reaches three fifths of the rate of the vendor's wgmma"),
+        ({"arch": "sm_90", "m": 248}, ["--dropout"], "mma.sync reaches three fifths of the rate of the vendor's wgmma"),
         ({"m": 129, "n": 1024}, [], "fewer tiles than SMs"),
         ({"m": 1, "r": 128}, [], "fewer tiles than SMs"),
         ({}, ["--unaligned"], "are not whole chunks of 16 bytes"),

@@ -226,9 +226,6 @@ struct UsesCublas {
   const char* reason;
 };
 
-constexpr const char* kVendorOnSm90 =
-    "sm_90: mma.sync reaches three fifths of the rate of the vendor's wgmma (measured on an H200)";
-
 // Whether large problems of a GPU go to the vendor's GEMM. The branch in launches of its own takes a pass over x and
 // one over y more than the product alone, on an H200 a fifth of its time for 8192 rows of 4096 x 4096; one launch must
 // come as close to the vendor's rate with the main loop of mma.sync. Where that was not measured, its share is reckoned
@@ -240,7 +237,7 @@ inline UsesCublas prefers_cublas(int capability, bool large) {
       return {large, large ? "sm_80: mma.sync is reckoned at four fifths of the vendor's rate, the branch costs less"
                            : "sm_80: few tiles: one launch costs less than three"};
     case 9:
-      return {true, kVendorOnSm90};
+      return {true, "sm_90: mma.sync reaches three fifths of the rate of the vendor's wgmma (measured on an H200)"};
     case 10:
     case 11:
       return {true, "sm_100: mma.sync cannot keep up with tcgen05, which the vendor's GEMM uses"};

@@ -30,11 +30,27 @@ inline const char* misfit_of_wgmma(int element_bytes, int64_t depth, Access acce
   return nullptr;
 }
 
-constexpr const char* kWgmmaAsAsked = "as asked: wgmma, its operands by the copy engine, the branch one more stage";
-// What the model says of wgmma where nobody has asked for it, and it fits.
-constexpr const char* kWgmmaNotMeasured =
-    "sm_90: mma.sync reaches three fifths of the rate of the vendor's wgmma (measured on an H200); schedule \"wgmma\" "
-    "fits, but has run on no GPU yet: it is taken where it is asked for, or was measured to be fastest";
+// Whether a forward, or dX, is wgmma's. No reason: nobody has asked, and another schedule has reasons of its own.
+struct UsesWgmma {
+  bool yes;
+  const char* reason;
+};
+
+// For y [m, n], or dX. The branch as launches around the vendor's GEMM takes a fifth more than the product alone (on an
+// H200); here it is reckoned at a fiftieth, and public main loops of this structure reach 0.9 to 0.97 of the vendor's
+// rate. Where tiles are few, that is lost to SMs that have none.
+inline UsesWgmma uses_wgmma(const char* misfit, int64_t m, int64_t n, const DeviceLimits& device, Wanted wanted) {
+  constexpr int64_t kMinRows = 256;
+  if (wanted == Wanted::kWgmma) {
+    return {misfit == nullptr, misfit != nullptr ? misfit : "as asked: wgmma, its operands by the copy engine"};
+  }
+  if (wanted != Wanted::kBest || misfit != nullptr || m < kMinRows) return {false, nullptr};
+  const TileShape narrow = tile_shape(LoraTile::kNarrowWgmma);
+  if (blocks_of(m, narrow.rows) * blocks_of(n, narrow.columns) < device.sms) return {false, nullptr};
+  return {true,
+          "sm_90: the branch as one more stage of a main loop by wgmma is reckoned at less than launches around the "
+          "vendor's GEMM, which took a fifth on an H200; itself it has run on no GPU yet"};
+}
 
 // Of y [m, n] from x [m, k], or of dX from dY. rounds_adapters: they are fp32, and the launch has room for both factors
 // in 16-bit elements.

@@ -117,16 +117,15 @@ inline LoraForwardConfig lora_forward_config(const LoraProblem& p, const DeviceL
   const Access access = p.access();
   const bool has_dropout = p.seed != nullptr;
   LoraForwardConfig config{};
-  const char* const misfit = p.misfit_of_wgmma(device);
-  if (wanted == Wanted::kWgmma && misfit == nullptr) {
-    config.cublas = {false, kWgmmaAsAsked};
+  const UsesWgmma wgmma = uses_wgmma(p.misfit_of_wgmma(device), p.m(), p.n(), device, wanted);
+  if (wgmma.yes) {
+    config.cublas = {false, wgmma.reason};
     config.launch = wgmma_config(LoraRole::kForward, p.m(), p.n(), p.k(), p.rank(), p.adapters_are_wider(), device);
     return config;
   }
   config.cublas =
       uses_cublas(p, p.n(), access, serves_few_rows(p.m(), p.n(), p.rank(), access, has_dropout), device, wanted);
-  if (wanted == Wanted::kWgmma) config.cublas.reason = misfit;
-  if (config.cublas.reason == kVendorOnSm90 && misfit == nullptr) config.cublas.reason = kWgmmaNotMeasured;
+  if (wgmma.reason != nullptr) config.cublas.reason = wgmma.reason;
   if (config.cublas.yes) {
     config.vendor_makes_s = !has_dropout;
     if (has_dropout) {
@@ -186,10 +185,10 @@ inline LoraBackwardConfig lora_backward_config(const LoraBackwardProblem& p, con
                                                Wanted wanted) {
   const LoraProblem& f = p.forward;
   const LoraBackwardAccess access = p.access();
-  const char* const misfit = p.misfit_of_wgmma(device);
-  if (wanted == Wanted::kWgmma && misfit == nullptr) {
+  const UsesWgmma wgmma = uses_wgmma(p.misfit_of_wgmma(device), f.m(), f.k(), device, wanted);
+  if (wgmma.yes) {
     LoraBackwardConfig config{};
-    config.cublas = {false, kWgmmaAsAsked};
+    config.cublas = {false, wgmma.reason};
     config.grad_x = wgmma_config(LoraRole::kGradX, f.m(), f.k(), f.n(), f.rank(), f.adapters_are_wider(), device);
     plan_parts_of_grad_b(f.m(), f.n(), p.need_b, config);
     config.grads = lora_grads_config(f.m(), p.need_b ? f.n() : 0, p.need_a ? f.k() : 0, f.rank(),
@@ -197,8 +196,7 @@ inline LoraBackwardConfig lora_backward_config(const LoraBackwardProblem& p, con
     return config;
   }
   UsesCublas cublas = uses_cublas(f, f.k(), access.grad_x, false, device, wanted);
-  if (wanted == Wanted::kWgmma) cublas.reason = misfit;
-  if (cublas.reason == kVendorOnSm90 && misfit == nullptr) cublas.reason = kWgmmaNotMeasured;
+  if (wgmma.reason != nullptr) cublas.reason = wgmma.reason;
   return lora_backward_config(f.m(), f.n(), f.k(), f.rank(), access, p.need_x, p.need_a, p.need_b, device, cublas);
 }
 
