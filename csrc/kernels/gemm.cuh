@@ -68,6 +68,21 @@ struct Gemm {
     }
   }
 
+  LK_DEVICE static void multiply_stage(uint32_t stage, uint32_t offset_P, uint32_t offset_Q, Accumulator& acc) {
+    LK_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      for_fragments(stage, offset_P, offset_Q, step,
+                    [&](int mi, int ni, const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {
+                      Element::multiply_add(acc[mi][ni], a, b0, b1);
+                    });
+    }
+  }
+
+  // The stage behind this one, of those that rotate from `first` on.
+  LK_DEVICE static uint32_t after(uint32_t stage, uint32_t first) {
+    return stage == first + (kStages - 1) * kBytesStage ? first : stage + kBytesStage;
+  }
+
   // acc += P[row0 ...] Q[column0 ...]ᵀ over depth [k0, k1). The last stages may still be read by other warps on return.
   template <class ChunkP, class ChunkQ, class Task>
   LK_DEVICE static void run(uint32_t smem, const Operand& p, int row0, const Operand& q, int column0, int k0, int k1,
@@ -94,15 +109,9 @@ struct Gemm {
       copy_async_commit();
       task.on_stage_ready(stage, k0 + (tiles - left) * kDepth);
       if constexpr (std::remove_reference_t<Task>::kChangesStage) sync_block();
-      LK_UNROLL
-      for (int step = 0; step < kSteps; ++step) {
-        for_fragments(stage, offset_P, offset_Q, step,
-                      [&](int mi, int ni, const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {
-                        Element::multiply_add(acc[mi][ni], a, b0, b1);
-                      });
-      }
+      multiply_stage(stage, offset_P, offset_Q, acc);
       free_stage = stage;
-      stage = stage == smem + (kStages - 1) * kBytesStage ? smem : stage + kBytesStage;
+      stage = after(stage, smem);
     }
   }
 
@@ -147,15 +156,9 @@ struct Gemm {
         --loaded;
       }
       copy_async_commit();
-      LK_UNROLL
-      for (int step = 0; step < kSteps; ++step) {
-        for_fragments(stage, offset_P, offset_Q, step,
-                      [&](int mi, int ni, const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {
-                        Element::multiply_add(acc[mi][ni], a, b0, b1);
-                      });
-      }
+      multiply_stage(stage, offset_P, offset_Q, acc);
       free_stage = stage;
-      stage = stage == smem + (kStages - 1) * kBytesStage ? smem : stage + kBytesStage;
+      stage = after(stage, smem);
     }
   }
 

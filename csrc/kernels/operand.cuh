@@ -188,7 +188,7 @@ class TileLoader {
                                        RowWalk<Grid, kDepth, Chunk::kAligned>>;
   using OrderedWalk = std::conditional_t<kTransposed, OrderedColumnWalk<Grid, kDepth, Chunk::kAligned>,
                                          OrderedRowWalk<Grid, kDepth, Chunk::kAligned>>;
-  using PartsWalk = std::conditional_t<kTransposed, PartsColumnWalk<Grid, kDepth, Chunk::kAligned>,
+  using PartsWalk = std::conditional_t<kTransposed, ColumnWalk<Grid, kDepth, Chunk::kAligned>,
                                        PartsRowWalk<Grid, kDepth, Chunk::kAligned>>;
   using Walk =
       std::conditional_t<kIsInOrder<Chunk>, OrderedWalk, std::conditional_t<kIsInParts<Chunk>, PartsWalk, PlainWalk>>;

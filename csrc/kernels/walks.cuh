@@ -90,12 +90,16 @@ class ColumnWalk {
  public:
   LK_DEVICE ColumnWalk(const Grid& grid, const Operand& m, int row0, int k0, int element_bytes) {
     static_assert(Grid::kTileRows % Grid::kRowStep == 0 || Grid::kSteps == 1, "steps lead from one tile to the next");
-    const int column = row0 + grid.column;
-    valid_ = m.rows - column;
-    left_ = m.depth - k0 - grid.row;
+    valid_ = m.rows - (row0 + grid.column);
     // Aligned, a row of memory ends with a whole chunk; past it, that chunk once more.
-    source_ = place_in(m, k0 + grid.row, !kAligned || valid_ > 0 ? column : m.rows - Grid::Tile::kChunkElements,
-                       element_bytes);
+    column_ = !kAligned || valid_ > 0 ? row0 + grid.column : m.rows - Grid::Tile::kChunkElements;
+    begin(grid, m, k0, element_bytes);
+  }
+
+  // At depth k0 of an operand, which may be another one than before, with the same columns of it.
+  LK_DEVICE void begin(const Grid& grid, const Operand& m, int k0, int element_bytes) {
+    left_ = m.depth - k0 - grid.row;
+    source_ = place_in(m, k0 + grid.row, column_, element_bytes);
     step_ = (Grid::kSteps == 1 ? kDepth : Grid::kRowStep) * m.stride * element_bytes;
   }
 
@@ -107,9 +111,9 @@ class ColumnWalk {
 
  private:
   const unsigned char* source_;
-  int left_;      // of the depth, from this thread's first chunk on
-  int valid_;     // elements of a chunk
-  int64_t step_;  // bytes between the chunks of this thread
+  int left_;            // of the depth, from this thread's first chunk on
+  int column_, valid_;  // of the first element of a chunk; elements of it
+  int64_t step_;        // bytes between the chunks of this thread
 };
 
 // RowWalk through the depth of one operand after the other, with the same rows of each: what is the same in all is
@@ -153,36 +157,6 @@ class PartsRowWalk {
   uint32_t stride_;                               // bytes, of a row less than 4 GiB long
   uint32_t beyond_[larger(Grid::kSteps - 1, 1)];  // rows from there to the thread's others
   int row_, left_;
-};
-
-// ColumnWalk likewise.
-template <class Grid, int kDepth, bool kAligned>
-class PartsColumnWalk {
-  static_assert(kAligned && Grid::kTileRows % Grid::kRowStep == 0);
-
- public:
-  LK_DEVICE PartsColumnWalk(const Grid& grid, const Operand& m, int row0, int k0, int element_bytes) {
-    const int column = row0 + grid.column;
-    column_ = column < m.rows ? column : m.rows - Grid::Tile::kChunkElements;  // past the end: as ColumnWalk
-    begin(grid, m, k0, element_bytes);
-  }
-
-  LK_DEVICE void begin(const Grid& grid, const Operand& m, int k0, int element_bytes) {
-    left_ = m.depth - k0 - grid.row;
-    source_ = place_in(m, k0 + grid.row, column_, element_bytes);
-    step_ = Grid::kRowStep * m.stride * element_bytes;
-  }
-
-  LK_DEVICE const unsigned char* source(int) const { return source_; }
-  LK_DEVICE bool inside(int step) const { return step * Grid::kRowStep < left_; }
-  LK_DEVICE int elements() const { return Grid::Tile::kChunkElements; }
-  LK_DEVICE void next_step() { source_ += step_; }
-  LK_DEVICE void next_tile(int) { left_ -= kDepth; }
-
- private:
-  const unsigned char* source_;
-  int column_, left_;
-  int64_t step_;  // bytes
 };
 
 // Through rows in an order of their own, in Layout::kRows.
