@@ -118,6 +118,6 @@ def launch(
             label_smoothing, softcap, logit_scale,
         ),
         constants={"HAS_GRAD": grad_losses is not None, "HAS_CAP": softcap != 0.0, "BLOCK": block},
-        num_warps=max(1, min(16, block // 256)),
+        num_warps=max(1, block // 256),
         num_stages=1,
     )  # fmt: skip
