@@ -271,7 +271,7 @@ def test_recorded_calls_serve_the_next_step(monkeypatch):
 
 
 def test_nothing_is_read_on_the_host(monkeypatch):
-    """Tensors that have no values, of a GPU where torch has such: what depends on one fails. The kernels are left out."""
+    """Tensors that have no values, a GPU's where torch has those: what depends on one fails. Kernels are left out."""
     device = "cuda" if torch.backends.cuda.is_built() else "cpu"
     monkeypatch.setattr(dispatch, "run", lambda spec, *args: spec.fake(*args))
     with FakeTensorMode():
