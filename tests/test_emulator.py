@@ -5,32 +5,33 @@ from __future__ import annotations
 import os
 import subprocess
 
-import emulator
 import pytest
+from emulator_objects import CSRC, MACHINE, made
 
-CHECKED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+CHECKED = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+OWN = ("emu/selftest.cpp", "emu/selftest_async.cpp")
 
 
-FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{emulator.CSRC}/emu/cuda")
-
-
-def run(own, flags, folder):
-    """Output of a program of the emulator's, of these sources and the machine's."""
-    program = folder / "program"
-    sources = [str(emulator.CSRC / name) for name in (*own, *emulator.MACHINE)]
-    command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *sources]
-    built = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+def output(own, checks, optimised):
+    """Of a program of these sources, so ``optimised``, and the machine's."""
+    command = (os.environ.get("CXX", "g++"), "-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}/emu/cuda", *checks)
+    objects = [
+        made(source.split("/")[-1] + ".o", "-c", str(CSRC / source), compiler=(*command, level))
+        for sources, level in ((MACHINE, "-O1"), (own, optimised))
+        for source in sources
+    ]
+    program = made(own[0].split("/")[-1].removesuffix(".cpp"), *map(str, objects), compiler=command)
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
     return done.stdout
 
 
-@pytest.mark.parametrize("flags", [("-O2",), CHECKED], ids=["plain", "sanitized"])
-def test_selftest(flags, tmp_path):
-    run(("emu/selftest.cpp", "emu/selftest_async.cpp"), flags, tmp_path)
+@pytest.mark.parametrize(("checks", "optimised"), [((), "-O2"), (CHECKED, "-O1")], ids=["plain", "sanitized"])
+def test_selftest(checks, optimised):
+    output(OWN, checks, optimised)
 
 
-def test_kernels_under_sanitizers(tmp_path):
-    schedules = run(("emu/selftest_lora_linear.cpp",), CHECKED, tmp_path).split()
+def test_kernels_under_sanitizers():
+    """Unoptimised: compiling takes longer than running."""
+    schedules = output(("emu/selftest_lora_linear.cpp",), CHECKED, "-O0").split()
     assert set(schedules) == {"ticketed", "column-0", "dual", "decode", "shrink", "expand"}
