@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,11 +28,12 @@ def disassembler() -> Path | None:
     return None if found is None else Path(found)
 
 
-def _run(*arguments: str) -> str:
+def _run(*arguments: str, folder: Path | None = None) -> str:
     tool = disassembler()
     assert tool is not None
     environment = {**os.environ, "PATH": f"{tool.parent}:{os.environ['PATH']}"}
-    return subprocess.run([tool, *arguments], env=environment, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([tool, *arguments], env=environment, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def architectures(module: Path) -> list[str]:
@@ -46,16 +48,28 @@ def registers(module: Path) -> dict[str, int]:
     return {name: int(count) for name, count in found}
 
 
-def _listing(module: Path, arch: str, kernels: tuple[str, ...]) -> str:
-    """What the program prints, which takes it half a minute for a hundred kernels; kept, for other processes, too."""
-    digest = hashlib.sha256(module.read_bytes() + repr((arch, kernels)).encode()).hexdigest()[:16]
+@functools.cache
+def _cubins(module: Path, arch: str) -> list[bytes]:
+    """Those of the module that are for the architecture."""
+    if module.suffix == ".cubin":
+        return [module.read_bytes()]
+    with tempfile.TemporaryDirectory() as folder:
+        _run("-xelf", arch, str(module), folder=Path(folder))
+        return [path.read_bytes() for path in sorted(Path(folder).glob(f"*.{arch}.cubin"))]
+
+
+def _listing(cubin: bytes) -> str:
+    """What the program prints, which takes it some seconds; kept, for other processes, too."""
     LISTINGS.mkdir(parents=True, exist_ok=True)
-    listing = LISTINGS / f"{digest}.txt"
+    listing = LISTINGS / f"{hashlib.sha256(cubin).hexdigest()[:16]}.txt"
     with open(listing.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not listing.exists():
-            unfinished = listing.with_suffix(".tmp")
-            unfinished.write_text(_run("-sass", "-arch", arch, "-fun", ",".join(kernels), str(module)))
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(cubin)
+                file.flush()
+                unfinished = listing.with_suffix(".tmp")
+                unfinished.write_text(_run("-sass", file.name))
             unfinished.replace(listing)
     return listing.read_text()
 
@@ -63,12 +77,15 @@ def _listing(module: Path, arch: str, kernels: tuple[str, ...]) -> str:
 @functools.cache
 def code(module: Path, arch: str, *kernels: str) -> dict[str, list[tuple[int, str]]]:
     """(address, instruction) of each of these kernels, by its mangled name; predicates and operands included."""
-    text = _listing(module, arch, kernels)
     found = {}
-    for part in text.split("Function : ")[1:]:
-        name, _, body = part.partition("\n")
-        instructions = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?) *;", body)
-        found[name.strip()] = [(int(address, 16), instruction) for address, instruction in instructions]
+    for cubin in _cubins(module, arch):
+        if not any(name.encode() in cubin for name in kernels):
+            continue
+        for part in _listing(cubin).split("Function : ")[1:]:
+            name, _, body = part.partition("\n")
+            if name.strip() in kernels:
+                instructions = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?) *;", body)
+                found[name.strip()] = [(int(address, 16), instruction) for address, instruction in instructions]
     assert found.keys() == set(kernels), f"not built for {arch}"
     return found
 
