@@ -189,11 +189,18 @@ BAD = {
     "ids of fewer rows": (ValueError, r"adapter_ids must be \[23\]", {"ids": torch.zeros(22, dtype=torch.int32)}),
     "ids out of range": (ValueError, "adapter_ids must be from -1 to 3", {"ids": torch.full((23,), 4)}),
     "ranks of fewer": (ValueError, r"ranks must be \[4\]", {"ranks": torch.ones(3, dtype=torch.int32)}),
+    "ranks of more": (ValueError, "multi_lora_shrink: ranks must be from 0 to 7, got 1 to 8", {
+        "ranks": torch.tensor([1, 8, 7, 7])
+    }),
+    "ranks below zero": (ValueError, "multi_lora_shrink: ranks must be from 0 to 7, got -1", {
+        "ranks": torch.tensor([1, -1, 7, 7])
+    }),
     "order of others": (ValueError, r"order.rows must be \[23\]", {"order": row_order(torch.zeros(5).int(), 4)}),
     "order is wide": (TypeError, "order.ends must be int32", {
         "order": RowOrder(torch.zeros(23, dtype=torch.int32), torch.zeros(4, dtype=torch.int64))
     }),
     "scaling of fewer": (ValueError, "scaling must be a number", {"scaling": torch.ones(3)}),
+    "scaling is text": (TypeError, "multi_lora_expand_: scaling must be a number, got str", {"scaling": "1"}),
     "scaling is infinite": (ValueError, "scaling must be finite", {"scaling": float("inf")}),
     "x requires grad": (ValueError, "requires grad", {"x": torch.ones(23, 40, requires_grad=True)}),
 }  # fmt: skip
