@@ -1,8 +1,8 @@
 """What PEFT models of prompt learning share whose prompt is put in by one op (``prompt_models.py``): which calls are
 served, the rows of a prompt, the keys and values of a prefix. Importing this module imports PEFT.
 
-What PEFT does before and after the prompt is put in is done
-the same way here; whatever differs from the plain case goes to PEFT's own method for the whole call, and is counted.
+What PEFT does before and after the prompt is put in is done the same way here; whatever differs from the plain case
+goes to PEFT's own method for the whole call, and is counted.
 """
 
 from __future__ import annotations
