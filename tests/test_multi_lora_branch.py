@@ -10,7 +10,7 @@ from poisoned import memory_of_nan  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels import _native, dispatch
-from lora_kernels.functional import RowOrder, multi_lora_branch_, multi_lora_shrink, row_order
+from lora_kernels.functional import RowOrder, multi_lora_branch_, multi_lora_expand_, multi_lora_shrink, row_order
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 
@@ -172,6 +172,22 @@ def test_costs_and_why():
     assert lk.why("multi_lora_shrink", x, lora_A, ids).backend == expected
     assert lk.why("multi_lora_expand_", y, s, lora_B, ids, scaling=2.0).backend == expected
     assert lk.why("multi_lora_shrink", x.double(), lora_A.double(), ids).backend == "reference"
+
+
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("backend", ["reference", None], ids=str)
+def test_autograd_is_told_that_y_was_written(backend, registered):
+    """exp saves y. Kills: a kernel that writes to it behind autograd's back, and a wrong gradient of x in silence."""
+    *_, lora_B, ids = halves()
+    x = torch.randn(23, 24, requires_grad=True)
+    y, s = x.exp(), torch.randn(23, 7)
+    with torch.no_grad(), lk.use_backend(backend):
+        if registered:
+            torch.ops.lora_kernels.multi_lora_expand_(y[:, :], s, lora_B, ids, None, None, 1.0, None, None)
+        else:
+            multi_lora_expand_(y[:, :], s, lora_B, ids)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 SIXTEEN_BITS = torch.ones(4, 7, 40, dtype=BF16), torch.ones(4, 24, 7, dtype=BF16)

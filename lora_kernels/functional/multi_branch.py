@@ -102,6 +102,8 @@ def multi_lora_expand_(
         TypeError, ValueError: an argument does not fit, or asks for a gradient. The message names it.
     """
     _run(_op.EXPAND, _expand_arguments(y, s, lora_B, adapter_ids, scaling=scaling, ranks=ranks, order=order))
+    if not is_compiling():
+        torch.autograd.graph.increment_version(y)  # autograd, which may have saved y, sees no kernel write
     return y
 
 
