@@ -21,9 +21,12 @@ from lora_kernels.triton_kernels.launching import Launch
 def memory_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """An access outside of the storages of a launch's tensors fails the launch."""
     native, run = interpreter._interpreter, Launch.run
-    storages = numpy.empty((0, 2), numpy.uint64)
+    storages: numpy.ndarray | None = None
+    """Where those of the launch that runs begin and end; None for a test's own kernel."""
 
     def check(kind: str, pointers: numpy.ndarray, mask: numpy.ndarray, size: int) -> None:
+        if storages is None:
+            return
         touched = pointers[numpy.broadcast_to(mask, pointers.shape)].astype(numpy.uint64)
         before = numpy.searchsorted(storages[:, 0], touched, side="right")
         ends = numpy.concatenate([numpy.zeros(1, numpy.uint64), storages[:, 1]])[before]
@@ -37,7 +40,10 @@ def memory_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
             for t in tensors_in((*launch.args, counters))
         }
         storages = numpy.array(sorted(spans), numpy.uint64).reshape(-1, 2)
-        run(launch, counters)
+        try:
+            run(launch, counters)
+        finally:
+            storages = None
 
     def load(pointers: Any, mask: Any, other: Any, dtype: Any, native_load: Any = native.load) -> Any:
         check("load", pointers, mask, numpy.dtype(dtype).itemsize)
