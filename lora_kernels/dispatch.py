@@ -55,7 +55,7 @@ def register(spec: OpSpec) -> OpSpec:
     _SPECS[name] = spec
 
     _public.define(name + spec.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _public.impl(name, lambda *args: run(spec, *args), "CompositeExplicitAutograd")
+    _public.impl(name, _registered(spec), "CompositeExplicitAutograd")
     torch.library.register_fake(spec.qualname, spec.fake, lib=_public)
     if spec.autograd is not None:
         torch.library.register_autograd(
@@ -71,6 +71,22 @@ def register(spec: OpSpec) -> OpSpec:
         name, f"{arguments[:-1]}, str schedule) -> {returns}", lambda *args, **_: spec.fake(*args[:-1])
     )
     return spec
+
+
+def _registered(spec: OpSpec) -> Callable[..., Any]:
+    """What the registered op computes by. Autograd, which compares versions of what it has saved, is told what is
+    written in place: it sees no kernel write.
+    """
+    written = [i for i, argument in enumerate(spec.schema.split(", ")) if "!)" in argument]
+    if not written:
+        return lambda *args: run(spec, *args)
+
+    def compute(*args: Any) -> Any:
+        result = run(spec, *args)
+        torch.autograd.graph.increment_version([args[i] for i in written])
+        return result
+
+    return compute
 
 
 def define_native(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes that the ops compute in."""
 INDICES = (torch.int64, torch.int32)
-"""Dtypes of token ids, labels and the like."""
+"""Dtypes of the ids of tokens, labels, tasks and adapters, and of ranks."""
 
 
 def are_indices(*given: Tensor | None) -> bool:

@@ -269,10 +269,11 @@ def test_bench_refuses_a_directory_before_it_measures(tmp_path, capsys):
         assert message in one_line(capsys)
 
 
-@pytest.mark.parametrize("command", ["finetune", "merge"])
+@pytest.mark.parametrize("command", ["finetune", "merge", "verify"])
 def test_an_empty_name_is_not_the_current_directory(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for flag in ("--model", "--out", *(["--text", "--resume"] if command == "finetune" else ["--adapter"])):
+    flags = {"finetune": ["--out", "--text", "--resume"], "merge": ["--out", "--adapter"], "verify": ["--adapter"]}
+    for flag in ("--model", *flags[command]):
         assert main([command, flag, ""]) == 2
         assert f"{flag}: is empty" in one_line(capsys)
     assert not list(tmp_path.iterdir())

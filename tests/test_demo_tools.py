@@ -227,11 +227,15 @@ def test_only_the_model_needs_the_cuda_extension(monkeypatch, capsys):
     assert capsys.readouterr().err.count("the model reads tiles from the CUDA extension") == 2
 
 
-def test_report_has_every_case_and_plots(tmp_path):
+def test_report_has_every_case_and_plots(tmp_path, capsys):
+    """What was written is said beside the JSON, not in it."""
     pytest.importorskip("matplotlib")
     args = ["--m", "16", "--n", "8", "--k", "8", "--rank", "2", "--pairs", "3", "--device", "cpu"]
-    assert main(["bench", *args, "--out", str(tmp_path), "--clock", "cpu"]) == 0
+    assert main(["bench", *args, "--out", str(tmp_path), "--clock", "cpu", "--json"]) == 0
     stored = json.loads((tmp_path / "results.json").read_text())
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["results"] == stored["results"]
+    assert f"wrote {tmp_path / 'roofline.png'}" in printed.err
     assert stored["environment"]["clock"] == "cpu"
     assert (tmp_path / "roofline.png").stat().st_size > 1000
 

@@ -126,6 +126,7 @@ def test_every_barrier_and_store_that_is_left_out_is_caught(dtype, native):
     expected = run(logits.clone(), labels, grads, loss, dtype)
     report = native.last_launch()[2]
     assert len(report.barrier_sites) == (3 if dtype == BF16 else 2)
+    assert report.global_store_sites
 
     def is_caught(**fault):
         for seed in range(3):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from numerics import assert_as_accurate
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import profile
 
@@ -172,6 +173,15 @@ def test_a_global_hook_and_another_backend_keep_the_module(onednn, run, make):
     with lk.use_backend("reference"):
         assert not is_ours(run, network, rows)
     assert is_ours(run, network, rows)
+
+
+def test_forward_mode_keeps_the_module():
+    torch.manual_seed(0)
+    network, rows, tangent = lstm(), torch.randn(6, 5, dtype=FP64), torch.randn(6, 5, dtype=FP64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(rows, tangent)
+        ours, theirs = (forward_ad.unpack_dual(run(network, dual)).tangent for run in (run_lstm, call))
+    assert torch.equal(ours, theirs)
 
 
 def test_an_mlp_of_other_shapes_is_served(onednn):

@@ -359,9 +359,39 @@ def test_patterns_that_match_nothing_warn(options, message):
     assert caught[0].filename == __file__
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modules": ["first", "thrid"]}, "quantize_: modules: 'thrid' matches no module"),
+        ({"exclude_modules": ["secnod"]}, "quantize_: exclude_modules: 'secnod' excludes no module"),
+    ],
+    ids=["modules", "exclude"],
+)
+def test_quantize_warns_of_them_too(options, message):
+    """Kills: a layer that a typing error has packed, and nothing says so."""
+    with pytest.warns(UserWarning, match=message) as caught:
+        lk.quantize_(Two(), "int8", **options)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("modules", "error", "message"),
+    [
+        (["thrid"], ValueError, r"quantize_: modules \['thrid'\] match no linear layer"),
+        (3, TypeError, "quantize_: modules must be a string or a list of names, got 3"),
+        ("(", ValueError, r"quantize_: modules: '\(' is no regular expression"),
+    ],
+)
+def test_quantize_names_its_own_argument(modules, error, message):
+    with pytest.raises(error, match=message):
+        lk.quantize_(Two(), modules=modules)
+
+
 def test_patterns_that_match_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        lk.inject(tiny_llama(), r=2, alpha=4, target_modules="all-linear", exclude_modules=["lm_head"])
         lk.inject(
             Two(), ["first", "second", "norm"], r=2, alpha=4, exclude_modules=["norm"],
             rank_pattern={"first": 3}, alpha_pattern={"sec.*": 3, "second": 2},

@@ -10,7 +10,7 @@ from poisoned import memory_of_nan  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels import _native, dispatch
-from lora_kernels.functional import RowOrder, multi_lora_branch_, multi_lora_shrink, row_order
+from lora_kernels.functional import RowOrder, multi_lora_branch_, multi_lora_expand_, multi_lora_shrink, row_order
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 
@@ -174,6 +174,22 @@ def test_costs_and_why():
     assert lk.why("multi_lora_shrink", x.double(), lora_A.double(), ids).backend == "reference"
 
 
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("backend", ["reference", None], ids=str)
+def test_autograd_is_told_that_y_was_written(backend, registered):
+    """exp saves y. Kills: a kernel that writes to it behind autograd's back, and a wrong gradient of x in silence."""
+    *_, lora_B, ids = halves()
+    x = torch.randn(23, 24, requires_grad=True)
+    y, s = x.exp(), torch.randn(23, 7)
+    with torch.no_grad(), lk.use_backend(backend):
+        if registered:
+            torch.ops.lora_kernels.multi_lora_expand_(y[:, :], s, lora_B, ids, None, None, 1.0, None, None)
+        else:
+            multi_lora_expand_(y[:, :], s, lora_B, ids)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 SIXTEEN_BITS = torch.ones(4, 7, 40, dtype=BF16), torch.ones(4, 24, 7, dtype=BF16)
 BAD = {
     "x is a list": (TypeError, "x must be a tensor", {"x": [1.0]}),
@@ -189,11 +205,18 @@ BAD = {
     "ids of fewer rows": (ValueError, r"adapter_ids must be \[23\]", {"ids": torch.zeros(22, dtype=torch.int32)}),
     "ids out of range": (ValueError, "adapter_ids must be from -1 to 3", {"ids": torch.full((23,), 4)}),
     "ranks of fewer": (ValueError, r"ranks must be \[4\]", {"ranks": torch.ones(3, dtype=torch.int32)}),
+    "ranks of more": (ValueError, "multi_lora_shrink: ranks must be from 0 to 7, got 1 to 8", {
+        "ranks": torch.tensor([1, 8, 7, 7])
+    }),
+    "ranks below zero": (ValueError, "multi_lora_shrink: ranks must be from 0 to 7, got -1", {
+        "ranks": torch.tensor([1, -1, 7, 7])
+    }),
     "order of others": (ValueError, r"order.rows must be \[23\]", {"order": row_order(torch.zeros(5).int(), 4)}),
     "order is wide": (TypeError, "order.ends must be int32", {
         "order": RowOrder(torch.zeros(23, dtype=torch.int32), torch.zeros(4, dtype=torch.int64))
     }),
     "scaling of fewer": (ValueError, "scaling must be a number", {"scaling": torch.ones(3)}),
+    "scaling is text": (TypeError, "multi_lora_expand_: scaling must be a number, got str", {"scaling": "1"}),
     "scaling is infinite": (ValueError, "scaling must be finite", {"scaling": float("inf")}),
     "x requires grad": (ValueError, "requires grad", {"x": torch.ones(23, 40, requires_grad=True)}),
 }  # fmt: skip

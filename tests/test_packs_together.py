@@ -84,6 +84,22 @@ def test_copies_and_pickles():
     assert served()["lora_mlp"] == 6
 
 
+def test_copies_and_pickles_once_a_layer_is_gone():
+    """As when tools put a layer's successor into ``_modules`` itself. Kills: a pack that is copied with its layers only
+    while it has all of them.
+    """
+    twin, _ = patched(llama())
+    attention = block(twin).self_attn
+    attention._modules["k_proj"] = attention.k_proj.base_layer
+    gc.collect()
+    expected = twin(IDS).logits
+    for other in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
+        pack, place = _packs.of_layer(block(other).self_attn.v_proj)
+        assert pack.layers[1] is None
+        assert pack.layers[place] is block(other).self_attn.v_proj
+        assert torch.equal(other(IDS).logits, expected)
+
+
 def test_a_model_is_freed_at_once():
     """Kills: a pack that holds its layers, which hold it."""
     gone = []

@@ -363,7 +363,7 @@ def test_patching_again_and_verifying():
     lk.patch(model, loss=True)
     assert ("base_model.model.loss_function", LOSS) in lk.patch(model).fused
     assert lk.is_fused(model.base_model.model)
-    assert all(check.verdict == "ok" for check in lk.verify(model).checks)
+    assert {check.verdict for check in lk.verify(model).checks} == {"ok"}
     before = torch.random.get_rng_state()
     lk.patch(model, loss=True)
     assert torch.equal(before, torch.random.get_rng_state())

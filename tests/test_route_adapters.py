@@ -64,11 +64,11 @@ def test_each_adapter_learns_from_its_own_samples(checkpointing):
         torch.testing.assert_close(logits[[1]], model(IDS[[1]]).logits)
 
 
-def test_an_adapter_without_samples_gets_zeros():
+def test_an_adapter_without_samples_gets_no_gradient():
+    """As in a step on the others' samples alone: an optimizer leaves it where it is."""
     model = model_with_two().train()
     _, mixed = gradients(model, IDS, ["second", None, None, "second"])
-    assert all(g.any() for n, g in mixed.items() if ".second." in n)
-    assert not any(g.any() for n, g in mixed.items() if ".default." in n)
+    assert {(".second." in name, bool(grad.any())) for name, grad in mixed.items()} == {(True, True)}
 
 
 def test_dropout_in_training():

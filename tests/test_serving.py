@@ -181,6 +181,7 @@ def test_a_load_that_fails_changes_nothing():
         "weights must name pools": {"k_proj": pair(2, K, 4)},
         "pairs must be 3, one for each slice": {"o": pair(2, K, 10), "qkv": [pair(2, K, 8)]},
         "a pair must be": {"gate_up": [pair(2, K, 6)] * 2, "o": pair(2, K, 9)},
+        "weights must have at least one pair of rank >= 1, got .'qkv'.": {"qkv": [None] * 3},
         "rank must be from 1 to 5": {"o": pair(6, K, 10)},
     }
     for message, weights in bad.items():

@@ -238,4 +238,6 @@ def test_bench_writes_winners_of_one_layer_on_a_gpu_alone(capsys, monkeypatch):
     monkeypatch.setattr(winners, "remember", lambda device, found: written.append(found) or "there")
     assert main(["bench", "--write-winners", "--json"]) == 0
     assert written == [dict.fromkeys((FORWARD, f"{FORWARD} captured"), "cuda, one launch")]
-    assert "wrote there" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["environment"] == {"device": "a GPU"}
+    assert "wrote there" in printed.err

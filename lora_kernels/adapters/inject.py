@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -129,6 +129,8 @@ class Targets:
     exclude_modules: str | Collection[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
+    argument: ClassVar[str] = "target_modules"
+    """What messages call it: the name that the caller knows."""
 
     def plan(
         self, op: str, model: nn.Module, dropout: float
@@ -173,8 +175,11 @@ class Targets:
         if not isinstance(self.target_modules, str):
             for entry in self.target_modules:
                 if not any(_listed([entry], name) for name in modules):
-                    yield f"target_modules: {entry!r} matches no module"
-        candidates, excluded = self._candidates(model, modules), self.exclude_modules or ()
+                    yield f"{self.argument}: {entry!r} matches no module"
+        # That "all-linear" leaves the output embedding out anyway makes it no mistake to exclude it.
+        linears = [name for name, module in modules.items() if _is_linear(module)]
+        candidates = linears if self._all_linear else self._candidates(model, modules)
+        excluded = self.exclude_modules or ()
         names: str | list[str]
         for names in [excluded] if isinstance(excluded, str) else [[name] for name in excluded]:
             if not any(_listed(names, name) for name in candidates):
@@ -192,8 +197,7 @@ class Targets:
     def _check_arguments(self, op: str) -> None:
         expressions = [("rank_pattern", key) for key in self.rank_pattern]
         expressions += [("alpha_pattern", key) for key in self.alpha_pattern]
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
+        for name, value in ((self.argument, self.target_modules), ("exclude_modules", self.exclude_modules)):
             if isinstance(value, str):
                 expressions.append((name, value))
             elif value is None and name == "exclude_modules":
@@ -206,7 +210,7 @@ class Targets:
             except re.error as error:
                 raise ValueError(f"{op}: {name}: {expression!r} is no regular expression: {error}") from None
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(f"{op}: layers_to_transform needs target_modules as a list of names")
+            raise ValueError(f"{op}: layers_to_transform needs {self.argument} as a list of names")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"{op}: layers_pattern needs layers_to_transform")
 
@@ -236,7 +240,7 @@ class Targets:
         leaves = dict.fromkeys(name.rpartition(".")[2] for name in linears)
         known = ", ".join(list(leaves)[:12]) + (", ..." if len(leaves) > 12 else "") if leaves else "none"
         wanted = self.target_modules if isinstance(self.target_modules, str) else sorted(self.target_modules)
-        text = f"target_modules {wanted!r} match no linear layer; names of linear layers here: {known}"
+        text = f"{self.argument} {wanted!r} match no linear layer; names of linear layers here: {known}"
         return text if self.exclude_modules is None else text + f" (exclude_modules {self.exclude_modules!r})"
 
 

@@ -49,8 +49,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, adapter
 
     Args:
         model: a plain model, a model with ``LoRALinear`` layers, or a ``PeftModel``; also wrapped.
-        adapter: into which adapter of ``MultiLoRALinear`` layers, for a model that has those.
         directory: where the adapter is. Only safetensors files are read, never pickles.
+        adapter: into which adapter of ``MultiLoRALinear`` layers, for a model that has those.
 
     Raises:
         FileNotFoundError: no such directory or file.
@@ -209,6 +209,6 @@ def _prepare_embeddings(
     return {key: slot.prepare(tensors[key]) for key, slot in slots.items()}
 
 
-def _write(slots: Mapping[str, Slot | Part] | Mapping[str, Slot], prepared: Mapping[str, Tensor]) -> None:
+def _write(slots: Mapping[str, Slot | Part], prepared: Mapping[str, Tensor]) -> None:
     for key, slot in slots.items():
         slot.write(prepared[key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -12,6 +13,10 @@ from ..modules.quantized import QuantizedLinear
 from ..report import Report
 from .inject import ALL_LINEAR, Targets
 from .wrappers import check_may_grow, unwrapped, wrapper_kinds
+
+
+class _Modules(Targets):
+    argument = "modules"
 
 
 def quantize_(
@@ -46,9 +51,12 @@ def quantize_(
     if format not in FORMATS:
         raise ValueError(f"quantize_: unknown format {format!r}, expected one of {', '.join(FORMATS)}")
     check_may_grow("quantize_", wrapper_kinds(model))
-    targets = Targets(modules, 1, 1.0, exclude_modules=exclude_modules)
+    targets = _Modules(modules, 1, 1.0, exclude_modules=exclude_modules)
     with unwrapped(model) as bare:
         plan, kept = targets.plan("quantize_", bare, 0.0)
+        unmatched = list(targets.unmatched(bare, plan))
+    for text in unmatched:
+        warnings.warn(f"quantize_: {text}", UserWarning, stacklevel=2)
     weights = {}
     for name, (linear, *_) in plan.items():
         reason = FORMATS[format].why_not(linear.weight, **options)

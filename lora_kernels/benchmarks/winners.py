@@ -21,36 +21,38 @@ def winners_of(results: Sequence[Result], *, captured: bool) -> dict[str, str]:
     A backward's time is that of both less the forward's, by the same candidate. Left out is what says nothing: results
     beside which PEFT differed from itself, or with one candidate.
     """
-    timed = [(result, times) for result in results if len(times := _candidates(result)) > 1]
+    timed = [
+        (result, dtype, times)
+        for result in results
+        if result.quotable and (dtype := _dtype(result)) is not None and len(times := _candidates(result)) > 1
+    ]
     forward: dict[str, dict[str, float]] = {}
-    for result, times in timed:
+    for result, dtype, times in timed:
         if result.what in _FORWARDS:
-            forward.setdefault(_problem(result, False, captured), times)
+            forward.setdefault(_problem(result, dtype, False, captured), times)
     found = {problem: min(times, key=times.__getitem__) for problem, times in forward.items()}
-    for result, times in timed:
-        alone = forward.get(_problem(result, False, captured), {})
+    for result, dtype, times in timed:
+        alone = forward.get(_problem(result, dtype, False, captured), {})
         rest = {name: seconds - alone[name] for name, seconds in times.items() if name in alone}
         if result.what == "forward+backward" and rest:
-            found.setdefault(_problem(result, True, captured), min(rest, key=rest.__getitem__))
+            found.setdefault(_problem(result, dtype, True, captured), min(rest, key=rest.__getitem__))
     return found
 
 
 def _candidates(result: Result) -> dict[str, float]:
-    """Seconds by candidate; empty where the result says nothing."""
-    if not result.quotable or _dtype(result) is None:
-        return {}
+    """Seconds by candidate."""
     times = {name: result.seconds.get(f"{OURS}, {name}") for name in winners.CANDIDATES}
     return {name: seconds for name, seconds in times.items() if seconds is not None}
 
 
 def _dtype(result: Result) -> torch.dtype | None:
+    """Of 16 bits; None for others, which have one candidate."""
     return next((dtype for dtype in _DTYPES if str(dtype).removeprefix("torch.") in result.name), None)
 
 
-def _problem(result: Result, backward: bool, captured: bool) -> str:
+def _problem(result: Result, dtype: torch.dtype, backward: bool, captured: bool) -> str:
     m, n, k, rank = (int(result.shape[name]) for name in ("m", "n", "k", "rank"))
     columns, depth = (k, n) if backward else (n, k)
-    dtype = _dtype(result) or torch.bfloat16
     dropout, float_adapters = result.shape["dropout"] > 0, result.shape["fp32_adapters"] > 0
     return winners.problem(
         dtype, m, columns, depth, rank, float_adapters=float_adapters, dropout=dropout, backward=backward,

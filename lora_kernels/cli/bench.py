@@ -105,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     from ..benchmarks import report
 
+    beside = sys.stderr if options.json else sys.stdout  # what a program reads is the JSON alone
     print(json.dumps({"environment": env, "results": [asdict(r) for r in results]}, indent=2) if options.json else
           "\n".join([*(f"{key}: {value}" for key, value in env.items()), "", report.render(results)]))  # fmt: skip
     if not options.levels and not options.json and not results[0].quotable:
@@ -114,11 +115,11 @@ def run(options: argparse.Namespace) -> int:
     if options.write_winners:
         eager, *_ = _measure_all(_cases(options, device), options, device, eager=True)
         found = winners_of(results, captured=True) | winners_of(eager, captured=False)
-        print(f"wrote {winners.remember(device, found)}")
+        print(f"wrote {winners.remember(device, found)}", file=beside)
     if out is not None:
         report.write_json(out / "results.json", results, env)
         for path in report.plot(out, results, env, light):
-            print(f"wrote {path}")
+            print(f"wrote {path}", file=beside)
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .. import dispatch
 from ..formats import QuantizedWeight
@@ -113,6 +114,15 @@ def check_adapter_dtype(op: str, like: str, dtype: torch.dtype, lora_A: Tensor) 
         raise TypeError(
             f"{op}: lora_A must be {dtype} like {like} (or float32 over a 16-bit {like}), got {lora_A.dtype}"
         )
+
+
+def check_range(op: str, name: str, t: Tensor | None, least: int, most: int) -> None:
+    """``ValueError`` unless the integers in t are in range; not on other devices, where a look would wait for them."""
+    if t is None or type(t) is not Tensor or not t.is_cpu or is_compiling() or t.numel() == 0:
+        return
+    low, high = t.aminmax()
+    if low < least or high > most:
+        raise ValueError(f"{op}: {name} must be from {least} to {most}, got {int(low)} to {int(high)}")
 
 
 def check_magnitude(op: str, magnitude: Tensor, weight: Tensor | QuantizedWeight) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .. import _native, dispatch
 from ..ops import frozen_linear
-from ..plain import has_hooks
+from ..plain import has_hooks, inside_transform
 from ..support import cpu
 
 FEW_STEPS, WIDE_HIDDEN = 32, 1024
@@ -74,7 +74,7 @@ def _trains_on_cpu(rows: Tensor, network: nn.Module) -> bool:
         return False
     if not torch.is_grad_enabled() or dispatch.any_autocast():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or rows.device.type != "cpu":
+    if inside_transform() or rows.device.type != "cpu":
         return False
     if rows.dtype != torch.float32 and rows.dtype != torch.float64:
         return False

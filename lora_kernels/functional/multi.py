@@ -13,11 +13,11 @@ from .. import dispatch
 from ..ops import eager
 from ..ops import multi_lora_linear as _op
 from ..ops.multi_lora_linear import MultiLoRALinearFunction
-from .checks import check_adapter_dtype, check_base, check_branch, check_dense, types_fit
+from ..plain import INDICES
+from .checks import check_adapter_dtype, check_base, check_branch, check_dense, check_range, types_fit
 from .why import Zeros, explains
 
 _NAME = "multi_lora_linear"
-_INTEGERS = (torch.int32, torch.int64)
 
 
 def multi_lora_linear(
@@ -73,8 +73,8 @@ def multi_lora_linear(
     except RuntimeError:  # asking every call for its layouts and numbers is felt in a small layer
         for name, t in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
             check_dense(_NAME, name, t)
-        _check_range("adapter_ids", adapter_ids, -1, lora_A.shape[0] - 1)
-        _check_range("ranks", ranks, 0, lora_A.shape[1])
+        check_range(_NAME, "adapter_ids", adapter_ids, -1, lora_A.shape[0] - 1)
+        check_range(_NAME, "ranks", ranks, 0, lora_A.shape[1])
         raise
 
 
@@ -177,7 +177,7 @@ def _check_pools(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> N
 def _check_integers(name: str, t: Any, device: torch.device) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{_NAME}: {name} must be a tensor, got {type(t).__name__}")
-    if t.dtype not in _INTEGERS:
+    if t.dtype not in INDICES:
         raise TypeError(f"{_NAME}: {name} must be int32 or int64, got {t.dtype}")
     if t.device != device:
         raise ValueError(f"{_NAME}: {name} must be on {device} like x, got {t.device}")
@@ -197,15 +197,6 @@ def _ids_of_rows(x: Tensor, adapter_ids: Tensor) -> Tensor:
         f"{_NAME}: adapter_ids must be one for each row, {tuple(lead)}, or for each sample, {tuple(lead[:1])}, got "
         f"shape {tuple(given)}"
     )
-
-
-def _check_range(name: str, t: Tensor | None, least: int, most: int) -> None:
-    """``ValueError`` unless the numbers are in range; not on other devices, where a look would wait for them."""
-    if t is None or not t.is_cpu or is_compiling() or t.numel() == 0:
-        return
-    low, high = t.aminmax()
-    if low < least or high > most:
-        raise ValueError(f"{_NAME}: {name} must be from {least} to {most}, got {int(low)} to {int(high)}")
 
 
 def _scalings(scaling: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -4,7 +4,6 @@ both of them, ``multi_lora_branch_``. Arguments are checked here, then dispatche
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +12,12 @@ from torch.compiler import is_compiling
 
 from .. import dispatch
 from ..ops import multi_lora_branch as _op
-from ..plain import FLOATS, LOW_PRECISION, refuse_transforms
+from ..plain import FLOATS, INDICES, LOW_PRECISION, refuse_transforms
 from ..spec import OpSpec
-from .checks import check_adapter_dtype, check_dense
+from .checks import check_adapter_dtype, check_dense, check_range, check_scaling
 from .why import explains
 
 _SHRINK, _EXPAND = _op.SHRINK.name, _op.EXPAND.name
-_INTEGERS = (torch.int32, torch.int64)
 
 
 class RowOrder(NamedTuple):
@@ -104,6 +102,8 @@ def multi_lora_expand_(
         TypeError, ValueError: an argument does not fit, or asks for a gradient. The message names it.
     """
     _run(_op.EXPAND, _expand_arguments(y, s, lora_B, adapter_ids, scaling=scaling, ranks=ranks, order=order))
+    if not is_compiling():
+        torch.autograd.graph.increment_version(y)  # autograd, which may have saved y, sees no kernel write
     return y
 
 
@@ -136,7 +136,7 @@ def _shrink_arguments(
             f"{tuple(lora_A.shape)}"
         )
     check_adapter_dtype(_SHRINK, "x", x.dtype, lora_A)
-    _check_who(_SHRINK, x, len(lora_A), adapter_ids, ranks, order)
+    _check_who(_SHRINK, x, len(lora_A), lora_A.shape[1], adapter_ids, ranks, order)
     return x, lora_A, adapter_ids, ranks, *(order or (None, None))
 
 
@@ -163,7 +163,7 @@ def _expand_arguments(
     if lora_B.dtype != y.dtype and not (lora_B.dtype == torch.float32 and y.dtype in LOW_PRECISION):
         raise TypeError(f"{_EXPAND}: lora_B must be {y.dtype} like y (or float32 over a 16-bit y), got {lora_B.dtype}")
     _check_rows_lie_apart(y)
-    _check_who(_EXPAND, y, len(lora_B), adapter_ids, ranks, order)
+    _check_who(_EXPAND, y, len(lora_B), lora_B.shape[2], adapter_ids, ranks, order)
     scalings = None
     if isinstance(scaling, Tensor):
         if scaling.shape != lora_B.shape[:1] or not scaling.is_floating_point() or scaling.device != y.device:
@@ -172,8 +172,8 @@ def _expand_arguments(
                 f"{scaling.dtype} {tuple(scaling.shape)} on {scaling.device}"
             )
         scalings, scaling = scaling, 1.0
-    elif not math.isfinite(scaling):
-        raise ValueError(f"{_EXPAND}: scaling must be finite, got {scaling}")
+    else:
+        check_scaling(_EXPAND, scaling)
     return y, s, lora_B, adapter_ids, ranks, scalings, float(scaling), *(order or (None, None))
 
 
@@ -216,36 +216,27 @@ def _check_rows_lie_apart(y: Tensor) -> None:
 
 
 def _check_who(
-    op: str, t: Tensor, adapters: int, adapter_ids: Tensor, ranks: Tensor | None, order: RowOrder | None
+    op: str, t: Tensor, adapters: int, most: int, adapter_ids: Tensor, ranks: Tensor | None, order: RowOrder | None
 ) -> None:
-    """What says who the rows of t belong to."""
+    """What says who the rows of t belong to, in pools of ranks up to ``most``."""
     rows = t.shape[:-1].numel()
     _check_integers(op, "adapter_ids", adapter_ids, t.device, (rows,))
-    _check_range(op, "adapter_ids", adapter_ids, -1, adapters - 1)
+    check_range(op, "adapter_ids", adapter_ids, -1, adapters - 1)
     if ranks is not None:
         _check_integers(op, "ranks", ranks, t.device, (adapters,))
+        check_range(op, "ranks", ranks, 0, most)
     if order is not None:
         for name, part, size in (("order.rows", order.rows, rows), ("order.ends", order.ends, adapters)):
             _check_integers(op, name, part, t.device, (size,), (torch.int32,))
 
 
 def _check_integers(
-    op: str, name: str, t: Any, device: torch.device, shape: tuple[int, ...], dtypes: tuple = _INTEGERS
+    op: str, name: str, t: Any, device: torch.device, shape: tuple[int, ...], dtypes: tuple = INDICES
 ) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
     if t.dtype not in dtypes:
-        raise TypeError(
-            f"{op}: {name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {t.dtype}"
-        )
+        names = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise TypeError(f"{op}: {name} must be {names}, got {t.dtype}")
     if t.shape != shape or t.device != device:
         raise ValueError(f"{op}: {name} must be {list(shape)} on {device}, got {tuple(t.shape)} on {t.device}")
-
-
-def _check_range(op: str, name: str, t: Tensor, least: int, most: int) -> None:
-    """On a CPU; elsewhere a look would wait for the device."""
-    if not t.is_cpu or is_compiling() or type(t) is not Tensor or t.numel() == 0:
-        return
-    low, high = t.aminmax()
-    if low < least or high > most:
-        raise ValueError(f"{op}: {name} must be from {least} to {most}, got {int(low)} to {int(high)}")

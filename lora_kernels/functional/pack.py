@@ -83,9 +83,8 @@ def lora_pack(
                 return ys
         args = _arguments(x, weights, lora_As, lora_Bs, biases, scalings, dropout_p, training, seed)
         return eager.call(_op.SPEC, LoRAPackFunction, args, inference=_op.INFERENCE)
-    except (
-        RuntimeError
-    ):  # asking every call for layouts, and for sizes that the kernels look at, is felt in a small layer
+    except RuntimeError:
+        # Asking every call for layouts, and for sizes that the kernels look at, is felt in a small layer.
         _check_each(x, weights, lora_As, lora_Bs, biases)
         raise
 

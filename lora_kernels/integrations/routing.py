@@ -26,11 +26,12 @@ _ended = itertools.count()
 def route_adapters(model: nn.Module, adapters: Sequence[str | int | None]) -> Iterator[None]:
     """Within it, every sample of a batch uses its own adapter, or none; forward, ``generate``, and backward.
 
-    Gradients of an adapter come from its own samples: they are, up to rounding, those of a step on these alone. Layers
-    that ``lk.patch`` has fused compute the batch by one ``multi_lora_linear``, or, where that cannot serve them (DoRA),
-    each adapter's samples by themselves; PEFT's own code serves the others. Which adapters train is not touched:
-    ``model.base_model.set_adapter(["a", "b"])`` has several do. Outside, a model behaves as before: PEFT's active
-    adapter serves all samples, and ``MultiLoRALinear`` layers are their frozen base.
+    Gradients of an adapter come from its own samples: they are, up to rounding, those of a step on these alone. Without
+    samples an adapter of PEFT's gets none, one of a pool zeros. Layers that ``lk.patch`` has fused compute the batch by
+    one ``multi_lora_linear``, or, where that cannot serve them (DoRA), each adapter's samples by themselves; PEFT's own
+    code serves the others. Which adapters train is not touched: ``model.base_model.set_adapter(["a", "b"])`` has
+    several do. Outside, a model behaves as before: PEFT's active adapter serves all samples, and ``MultiLoRALinear``
+    layers are their frozen base.
 
     Activation checkpointing calls layers again during backward. Backward must then run inside, too; outside it raises
     ``RuntimeError`` instead of forming gradients of another adapter. So does one backward of several batches that were

@@ -201,7 +201,9 @@ class AdapterSlots:
         if unknown or not weights:
             raise ValueError(f"AdapterSlots: weights must name pools of {sorted(self.pools)}, got {unknown or 'none'}")
         slices = {key: _of_slices(given) for key, given in weights.items()}
-        rank = max(len(pair[0]) for pairs in slices.values() for pair in pairs if pair is not None)
+        rank = max((len(pair[0]) for pairs in slices.values() for pair in pairs if pair is not None), default=0)
+        if rank == 0:
+            raise ValueError(f"AdapterSlots: weights must have at least one pair of rank >= 1, got {sorted(weights)}")
         of_pools = [(pool, slices.get(key, (None,) * pool.slices)) for key, pool in self.pools.items()]
         for pool, pairs in of_pools:
             pool.check(free[0], pairs, rank)

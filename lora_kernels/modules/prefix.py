@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.prefix import KeysAndValues, prefix_kv
-from .prompt import PROMPT_KEY, all_rows, check_count, load_rows
+from .base import check_count
+from .prompt import PROMPT_KEY, all_rows, load_rows
 
 
 class PrefixEncoder(nn.Module):

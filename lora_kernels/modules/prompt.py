@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..functional.encoders import run_lstm, run_mlp
 from ..functional.prompt import PromptEmbeddingOutput, prompt_embedding
 from ..plain import PLAIN_TENSORS, has_hooks
+from .base import check_count
 
 PROMPT_KEY = "prompt_embeddings"
 """The tensor of PEFT's checkpoints that holds the rows of a prompt or prefix."""
@@ -324,11 +325,3 @@ def _table(op: str, embedding: Tensor | nn.Module) -> Tensor:
         expected = "a floating-point [vocabulary, hidden]"
         raise ValueError(f"{op}: embedding must be {expected}, got {weight.dtype} {tuple(weight.shape)}")
     return weight
-
-
-def check_count(op: str, name: str, value: Any) -> None:
-    """``TypeError`` or ``ValueError`` unless ``value`` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{op}: {name} must be at least 1, got {value}")

@@ -1,6 +1,5 @@
-"""What PEFT's layers hold, read without importing PEFT, and which of their calls are exactly one op.
-
-Which calls of PEFT's ``lora.Linear`` and ``lora.Embedding`` are exactly one op, and the reason where one is not.
+"""What PEFT's layers hold, read without importing PEFT, and which of their calls are exactly one op: the operands of
+that op, or the reason where there is none.
 
 Asked on every call, because everything here can change between two calls: adapters are switched, hooks come and go,
 a model is sharded or offloaded. So the checks are plain dictionary reads, which torch.compile turns into guards.

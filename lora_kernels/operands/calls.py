@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from ..dispatch import any_autocast
 from ..formats import QuantizedWeight
 from ..plain import FLOATS, LOW_PRECISION, PLAIN_TENSORS, inside_transform
 from ..reasons import Reason
-
-_any_autocast = torch._C._is_any_autocast_enabled  # several times cheaper than asking for one device
 
 
 def call_reason(x: Any, weight: Tensor | QuantizedWeight, weight_A: Tensor, weight_B: Tensor) -> Reason | None:
@@ -24,7 +23,7 @@ def call_reason(x: Any, weight: Tensor | QuantizedWeight, weight_A: Tensor, weig
     dtype = x.dtype
     if dtype not in FLOATS:
         return Reason.DTYPE
-    if _any_autocast() and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+    if any_autocast() and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         if weight.dtype is not None and weight.dtype not in FLOATS:
             return Reason.MIXED_DTYPES
@@ -45,6 +44,6 @@ def call_reason(x: Any, weight: Tensor | QuantizedWeight, weight_A: Tensor, weig
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer or a convolution multiplies x in."""
-    if _any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

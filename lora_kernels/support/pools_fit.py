@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..plain import INDICES
 from . import fits
-
-_INTEGERS = (torch.int32, torch.int64)
 
 
 def check_multi_lora_linear(
@@ -78,10 +77,10 @@ def _check_integers_of(
 ) -> None:
     problems = {
         f"adapter_ids must be one integer for each row of {name}": (
-            adapter_ids.shape != (x.shape[:-1].numel(),) or adapter_ids.dtype not in _INTEGERS
+            adapter_ids.shape != (x.shape[:-1].numel(),) or adapter_ids.dtype not in INDICES
         ),
         "ranks must be one integer for each adapter": (
-            ranks is not None and (ranks.shape != (adapters,) or ranks.dtype not in _INTEGERS)
+            ranks is not None and (ranks.shape != (adapters,) or ranks.dtype not in INDICES)
         ),
         "scalings must be one number for each adapter": scalings is not None and scalings.shape != (adapters,),
     }

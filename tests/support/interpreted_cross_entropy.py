@@ -12,6 +12,7 @@ import torch
 from covering import case_id, covering_pairs
 from head_loss import FP16, FP32, assert_all_as_accurate, loss_and_gradients, make_problem
 from poisoned import by_triton, memory_of_nan  # noqa: F401
+from touched_memory import memory_of_tensors  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels.ops import vocabulary_chunks

@@ -11,6 +11,7 @@ import torch
 from covering import case_id, covering_pairs
 from packed import decoded, random_packed, random_scaled, with_part
 from poisoned import memory_of_nan  # noqa: F401
+from touched_memory import memory_of_tensors  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels.triton_kernels import configs, dequantize

@@ -7,6 +7,7 @@ import pytest
 import torch
 from gated import FP16, FP32, SHAPES, make
 from poisoned import by_triton, memory_of_nan  # noqa: F401
+from touched_memory import memory_of_tensors  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels.ops.gated_activation import ACTIVATIONS, BACKWARD_OUT, OUT

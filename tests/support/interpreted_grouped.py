@@ -8,6 +8,7 @@ import torch
 from covering import case_id, covering_pairs
 from numerics import assert_as_accurate
 from poisoned import memory_of_nan  # noqa: F401
+from touched_memory import memory_of_tensors  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels.support import triton as _triton
@@ -128,6 +129,39 @@ def test_schedules_agree_bit_for_bit(pretend):
     ticketed, split = (grouped_lora_linear.forward(schedule, *args) for schedule in ("ticketed", "split"))
     for a, b in zip(ticketed, split):
         assert torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+ENDS = {
+    "behind the last row": ((5, 1000, 2**31 - 1, 100), (5, 100, 100, 100)),
+    "before the first row": ((-1000, 40, 90, 95), (0, 40, 90, 95)),
+    "by less than a block": ((-5, 101, 100, 100), (0, 100, 100, 100)),
+    "of nobody at all": ((-(2**31), -1, -1, 0), (0, 0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("sms", [ONE_SM, MANY_SMS])
+@pytest.mark.parametrize(("given", "meant"), ENDS.values(), ids=ENDS)
+def test_ends_outside_of_the_rows(given, meant, sms, pretend):
+    """A GPU's offsets are looked at by nobody: what they say of rows that are not there is as if they said the first or
+    the last. Kills: an end that is not clamped from below or above, in ``_first_row`` or in the blocks' numbers, where
+    groups without rows would keep the gradients that memory holds, or rows outside of x would be read and written; ends
+    read behind the last group's.
+    """
+    pretend("sm_80", sms)
+    sizes = grouped.Sizes((0, 0, 0, 0), 40, 24, 4, behind=100)
+    problem = {k: None if v is None else v.half() for k, v in grouped.make_problem(sizes, FP16, FP16).items()}
+    x, weight, lora_A, lora_B, grad_y = (problem[name] for name in ("x", "weight", "lora_A", "lora_B", "grad_y"))
+
+    def results(ends):
+        offsets = torch.tensor(ends, dtype=torch.int32)
+        common = weight, lora_A, lora_B, offsets
+        y, s = grouped_lora_linear.forward("ticketed", x, *common, None, None, 1.7, 0.0)
+        needs = True, True, True
+        return y, s, *grouped_lora_linear.backward("ticketed", grad_y, x, s, *common, None, 1.7, 0.0, *needs)
+
+    for name, a, b in zip(("y", "s", "dx", "dA", "dB"), results(given), results(meant)):
+        assert not a.isnan().any(), name
+        assert torch.equal(a.view(torch.int16), b.view(torch.int16)), name
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("lora_A",), ("lora_B",), ("x", "lora_B")])

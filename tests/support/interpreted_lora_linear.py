@@ -18,6 +18,7 @@ from covering import case_id, covering_pairs
 from emulated import matrices, operand, rounded_backward, rounded_forward
 from numerics import assert_as_accurate
 from poisoned import memory_of_nan  # noqa: F401
+from touched_memory import memory_of_tensors  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels import philox

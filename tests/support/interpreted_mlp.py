@@ -6,6 +6,7 @@ import pytest
 import test_lora_mlp
 from poisoned import by_triton, memory_of_nan  # noqa: F401
 from test_lora_mlp import FP16, FP32, SHAPES
+from touched_memory import memory_of_tensors  # noqa: F401
 
 import lora_kernels as lk
 

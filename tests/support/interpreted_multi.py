@@ -4,12 +4,15 @@ bfloat16.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from covering import case_id, covering_pairs
 from many_adapters import BATCHES, SCALINGS, SEED, Batch, looped, make_problem, scattered
 from numerics import assert_as_accurate
 from poisoned import memory_of_nan  # noqa: F401
+from touched_memory import memory_of_tensors  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels.support import triton as _triton
@@ -146,6 +149,53 @@ def test_rows_of_adapters_in_shares(pretend):
     check(batch, FP16, FP16)
     problem = make_problem(batch, FP16, FP16, False)
     for a, b in zip(*(run(problem, FP16, FP16, fused(batch, 0.3)) for _ in range(2))):
+        assert torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+OUTSIDE = {
+    torch.int32: ((4, 7, -3, 2**31 - 1), (4, 4, 0, 4)),
+    torch.int64: ((2**40, 3, 3 - 2**32, 1 - 2**63), (4, 3, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("few", [0, 1000])
+@pytest.mark.parametrize(("dtype", "ranks"), OUTSIDE.items(), ids=str)
+def test_ranks_outside_of_the_pools(dtype, ranks, few, pretend, monkeypatch):
+    """A GPU's ranks are looked at by nobody: one below zero is none, one that is too many is all. Kills: a rank of
+    ``rank_of`` that is not clamped from above, whose columns are those of other rows and adapters, or not from below,
+    where 64 bits that are cut to 32 are a rank again. By row and by adapter.
+    """
+    monkeypatch.setattr(configs, "FEW_ROWS", few)
+    pretend("sm_80", MANY_SMS)
+    batch = Batch(scattered(23, 4), (4, 4, 4, 4), 40, 24)
+    problem = make_problem(batch, FP16, FP16, True)
+
+    def function(of):
+        def call(x, weight, lora_A, lora_B, bias):
+            with lk.use_backend("triton"):
+                return lk.multi_lora_linear(
+                    x, weight, lora_A, lora_B, batch.ids_tensor(), bias, ranks=torch.tensor(of, dtype=dtype)
+                )
+
+        return call
+
+    given, meant = (run(problem, FP16, FP16, function(of)) for of in ranks)
+    for name, a, b in zip(("y", "dx", "dA", "dB"), given, meant):
+        assert torch.equal(a.view(torch.int16), b.view(torch.int16)), name
+
+
+@pytest.mark.parametrize("few", [0, 1000])
+def test_ids_outside_of_the_pools(few, pretend, monkeypatch):
+    """Nor are its ids: one that no adapter has is that of the base alone. Kills: an id that is compared with zero, or
+    with the adapters' count, alone; adapters read behind the last one. By row and by adapter.
+    """
+    monkeypatch.setattr(configs, "FEW_ROWS", few)
+    pretend("sm_80", MANY_SMS)
+    batch = Batch(scattered(23, 4), (4, 4, 4, 4), 40, 24)
+    problem = make_problem(batch, FP16, FP16, True)
+    outside = itertools.cycle((4, 5, -2, 2**31 - 1, -(2**31)))
+    strange = batch._replace(ids=tuple(next(outside) if i < 0 else i for i in batch.ids))
+    for a, b in zip(*(run(problem, FP16, FP16, fused(one, 0.3)) for one in (strange, batch))):
         assert torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 

@@ -10,6 +10,7 @@ from covering import case_id, covering_pairs
 from many_adapters import SCALINGS, Batch, make_problem, scattered
 from numerics import assert_as_accurate
 from poisoned import memory_of_nan  # noqa: F401
+from touched_memory import memory_of_tensors  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels.functional.multi_branch import multi_lora_expand_, multi_lora_shrink, row_order

@@ -8,6 +8,7 @@ from covering import case_id, covering_pairs
 from numerics import assert_as_accurate
 from packs import FP16, FP32, FP64, PACKS, SEED, Pack, apart, leaves, make_problem, op_arguments, run, small
 from poisoned import memory_of_nan  # noqa: F401
+from touched_memory import memory_of_tensors  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels.support import triton as _triton

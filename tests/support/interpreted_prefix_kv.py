@@ -11,6 +11,7 @@ import torch
 from covering import case_id, covering_pairs
 from naive_prefix import BF16, FP16, FP32, grads_of, inside_longer, make
 from poisoned import by_triton, memory_of_nan  # noqa: F401
+from touched_memory import memory_of_tensors  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels.triton_kernels import configs, prefix_kv

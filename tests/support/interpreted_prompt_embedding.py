@@ -11,6 +11,7 @@ import torch
 from covering import case_id, covering_pairs
 from naive_prompt import BATCH, BF16, FP16, FP32, FP64, ROWS, TOKENS, VOCABULARY, Problem, call, make, trainable
 from poisoned import by_triton, memory_of_nan  # noqa: F401
+from touched_memory import memory_of_tensors  # noqa: F401
 
 import lora_kernels as lk
 from lora_kernels.triton_kernels import configs, prompt_embedding

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -78,25 +78,34 @@ class Pack:
     any more is freed at once.
     """
 
-    def __init__(self, number: int, calls: Calls, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, number: int, calls: Calls, layers: Iterable[nn.Module | None]) -> None:
         self.number, self.calls = number, calls
-        self._layers = [weakref.ref(layer) for layer in layers]
+        self._layers = [_reference(layer) for layer in layers]
         self.misses, self.paused = 0, 0
 
     @property
     def layers(self) -> list[Any]:
+        """None for one that is gone: its module was given another in its place."""
         return [layer() for layer in self._layers]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pack:
         twin = memo[id(self)] = Pack(self.number, copy.deepcopy(self.calls, memo), [])
-        twin._layers = [weakref.ref(copy.deepcopy(layer, memo)) for layer in self.layers]
+        twin._layers = [_reference(copy.deepcopy(layer, memo)) for layer in self.layers]
         return twin
 
-    def __getstate__(self) -> tuple[int, Calls, list[nn.Module]]:
+    def __getstate__(self) -> tuple[int, Calls, list[nn.Module | None]]:
         return self.number, self.calls, self.layers
 
-    def __setstate__(self, state: tuple[int, Calls, list[nn.Module]]) -> None:
+    def __setstate__(self, state: tuple[int, Calls, list[nn.Module | None]]) -> None:
         self.__init__(*state)  # type: ignore[misc]
+
+
+def _reference(layer: nn.Module | None) -> Callable[[], nn.Module | None]:
+    return _nobody if layer is None else weakref.ref(layer)
+
+
+def _nobody() -> None:
+    """What a reference to a layer that is gone gives."""
 
 
 def attach(parent: nn.Module, layers: list[nn.Module]) -> None:

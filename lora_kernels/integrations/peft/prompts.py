@@ -1,8 +1,8 @@
 """What PEFT models of prompt learning share whose prompt is put in by one op (``prompt_models.py``): which calls are
 served, the rows of a prompt, the keys and values of a prefix. Importing this module imports PEFT.
 
-What PEFT does before and after the prompt is put in is done
-the same way here; whatever differs from the plain case goes to PEFT's own method for the whole call, and is counted.
+What PEFT does before and after the prompt is put in is done the same way here; whatever differs from the plain case
+goes to PEFT's own method for the whole call, and is counted.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as SPECIAL_CACHES
 from peft.utils.integrations import map_cache_to_layer_device_map
 from torch import Tensor
-from torch.autograd import forward_ad as _forward_ad
 
 from ... import dispatch
 from ...functional.prefix import KeysAndValues, prefix_kv
 from ...functional.prompt import PromptEmbeddingOutput, prompt_embedding
 from ...modules import caches as _cache
 from ...modules.prompt import all_rows, encoded_rows, plain_weight
-from ...plain import FLOATS, INDICES, PLAIN_TENSORS, has_hooks
+from ...plain import FLOATS, INDICES, PLAIN_TENSORS, has_hooks, inside_transform
 from ...reasons import Reason
 
 _ENCODERS = {
@@ -89,15 +88,7 @@ def call_reason(model: PeftModel, **tensors: Tensor | None) -> Reason | None:
     is_multitask = model.active_peft_config.peft_type == PeftType.MULTITASK_PROMPT_TUNING
     if is_multitask and (task_ids is None or task_ids.shape != text.shape[:1] or task_ids.dtype not in INDICES):
         return Reason.TASK_IDS
-    return _transform_reason()
-
-
-def _transform_reason() -> Reason | None:
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._functorch.peek_interpreter_stack() is not None or _forward_ad._current_level >= 0:
-        return Reason.TRANSFORM
-    return None
+    return Reason.TRANSFORM if inside_transform() else None
 
 
 # ------------------------------------------------------------------------------------------------ what they share
@@ -139,9 +130,11 @@ class FusedPrompts(PeftModel if TYPE_CHECKING else object):  # type: ignore[misc
 
     def _keys_and_values(self, batch_size: int) -> KeysAndValues | Reason:
         """Of the active prefix, or why PEFT must make them."""
-        reason = adapter_reason(self, self.active_adapter) or _transform_reason()
+        reason = adapter_reason(self, self.active_adapter)
         if reason is not None:
             return reason
+        if inside_transform():
+            return Reason.TRANSFORM
         rows = self._rows(self.prompt_encoder[self.active_adapter])
         if type(rows) not in PLAIN_TENSORS:
             return Reason.DTENSOR
