@@ -1,5 +1,5 @@
-// The tickets of a cluster of two blocks: one of them draws, and tells the other, whose ring would else need atomic
-// operations in lockstep.
+// The tickets of a cluster of two blocks, which work on neighbouring tiles at the same time: one draws, and tells the
+// other.
 #pragma once
 
 #include "between_blocks.cuh"
@@ -19,7 +19,7 @@ class ClusterTickets {
 
   LK_DEVICE ClusterTickets(uint32_t smem, uint32_t* counters) : smem_(smem), counters_(counters) {}
 
-  // The next one, the same in both blocks. Who draws it is never more than one ahead of who hears of it.
+  // The next one, the same in both blocks. Who draws is at most one ticket ahead of who hears.
   LK_DEVICE int next() { return static_cast<int>(cluster_rank() == kDrawer ? draw() : hear()); }
 
  private:
