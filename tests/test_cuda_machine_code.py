@@ -75,6 +75,7 @@ EVENTS = {
     "S": r"STG\..*STRONG\.GPU",
     "F": r"FENCE\.VIEW\.ASYNC",  # what threads have stored is shown to the copy engine
     "T": r"UTMALDG",  # which copies a box
+    "c": r"SYNCS\.ARRIVE\.TRANS64\.RED\.A1T0",  # arrives at a barrier of the cluster
     "a": r"ATOMG|RED",  # weaker, or for this SM alone
     "l": r"LDG",  # to registers or, asynchronously, to shared memory
     "s": r"STG",

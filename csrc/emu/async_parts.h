@@ -44,7 +44,7 @@ struct MemoryBarrier {
   uint32_t initialised = 0;  // by its count
   bool is_shown = false;     // to the engines
   VectorClock known;         // who has arrived, and what they knew
-  VectorClock of_cluster;    // likewise of other blocks: for who waits for the cluster
+  VectorClock of_cluster;    // what threads of other blocks have released: for who waits for the cluster
   std::vector<BoxCopy> copies;
   std::vector<Thread*> waiting;
 };

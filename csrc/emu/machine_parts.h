@@ -271,7 +271,7 @@ class Machine {
                      uint32_t count, bool by_engine, Site site);
   void check_shown(const GlobalRange& range, const Thread& t, const void* p, size_t bytes, const Site& site) const;
   MemoryBarrier& barrier_at(const Thread& t, const Block& block, uint32_t address, const Site& site) const;
-  void arrive(Thread& t, MemoryBarrier& barrier, VectorClock& known, bool engines_alone, int bytes, const Site& site);
+  void count_arrival(Thread& t, MemoryBarrier& barrier);
   Block& reach(Thread& t, int rank, const Site& site) const;
   Block& block_of(Thread& t, uint32_t& cluster_address, const Site& site) const;
   void arrive(MemoryBarrier& barrier);

@@ -104,21 +104,15 @@ void Machine::barrier_arrive(uint32_t address, int bytes, Site site) {
   if (is_dropped(report_.arrival_sites, arrival_sites_, options_.faults.drop_arrival, site)) return;
   Thread& t = *current_;
   MemoryBarrier& b = barrier_at(t, *t.block, address, site);
-  arrive(t, b, b.known, false, bytes, site);
+  if (b.pending == 0) fail(t, site, concatenate("one arrival too many at the barrier at address ", address));
+  if (!options_.faults.ignore_expected_bytes) b.bytes += bytes;
+  b.known.join(async_of(t, site).clock);
+  count_arrival(t, b);
 }
 
-// known: to whom the barrier hands on what the thread knows.
-void Machine::arrive(Thread& t, MemoryBarrier& b, VectorClock& known, bool engines_alone, int bytes, const Site& site) {
-  AsyncThread& own = async_of(t, site);
-  if (b.pending == 0) fail(t, site, "one arrival too many at the barrier");
+void Machine::count_arrival(Thread& t, MemoryBarrier& b) {
   --b.pending;
-  if (!options_.faults.ignore_expected_bytes) b.bytes += bytes;
-  if (engines_alone) {
-    known.join_engines(own.clock, threads_);
-  } else {
-    known.join(own.clock);
-  }
-  own.step();
+  t.async->step();
   arrive(b);
 }
 
@@ -214,8 +208,15 @@ void Machine::barrier_arrive_cluster(uint32_t address, bool releases, Site site)
   Thread& t = *current_;
   const Block& block = block_of(t, address, site);
   MemoryBarrier& b = barrier_at(t, block, address, site);
-  const bool is_own = &block == t.block;
-  arrive(t, b, is_own ? b.known : b.of_cluster, !is_own && !releases, 0, site);
+  if (b.pending == 0) fail(t, site, concatenate("one arrival too many at the barrier at address ", address));
+  const VectorClock& clock = t.async->clock;
+  if (&block == t.block) {
+    b.known.join(clock);
+  } else {
+    b.known.join_engines(clock, threads_);
+    if (releases) b.of_cluster.join(clock);
+  }
+  count_arrival(t, b);
 }
 
 // ---- words of shared memory

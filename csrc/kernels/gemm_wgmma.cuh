@@ -45,11 +45,7 @@ class WgmmaLoop {
   // fill(stage, barrier) of a stage that all have left, for so many bytes of copies that count at the barrier.
   template <class Fill>
   LK_DEVICE void fill_stage(int bytes, const Fill& fill) {
-    if constexpr (kIsClustered) {
-      barrier_wait_cluster(empty(barriers_, ring_.slot()), ring_.empty_parity());
-    } else {
-      barrier_wait(empty(barriers_, ring_.slot()), ring_.empty_parity());
-    }
+    barrier_wait(empty(barriers_, ring_.slot()), ring_.empty_parity());
     barrier_arrive_expecting(full(), bytes);
     fill(stage(), full());
     ring_.advance();

@@ -32,18 +32,19 @@ LK_DEVICE void store_cluster_4(uint32_t address, uint32_t v) {
   asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 
-// At a barrier of any of the cluster's blocks. To another one it shows nothing that threads have stored: it says that
-// engines are done with what this thread has waited for. A loop can afford it.
+// At a barrier of any of the cluster's blocks. To another one it shows nothing that threads have done: it says that
+// engines are done with what this thread has waited for. A loop can afford it, and a plain wait.
 LK_DEVICE void barrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// The same, and who waits for the cluster sees what this thread has seen and stored before, at the cost of a fence.
+// The same, and who waits for the cluster sees what this thread has seen and stored before: a fence of all memory.
 LK_DEVICE void barrier_release_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// As barrier_wait, at a barrier of this block at which others of the cluster arrive.
+// As barrier_wait, and this thread sees what others of the cluster have released. The SM's L1 cache forgets what it
+// has.
 LK_DEVICE void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{.reg .pred p;\nwait_%=:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
