@@ -23,6 +23,7 @@ pytestmark = [
 
 
 WGMMA, WGMMA_GRAD_X = "15LoraLinearWgmmaI", "ELb1ELi1EEEEEvNS_15LoraWgmmaParams"
+WGMMA_CLUSTERS = "ELb0ELi2EEEEEvNS_15LoraWgmmaParams"
 
 
 def built() -> list[str]:
@@ -125,6 +126,8 @@ def faults(name: str, order: str) -> list[str]:
             "L" not in order and "no flag is polled",
             "L" in re.sub("(LI)+M*F", "", order) and "s may be copied before its flag, or before it is shown",
         ]
+        if WGMMA_CLUSTERS in name:  # a ticket is told and heard: the first one, and those that follow
+            found.append(len(re.findall("IM+c", order)) < 4 and "a cluster's ticket is taken, or given, without order")
     elif "10LoraLinearI" in name or "16LoraLinearPackedI" in name:  # tickets, and flags of s
         found += [
             len(re.findall("(?<!M)A", order)) != 1 and "one addition orders nothing: drawing a ticket",
@@ -166,6 +169,7 @@ ORDERS = {
     "15MultiLoraDecodeI": "ABlsBMAIlBlsBMAIsBlLILIBlBBs",
     "9LoraGradsI": "lBlsBMAIsBlsBs",
     WGMMA: "FBlFBAlsMFMAILILIMFAlslsMFMAIAATTLILIMFTLILIMFT",
+    WGMMA + WGMMA_CLUSTERS: "FMIBcccBlFBAlsMFMAILILIMFAlslsMFMAIIMcAIMcIMcAIMcTTLILIMFTLILIMFTMIBIIII",
     WGMMA + WGMMA_GRAD_X: "FBTsMFBMAIBlFBAlsMFMAIlALILIMFATTTTLILIMFTTLILIMFT",
 }
 """As they are, shortened, by a part of the kernel's name."""
@@ -207,6 +211,9 @@ def test_the_check_knows_what_is_right(name):
         (WGMMA, "LILIMFT", "LLMFT"),  # ld.relaxed.gpu
         (WGMMA, "LILIMFT", "LILIT"),
         (WGMMA, "LILIMF", "llMF"),
+        (WGMMA + WGMMA_CLUSTERS, "AIMcIMc", "AIcIMc"),  # a ticket is told by an arrival that orders nothing
+        (WGMMA + WGMMA_CLUSTERS, "AIMcIMc", "AIMcMc"),  # mbarrier.try_wait of the block: it is read too early
+        (WGMMA + WGMMA_CLUSTERS, "LILIMFT", "LILIT"),
         (WGMMA + WGMMA_GRAD_X, "sMFBMAI", "sBMAI"),  # s' is not shown
         (WGMMA + WGMMA_GRAD_X, "sMFBMAI", "sMBFMAI"),  # shown by one thread alone
         (WGMMA + WGMMA_GRAD_X, "sMFBMAI", "sMFBA"),
