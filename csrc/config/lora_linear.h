@@ -54,7 +54,7 @@ struct LoraKey {
 struct LoraLinearConfig {
   LoraKey key;
   int64_t blocks;    // one per tile of s and of y, and per split
-  int group_rows;    // blocks of rows, or such of a cluster's blocks, whose tickets follow each other
+  int group_rows;    // blocks of rows, of clusters such of all their blocks, whose tickets follow each other
   int64_t counters;  // 32-bit words of workspace, zero before the launch
   int splits;        // parts of the depth (decode, dual, shrink)
   int split_depth;

@@ -89,7 +89,7 @@ inline void plan_clusters(int64_t m, int64_t n, const DeviceLimits& device, Lora
   if (config.key.role != LoraRole::kForward) {
     config.tile_reason = "clusters as asked are for forwards alone: without";
   } else if (rows == 1 || device.sms < kWgmmaCluster) {
-    config.tile_reason = "clusters as asked have nothing to share in one block of rows: without";
+    config.tile_reason = "clusters as asked take two blocks of rows, and two SMs: without";
   } else {
     config.key.tile = LoraTile::kWgmma;
     config.key.cluster = kWgmmaCluster;
