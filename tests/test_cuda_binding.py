@@ -244,7 +244,8 @@ def test_schedules(native, m, schedule):
 def test_an_unknown_schedule_is_refused():
     """Kills: a name that nobody knows means the fastest."""
     x, weight, lora_A, lora_B, _ = matrices(3, 72, 40, 8, "bf16")
-    known = 'schedule must be "auto", "tensor cores", "one launch", "cublas" or "wgmma", got "cutlass"'
+    known = 'schedule must be "auto", "tensor cores", "one launch", "cublas", "wgmma" or "wgmma, clusters", '
+    known += 'got "cutlass"'
     with pytest.raises(RuntimeError, match=known):
         check(x, weight, lora_A, lora_B, schedule="cutlass")
     with pytest.raises(RuntimeError, match=known):

@@ -205,6 +205,39 @@ def test_wgmma_takes_the_gradient_of_x_where_it_is_wanted():
     assert "no gradient of x is wanted" in without["why"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "cluster", "blocks", "group_rows"),
+    [
+        (dict(), 2, 132, 4),
+        (dict(m=300, n=512), 2, 8, 2),  # two pairs of blocks of rows, one of which has one
+        (dict(device=(5, 232448)), 2, 4, 4),
+        (dict(m=128), 1, 32, 1),  # one block of rows
+        (dict(device=(1, 232448)), 1, 1, 8),
+    ],
+)
+def test_clusters_are_taken_where_they_are_asked_for(changes, cluster, blocks, group_rows):
+    chosen = config(**{**ON_H200, **changes, "schedule": "wgmma, clusters"})
+    assert (chosen["schedule"], chosen["cluster"], chosen["blocks"]) == ("wgmma", cluster, blocks)
+    assert chosen["group_rows"] == group_rows
+    assert ("without" in chosen["tile_reason"]) == (cluster == 1)
+    assert cluster == 1 or (chosen["columns"], "no GPU has shown" in chosen["tile_reason"]) == (256, True)
+    single = config(**{**ON_H200, **changes, "schedule": "wgmma"})
+    assert (single["cluster"], single["counters"]) == (1, chosen["counters"])
+
+
+def test_clusters_are_for_forwards_that_fit_wgmma():
+    asked = dict(capability=90, schedule="wgmma, clusters")
+    of_x = emulator.load_lora_linear().lora_backward_config(
+        8192, 4096, 4096, 16, True, True, True, True, *H200, **asked
+    )
+    assert (of_x["schedule"], of_x["cluster"]) == ("wgmma", 1)
+    assert "forwards alone: without" in of_x["tile_reason"]
+    for rank in (1, 17):
+        chosen = config(**{**ON_H200, **asked, "rank": rank})
+        assert (chosen["schedule"], chosen["cluster"]) != ("wgmma", 2)
+        assert chosen["why"].startswith("wgmma does not fit: ")
+
+
 @pytest.mark.parametrize(("m", "k", "rank"), [(1, 4096, 16), (100, 776, 24), (8192, 4096, 16), (512, 14336, 200)])
 def test_splits_of_shrink_cover_the_depth_and_fill_the_sms(m, k, rank):
     chosen = config(m, 4096, rank, k=k, has_dropout=True, schedule="cublas")

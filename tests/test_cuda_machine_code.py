@@ -22,7 +22,8 @@ pytestmark = [
 ]
 
 
-WGMMA, WGMMA_GRAD_X = "15LoraLinearWgmmaI", "ELb1EEEEEvNS_15LoraWgmmaParams"
+WGMMA, WGMMA_GRAD_X = "15LoraLinearWgmmaI", "ELb1ELi1EEEEEvNS_15LoraWgmmaParams"
+WGMMA_CLUSTERS = "ELb0ELi2EEEEEvNS_15LoraWgmmaParams"
 
 
 def built() -> list[str]:
@@ -75,6 +76,7 @@ EVENTS = {
     "S": r"STG\..*STRONG\.GPU",
     "F": r"FENCE\.VIEW\.ASYNC",  # what threads have stored is shown to the copy engine
     "T": r"UTMALDG",  # which copies a box
+    "c": r"SYNCS\.ARRIVE\.TRANS64\.RED\.A1T0",  # arrives at a barrier of the cluster
     "a": r"ATOMG|RED",  # weaker, or for this SM alone
     "l": r"LDG",  # to registers or, asynchronously, to shared memory
     "s": r"STG",
@@ -124,6 +126,8 @@ def faults(name: str, order: str) -> list[str]:
             "L" not in order and "no flag is polled",
             "L" in re.sub("(LI)+M*F", "", order) and "s may be copied before its flag, or before it is shown",
         ]
+        if WGMMA_CLUSTERS in name:  # a ticket is told and heard: the first one, and those that follow
+            found.append(len(re.findall("IM+c", order)) < 4 and "a cluster's ticket is taken, or given, without order")
     elif "10LoraLinearI" in name or "16LoraLinearPackedI" in name:  # tickets, and flags of s
         found += [
             len(re.findall("(?<!M)A", order)) != 1 and "one addition orders nothing: drawing a ticket",
@@ -155,7 +159,7 @@ def test_blocks_see_what_others_have_written(kernels):
 
 @pytest.mark.skipif("sm_90a" not in BUILT, reason="not built for sm_90a")
 def test_blocks_and_the_copy_engine_see_what_others_have_written():
-    assert check_order(code("sm_90a", "lora_linear_wgmma.*BFloat16").items()) == 8
+    assert check_order(code("sm_90a", "lora_linear_wgmma.*BFloat16").items()) == 10
 
 
 ORDERS = {
@@ -165,6 +169,7 @@ ORDERS = {
     "15MultiLoraDecodeI": "ABlsBMAIlBlsBMAIsBlLILIBlBBs",
     "9LoraGradsI": "lBlsBMAIsBlsBs",
     WGMMA: "FBlFBAlsMFMAILILIMFAlslsMFMAIAATTLILIMFTLILIMFT",
+    WGMMA + WGMMA_CLUSTERS: "FMIBcccBlFBAlsMFMAILILIMFAlslsMFMAIIMcAIMcIMcAIMcTTLILIMFTLILIMFTMIBIIII",
     WGMMA + WGMMA_GRAD_X: "FBTsMFBMAIBlFBAlsMFMAIlALILIMFATTTTLILIMFTTLILIMFT",
 }
 """As they are, shortened, by a part of the kernel's name."""
@@ -206,6 +211,9 @@ def test_the_check_knows_what_is_right(name):
         (WGMMA, "LILIMFT", "LLMFT"),  # ld.relaxed.gpu
         (WGMMA, "LILIMFT", "LILIT"),
         (WGMMA, "LILIMF", "llMF"),
+        (WGMMA + WGMMA_CLUSTERS, "AIMcIMc", "AIcIMc"),  # a ticket is told by an arrival that orders nothing
+        (WGMMA + WGMMA_CLUSTERS, "AIMcIMc", "AIMcMc"),  # mbarrier.try_wait of the block: it is read too early
+        (WGMMA + WGMMA_CLUSTERS, "LILIMFT", "LILIT"),
         (WGMMA + WGMMA_GRAD_X, "sMFBMAI", "sBMAI"),  # s' is not shown
         (WGMMA + WGMMA_GRAD_X, "sMFBMAI", "sMBFMAI"),  # shown by one thread alone
         (WGMMA + WGMMA_GRAD_X, "sMFBMAI", "sMFBA"),

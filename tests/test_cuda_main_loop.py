@@ -135,18 +135,28 @@ def wgmma_loop(code: dict[str, list[tuple[int, str]]], name: str, columns: int) 
     return min(holders, key=len)  # the others hold it, too: that over the tiles
 
 
+def wgmma_kernel(element: str, columns: int, rank_tile: int, role: str = "forward", cluster: int = 1) -> str:
+    """Its name; without kernels for sm_90a, the test is skipped."""
+    if "sm_90a" not in sass.architectures(Path(_native.cuda.__file__)):
+        pytest.skip("the extension was built without sm_90a")
+    parts = f"15LoraLinearWgmmaINS_{element}ELi{columns}ELi{rank_tile}ELb{int(role == 'dX')}ELi{cluster}E"
+    (name,) = [name for name in _native.cuda.kernels() if parts in name]
+    return name
+
+
+def wgmma_code() -> dict[str, list[tuple[int, str]]]:
+    """Of all kernels of wgmma: disassembled once."""
+    of_wgmma = sorted(name for name in _native.cuda.kernels() if "15LoraLinearWgmmaI" in name)
+    return sass.code(Path(_native.cuda.__file__), "sm_90a", *of_wgmma)
+
+
 @pytest.mark.parametrize("element", ["8BFloat16", "7Float16"])
 @pytest.mark.parametrize("columns", [256, 128])
 @pytest.mark.parametrize("rank_tile", [16, 48])
 @pytest.mark.parametrize("role", ["forward", "dX"])
 def test_the_loop_of_wgmma_is_that_of_a_plain_product(element, columns, rank_tile, role, tmp_path):
     """Kills: anything of the branch, of dropout or of spilled registers within the loop."""
-    module = Path(_native.cuda.__file__)
-    if "sm_90a" not in sass.architectures(module):
-        pytest.skip("the extension was built without sm_90a")
-    of_wgmma = sorted(name for name in _native.cuda.kernels() if "15LoraLinearWgmmaI" in name)
-    (name,) = [name for name in of_wgmma if f"{element}ELi{columns}ELi{rank_tile}ELb{int(role == 'dX')}E" in name]
-    code = sass.code(module, "sm_90a", *of_wgmma)  # disassembled once for all
+    name, code = wgmma_kernel(element, columns, rank_tile, role), wgmma_code()
     loop = wgmma_loop(code, name, columns)
     assert sum("HGMMA" in text for text in loop) == 4
     assert sum("SYNCS" in text for text in loop) == 2, "a wait and an arrival"
@@ -158,3 +168,19 @@ def test_the_loop_of_wgmma_is_that_of_a_plain_product(element, columns, rank_til
     )
     module, (plain,) = compiled(source, "sm_90a", tmp_path)
     assert len(loop) <= len(wgmma_loop(sass.code(module, "sm_90a", plain), plain, columns)) + 2
+
+
+@pytest.mark.parametrize("element", ["8BFloat16", "7Float16"])
+@pytest.mark.parametrize("rank_tile", [16, 48])
+def test_the_loop_of_clusters_is_that_of_single_blocks(element, rank_tile):
+    """Kills: a stage given back by two arrivals, or behind a fence that waits for the memory of the whole GPU."""
+    names = [wgmma_kernel(element, 256, rank_tile, cluster=cluster) for cluster in (1, 2)]
+    code = wgmma_code()
+    single, clustered = (wgmma_loop(code, name, 256) for name in names)
+    for opcode in ("HGMMA", "SYNCS", "BAR", "LD", "ST"):
+        assert sum(opcode in text for text in clustered) == sum(opcode in text for text in single), opcode
+    assert not [text for text in clustered if re.search("MEMBAR|ERRBAR", text)]
+    assert len(clustered) <= len(single) + 2
+    multicast = [text for _, text in code[names[1]] if "UTMALDG" in text and "MULTICAST" in text]
+    assert len(multicast) == 2, "w, and b"
+    assert not [text for _, text in code[names[1]] if re.search(r"\b(LDL|STL)\b", text)]

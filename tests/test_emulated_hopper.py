@@ -16,6 +16,7 @@ from emulated import SCALING, SEED, expected_backward, expected_forward, grad_y_
 from numerics import assert_as_accurate
 
 SM_90 = 90
+CLUSTERS = "wgmma, clusters"
 
 
 def run(args, *, p=0.0, sms=2, schedule="wgmma", scaling=SCALING, **options):
@@ -72,6 +73,11 @@ def check_backward(problem, name="bf16", *, p=0.0, float_adapters=False, **optio
         assert_as_accurate(sums[:, :rank].float(), of_b[0].float(), of_b[1], "dB")
         assert not sums[:, rank:].any()
     return launched
+
+
+def check_in_clusters(problem, name="bf16", *, sms=2, **options):
+    """As check, in clusters of two blocks, of which there is one at least."""
+    return check(problem, name, sms=max(2, sms), schedule=CLUSTERS, **options)
 
 
 def columns_of_tiles(problem, sms):
@@ -150,6 +156,34 @@ def test_work_is_no_more_than_tiles_ask_for(problem, sms):
     assert report.bytes_stored == 2 * m * n
 
 
+@pytest.mark.parametrize("case", covering_pairs(**{**AXES, "m": (130, 256, 300), "sms": (2, 5)}), ids=case_id)
+def test_clusters_have_the_bits_of_single_blocks(case):
+    """Even and odd numbers of blocks of rows. Kills: rows or columns of the other block's tile, a half of w or b at
+    another's place, s that is waited for where there is none.
+    """
+    problem, options = tuple(case[axis] for axis in ("m", "n", "k", "rank")), {"p": case["p"], "sms": case["sms"]}
+    args = matrices(*problem, case["name"], bias=case["bias"], float_adapters=case["float_adapters"])
+    y, s, (blocks, report) = run(args, schedule=CLUSTERS, **options)
+    for ours, single in zip((y, s), run(args, **options)[:2], strict=True):
+        assert torch.equal(ours.view(torch.int16), single.view(torch.int16))
+    pairs, columns = -(-problem[0] // 256), -(-problem[1] // 256)
+    assert blocks == min(case["sms"] // 2 * 2, 2 * pairs * columns)
+    assert report.load_matrix_turns == 1
+
+
+@pytest.mark.parametrize("problem", [(200, 392, 136, 16), (300, 264, 200, 136)])
+@pytest.mark.parametrize("sms", [2, 9])
+def test_clusters_read_w_and_b_once_for_two_blocks_of_rows(problem, sms):
+    """Kills: halves that each block loads for itself; more than x where the last cluster has one block of rows."""
+    m, n, k, rank = problem
+    _, report = check_in_clusters(problem, sms=sms)
+    pairs, column_blocks = -(-m // 256), -(-n // 256)
+    assert report.bytes_loaded == 2 * (k + rank) * (m * column_blocks + n * pairs)
+    assert report.bytes_stored == 2 * m * n
+    depth = -(-k // 64) * 64 + -(-rank // 16) * 16
+    assert report.warpgroup_multiply_adds == pairs * 256 * column_blocks * 256 * depth
+
+
 @pytest.mark.parametrize(("rank", "float_adapters"), [(72, False), (16, True)])
 def test_order_of_blocks_and_warps_does_not_change_a_bit(rank, float_adapters):
     args = matrices(200, 264, 136, rank, "bf16", bias=True, float_adapters=float_adapters)
@@ -158,7 +192,8 @@ def test_order_of_blocks_and_warps_does_not_change_a_bit(rank, float_adapters):
     first = None
     for seed in range(20):
         options = dict(sms=1 + seed % 4 * 2, seed=seed, resident_blocks=1 + seed % 5, stall_release=seed % 2 == 0)
-        results = (*run(args, p=0.4, **options)[:2], *run_backward(operands, p=0.4, **options)[:3])
+        forwards = (*run(args, p=0.4, **options)[:2], *run(args, p=0.4, schedule=CLUSTERS, **options)[:2])
+        results = (*forwards, *run_backward(operands, p=0.4, **options)[:3])
         first = results if first is None else first
         for ours, reference in zip(results, first, strict=True):
             assert ours is reference or torch.equal(ours.view(torch.int16), reference.view(torch.int16))
@@ -237,20 +272,21 @@ SCENARIOS = (
     dict(problem=(1030, 8, 128, 8), sms=1),  # a tile of s' behind one of dX, and one of dX that is soon done behind it
 )
 SEEDS = range(3)
-ROLES = {"forward": check, "dX": check_backward}
+ROLES = {"forward": check, "clusters": check_in_clusters, "dX": check_backward}
 SITES = {
-    # Of the block, and two of each warpgroup around its staging tile; of tiles of s', and of both groups behind theirs.
-    "drop_barrier": ("barrier_sites", 3, 5),
-    # Of work that is told and heard, of a stage that is opened and given back; of a mask that is made and read, and of
-    # the saved s.
-    "drop_arrival": ("arrival_sites", 4, 7),
-    "drop_barrier_wait": ("barrier_wait_sites", 5, 8),
+    # Of the block, and two of each warpgroup around its staging tile; of clusters one more, at their end; of tiles of
+    # s', and of both groups behind theirs.
+    "drop_barrier": ("barrier_sites", 3, 4, 5),
+    # Of work that is told and heard, of a stage that is opened and given back; of a cluster's ticket likewise; of a
+    # mask that is made and read, and of the saved s.
+    "drop_arrival": ("arrival_sites", 4, 6, 7),
+    "drop_barrier_wait": ("barrier_wait_sites", 5, 7, 8),
     # Of barriers, of adapters before their flag and behind it, of s likewise, of y.
-    "drop_proxy_fence": ("proxy_fence_sites", 6, 6),
-    "drop_multiply_wait": ("multiply_wait_sites", 4, 6),
-    "drop_multiply_fence": ("multiply_fence_sites", 2, 4),
-    "drop_store_wait": ("store_wait_sites", 2, 3),
-    "drop_global_store": ("global_store_sites", 3, 4),
+    "drop_proxy_fence": ("proxy_fence_sites", 6, 6, 6),
+    "drop_multiply_wait": ("multiply_wait_sites", 4, 4, 6),
+    "drop_multiply_fence": ("multiply_fence_sites", 2, 2, 4),
+    "drop_store_wait": ("store_wait_sites", 2, 2, 3),
+    "drop_global_store": ("global_store_sites", 3, 3, 4),
 }
 
 
@@ -296,8 +332,9 @@ def test_whatever_is_left_out_is_missed(role, fault):
 @pytest.mark.parametrize(
     "fault", ["drop_acquire", "drop_release_order", "early_release", "ignore_copy_size", "ignore_expected_bytes"]
 )
-def test_other_faults_are_missed(fault):
-    assert not survives("forward", **{fault: True})
+@pytest.mark.parametrize("role", ["forward", "clusters"])
+def test_other_faults_are_missed(role, fault):
+    assert not survives(role, **{fault: True})
 
 
 @pytest.mark.parametrize("fault", ["ignore_copy_size", "ignore_expected_bytes"])

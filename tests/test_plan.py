@@ -64,6 +64,22 @@ def test_plan_of_wgmma(plan):
 
 
 @needs_extension
+def test_plan_of_wgmma_in_clusters(plan):
+    """Blocks of a cluster copy half of a tile's w and b each. The gradient of x has none, and says so."""
+    launch = plan(arch="sm_90", schedule="wgmma, clusters", m=8000)
+    if launch["schedule"] != "wgmma":
+        pytest.skip("the extension was built without sm_90a")
+    assert (launch["grid"], launch["block"], launch["cluster"]) == ([132, 1, 1], [384, 1, 1], [2, 1, 1])
+    assert launch["kernel"].startswith("_ZN2lk24lora_linear_wgmma_kernelINS_15LoraLinearWgmmaINS_8BFloat16ELi256ELi16E")
+    assert "read w and b once" in launch["reason"]
+    boxes = {m["tensor"]: m["box"] for m in launch["maps"]}
+    assert boxes == {"x": [64, 128], "w": [64, 128], "s": [64, 128], "b": [64, 128], "y": [64, 64]}
+    of_x = plan(op="lora_linear_backward", arch="sm_90", schedule="wgmma, clusters")[0]
+    assert (of_x["schedule"], of_x["cluster"]) == ("wgmma", [1, 1, 1])
+    assert "clusters as asked are for forwards alone" in of_x["reason"]
+
+
+@needs_extension
 def test_plan_of_the_gradients_by_wgmma(plan):
     """One launch has s', dX and parts of dB; dA is made, and dB summed, where they are elsewhere."""
     launches = plan(op="lora_linear_backward", arch="sm_90", n=4104)
@@ -303,7 +319,7 @@ def test_no_plan_of_an_unknown_schedule(op):
     """Kills: a name that nobody knows means the fastest."""
     sizes = dict(dtype="bf16", m=8, n=8, k=8, rank=8, rows_aligned=True, has_dropout=False)
     device = dict(sms=108, shared_per_block=166912, capability=80)
-    with pytest.raises(ValueError, match=r'schedule must be "auto", .* or "wgmma", got "cutlass"'):
+    with pytest.raises(ValueError, match=r'schedule must be "auto", .* or "wgmma, clusters", got "cutlass"'):
         getattr(_native.cuda, f"plan_{op}")(**sizes, **device, schedule="cutlass")
 
 
@@ -517,7 +533,7 @@ PROBLEMS = {
     # By planned op, whose gradients have the same: problems that lead to all of its kernels.
     "lora_linear": each(
         **ROWS, m=[16, 64, 100, 8192], n=[64, 4096, 4095], k=[4096, 4095], rank=RANKS, has_dropout=EITHER,
-        schedule=["one launch", "cublas", "wgmma"], rows_aligned=[True],
+        schedule=["one launch", "cublas", "wgmma", "wgmma, clusters"], rows_aligned=[True],
     ),
     "grouped_lora_linear": each(
         **ROWS, m=[64, 8192], n=[4096], k=[4096], rank=RANKS, groups=[4], is_shared=[True], in_columns=EITHER,

@@ -63,7 +63,7 @@ def parse(text: str, scope: str = "") -> dict[str, list[Function]]:
     return found
 
 
-HEADERS = ("core.h", "mbarrier.h", "tma.h", "wgmma.h")
+HEADERS = ("core.h", "cluster.h", "mbarrier.h", "tma.h", "wgmma.h")
 
 
 def text_of(folder: str, name: str) -> str:
@@ -173,6 +173,17 @@ MEANINGS = {
         "{.reg .pred p;wait_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [barrier], parity; @!p bra wait_%=;}"
     ),
     "sync_named": "bar.sync barrier, threads;",
+    # Between blocks of a cluster.
+    "cluster_rank": "mov.u32 rank, %%cluster_ctarank;",
+    "sync_cluster": "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;",
+    "cluster_address": "mapa.shared::cluster.u32 mapped, address, rank;",
+    "store_cluster_4": "st.shared::cluster.b32 [address], v;",
+    "barrier_arrive_cluster": "mbarrier.arrive.shared::cluster.b64 _, [barrier];",
+    "barrier_release_cluster": "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [barrier];",
+    "barrier_wait_cluster": (
+        "{.reg .pred p;wait_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [barrier], parity;"
+        " @!p bra wait_%=;}"
+    ),
     "fence_proxy_async": "fence.proxy.async;",
     "fence_proxy_async_shared": "fence.proxy.async.shared::cta;",
     # The innermost coordinate first.
@@ -180,6 +191,10 @@ MEANINGS = {
     "load_box": (
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
         "[address], [map, {column, row}], [barrier];"
+    ),
+    "load_box_cluster": (
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[address], [map, {column, row}], [barrier], static_cast<uint16_t>(ranks);"
     ),
     "store_box": "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [map, {column, row}], [address];",
     "store_commit": "cp.async.bulk.commit_group;",
@@ -208,7 +223,7 @@ def test_the_compiler_moves_no_access_across_another():
     # What writes memory, waits, or reads what others write, is volatile and a barrier for the compiler.
     for name, functions in PTX.items():
         changes = re.match(
-            r"store_|copy_async|atomic_add|load_acquire|load_matrix|load_box|barrier_|sync_named|fence_|multiply_[fcw]",
+            r"store_|copy_async|atomic_add|load_acquire|load_matrix|load_box|barrier_|sync_[nc]|fence_|multiply_[fcw]",
             name,
         )
         for f in functions:

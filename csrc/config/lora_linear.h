@@ -46,6 +46,7 @@ struct LoraKey {
   LoraTile tile;
   int rank_tile;  // columns of s that a block computes at a time
   Access access;
+  int cluster = 1;  // blocks of a cluster
 
   friend constexpr bool operator==(const LoraKey&, const LoraKey&) = default;
 };
@@ -53,7 +54,7 @@ struct LoraKey {
 struct LoraLinearConfig {
   LoraKey key;
   int64_t blocks;    // one per tile of s and of y, and per split
-  int group_rows;    // blocks of rows whose tickets follow each other
+  int group_rows;    // blocks of rows, of clusters such of all their blocks, whose tickets follow each other
   int64_t counters;  // 32-bit words of workspace, zero before the launch
   int splits;        // parts of the depth (decode, dual, shrink)
   int split_depth;
@@ -205,19 +206,22 @@ inline LoraLinearConfig expand_config(LoraRole role, int64_t m, int64_t n, Acces
 // ------------------------------------------------------------------------------- one launch, or the vendor's GEMM
 
 // Who decides: the model below, or who asks for one or the other (tests, benchmarks, measured winners).
-enum class Wanted : int32_t { kBest, kOneLaunch, kCublas, kWgmma };
+enum class Wanted : int32_t { kBest, kOneLaunch, kCublas, kWgmma, kWgmmaClusters };
 
 // Whether there is nothing left to decide. Wgmma is taken where it fits, and what is best elsewhere.
 constexpr bool is_decided(Wanted wanted) { return wanted == Wanted::kOneLaunch || wanted == Wanted::kCublas; }
+constexpr bool is_wgmma(Wanted wanted) { return wanted == Wanted::kWgmma || wanted == Wanted::kWgmmaClusters; }
 
 // By the name of a schedule, as a caller of the op or of a plan gives it: the verdict's, where the model decides, or
 // "auto". Nothing by another name.
-constexpr const char* kWantedNames = "\"auto\", \"tensor cores\", \"one launch\", \"cublas\" or \"wgmma\"";
+constexpr const char* kWantedNames =
+    "\"auto\", \"tensor cores\", \"one launch\", \"cublas\", \"wgmma\" or \"wgmma, clusters\"";
 inline std::optional<Wanted> wanted_by(std::string_view schedule) {
   if (schedule == "auto" || schedule == "tensor cores") return Wanted::kBest;
   if (schedule == "one launch") return Wanted::kOneLaunch;
   if (schedule == "cublas") return Wanted::kCublas;
   if (schedule == "wgmma") return Wanted::kWgmma;
+  if (schedule == "wgmma, clusters") return Wanted::kWgmmaClusters;
   return std::nullopt;
 }
 

@@ -9,6 +9,9 @@ namespace lk {
 // Shared memory of a launch with the wide tile: four stages of 48 KB, staging tiles of y, and barriers.
 constexpr int kWgmmaSharedBytes = 225 << 10;
 
+// Blocks of a cluster, where it is asked for clusters.
+constexpr int kWgmmaCluster = 2;
+
 // Columns of s that a warp computes at a time: what registers are there for.
 constexpr int wgmma_rank_tile_of(int64_t rank) { return rank <= 16 ? 16 : 48; }
 
@@ -41,7 +44,7 @@ struct UsesWgmma {
 // rate. Where tiles are few, that is lost to SMs that have none.
 inline UsesWgmma uses_wgmma(const char* misfit, int64_t m, int64_t n, const DeviceLimits& device, Wanted wanted) {
   constexpr int64_t kMinRows = 256;
-  if (wanted == Wanted::kWgmma) {
+  if (is_wgmma(wanted)) {
     return {misfit == nullptr, misfit != nullptr ? misfit : "as asked: wgmma, its operands by the copy engine"};
   }
   if (wanted != Wanted::kBest || misfit != nullptr || m < kMinRows) return {false, nullptr};
@@ -77,6 +80,24 @@ inline LoraLinearConfig wgmma_config(LoraRole role, int64_t m, int64_t n, int64_
   if (rounds_adapters) config.partials = (n + k) * rank / 2;
   config.group_rows = static_cast<int>(std::clamp<int64_t>(rows, 1, kGroupRows / tile_shape(tile).rows));
   return config;
+}
+
+// The same in clusters, which share w and b. Only where somebody asks: no GPU has shown yet that it is faster.
+inline void plan_clusters(int64_t m, int64_t n, const DeviceLimits& device, LoraLinearConfig& config) {
+  const TileShape wide = tile_shape(LoraTile::kWgmma);
+  const int64_t rows = blocks_of(m, wide.rows), pairs = blocks_of(rows, kWgmmaCluster);
+  if (config.key.role != LoraRole::kForward) {
+    config.tile_reason = "clusters as asked are for forwards alone: without";
+  } else if (rows == 1 || device.sms < kWgmmaCluster) {
+    config.tile_reason = "clusters as asked take two blocks of rows, and two SMs: without";
+  } else {
+    config.key.tile = LoraTile::kWgmma;
+    config.key.cluster = kWgmmaCluster;
+    config.tile_reason = "wide tiles, two blocks of rows in a cluster read w and b once; no GPU has shown that it wins";
+    const int64_t tiles = pairs * kWgmmaCluster * blocks_of(n, wide.columns);
+    config.blocks = std::min<int64_t>(tiles, device.sms / kWgmmaCluster * kWgmmaCluster);
+    config.group_rows = static_cast<int>(std::clamp<int64_t>(pairs, 1, kGroupRows / wide.rows / kWgmmaCluster));
+  }
 }
 
 }  // namespace lk

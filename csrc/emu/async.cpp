@@ -25,11 +25,38 @@ void sync_named(int barrier, int threads, Site site) { running().sync_named(barr
 void barrier_init(uint32_t barrier, int arrivals, Site site) { running().barrier_init(barrier, arrivals, site); }
 void barrier_init_done(Site site) { running().barrier_init_done(site); }
 void barrier_arrive(uint32_t barrier, int bytes, Site site) { running().barrier_arrive(barrier, bytes, site); }
-void barrier_wait(uint32_t barrier, uint32_t parity, Site site) { running().barrier_wait(barrier, parity, site); }
+void barrier_wait(uint32_t barrier, uint32_t parity, Site site) {
+  running().barrier_wait(barrier, parity, false, site);
+}
 void fence_proxy_async(bool shared_only, Site site) { running().fence_proxy_async(shared_only, site); }
 
+uint32_t cluster_rank() { return static_cast<uint32_t>(running().cluster_rank()); }
+
+uint32_t cluster_address(uint32_t address, uint32_t rank, Site site) {
+  return running().cluster_address(address, rank, site);
+}
+
+void sync_cluster(Site site) { running().sync_cluster(site); }
+
+void store_cluster(uint32_t address, const void* source, size_t bytes, Site site) {
+  running().store_cluster(address, source, bytes, site);
+}
+
+void barrier_arrive_cluster(uint32_t barrier, bool releases, Site site) {
+  running().barrier_arrive_cluster(barrier, releases, site);
+}
+
+void barrier_wait_cluster(uint32_t barrier, uint32_t parity, Site site) {
+  running().barrier_wait(barrier, parity, true, site);
+}
+
 void load_box(uint32_t address, const BoxMap& map, int column, int row, uint32_t barrier, Site site) {
-  running().load_box(address, map, column, row, barrier, site);
+  running().load_box(address, map, column, row, barrier, 1u << running().cluster_rank(), site);
+}
+
+void load_box_cluster(uint32_t address, const BoxMap& map, int column, int row, uint32_t barrier, uint32_t ranks,
+                      Site site) {
+  running().load_box(address, map, column, row, barrier, ranks, site);
 }
 
 void store_box(const BoxMap& map, int column, int row, uint32_t address, Site site) {

@@ -6,9 +6,11 @@
 //     from its issue to a wait at its barrier, of a product's operands from its issue to the wait for its group;
 //   - an engine reads what a thread has stored and not shown by a fence (global memory: and the reader has not fenced
 //     after it learnt of the store);
+//   - another block of the cluster reaches shared memory of one that may have ended, or has not begun;
 //   - registers are used for a product without a fence, or a block ends with copies or products that nobody waited for.
-// A copy arrives only when somebody waits for it, a box is stored only when its group is waited for, and an accumulator
-// is NaN while products with it are under way.
+// Between blocks of a cluster an arrival at a barrier hands on what engines have done; what threads have done only
+// where it releases, and to who waits for the cluster. A copy arrives only when somebody waits for it, a box is stored
+// only when its group is waited for, and an accumulator is NaN while products with it are under way.
 #pragma once
 
 #include <cstdint>
@@ -59,7 +61,16 @@ void barrier_arrive(uint32_t barrier, int bytes, Site site);
 void barrier_wait(uint32_t barrier, uint32_t parity, Site site);
 void fence_proxy_async(bool shared_only, Site site);
 
+uint32_t cluster_rank();
+uint32_t cluster_address(uint32_t address, uint32_t rank, Site site);
+void sync_cluster(Site site);
+void store_cluster(uint32_t address, const void* source, size_t bytes, Site site);
+void barrier_arrive_cluster(uint32_t barrier, bool releases, Site site);
+void barrier_wait_cluster(uint32_t barrier, uint32_t parity, Site site);
+
 void load_box(uint32_t address, const BoxMap& map, int column, int row, uint32_t barrier, Site site);
+void load_box_cluster(uint32_t address, const BoxMap& map, int column, int row, uint32_t barrier, uint32_t ranks,
+                      Site site);
 void store_box(const BoxMap& map, int column, int row, uint32_t address, Site site);
 void store_commit();
 void store_wait_read(int pending, Site site);

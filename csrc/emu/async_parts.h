@@ -44,6 +44,7 @@ struct MemoryBarrier {
   uint32_t initialised = 0;  // by its count
   bool is_shown = false;     // to the engines
   VectorClock known;         // who has arrived, and what they knew
+  VectorClock of_cluster;    // what threads of other blocks have released: for who waits for the cluster
   std::vector<BoxCopy> copies;
   std::vector<Thread*> waiting;
 };
@@ -84,6 +85,7 @@ struct AsyncThread {
   uint32_t products = 0;            // issued
   std::vector<uint32_t> committed;  // the last product of each group that was not waited for
   bool registers_are_fenced = false;
+  bool waits_for_cluster = false;
   std::vector<Accumulator> accumulators;
 
   uint32_t stores = 0;                       // of boxes, issued
@@ -100,6 +102,12 @@ struct AsyncBlock {
   std::map<int, NamedBarrier> named;
   std::vector<Warpgroup> warpgroups;
   int agents = 0;  // threads and engines
+
+  // In the first block of a cluster, its threads that wait for all of it.
+  std::vector<Thread*> at_cluster_barrier;
+  Site cluster_site;
+  VectorClock reached_by;  // threads of other blocks, and when they have last been here
+  VectorClock at_exit;     // what threads knew that have exited
 
   explicit AsyncBlock(size_t words_) : words(words_) {}
 };

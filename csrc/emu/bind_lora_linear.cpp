@@ -78,6 +78,7 @@ py::dict to_python(const LoraLinearConfig& c) {
   d["columns"] = tile.columns;
   d["stages"] = tile.stages;
   d["rank_tile"] = c.key.rank_tile;
+  d["cluster"] = c.key.cluster;
   d["blocks"] = c.blocks;
   d["group_rows"] = c.group_rows;
   d["counters"] = c.counters;

@@ -41,8 +41,13 @@ cudaError_t launch_lora_linear_wgmma(const LoraLinearParams& p, const LoraLinear
     const auto launch = [&]<class Launched>(std::type_identity<Launched>) {
       return run<Launched>(&lora_linear_wgmma_kernel<Launched>, true, config.blocks, params, memory, stream);
     };
-    using Frozen = FrozenLinearWgmma<typename Kernel::Loop>;
-    const cudaError_t error = is_frozen ? launch(std::type_identity<Frozen>{}) : launch(std::type_identity<Kernel>{});
+    options.cluster = Kernel::kCluster;
+    const auto frozen = [&] {
+      if constexpr (Kernel::kCluster == 1)
+        return launch(std::type_identity<FrozenLinearWgmma<typename Kernel::Loop>>{});
+      return cudaErrorLaunchFailure;
+    };
+    const cudaError_t error = is_frozen ? frozen() : launch(std::type_identity<Kernel>{});
     y.copy_back();
     const auto bytes = [](const void* begin, int64_t count) {
       const auto* const first = static_cast<const unsigned char*>(begin);

@@ -59,12 +59,12 @@ void Machine::check_shown(const GlobalRange& range, const Thread& t, const void*
   }
 }
 
-void Machine::load_box(uint32_t address, const BoxMap& map, int column, int row, uint32_t barrier, Site site) {
+// To the blocks of the cluster whose ranks are bits of `ranks`.
+void Machine::load_box(uint32_t address, const BoxMap& map, int column, int row, uint32_t barrier, uint32_t ranks,
+                       Site site) {
   Thread& t = *current_;
   AsyncThread& own = async_of(t, site);
   check_box(t, map, address, site);
-  MemoryBarrier& b = barrier_at(t, barrier, site);
-  if (!b.is_shown) fail(t, site, "the barrier's initialisation is not shown to the engines");
   const BoxCopy box{map, column, row, address, site};
   for_rows(box, [&](const unsigned char* source, uint32_t, int count) {
     if (count == 0) return;
@@ -74,9 +74,17 @@ void Machine::load_box(uint32_t address, const BoxMap& map, int column, int row,
     check_shown(range, t, source, bytes, site);
     report_.bytes_loaded += bytes;
   });
-  clocked_write(t, own.clock, address, bytes_of(map), b.agent, b.phases + 1, true, site);
-  std::memset(t.block->shared.data() + (address - kSharedBase), kPoison, bytes_of(map));
-  b.copies.push_back(box);
+  const auto count = static_cast<int>(t.block->cluster.size());
+  if (ranks == 0 || ranks >> count != 0) fail(t, site, concatenate("the cluster has no such blocks: ", ranks));
+  for (int rank = 0; rank < count; ++rank) {
+    if ((ranks >> rank & 1) == 0) continue;
+    Block& block = reach(t, rank, site);
+    MemoryBarrier& b = barrier_at(t, block, barrier, site);
+    if (!b.is_shown) fail(t, site, "the barrier's initialisation is not shown to the engines");
+    clocked_write(t, block, own.clock, address, bytes_of(map), b.agent, b.phases + 1, true, site);
+    std::memset(block.shared.data() + (address - kSharedBase), kPoison, bytes_of(map));
+    b.copies.push_back(box);
+  }
 }
 
 // One copy whose barrier somebody waits at. False: there is none.

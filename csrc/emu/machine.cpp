@@ -35,6 +35,9 @@ Machine::Machine(int blocks, int threads, int dynamic_shared_bytes, const std::v
       options.resident_blocks <= 0) {
     throw std::invalid_argument("a launch needs whole warps, at most 1024 threads, and a resident block");
   }
+  if (options.cluster <= 0 || blocks % options.cluster != 0 || (options.cluster > 1 && !options.by_clocks)) {
+    throw std::invalid_argument("a launch needs whole clusters, and, where these have several blocks, clocks");
+  }
   for (const Range& r : global) {
     const auto begin = reinterpret_cast<uintptr_t>(r.begin);
     if (r.bytes != 0) ranges_.push_back({begin, begin + r.bytes, {}});
@@ -63,19 +66,29 @@ void Machine::fail(const Thread& t, const Site& site, const std::string& what) c
 // ---- scheduling
 
 Report Machine::run() {
-  std::vector<int> order(block_count_);
+  const int cluster = options_.cluster, clusters = block_count_ / cluster;
+  std::vector<int> order(clusters);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random_);
   auto next = order.begin();
-  const auto start_next = [&](Block& block) {
+  const auto start_next = [&](const std::vector<Block*>& blocks) {
     if (next == order.end()) return;
-    block.index = *next++;
-    start(block);
+    const int index = *next++;
+    for (Block* block : blocks) {
+      block->index = index * cluster + block->rank;
+      start(*block);
+    }
   };
-  for (int i = 0; i < std::min(options_.resident_blocks, block_count_); ++i) {
-    blocks_.push_back(std::make_unique<Block>(threads_));
-    for (Warp& w : blocks_.back()->warps) warps_.push_back(&w);
-    start_next(*blocks_.back());
+  for (int i = 0; i < std::min(std::max(1, options_.resident_blocks / cluster), clusters); ++i) {
+    std::vector<Block*> together;
+    for (int rank = 0; rank < cluster; ++rank) {
+      blocks_.push_back(std::make_unique<Block>(threads_));
+      for (Warp& w : blocks_.back()->warps) warps_.push_back(&w);
+      blocks_.back()->rank = rank;
+      together.push_back(blocks_.back().get());
+    }
+    for (Block* block : together) block->cluster = together;
+    start_next(together);
   }
 
   int fruitless_rounds = 0;
@@ -89,7 +102,9 @@ Report Machine::run() {
       Block& block = *warp->block;
       if (block.exited == threads_) {
         block.running = false;
-        start_next(block);
+        const bool has_ended =
+            std::none_of(block.cluster.begin(), block.cluster.end(), [](Block* b) { return b->running; });
+        if (has_ended) start_next(block.cluster);
       }
     } else if (!deliver_box() && !wake(&Warp::stalled)) {
       fruitless_rounds = progress_ == progress_before ? fruitless_rounds + 1 : 0;

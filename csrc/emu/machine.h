@@ -57,6 +57,7 @@ struct Options {
   Faults faults = {};
   int first_block = 0;         // the index of the first: a launch's blocks in front of it are not run
   bool stall_release = false;  // a releasing thread stops before its store until nobody else can go on
+  int cluster = 1;             // blocks of a cluster: they start together. For launches by clocks
   bool by_clocks = false;      // order is what a clock per thread says (async.h), not block barriers
 };
 

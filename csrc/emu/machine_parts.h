@@ -20,6 +20,7 @@ namespace lk::emu {
 constexpr int kLanes = 32;
 constexpr uint32_t kAllLanes = ~0u;
 constexpr uint32_t kSharedBase = 1024;   // not 0, so that a forgotten dynamic_shared() is out of bounds
+constexpr int kRankShift = 24;           // of an address of a cluster, above the bytes that a block can have
 constexpr unsigned char kPoison = 0xFF;  // NaN in every format
 
 inline bool same_site(const Site& a, const Site& b) {
@@ -158,6 +159,8 @@ struct Block {
   std::optional<Clock> known;
   Stacks stacks;
   std::unique_ptr<AsyncBlock> async;  // null: not by clocks
+  std::vector<Block*> cluster;        // by rank
+  int rank = 0;
 
   explicit Block(int thread_count) : threads(thread_count), warps(thread_count / kLanes), stacks(thread_count) {}
 };
@@ -198,9 +201,15 @@ class Machine {
   void barrier_init(uint32_t barrier, int arrivals, Site site);
   void barrier_init_done(Site site);
   void barrier_arrive(uint32_t barrier, int bytes, Site site);
-  void barrier_wait(uint32_t barrier, uint32_t parity, Site site);
+  void barrier_wait(uint32_t barrier, uint32_t parity, bool for_cluster, Site site);
   void fence_proxy_async(bool shared_only, Site site);
-  void load_box(uint32_t address, const BoxMap& map, int column, int row, uint32_t barrier, Site site);
+  void load_box(uint32_t address, const BoxMap& map, int column, int row, uint32_t barrier, uint32_t ranks, Site site);
+
+  int cluster_rank() const { return current_->block->rank; }
+  uint32_t cluster_address(uint32_t address, uint32_t rank, Site site) const;
+  void sync_cluster(Site site);
+  void store_cluster(uint32_t address, const void* source, size_t bytes, Site site);
+  void barrier_arrive_cluster(uint32_t barrier, bool releases, Site site);
   void store_box(const BoxMap& map, int column, int row, uint32_t address, Site site);
   void store_commit();
   void store_wait_read(size_t pending, Site site);
@@ -258,10 +267,13 @@ class Machine {
   void check_under_way(const Thread& t, const ClockedWord& word, uint32_t at, const Site& site) const;
   void clocked_read(Thread& t, const VectorClock& clock, uint32_t address, size_t bytes, int agent, uint32_t count,
                     bool by_engine, Site site);
-  void clocked_write(Thread& t, const VectorClock& clock, uint32_t address, size_t bytes, int agent, uint32_t count,
-                     bool by_engine, Site site);
+  void clocked_write(Thread& t, Block& block, const VectorClock& clock, uint32_t address, size_t bytes, int agent,
+                     uint32_t count, bool by_engine, Site site);
   void check_shown(const GlobalRange& range, const Thread& t, const void* p, size_t bytes, const Site& site) const;
-  MemoryBarrier& barrier_at(const Thread& t, uint32_t address, const Site& site) const;
+  MemoryBarrier& barrier_at(const Thread& t, const Block& block, uint32_t address, const Site& site) const;
+  void count_arrival(Thread& t, MemoryBarrier& barrier);
+  Block& reach(Thread& t, int rank, const Site& site) const;
+  Block& block_of(Thread& t, uint32_t& cluster_address, const Site& site) const;
   void arrive(MemoryBarrier& barrier);
   bool deliver_box();
   void deliver(Block& block, MemoryBarrier& barrier);

@@ -66,7 +66,8 @@ void Machine::note_read(Thread& t, uint32_t address, size_t bytes, const Site& s
 void Machine::note_write(Thread& t, uint32_t address, size_t bytes, const Site& site) {
   if (t.async != nullptr) {
     const VectorClock& clock = t.async->clock;
-    return clocked_write(t, clock, address, bytes, t.async->agent, clock.of(t.async->agent).count, false, site);
+    return clocked_write(t, *t.block, clock, address, bytes, t.async->agent, clock.of(t.async->agent).count, false,
+                         site);
   }
   const uint32_t epoch = t.block->epoch, warp_epoch = warp_of(t).epoch;
   const int warp = t.index / kLanes;

@@ -56,10 +56,10 @@ void Machine::sync_named(int barrier, int threads, Site site) {
 
 // ---- barriers in memory
 
-MemoryBarrier& Machine::barrier_at(const Thread& t, uint32_t address, const Site& site) const {
+MemoryBarrier& Machine::barrier_at(const Thread& t, const Block& block, uint32_t address, const Site& site) const {
   check_shared(t, address, 8, 8, site);
-  const auto found = t.block->async->barriers.find(address);
-  if (found == t.block->async->barriers.end()) fail(t, site, concatenate("there is no barrier at address ", address));
+  const auto found = block.async->barriers.find(address);
+  if (found == block.async->barriers.end()) fail(t, site, concatenate("there is no barrier at address ", address));
   MemoryBarrier& b = found->second;
   if (t.async->clock.of(b.initialiser).count < b.initialised) {
     fail(t, site, concatenate("the barrier at address ", address, " may not be initialised yet"));
@@ -91,7 +91,10 @@ void Machine::arrive(MemoryBarrier& b) {
   if (b.pending > 0 || b.bytes != 0) return;
   b.pending = b.arrivals;
   b.known.at(b.agent).count = ++b.phases;
-  for (Thread* t : b.waiting) t->async->clock.join(b.known);
+  for (Thread* t : b.waiting) {
+    t->async->clock.join(b.known);
+    if (t->async->waits_for_cluster) t->async->clock.join(b.of_cluster);
+  }
   release(b.waiting);
   ++progress_;
 }
@@ -100,27 +103,32 @@ void Machine::arrive(MemoryBarrier& b) {
 void Machine::barrier_arrive(uint32_t address, int bytes, Site site) {
   if (is_dropped(report_.arrival_sites, arrival_sites_, options_.faults.drop_arrival, site)) return;
   Thread& t = *current_;
-  AsyncThread& own = async_of(t, site);
-  MemoryBarrier& b = barrier_at(t, address, site);
+  MemoryBarrier& b = barrier_at(t, *t.block, address, site);
   if (b.pending == 0) fail(t, site, concatenate("one arrival too many at the barrier at address ", address));
-  --b.pending;
   if (!options_.faults.ignore_expected_bytes) b.bytes += bytes;
-  b.known.join(own.clock);
-  own.step();
+  b.known.join(async_of(t, site).clock);
+  count_arrival(t, b);
+}
+
+void Machine::count_arrival(Thread& t, MemoryBarrier& b) {
+  --b.pending;
+  t.async->step();
   arrive(b);
 }
 
 // Until the phase of this parity is complete. Copies arrive only now.
-void Machine::barrier_wait(uint32_t address, uint32_t parity, Site site) {
+void Machine::barrier_wait(uint32_t address, uint32_t parity, bool for_cluster, Site site) {
   if (is_dropped(report_.barrier_wait_sites, barrier_wait_sites_, options_.faults.drop_barrier_wait, site)) return;
   Thread& t = *current_;
-  async_of(t, site);
-  MemoryBarrier& b = barrier_at(t, address, site);
+  AsyncThread& own = async_of(t, site);
+  MemoryBarrier& b = barrier_at(t, *t.block, address, site);
   if ((b.phases & 1) == parity) {
+    own.waits_for_cluster = for_cluster;
     b.waiting.push_back(&t);
     wait(nullptr, "waiting at a barrier in memory", site);
   } else {
-    t.async->clock.join(b.known);
+    own.clock.join(b.known);
+    if (for_cluster) own.clock.join(b.of_cluster);
   }
 }
 
@@ -134,6 +142,81 @@ void Machine::fence_proxy_async(bool shared_only, Site site) {
     own.at_fence = own.clock;
   }
   own.step();
+}
+
+// ---- clusters
+
+uint32_t Machine::cluster_address(uint32_t address, uint32_t rank, Site site) const {
+  const Thread& t = *current_;
+  if (rank >= t.block->cluster.size()) fail(t, site, concatenate("the cluster has no block of rank ", rank));
+  return address | (rank + 1) << kRankShift;
+}
+
+// The block of this rank, which the thread is about to touch.
+Block& Machine::reach(Thread& t, int rank, const Site& site) const {
+  Block& block = *t.block->cluster[static_cast<size_t>(rank)];
+  if (!block.running)
+    fail(t, site, concatenate("the block of rank ", rank, " has ended, and its shared memory with it"));
+  AsyncThread& own = async_of(t, site);
+  if (&block != t.block) block.async->reached_by.at(own.agent).count = own.clock.of(own.agent).count;
+  return block;
+}
+
+// Whose address it is; it becomes the block's own.
+Block& Machine::block_of(Thread& t, uint32_t& address, const Site& site) const {
+  const uint32_t rank = (address >> kRankShift) - 1;
+  if (rank >= t.block->cluster.size()) fail(t, site, concatenate(address, " is no address of the cluster"));
+  address &= (1u << kRankShift) - 1;
+  return reach(t, static_cast<int>(rank), site);
+}
+
+void Machine::sync_cluster(Site site) {
+  if (is_dropped(report_.barrier_sites, barrier_sites_, options_.faults.drop_barrier, site)) return;
+  Thread& t = *current_;
+  async_of(t, site);
+  const std::vector<Block*>& blocks = t.block->cluster;
+  AsyncBlock& first = *blocks.front()->async;
+  std::vector<Thread*>& waiting = first.at_cluster_barrier;
+  if (waiting.empty()) {
+    first.cluster_site = site;
+  } else if (!same_site(first.cluster_site, site)) {
+    fail(t, site, "sync_cluster, while others are at the one of " + text_of(first.cluster_site));
+  }
+  for (const Block* block : blocks) {
+    if (block->exited != 0) fail(t, site, "sync_cluster waits for threads that have exited");
+  }
+  waiting.push_back(&t);
+  if (waiting.size() < blocks.size() * static_cast<size_t>(threads_)) return wait(nullptr, "in sync_cluster", site);
+  meet(waiting);
+  release(waiting);
+  ++progress_;
+  ++report_.barriers;
+  yield();
+}
+
+void Machine::store_cluster(uint32_t address, const void* source, size_t bytes, Site site) {
+  Thread& t = *current_;
+  const VectorClock& clock = async_of(t, site).clock;
+  Block& block = block_of(t, address, site);
+  check_shared(t, address, bytes, bytes, site);
+  clocked_write(t, block, clock, address, bytes, t.async->agent, clock.of(t.async->agent).count, false, site);
+  std::memcpy(block.shared.data() + (address - kSharedBase), source, bytes);
+}
+
+void Machine::barrier_arrive_cluster(uint32_t address, bool releases, Site site) {
+  if (is_dropped(report_.arrival_sites, arrival_sites_, options_.faults.drop_arrival, site)) return;
+  Thread& t = *current_;
+  const Block& block = block_of(t, address, site);
+  MemoryBarrier& b = barrier_at(t, block, address, site);
+  if (b.pending == 0) fail(t, site, concatenate("one arrival too many at the barrier at address ", address));
+  const VectorClock& clock = t.async->clock;
+  if (&block == t.block) {
+    b.known.join(clock);
+  } else {
+    b.known.join_engines(clock, threads_);
+    if (releases) b.of_cluster.join(clock);
+  }
+  count_arrival(t, b);
 }
 
 // ---- words of shared memory
@@ -178,9 +261,9 @@ void Machine::clocked_read(Thread& t, const VectorClock& clock, uint32_t address
   });
 }
 
-void Machine::clocked_write(Thread& t, const VectorClock& clock, uint32_t address, size_t bytes, int agent,
-                            uint32_t count, bool by_engine, Site site) {
-  for_clocked_words(*t.block, address, bytes, [&](ClockedWord& word, uint32_t at) {
+void Machine::clocked_write(Thread& t, Block& block, const VectorClock& clock, uint32_t address, size_t bytes,
+                            int agent, uint32_t count, bool by_engine, Site site) {
+  for_clocked_words(block, address, bytes, [&](ClockedWord& word, uint32_t at) {
     check_under_way(t, word, at, site);
     if (word.writer >= 0 && clock.of(word.writer).count < word.write_count) {
       fail(t, site,
@@ -209,6 +292,15 @@ void Machine::finish_thread(Thread& t) {
   if (!own.accumulators.empty()) fail(t, t.site, "exits with products under way");
   if (!own.groups.empty() || !own.open_stores.empty()) {
     fail(t, t.site, "exits with boxes that are not stored yet: their shared memory ends with the block");
+  }
+  AsyncBlock& block = *t.block->async;
+  if (!t.block->cluster.front()->async->at_cluster_barrier.empty()) {
+    fail(t, t.site, "exits while others of the cluster are in sync_cluster");
+  }
+  if (t.block->cluster.size() == 1) return;
+  block.at_exit.join(own.clock);
+  if (t.block->exited + 1 == threads_ && !block.at_exit.covers(block.reached_by)) {
+    fail(t, t.site, "the block ends while another one of the cluster may still reach its shared memory");
   }
 }
 

@@ -23,8 +23,8 @@ void require(bool condition, const std::string& what) {
 }
 
 // f(seed) must be stopped by an error that says one of these, whatever the seed.
-template <class F>
-void require_caught(const std::string& message, const F& f, const std::string& other = "") {
+template <class F, class... Others>
+void require_caught(const std::string& message, const F& f, const Others&... others) {
   for (uint64_t seed = 0; seed < kSeeds; ++seed) {
     std::string error = "nothing";
     try {
@@ -32,7 +32,7 @@ void require_caught(const std::string& message, const F& f, const std::string& o
     } catch (const std::runtime_error& e) {
       error = e.what();
     }
-    if (!other.empty() && error.find(other) != std::string::npos) continue;
+    if (((error.find(others) != std::string::npos) || ...)) continue;
     require(error.find(message) != std::string::npos, "expected \"" + message + "\", got \"" + error + "\"");
   }
 }
@@ -112,7 +112,8 @@ void hand_on(const emu::Options& options, bool waits_for_empty = true, bool sync
 void test_barriers_order_warps() {
   require_right([](uint64_t seed) { hand_on(by_clocks(seed)); });
   // Who reads may also miss two phases, and wait for ever.
-  require_caught("shared-memory race", [](uint64_t seed) { hand_on(by_clocks(seed), false); }, "deadlock");
+  require_caught(
+      "shared-memory race", [](uint64_t seed) { hand_on(by_clocks(seed), false); }, "deadlock");
   require_caught("shared-memory race", [](uint64_t seed) { hand_on(by_clocks(seed), true, false); });
   require_caught("deadlock", [](uint64_t seed) { hand_on(by_clocks(seed, {.drop_arrival = 1})); });
 }
@@ -198,7 +199,8 @@ void through_shared(const emu::Options& options, const Steps& steps = {}) {
 void test_boxes() {
   require_right([](uint64_t seed) { through_shared(by_clocks(seed)); });
   // Or it reads before the copy is issued, what is there then.
-  require_caught("is under way", [](uint64_t seed) { through_shared(by_clocks(seed), {.waits = false}); }, kWrongBox);
+  require_caught(
+      "is under way", [](uint64_t seed) { through_shared(by_clocks(seed), {.waits = false}); }, kWrongBox);
   require_caught("not shown by a fence", [](uint64_t seed) { through_shared(by_clocks(seed), {.fences = false}); });
   require_caught("not stored yet", [](uint64_t seed) { through_shared(by_clocks(seed), {.waits_for_store = false}); });
   require_caught("deadlock", [](uint64_t seed) { through_shared(by_clocks(seed), {.expects_all = false}); });
@@ -261,6 +263,107 @@ void test_fences_between_blocks() {
   require_right([&](uint64_t seed) { run(seed, true, true); });
   require_caught("not shown by a fence", [&](uint64_t seed) { run(seed, false, true); });
   require_caught("without a fence since", [&](uint64_t seed) { run(seed, true, false); });
+}
+
+// --------------------------------------------------------------------------------------------------- clusters
+
+emu::Options in_cluster(uint64_t seed, const emu::Faults& faults = {}) {
+  emu::Options options = by_clocks(seed, faults);
+  options.cluster = 2;
+  return options;
+}
+
+// Block 0 stores a word in block 1, several times, and says so. What a wrong one does instead.
+enum class Wrong { kNothing, kArrivesWithoutRelease, kWaitsForItsBlock, kForgetsEmpty, kOwnAddress };
+void tell_other_block(const emu::Options& options, Wrong wrong = Wrong::kNothing) {
+  constexpr uint32_t kRounds = 3, kOther = 1;
+  emu::launch(4, 32, 64, {}, options, [&] {
+    const uint32_t word = dynamic_shared(), full = word + 16, empty = full + kBytesBarrier;
+    if (thread_index() == 0) {
+      barrier_init(full, 1);
+      barrier_init(empty, 1);
+      barrier_init_done();
+    }
+    sync_cluster();
+    for (uint32_t round = 0; thread_index() == 0 && round < kRounds; ++round) {
+      if (cluster_rank() == 0) {
+        if (wrong != Wrong::kForgetsEmpty) barrier_wait_cluster(empty, (round & 1) ^ 1);
+        store_cluster_4(wrong == Wrong::kOwnAddress ? word : cluster_address(word, kOther), round);
+        const uint32_t there = cluster_address(full, kOther);
+        wrong == Wrong::kArrivesWithoutRelease ? barrier_arrive_cluster(there) : barrier_release_cluster(there);
+      } else {
+        wrong == Wrong::kWaitsForItsBlock ? barrier_wait(full, round & 1) : barrier_wait_cluster(full, round & 1);
+        const uint32_t told = load_shared_4(word);
+        require(wrong == Wrong::kForgetsEmpty || told == round, "wrong word of another block");
+        barrier_release_cluster(cluster_address(empty, 0));
+      }
+    }
+    sync_warp();
+    sync_cluster();
+  });
+}
+
+void test_clusters() {
+  require_right([](uint64_t seed) { tell_other_block(in_cluster(seed)); });
+  for (const Wrong wrong : {Wrong::kArrivesWithoutRelease, Wrong::kWaitsForItsBlock}) {
+    require_caught("is not ordered before", [&](uint64_t seed) { tell_other_block(in_cluster(seed), wrong); });
+  }
+  require_caught(
+      "is not ordered before", [](uint64_t seed) { tell_other_block(in_cluster(seed), Wrong::kForgetsEmpty); },
+      "may still be read", "deadlock");  // a phase that is missed
+  require_caught("no address of the cluster",
+                 [](uint64_t seed) { tell_other_block(in_cluster(seed), Wrong::kOwnAddress); });
+  // Who is told may already wait, where nobody has a barrier yet.
+  require_caught(
+      "may not be initialised yet", [](uint64_t seed) { tell_other_block(in_cluster(seed, {.drop_barrier = 0})); },
+      "there is no barrier");
+  require_caught(
+      "may still reach its shared memory",
+      [](uint64_t seed) { tell_other_block(in_cluster(seed, {.drop_barrier = 1})); }, "has ended");
+}
+
+// Each block has one half of a box copied to both, twice through the same place. Its threads look at all of it.
+void share_boxes(const emu::Options& options, bool waits_for_both = true, bool expects_both = true) {
+  constexpr int kHalf = 8, kBytesHalf = kHalf * kRowBytes;
+  const std::vector<uint16_t> matrix = random_matrix(4 * kHalf, 4);
+  const TensorMap map = map_of(matrix, kHalf);
+  const auto report = emu::launch(2, 64, 4096, {range_of(matrix)}, options, [&] {
+    const uint32_t box = dynamic_shared(), full = box + 2048, empty = full + kBytesBarrier, rank = cluster_rank();
+    if (thread_index() == 0) {
+      barrier_init(full, 1);
+      barrier_init(empty, waits_for_both ? 2 * 32 : 32);
+      barrier_init_done();
+    }
+    sync_cluster();
+    for (int round = 0; round < 2; ++round) {
+      if (thread_index() == 0) {
+        barrier_wait_cluster(empty, static_cast<uint32_t>(round ^ 1));
+        barrier_arrive_expecting(full, expects_both ? 2 * kBytesHalf : kBytesHalf);
+        const int half = static_cast<int>(rank) * kHalf;
+        load_box_cluster(box + static_cast<uint32_t>(half * kRowBytes), &map, 0, round * 2 * kHalf + half, full, 3);
+      } else if (thread_index() >= 32) {
+        barrier_wait(full, static_cast<uint32_t>(round));
+        const int row = thread_index() % 32 / 2, column = thread_index() % 2 * 2;
+        const bool is_right =
+            load_shared_4(place(box, row, column)) == word_of(matrix, round * 2 * kHalf + row, column);
+        if (!is_right) throw std::runtime_error(kWrongBox);
+        for (uint32_t other = 0; other < 2; ++other) {
+          if (waits_for_both || other == rank) barrier_release_cluster(cluster_address(empty, other));
+        }
+      }
+    }
+    sync_warp();
+    sync_cluster();
+  });
+  require(report.bytes_loaded == 4 * kBytesHalf, "a box that comes to both blocks is read once");
+}
+
+void test_shared_boxes() {
+  require_right([](uint64_t seed) { share_boxes(in_cluster(seed)); });
+  require_caught(
+      "overwrites address", [](uint64_t seed) { share_boxes(in_cluster(seed), false); }, "is under way");
+  require_caught(
+      "is under way", [](uint64_t seed) { share_boxes(in_cluster(seed), true, false); }, "deadlock", kWrongBox);
 }
 
 // ------------------------------------------------------------------------------------------------- warpgroups
@@ -356,6 +459,8 @@ void selftest_async() {
   test_boxes();
   test_a_staging_tile_in_use();
   test_fences_between_blocks();
+  test_clusters();
+  test_shared_boxes();
   test_products();
   test_store_matrix();
 }

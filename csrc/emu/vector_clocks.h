@@ -48,6 +48,26 @@ class VectorClock {
     }
   }
 
+  // Knows what the other one knows of engines, whose numbers follow those of so many threads.
+  void join_engines(const VectorClock& other, int threads) {
+    for (size_t b = 0; b < other.blocks_.size(); ++b) {
+      for (size_t i = static_cast<size_t>(threads); i < other.blocks_[b].size(); ++i) {
+        Done& mine = at(static_cast<int>(b) * kAgents + static_cast<int>(i));
+        mine = mine.later(other.blocks_[b][i]);
+      }
+    }
+  }
+
+  // Whether it knows as much of everybody's deeds.
+  bool covers(const VectorClock& other) const {
+    for (size_t b = 0; b < other.blocks_.size(); ++b) {
+      for (size_t i = 0; i < other.blocks_[b].size(); ++i) {
+        if (of(static_cast<int>(b) * kAgents + static_cast<int>(i)).count < other.blocks_[b][i].count) return false;
+      }
+    }
+    return true;
+  }
+
   // Knows no more than both do.
   void meet(const VectorClock& other) {
     blocks_.resize(std::min(blocks_.size(), other.blocks_.size()));

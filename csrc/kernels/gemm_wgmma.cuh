@@ -9,10 +9,15 @@
 
 namespace lk {
 
-// kTransposedW: w lies in memory as [depth, columns of y].
-template <class Element_, int kN_, bool kTransposedW>
+// kTransposedW: w lies in memory as [depth, columns of y]. kCluster: blocks of a cluster, which work on the same
+// columns of y at the same time. Each has the engine copy its part of these to all of them, over which w is read once.
+// A stage is free when all of them have given it back.
+template <class Element_, int kN_, bool kTransposedW, int kCluster = 1>
 class WgmmaLoop {
+  static_assert(kCluster == 1 || !kTransposedW);
+
  public:
+  static constexpr bool kIsClustered = kCluster > 1;
   using Element = Element_;
   using Product = Warpgroup<Element>;
   using Accumulator = float[kN_ / 2];
@@ -26,10 +31,12 @@ class WgmmaLoop {
   static constexpr int kOffsetW = kM * kRowBytes, kBytesStage = kOffsetW + kN * kRowBytes;
   static constexpr int kBytesStages = kStages * kBytesStage, kBytesBarriers = RingBarriers<kStages>::kBytes;
 
-  LK_DEVICE static void init(uint32_t barriers) { RingBarriers<kStages>::init(barriers, 1, kProductWarps); }
+  LK_DEVICE static void init(uint32_t barriers) { RingBarriers<kStages>::init(barriers, 1, kCluster * kProductWarps); }
 
   // A side's position in the ring.
-  LK_DEVICE WgmmaLoop(uint32_t stages, uint32_t barriers) : stages_(stages), barriers_(barriers) {}
+  LK_DEVICE WgmmaLoop(uint32_t stages, uint32_t barriers) : stages_(stages), barriers_(barriers) {
+    if constexpr (kIsClustered) given_back_at_ = cluster_address(barriers, thread_index() % kCluster);
+  }
 
   LK_DEVICE uint32_t stage() const { return stages_ + ring_.slot() * kBytesStage; }
 
@@ -38,7 +45,7 @@ class WgmmaLoop {
   // fill(stage, barrier) of a stage that all have left, for so many bytes of copies that count at the barrier.
   template <class Fill>
   LK_DEVICE void fill_stage(int bytes, const Fill& fill) {
-    barrier_wait(empty(ring_.slot()), ring_.empty_parity());
+    barrier_wait(empty(barriers_, ring_.slot()), ring_.empty_parity());
     barrier_arrive_expecting(full(), bytes);
     fill(stage(), full());
     ring_.advance();
@@ -51,6 +58,10 @@ class WgmmaLoop {
       for (int i = 0; i < kN / kPanelColumns; ++i) {
         load_box(stage + kOffsetW + i * kBytesPanel, map, column + i * kPanelColumns, k, barrier);
       }
+    } else if constexpr (kIsClustered) {
+      const int part = static_cast<int>(cluster_rank()) * (kN / kCluster);
+      load_box_cluster(stage + kOffsetW + static_cast<uint32_t>(part * kRowBytes), map, k, column + part, barrier,
+                       (1u << kCluster) - 1);
     } else {
       load_box(stage + kOffsetW, map, k, column, barrier);
     }
@@ -109,13 +120,21 @@ class WgmmaLoop {
   static constexpr int kEightRows = 8 * kRowBytes;
 
   LK_DEVICE uint32_t full() const { return RingBarriers<kStages>::full(barriers_, ring_.slot()); }
-  LK_DEVICE uint32_t empty(uint32_t slot) const { return RingBarriers<kStages>::empty(barriers_, slot); }
+  LK_DEVICE static uint32_t empty(uint32_t barriers, uint32_t slot) {
+    return RingBarriers<kStages>::empty(barriers, slot);
+  }
 
+  // In a cluster by one lane per block, to all who may load to here.
   LK_DEVICE void give_back(uint32_t slot) const {
-    if (thread_index() % kWarp == 0) barrier_arrive(empty(slot));
+    if constexpr (kIsClustered) {
+      if (thread_index() % kWarp < kCluster) barrier_arrive_cluster(empty(given_back_at_, slot));
+    } else {
+      if (thread_index() % kWarp == 0) barrier_arrive(empty(barriers_, slot));
+    }
   }
 
   uint32_t stages_, barriers_;
+  uint32_t given_back_at_ = 0;  // barriers of the block that this lane tells
   Ring<kStages> ring_;
 };
 

@@ -13,12 +13,17 @@
 //   the ring fills with the next tile. In the gradient of x, which drops nothing on the way to s', they also compute
 //   that, in tiles of its own, and parts of dB while they have dY (grad_s_tile.cuh).
 //
+// A forward may run in clusters of two blocks, which take tiles of the same columns of y, one block of rows below the
+// other: w and b come from memory once for both (WgmmaLoop). One of them draws tickets of such pairs, and tells the
+// other. Where the last pair has one block of rows, the other one works on zeros, of which nothing is stored.
+//
 // No deadlock, whatever the order the blocks start in. In the forward a tile waits for slabs alone, and whoever waits
 // has warps that go on drawing slabs until none are left. In the gradient of x it waits for tiles of lower tickets,
 // which belong to blocks that are running or done.
 #pragma once
 
 #include "../params/lora_linear_wgmma.h"
+#include "cluster_tickets.cuh"
 #include "gemm_wgmma.cuh"
 #include "grad_s_tile.cuh"
 #include "rounded_adapters.cuh"
@@ -29,16 +34,20 @@
 namespace lk {
 
 // kRankTile: columns of s that a warp computes at a time; of the gradient of x, whether there are more than 16 ranks.
-template <class Element_, int kN_, int kRankTile_, bool kGradX = false>
+// kCluster_: blocks of a cluster.
+template <class Element_, int kN_, int kRankTile_, bool kGradX = false, int kCluster_ = 1>
 struct LoraLinearWgmma {
   using Element = Element_;
   using Params = LoraWgmmaParams;
-  using Loop = WgmmaLoop<Element, kN_, kGradX>;
+  static constexpr int kCluster = kCluster_;
+  static_assert(kCluster == 1 || (kCluster == 2 && !kGradX));
+  using Loop = WgmmaLoop<Element, kN_, kGradX, kCluster>;
   static constexpr int kM = Loop::kM, kN = kN_, kDepth = Loop::kDepth, kStages = Loop::kStages;
   static constexpr int kRankTile = kRankTile_, kThreads = (1 + Loop::kGroups) * kWarpgroup;
 
   // Shared memory: stages, staging tiles of y (one in the place of two, where there is a mask), the mask, told work,
-  // barriers.
+  // barriers, a cluster's ticket.
+  static constexpr bool kIsClustered = Loop::kIsClustered;
   using Store = StoreBoxes<Loop, kGradX ? 1 : 2>;
   // The mask is made and kept by 128 columns: eight rows of one, which a warp reads together, lie in different banks.
   static constexpr int kKeepColumns = 128;
@@ -48,7 +57,8 @@ struct LoraLinearWgmma {
   static constexpr int kOffsetStageBarriers = kOffsetWork + ToldWork::kBytes;
   static constexpr int kOffsetKeepBarriers = kOffsetStageBarriers + Loop::kBytesBarriers;
   static constexpr int kOffsetSavedBarrier = kOffsetKeepBarriers + (kGradX ? RingBarriers<1>::kBytes : 0);
-  static constexpr int kSharedBytes = kOffsetSavedBarrier + (kGradX ? kBytesBarrier : 0);
+  static constexpr int kOffsetTickets = kOffsetSavedBarrier + (kGradX ? kBytesBarrier : 0);
+  static constexpr int kSharedBytes = kOffsetTickets + (kIsClustered ? ClusterTickets::kBytes : 0);
 
   // Of the registers that the launch gives to every thread, who loads leaves most to who multiplies.
   static constexpr int kLaunchRegisters = 168;
@@ -65,9 +75,14 @@ struct LoraLinearWgmma {
         RingBarriers<1>::init(smem + kOffsetKeepBarriers, kSideWarps, kProductWarps);
         barrier_init(smem + kOffsetSavedBarrier, 1);
       }
+      if constexpr (kIsClustered) ClusterTickets::init(smem + kOffsetTickets);
       barrier_init_done();
     }
-    sync_block();
+    if constexpr (kIsClustered) {
+      sync_cluster();
+    } else {
+      sync_block();
+    }
     const int warp = static_cast<int>(broadcast(static_cast<uint32_t>(thread_index() / kWarp)));
     if (warp <= kSideWarps) {
       release_registers<kLoaderRegisters>();
@@ -86,6 +101,10 @@ struct LoraLinearWgmma {
     } else {
       claim_registers<kProductRegisters>();
       compute_tiles(p, smem, warp / (kWarpgroup / kWarp) - 1);
+    }
+    if constexpr (kIsClustered) {
+      sync_warp();     // its lanes may have had parts of their own
+      sync_cluster();  // nobody arrives at barriers of a block that has ended
     }
   }
 
@@ -107,28 +126,49 @@ struct LoraLinearWgmma {
 
   // ---------------------------------------------------------------------------------------------- the one who loads
 
-  LK_DEVICE static int draw_ticket(const LoraLinearParams& p) {
-    return static_cast<int>(atomic_add(p.counters + kTicketCounter, 1));
-  }
+  // Of tiles; in a cluster, of as many at a time as it has blocks, one below the other.
+  class Tickets {
+   public:
+    LK_DEVICE Tickets(const LoraLinearParams& p, uint32_t smem)
+        : p_(p), of_cluster_(smem + kOffsetTickets, p.counters) {}
+
+    LK_DEVICE int next() {
+      if constexpr (kIsClustered) return of_cluster_.next();
+      return static_cast<int>(atomic_add(p_.counters + kTicketCounter, 1));
+    }
+
+    // This block's.
+    LK_DEVICE static WorkItem work_of(int ticket, int row_blocks, int shrink_columns, int columns, int group_rows) {
+      WorkItem work = work_of_ticket(ticket, row_blocks, shrink_columns, columns, group_rows);
+      if constexpr (kIsClustered) work.row = work.row * kCluster + static_cast<int>(cluster_rank());
+      return work;
+    }
+
+   private:
+    const LoraLinearParams& p_;
+    ClusterTickets of_cluster_;
+  };
 
   LK_DEVICE static void load_tiles(const Params& p, uint32_t smem) {
     const LoraLinearParams& lora = p.lora;
-    const int row_blocks = ceil_div(lora.m, kM), columns = ceil_div(lora.n, kN), depths = ceil_div(lora.k, kDepth);
+    const int row_blocks = ceil_div(lora.m, kM * kCluster), columns = ceil_div(lora.n, kN),
+              depths = ceil_div(lora.k, kDepth);
     const int shrink_columns = kGradX ? ceil_div(lora.rank, kColumnsOfGradS) : 0;
     const Adapters adapters = adapters_of(p);
     for (const TensorMap* map : {&p.x, &p.w, &p.s, &p.b, &p.y}) prefetch_map(map);
     Loop loop = loop_of(smem);
     ToldWork told(smem + kOffsetWork);
-    int ticket = draw_ticket(lora);
+    Tickets tickets(lora, smem);
+    int ticket = tickets.next();
     LK_NO_UNROLL
     while (ticket < row_blocks * (shrink_columns + columns)) {
-      const WorkItem work = work_of_ticket(ticket, row_blocks, shrink_columns, columns, lora.group_rows);
+      const WorkItem work = Tickets::work_of(ticket, row_blocks, shrink_columns, columns, lora.group_rows);
       told.tell(work);
       const bool is_shrink = kGradX && work.is_shrink;
       if (is_shrink) adapters.wait();
       LK_NO_UNROLL
       for (int t = 0; t < depths; ++t) {
-        if (t == depths - 1) ticket = draw_ticket(lora);  // its way is hidden behind a full ring
+        if (t == depths - 1) ticket = tickets.next();  // its way is hidden behind a full ring
         loop.fill_stage(is_shrink ? Loop::kOffsetW + GradS::kBytesFactor : Loop::kBytesStage,
                         [&](uint32_t stage, uint32_t barrier) {
                           load_box(stage, &p.x, t * kDepth, work.row * kM, barrier);
@@ -154,6 +194,7 @@ struct LoraLinearWgmma {
   }
 
   LK_DEVICE static void wait_for_s(const LoraLinearParams& p, int row) {
+    if (kIsClustered && row * kM >= p.m) return;  // rows that are not there have no flag
     const uint32_t expected =
         kGradX ? static_cast<uint32_t>(GradS::kArrivals * ceil_div(p.rank, kColumnsOfGradS)) : Slabs::expected(p, row);
     while (load_acquire(p.counters + kFirstFlag + row) != expected) pause();

@@ -22,11 +22,11 @@ lora_linear_wgmma_kernel(const LK_GRID_CONSTANT LoraWgmmaParams p) {
 
 #undef LK_GRID_CONSTANT
 
-template <class Element, LoraRole kRole, LoraTile kTile, int kRankTile>
+template <class Element, LoraRole kRole, LoraTile kTile, int kRankTile, int kCluster = 1>
 struct LoraWgmmaVariant
-    : Variant<LoraKey{kRole, Schedule::kWgmma, kTile, kRankTile, Access::kWhole},
-              LoraLinearWgmma<Element, tile_shape(kTile).columns, kRankTile, kRole == LoraRole::kGradX>> {
-  using Kernel = LoraLinearWgmma<Element, tile_shape(kTile).columns, kRankTile, kRole == LoraRole::kGradX>;
+    : Variant<LoraKey{kRole, Schedule::kWgmma, kTile, kRankTile, Access::kWhole, kCluster},
+              LoraLinearWgmma<Element, tile_shape(kTile).columns, kRankTile, kRole == LoraRole::kGradX, kCluster>> {
+  using Kernel = typename LoraWgmmaVariant::Variant::Kernel;
   static_assert(Kernel::kM == tile_shape(kTile).rows && Kernel::kStages == tile_shape(kTile).stages);
   static_assert(Kernel::kDepth == tile_shape(kTile).depth(2) && Kernel::kSharedBytes <= kWgmmaSharedBytes);
 };
@@ -38,7 +38,12 @@ using LoraWgmmaVariants = VariantList<LoraWgmmaVariant<Element, kRole, LoraTile:
                                       LoraWgmmaVariant<Element, kRole, LoraTile::kNarrowWgmma, 48>>;
 
 template <class Element>
-using AllLoraWgmmaVariants =
-    Concat<LoraWgmmaVariants<Element, LoraRole::kForward>, LoraWgmmaVariants<Element, LoraRole::kGradX>>;
+using LoraWgmmaClusterVariants =
+    VariantList<LoraWgmmaVariant<Element, LoraRole::kForward, LoraTile::kWgmma, 16, kWgmmaCluster>,
+                LoraWgmmaVariant<Element, LoraRole::kForward, LoraTile::kWgmma, 48, kWgmmaCluster>>;
+
+template <class Element>
+using AllLoraWgmmaVariants = Concat<LoraWgmmaVariants<Element, LoraRole::kForward>,
+                                    LoraWgmmaVariants<Element, LoraRole::kGradX>, LoraWgmmaClusterVariants<Element>>;
 
 }  // namespace lk

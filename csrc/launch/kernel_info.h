@@ -12,6 +12,7 @@ struct KernelInfo {
   std::string name;  // mangled
   int threads;
   int shared_bytes;  // dynamic
+  int cluster = 1;   // blocks of a cluster
 };
 
 }  // namespace lk

@@ -121,6 +121,7 @@ inline LoraForwardConfig lora_forward_config(const LoraProblem& p, const DeviceL
   if (wgmma.yes) {
     config.cublas = {false, wgmma.reason};
     config.launch = wgmma_config(LoraRole::kForward, p.m(), p.n(), p.k(), p.rank(), p.adapters_are_wider(), device);
+    if (wanted == Wanted::kWgmmaClusters) plan_clusters(p.m(), p.n(), device, config.launch);
     return config;
   }
   config.cublas =
@@ -190,6 +191,7 @@ inline LoraBackwardConfig lora_backward_config(const LoraBackwardProblem& p, con
     LoraBackwardConfig config{};
     config.cublas = {false, wgmma.reason};
     config.grad_x = wgmma_config(LoraRole::kGradX, f.m(), f.k(), f.n(), f.rank(), f.adapters_are_wider(), device);
+    if (wanted == Wanted::kWgmmaClusters) plan_clusters(f.m(), f.k(), device, config.grad_x);
     plan_parts_of_grad_b(f.m(), f.n(), p.need_b, config);
     config.grads = lora_grads_config(f.m(), p.need_b ? f.n() : 0, p.need_a ? f.k() : 0, f.rank(),
                                      config.parts_of_grad_b, access, device);

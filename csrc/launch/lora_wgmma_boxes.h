@@ -46,10 +46,12 @@ inline std::vector<Boxes> wgmma_boxes(const LoraLinearParams& p, const LoraKey& 
     }
     return boxes;
   }
+  const int columns = tile.columns / key.cluster;  // which one block copies, to all of its cluster
+  const char* const of_tile = key.cluster == 1 ? "columns of the tile" : "half of the tile's columns, to both blocks";
   return {x,
-          {"w", p.w, p.n, p.k, p.w_stride, tile.columns, &LoraWgmmaParams::w, "columns of the tile"},
+          {"w", p.w, p.n, p.k, p.w_stride, columns, &LoraWgmmaParams::w, of_tile},
           s,
-          {"b", p.b, p.n, p.rank, p.b_stride, tile.columns, &LoraWgmmaParams::b, "in the place of w"},
+          {"b", p.b, p.n, p.rank, p.b_stride, columns, &LoraWgmmaParams::b, "in the place of w"},
           y};
 }
 

@@ -11,6 +11,16 @@
 
 namespace lk {
 
+// Blocks of a cluster.
+template <class Variant>
+constexpr int cluster_of() {
+  if constexpr (requires { Variant::kCluster; }) {
+    return Variant::kCluster;
+  } else {
+    return 1;
+  }
+}
+
 template <class Variant, class Params>
 cudaError_t launch_variant(void (*kernel)(Params), int64_t blocks, const Params& p, cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
@@ -18,8 +28,22 @@ cudaError_t launch_variant(void (*kernel)(Params), int64_t blocks, const Params&
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Variant::kSharedBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), Variant::kThreads, Variant::kSharedBytes, stream>>>(p);
-  return cudaGetLastError();
+  if constexpr (cluster_of<Variant>() == 1) {
+    kernel<<<static_cast<unsigned>(blocks), Variant::kThreads, Variant::kSharedBytes, stream>>>(p);
+    return cudaGetLastError();
+  } else {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cluster_of<Variant>(), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(Variant::kThreads);
+    config.dynamicSmemBytes = Variant::kSharedBytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, p);
+  }
 }
 
 // The runtime names its kernels (cudaFuncGetName) only where there is a driver. But the Itanium ABI spells the template
@@ -43,7 +67,8 @@ KernelInfo describe_variant(const std::string& kernel) {
   const std::string argument = mangled_in_lk<Variants<Variant>>().substr(mangled_identifier("Variants").size());
   return {.name = "_ZN2lk" + mangled_identifier(kernel) + argument + "vNS_" + mangled_in_lk<Params>(),
           .threads = Variant::kThreads,
-          .shared_bytes = Variant::kSharedBytes};
+          .shared_bytes = Variant::kSharedBytes,
+          .cluster = cluster_of<Variant>()};
 }
 
 // Of the kernel with this key, and of every kernel of a list.

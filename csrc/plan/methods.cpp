@@ -53,7 +53,7 @@ PyObject* to_python(const Plan& p) {
                        "kernel", p.kernel.name.c_str(),                                    //
                        "grid", static_cast<long long>(p.blocks), 1, 1,                     //
                        "block", p.kernel.threads, 1, 1,                                    //
-                       "cluster", 1, 1, 1,                                                 //
+                       "cluster", p.kernel.cluster, 1, 1,                                  //
                        "dynamic_smem", p.kernel.shared_bytes,                              //
                        "workspace_bytes", static_cast<long long>(p.workspace_bytes),       //
                        "params", "size", static_cast<Py_ssize_t>(p.params_size),           //

@@ -34,11 +34,14 @@ TENSOR_CORES = Verdict("tensor cores", "bf16, fp16 and, where torch allows it, t
 """The schedule depends on sizes, alignment and the GPU, and is chosen when the launch is planned: see ``planned``."""
 WGMMA = "wgmma"
 """y and dX of 16 bits on a GPU of capability 9.0 alone, by kernels that have run on no GPU yet: never unasked."""
+CLUSTERS = "wgmma, clusters"
+"""The same, forwards in clusters of two blocks, which no GPU has shown to be faster."""
 _SCHEDULES = {
     "auto": TENSOR_CORES,
     "one launch": Verdict("one launch", "asked for: the product and the branch in one kernel"),
     "cublas": Verdict("cublas", "asked for: the branch by our kernels, the vendor's GEMM accumulates onto it"),
     WGMMA: Verdict(WGMMA, "asked for: wgmma on sm_90 where it fits, the rest as without asking"),
+    CLUSTERS: Verdict(CLUSTERS, "asked for: as wgmma, two blocks of a forward share what they read of the weight"),
 }
 
 _FP32_STRICT = Verdict(None, Reason.FP32_STRICT)
@@ -52,7 +55,7 @@ _ARCHITECTURE = Verdict(None, Reason.ARCHITECTURE)
 def _schedule_of_environment() -> str:
     wanted = os.environ.get("LORA_KERNELS_CUDA_SCHEDULE", "auto")
     if wanted not in _SCHEDULES:
-        raise ValueError(f"LORA_KERNELS_CUDA_SCHEDULE must be one of {', '.join(_SCHEDULES)}, got {wanted!r}")
+        raise ValueError(f"LORA_KERNELS_CUDA_SCHEDULE must be one of {'; '.join(_SCHEDULES)}, got {wanted!r}")
     return wanted
 
 
@@ -67,10 +70,11 @@ def use_schedule(name: str) -> Iterator[None]:
 
     Args:
         name: "one launch", "cublas", "wgmma" (bf16 and fp16 on a GPU of compute capability 9.0; other calls as under
-            "auto"), or "auto", which is what is expected to be fastest.
+            "auto"), "wgmma, clusters" (the same, blocks of a forward share what they read of the weight), or "auto",
+            which is what is expected to be fastest.
     """
     if name not in _SCHEDULES:
-        raise ValueError(f"name must be one of {', '.join(_SCHEDULES)}, got {name!r}")
+        raise ValueError(f"name must be one of {'; '.join(_SCHEDULES)}, got {name!r}")
     token = _schedule.set(name)
     try:
         yield

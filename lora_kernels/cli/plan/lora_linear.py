@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ...support.cuda import MAX_RANK, MAX_ROW, MAX_SIZE, WGMMA
+from ...support.cuda import CLUSTERS, MAX_RANK, MAX_ROW, MAX_SIZE, WGMMA
 from .. import _arguments as arguments
 from ._planned_ops import register
 
@@ -38,7 +38,7 @@ def sizes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_sizes(parser, 0, WGMMA)
+    add_sizes(parser, 0, WGMMA, CLUSTERS)
     parser.add_argument("--dropout", action="store_true", help="the branch drops out elements of x")
     parser.add_argument("--unaligned", action="store_true", help="rows of the tensors do not begin at 16 bytes")
 
