@@ -30,7 +30,8 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 REHEARSED = os.environ.get("LORA_KERNELS_REHEARSAL") == "1"
 DEVICE = torch.device("cpu" if REHEARSED else "cuda")
 HAS_WGMMA = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-ON_GPU = ("cuda, one launch", "cuda, cublas", *(["cuda, wgmma"] if HAS_WGMMA else []), "triton")
+_WGMMA = ("cuda, wgmma", "cuda, wgmma, clusters") if HAS_WGMMA else ()
+ON_GPU = ("cuda, one launch", "cuda, cublas", *_WGMMA, "triton")
 BACKENDS = ("cpu", "reference") if REHEARSED else ON_GPU
 """And, behind the comma, the schedule."""
 SCALING, SEED = 1.7, -987654321012345
