@@ -12,7 +12,7 @@ from . import cuda, triton, winners
 _MEASURED_TRITON = Verdict(None, Reason.MEASURED_TRITON)
 _MEASURED = {
     f"cuda, {schedule}": Verdict(schedule, "measured to be fastest")
-    for schedule in ("one launch", "cublas", cuda.WGMMA)
+    for schedule in ("one launch", "cublas", cuda.WGMMA, cuda.CLUSTERS)
 }
 
 

@@ -19,9 +19,9 @@ from .. import measured
 from ..plain import float32_products
 from . import cuda, triton
 
-_WGMMA = f"cuda, {cuda.WGMMA}"
-CANDIDATES = ("cuda, one launch", "cuda, cublas", _WGMMA, "triton")
-"""Backend and, behind the comma, its schedule."""
+_OF_SM90 = tuple(f"cuda, {schedule}" for schedule in (cuda.WGMMA, cuda.CLUSTERS))
+CANDIDATES = ("cuda, one launch", "cuda, cublas", *_OF_SM90, "triton")
+"""Backend and, behind the first comma, its schedule."""
 ENABLED = os.environ.get("LORA_KERNELS_WINNERS") == "1"
 _WHAT = "winners"
 
@@ -29,7 +29,7 @@ _WHAT = "winners"
 def candidates(device: torch.device) -> tuple[str, ...]:
     """Those that differ on a GPU: elsewhere than on a capability of 9.0, wgmma is what is taken without asking."""
     has_wgmma = cuda.capability(device) == (9, 0)
-    return tuple(name for name in CANDIDATES if has_wgmma or name != _WGMMA)
+    return tuple(name for name in CANDIDATES if has_wgmma or name not in _OF_SM90)
 
 
 def problem(
