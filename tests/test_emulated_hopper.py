@@ -91,7 +91,7 @@ def columns_of_tiles(problem, sms):
 # Rows and columns short of a tile and beyond it; k short of a stage, of a ring, and beyond; one tile of s and several,
 # and so of stages of the branch.
 AXES = dict(
-    m=(1, 130, 200, 256), n=(8, 264, 392), k=(8, 72, 328), rank=(8, 16, 48, 64, 136), name=("bf16", "fp16"),
+    m=(1, 130, 200, 256), n=(8, 264, 392), k=(8, 72, 328), rank=(8, 16, 48, 64, 72, 136, 256), name=("bf16", "fp16"),
     p=(0.0, 0.3), bias=(False, True), float_adapters=(False, True), sms=(1, 4),
 )  # fmt: skip
 CASES = covering_pairs(**AXES)
