@@ -21,7 +21,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 GPU_ARGS ?=
 WHEELS ?= cpu cuda
 WHEEL_ARGS ?=

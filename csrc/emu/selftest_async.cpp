@@ -112,8 +112,7 @@ void hand_on(const emu::Options& options, bool waits_for_empty = true, bool sync
 void test_barriers_order_warps() {
   require_right([](uint64_t seed) { hand_on(by_clocks(seed)); });
   // Who reads may also miss two phases, and wait for ever.
-  require_caught(
-      "shared-memory race", [](uint64_t seed) { hand_on(by_clocks(seed), false); }, "deadlock");
+  require_caught("shared-memory race", [](uint64_t seed) { hand_on(by_clocks(seed), false); }, "deadlock");
   require_caught("shared-memory race", [](uint64_t seed) { hand_on(by_clocks(seed), true, false); });
   require_caught("deadlock", [](uint64_t seed) { hand_on(by_clocks(seed, {.drop_arrival = 1})); });
 }
@@ -199,8 +198,7 @@ void through_shared(const emu::Options& options, const Steps& steps = {}) {
 void test_boxes() {
   require_right([](uint64_t seed) { through_shared(by_clocks(seed)); });
   // Or it reads before the copy is issued, what is there then.
-  require_caught(
-      "is under way", [](uint64_t seed) { through_shared(by_clocks(seed), {.waits = false}); }, kWrongBox);
+  require_caught("is under way", [](uint64_t seed) { through_shared(by_clocks(seed), {.waits = false}); }, kWrongBox);
   require_caught("not shown by a fence", [](uint64_t seed) { through_shared(by_clocks(seed), {.fences = false}); });
   require_caught("not stored yet", [](uint64_t seed) { through_shared(by_clocks(seed), {.waits_for_store = false}); });
   require_caught("deadlock", [](uint64_t seed) { through_shared(by_clocks(seed), {.expects_all = false}); });
@@ -360,8 +358,7 @@ void share_boxes(const emu::Options& options, bool waits_for_both = true, bool e
 
 void test_shared_boxes() {
   require_right([](uint64_t seed) { share_boxes(in_cluster(seed)); });
-  require_caught(
-      "overwrites address", [](uint64_t seed) { share_boxes(in_cluster(seed), false); }, "is under way");
+  require_caught("overwrites address", [](uint64_t seed) { share_boxes(in_cluster(seed), false); }, "is under way");
   require_caught(
       "is under way", [](uint64_t seed) { share_boxes(in_cluster(seed), true, false); }, "deadlock", kWrongBox);
 }
