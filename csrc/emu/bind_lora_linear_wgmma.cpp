@@ -43,9 +43,11 @@ cudaError_t launch_lora_linear_wgmma(const LoraLinearParams& p, const LoraLinear
     };
     options.cluster = Kernel::kCluster;
     const auto frozen = [&] {
-      if constexpr (Kernel::kCluster == 1)
+      if constexpr (Kernel::kCluster == 1) {
         return launch(std::type_identity<FrozenLinearWgmma<typename Kernel::Loop>>{});
-      return cudaErrorLaunchFailure;
+      } else {
+        return cudaErrorLaunchFailure;  // the yardstick is none of clusters
+      }
     };
     const cudaError_t error = is_frozen ? frozen() : launch(std::type_identity<Kernel>{});
     y.copy_back();

@@ -59,6 +59,16 @@ def path(text: str) -> str:
     return text
 
 
+def add_model_and_adapter(parser: argparse.ArgumentParser) -> None:
+    """What a command reads that works on an adapter and its base model."""
+    parser.add_argument(
+        "--model", required=True, type=path, metavar="DIR", help="base model: a directory, or a name on the hub"
+    )
+    parser.add_argument(
+        "--adapter", required=True, type=path, metavar="DIR", help="adapter directory, from finetune or PEFT"
+    )
+
+
 def threads(text: str) -> int:
     """CPU threads: more than a machine has processors help nobody, and far more cannot be started."""
     return integer(1, 4 * (os.cpu_count() or 1))(text)

@@ -30,16 +30,7 @@ def add_parser(commands: Any) -> None:
         description="Add an adapter to the weights of its base model (W += scaling * B A) and save a plain model, "
         "which transformers loads like any other and which runs without added latency.",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=arguments.path,
-        metavar="DIR",
-        help="base model: a directory, or a name on the hub",
-    )
-    parser.add_argument(
-        "--adapter", required=True, type=arguments.path, metavar="DIR", help="adapter directory, from finetune or PEFT"
-    )
+    arguments.add_model_and_adapter(parser)
     parser.add_argument(
         "--out", required=True, type=arguments.path, metavar="DIR", help="where to write the merged model"
     )

@@ -21,16 +21,7 @@ def add_parser(commands: Any) -> None:
         description="Load a model and its adapter with PEFT, patch it, and run every fused layer and its original on "
         "the same random rows, forward and backward. Exit status 1 if one differs or raises.",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=arguments.path,
-        metavar="DIR",
-        help="base model: a directory, or a name on the hub",
-    )
-    parser.add_argument(
-        "--adapter", required=True, type=arguments.path, metavar="DIR", help="adapter directory, from finetune or PEFT"
-    )
+    arguments.add_model_and_adapter(parser)
     parser.add_argument(
         "--rows", type=arguments.integer(1), default=8, metavar="N", help="rows of x per layer (default: %(default)s)"
     )
