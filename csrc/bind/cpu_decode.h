@@ -2,8 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 
 #include "../cpu/kernels.h"
+#include "../cpu/region_price.h"
 #include "aten.h"
 
 namespace lk {
@@ -17,16 +20,49 @@ inline Tensor as_float_rows(const Tensor& t) {
   return f.stride(1) == 1 ? f : torch::stable::contiguous(f);
 }
 
-// A parallel region costs some microseconds: a thread gets at least so many multiply-adds.
-constexpr int64_t kDecodeWork = 1 << 16;
+// A thread gets at least so many multiply-adds, and columns.
+constexpr int64_t kThreadWork = 1 << 16, kThreadColumns = 8;
 
-// Columns of y, of so many multiply-adds each, that are worth a thread.
-inline int64_t decode_grain(int64_t work) { return std::max<int64_t>(8, kDecodeWork / std::max<int64_t>(1, work)); }
+inline int64_t nanoseconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
+}
+
+// f(begin, end) over columns [0, n) of `work` multiply-adds each, divided among threads where that pays. A column must
+// not depend on where it is cut.
+template <class F>
+void for_columns(int64_t n, int64_t work, cpu::RegionPrice& price, const F& f) {
+  using Turn = cpu::RegionPrice::Turn;
+  const int64_t grain = std::max<int64_t>(kThreadColumns, kThreadWork / std::max<int64_t>(1, work));
+  const Turn turn = n > grain ? price.next() : Turn::kAsKnown;
+  if (n <= grain || (turn == Turn::kAsKnown && !price.pays(n * work))) {
+    f(0, n);
+    return;
+  }
+  if (turn != Turn::kTimed) {
+    torch::stable::parallel_for(0, n, grain, f);
+    return;
+  }
+  std::atomic<int64_t> all{0}, longest{0};
+  const auto start = std::chrono::steady_clock::now();
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    const auto own_start = std::chrono::steady_clock::now();
+    f(begin, end);
+    const int64_t own = nanoseconds_since(own_start);
+    all += own;
+    for (int64_t most = longest; most < own && !longest.compare_exchange_weak(most, own);) {
+    }
+  });
+  price.observe(nanoseconds_since(start), all, longest, n * work);
+}
+
+inline cpu::RegionPrice& decode_price() {
+  static cpu::RegionPrice price;
+  return price;
+}
 
 inline void run_decode(const LoraDecodeParams& p) {
-  const int64_t grain = decode_grain(p.rows * (p.k + p.rank));
-  torch::stable::parallel_for(0, p.n, grain,
-                              [&](int64_t begin, int64_t end) { cpu::kernels().lora_decode(p, begin, end); });
+  for_columns(p.n, p.rows * (p.k + p.rank), decode_price(),
+              [&](int64_t begin, int64_t end) { cpu::kernels().lora_decode(p, begin, end); });
 }
 
 // y = x Wᵀ, with nothing added yet; unit column strides, y contiguous.

@@ -142,7 +142,7 @@ void run_decodes(const std::vector<LoraDecodeParams>& products) {
     columns += p.n;
     work = std::max(work, p.rows * (p.k + p.rank));
   }
-  torch::stable::parallel_for(0, columns, decode_grain(work), [&](int64_t begin, int64_t end) {
+  for_columns(columns, work, decode_price(), [&](int64_t begin, int64_t end) {
     int64_t first = 0;
     for (const LoraDecodeParams& p : products) {
       const int64_t from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, p.n);

@@ -76,9 +76,14 @@ inline Tensor multiply_packed(const Tensor& x_rows, const PackedWeight& weight, 
     p.b_stride = branch->b.stride(0);
     p.rank = rank;
   }
-  torch::stable::parallel_for(0, weight.n, decode_grain(rows * (weight.k + rank)), [&](int64_t begin, int64_t end) {
-    (decodes ? kernels.decode : is_bf16 ? kernels.multiply_bf16 : kernels.multiply)(p, begin, end);
-  });
+  static cpu::RegionPrice price_decoding, price_of_bf16, price;
+  for_columns(weight.n, rows * (weight.k + rank),
+              decodes   ? price_decoding
+              : is_bf16 ? price_of_bf16
+                        : price,
+              [&](int64_t begin, int64_t end) {
+                (decodes ? kernels.decode : is_bf16 ? kernels.multiply_bf16 : kernels.multiply)(p, begin, end);
+              });
   return y;
 }
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -260,9 +261,42 @@ def without_onednn() -> Iterator[None]:
 
 
 def decode_cases(device: torch.device) -> Iterator[Case]:
-    """One token without gradients."""
+    """One token without gradients; on a CPU the small layers also beside another thread, as a server has."""
     for n, k in SIZES:
         yield make_case(device, 1, n, k, what="decode", level="decode")
+    if device.type == "cpu":
+        for n, k in SIZES[:2]:
+            case = make_case(device, 1, n, k, what="decode", level="decode")
+            yield replace(case, name=f"{case.name}, beside another thread", within=_decoding_beside_another_thread)
+
+
+@contextlib.contextmanager
+def _decoding_beside_another_thread() -> Iterator[None]:
+    with torch.no_grad(), another_team():
+        yield
+
+
+@contextlib.contextmanager
+def another_team() -> Iterator[None]:
+    """A second thread that has computed by torch and now waits, with a team of OpenMP of its own.
+
+    libgomp then has the threads of every team sleep soon after a region, and a region takes as long as waking them.
+    """
+    leave, ready = threading.Event(), threading.Event()
+
+    def compute_once() -> None:
+        torch.ones(1 << 20).add_(1)  # more than torch leaves to one thread
+        ready.set()
+        leave.wait()
+
+    thread = threading.Thread(target=compute_once)
+    thread.start()
+    ready.wait()
+    try:
+        yield
+    finally:
+        leave.set()
+        thread.join()
 
 
 def sweep_cases(device: torch.device) -> Iterator[Case]:
