@@ -27,6 +27,11 @@ WHEELS ?= cpu cuda
 WHEEL_ARGS ?=
 PTX_ARCHS ?= sm_80 sm_90 sm_120
 
+# Of what `pip install .` and wheels are built for, 10.0 and 12.0 take the longer half. Here a GPU that is that new has its own
+# machine code built, and none has not; TORCH_CUDA_ARCH_LIST in the environment decides otherwise.
+NEW_GPUS := $(filter 1%,$(sort $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null)))
+ARCHS := 8.0 9.0+PTX $(NEW_GPUS)
+
 # One stamp per requirement, so that another TORCH= in the same VENV installs that torch.
 TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 BIN    := $(VENV)/bin
@@ -52,7 +57,8 @@ $(VENV)/.packages: $(TORCH_STAMP)
 
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 	$(SAY) "building lora_kernels (CUDA too, where nvcc is found) and installing PEFT, transformers, pytest"
-	LORA_KERNELS_STRICT=1 $(PIP) install --no-build-isolation -e '.[dev]'
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(ARCHS)}" LORA_KERNELS_STRICT=1 \
+	  $(PIP) install --no-build-isolation -e '.[dev]'
 	@touch $@
 
 build: $(VENV)/.built

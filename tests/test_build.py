@@ -446,3 +446,27 @@ def test_every_built_kernel_is_in_the_table_with_its_occupancy():
     lines = KERNEL_TABLE.read_text().splitlines()[1:]
     assert {line.split(maxsplit=6)[6] for line in lines} == set(map(readable, _native.cuda.kernels()))
     assert all(int(line.split()[4]) >= 1 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "archs"), [("", "8.0 9.0+PTX"), ("8.6", "8.0 9.0+PTX"), ("12.0\n9.0\n12.0", "8.0 9.0+PTX 12.0")]
+)
+def test_make_builds_for_a_newer_gpu_that_is_there(tmp_path, gpus, archs):
+    """Kills: machine code for it left to the driver, or asked for twice where two such GPUs are."""
+    if shutil.which("make") is None or not (ROOT / "Makefile").is_file():
+        pytest.skip("needs make and a checkout")
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text(f"#!/bin/sh\nprintf '%s\\n' '{gpus}'\n")
+    listing.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}  # and nothing that `make test` hands down
+    command = ["make", "-n", "build", f"VENV={tmp_path / 'venv'}"]
+    printed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    (asked,) = re.findall(r"TORCH_CUDA_ARCH_LIST:-(.*?)}", printed)
+    assert asked.split() == archs.split()
+
+
+def test_ci_builds_for_all_that_wheels_are_for():
+    script = ROOT / ".ci" / "run"
+    if not script.is_file():
+        pytest.skip("needs a checkout")
+    assert f'TORCH_CUDA_ARCH_LIST="{setup_script.load().DEFAULT_ARCHS}" make test' in script.read_text()
