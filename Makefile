@@ -22,6 +22,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch
 PYTEST_ARGS ?= -n 2 --dist worksteal
+# Of one thread, as conftest.py has torch: those of numpy's BLAS would wait by spinning, in the other worker's core.
+PYTEST = OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 GPU_ARGS ?=
 WHEELS ?= cpu cuda
 WHEEL_ARGS ?=
@@ -67,11 +69,11 @@ build: $(VENV)/.built
 
 test: $(VENV)/.built
 	$(SAY) "running the test suite"
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST)
 
 test-full: test
 	$(SAY) "running the exhaustive tests"
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m full
+	$(PYTEST) -m full
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/demo.py

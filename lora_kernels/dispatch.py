@@ -293,10 +293,11 @@ def explain(spec: OpSpec, args: tuple) -> Choice:
 def run(spec: OpSpec, *args: Any) -> Any:
     """Chooses a backend, counts the call and computes it. No autograd: that is the caller's."""
     backend, verdict, passed = _select(spec, args)
+    counters = _counters.get()
     with _lock:
-        _served[spec.name, backend] += 1
+        counters["served"][spec.name, backend] += 1
         for _, reason in passed:
-            _fallback[spec.name, str(reason)] += 1
+            counters["fallback"][spec.name, str(reason)] += 1
     kernel = spec.kernels.get(backend)
     if kernel is not None and (
         kernel.run is None or (kernel.run_schedules and verdict.schedule not in kernel.run_schedules)
@@ -319,20 +320,28 @@ def _compute(spec: OpSpec, kernel: Any, verdict: Verdict, args: tuple) -> Any:
 # -------------------------------------------------------------------------------------------------- counters
 
 _lock = threading.Lock()
-_served: defaultdict[tuple[str, str], int] = defaultdict(int)
-_fallback: defaultdict[tuple[str, str], int] = defaultdict(int)
+Counters = dict[str, defaultdict[tuple[str, str], int]]  # what ``stats`` tells of
+
+
+def _zeros() -> Counters:
+    return {"served": defaultdict(int), "fallback": defaultdict(int)}
+
+
+_EVERYBODYS = _zeros()
+_counters: contextvars.ContextVar[Counters] = contextvars.ContextVar("lora_kernels_counters", default=_EVERYBODYS)
+"""Where this thread counts."""
 
 
 def count_fallback(op: str, reason: Reason) -> None:
     """Records that a layer ran its own forward instead of ``op``."""
     with _lock:
-        _fallback[op, str(reason)] += 1
+        _counters.get()["fallback"][op, str(reason)] += 1
 
 
 def count_served(op: str, backend: str) -> None:
     """Records a call that was computed outside ``run``."""
     with _lock:
-        _served[op, backend] += 1
+        _counters.get()["served"][op, backend] += 1
 
 
 def stats() -> dict[str, dict[tuple[str, str], int]]:
@@ -343,26 +352,29 @@ def stats() -> dict[str, dict[tuple[str, str], int]]:
         declined; reasons are the values of ``lora_kernels.Reason``.
     """
     with _lock:
-        return {"served": dict(_served), "fallback": dict(_fallback)}
+        return {name: dict(counts) for name, counts in _counters.get().items()}
 
 
 @contextlib.contextmanager
-def own_stats() -> Iterator[None]:
-    """Counters that begin at zero here and are as before afterwards: for calls that are nobody's."""
-    with _lock:
-        before = dict(_served), dict(_fallback)
-    reset_stats()
+def own_stats(counters: Counters | None = None) -> Iterator[None]:
+    """Counters of this thread's own, for calls that are nobody's; other threads count on. They begin at zero, or are
+    those of a forward whose gradients autograd forms in a thread of its own.
+    """
+    token = _counters.set(counters or _zeros())
     try:
         yield
     finally:
-        reset_stats()
-        with _lock:
-            _served.update(before[0])
-            _fallback.update(before[1])
+        _counters.reset(token)
+
+
+def own_counters() -> Counters | None:
+    """Those of ``own_stats`` here, None outside of it."""
+    counters = _counters.get()
+    return None if counters is _EVERYBODYS else counters
 
 
 def reset_stats() -> None:
     """Sets every counter of ``stats`` to zero."""
     with _lock:
-        _served.clear()
-        _fallback.clear()
+        for counts in _counters.get().values():
+            counts.clear()

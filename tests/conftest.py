@@ -1,6 +1,9 @@
 """Shared set-up: one thread per worker (the suite runs under xdist), counters at zero before each test."""
 
+import gc
+import os
 from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,6 +16,22 @@ from lora_kernels.support import cpu_product as _cpu_product
 
 def pytest_configure():
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        import quick_interpreter
+
+        quick_interpreter.install()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """True of files that have exhaustive tests alone where none is run: each worker would make tens of thousands, to
+    leave them out.
+    """
+    return True if collection_path.name.endswith("_full.py") and config.option.markexpr == "not full" else None
+
+
+def pytest_collection_finish():
+    """What was imported for the tests stays: nobody is to look through it for garbage again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -83,7 +83,7 @@ def test_wrong_results_are_not_timed(make, monkeypatch):
 
 
 def test_a_quick_run_takes_a_few_cases_and_says_what_served_them(capsys):
-    assert main(["bench", "decode", "pack", "--quick", "--threads", "1", "--device", "cpu"]) == 0
+    assert main(["bench", "decode", "pack", "--quick", "--pairs", "3", "--threads", "1", "--device", "cpu"]) == 0
     printed = capsys.readouterr()
     table, chosen = printed.out.split("chosen here:")
     assert re.findall(r"^(decode|pack): .*PEFT / fused", printed.err, re.MULTILINE) == ["decode"] * 2 + ["pack"] * 2

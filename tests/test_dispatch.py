@@ -318,6 +318,35 @@ def test_stats_lose_no_count_between_threads():
     assert lk.stats()["served"] == {("lora_linear", "cpu"): 800}
 
 
+def test_own_stats_leave_other_threads_their_counts():
+    """Kills: calls of another thread, counted with a trial's and forgotten with them."""
+    t = tensors()
+    lk.lora_linear(*t)
+    thread = threading.Thread(target=lambda: [lk.lora_linear(*t) for _ in range(3)])
+    with dispatch.own_stats():
+        assert lk.stats() == {"served": {}, "fallback": {}}
+        lk.lora_linear(*t)
+        thread.start()
+        thread.join()
+        dispatch.count_fallback("lora_linear", lk.Reason.DTYPE)
+        assert lk.stats()["served"] == {("lora_linear", "cpu"): 1}
+        lk.reset_stats()
+        dispatch.count_served("lora_linear", "cpu")
+    assert lk.stats() == {"served": {("lora_linear", "cpu"): 4}, "fallback": {}}
+
+
+def test_own_stats_have_the_gradients_that_another_thread_forms():
+    """As autograd does those of a GPU. Kills: a trial's backward that everybody finds counted."""
+    x, weight, A, B = tensors()
+    with dispatch.own_stats():
+        total = lk.lora_linear(x, weight, A.requires_grad_(), B).sum()
+        thread = threading.Thread(target=total.backward)
+        thread.start()
+        thread.join()
+        assert lk.stats()["served"] == {("lora_linear", "cpu"): 1, ("lora_linear_backward", "cpu"): 1}
+    assert lk.stats()["served"] == {}
+
+
 @pytest.mark.parametrize("name", sorted(dispatch.specs()))
 def test_every_op_states_its_cost_and_its_shapes(name):
     spec = dispatch.specs()[name]

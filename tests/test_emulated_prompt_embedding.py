@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import emulator
 import misfits
 import naive_prompt
@@ -66,30 +68,43 @@ def assert_same(ours, expected, names):
         assert torch.equal(a, b), name
 
 
-def check_forward(problem, side, **options):
+def expected_forward(problem, side):
+    """What ``run_forward`` is to give."""
+    embeds, mask, positions, labels = naive_prompt.forward(problem, side)
+    labels = torch.empty(0, dtype=torch.int64) if labels is None else labels
+    return embeds, mask, positions, labels, SPEC.reference(*op_arguments(problem, side))[4]
+
+
+def check_forward(problem, side, expected=None, **options):
     """Runs and compares; returns the layout."""
-    *ours, layout = run_forward(problem, side, **options)
-    expected = list(naive_prompt.forward(problem, side))
-    if expected[3] is None:
-        expected[3] = torch.empty(0, dtype=torch.int64)
-    assert_same(ours, expected, ("inputs_embeds", "attention_mask", "position_ids", "labels"))
-    assert torch.equal(layout, SPEC.reference(*op_arguments(problem, side))[4])
-    return layout
+    ours = run_forward(problem, side, **options)
+    expected = expected_forward(problem, side) if expected is None else expected
+    assert_same(ours, expected, ("inputs_embeds", "attention_mask", "position_ids", "labels", "layout"))
+    return ours[4]
 
 
-def check_backward(problem, side, layout, grad=None, **options):
-    """Runs and compares: the sums are in the order of the definition, so the bits are the same."""
-    batch, rows = layout.shape[0], problem.prompt.shape[-2]
+def random_grad(problem, layout):
+    """Of inputs_embeds."""
     tokens = (problem.input_ids if problem.inputs_embeds is None else problem.inputs_embeds).shape[1]
     source = problem.weight if problem.inputs_embeds is None else problem.inputs_embeds
-    if grad is None:
-        grad = torch.randn(batch, rows + tokens, source.shape[-1]).to(source.dtype)
-    grads = run_backward(problem, grad, layout, **options)
+    return torch.randn(layout.shape[0], problem.prompt.shape[-2] + tokens, source.shape[-1]).to(source.dtype)
+
+
+def expected_backward(problem, side, grad):
+    """What ``run_backward`` is to give: the sums are in the order of the definition, so the bits are the same."""
     exact = naive_prompt.backward(problem, side, grad)
-    embeds = problem._replace(weight=None, inputs_embeds=torch.empty(batch, tokens, source.shape[-1], dtype=grad.dtype))
+    batch, tokens = grad.shape[0], grad.shape[1] - problem.prompt.shape[-2]
+    embeds = problem._replace(weight=None, inputs_embeds=torch.empty(batch, tokens, grad.shape[2], dtype=grad.dtype))
     exact_embeds = naive_prompt.backward(embeds, side, grad)["inputs_embeds"]
-    names = ("prompt", "weight", "embeds")
-    assert_same(grads, (exact["prompt"], exact.get("weight", grad.new_empty(0)), exact_embeds), names)
+    return exact["prompt"], exact.get("weight", grad.new_empty(0)), exact_embeds
+
+
+def check_backward(problem, side, layout, grad=None, expected=None, **options):
+    """Runs and compares."""
+    grad = random_grad(problem, layout) if grad is None else grad
+    grads = run_backward(problem, grad, layout, **options)
+    expected = expected_backward(problem, side, grad) if expected is None else expected
+    assert_same(grads, expected, ("prompt", "weight", "embeds"))
     return grads
 
 
@@ -346,7 +361,8 @@ def test_the_same_bits_in_every_order():
 def forward_scenario(hidden, mask, labels=torch.int64):
     """A forward that needs every barrier: the first real token comes late, and there are more rows than flags."""
 
-    def run(**fault):
+    @functools.cache
+    def given():
         torch.manual_seed(0)
         tokens = 1100
         attention_mask = torch.ones(2, tokens).to(mask)
@@ -356,27 +372,30 @@ def forward_scenario(hidden, mask, labels=torch.int64):
             torch.randint(40, (2, tokens)), torch.randn(40, hidden).bfloat16(), torch.randn(2, 4, hidden), None,
             attention_mask, torch.randint(40, (2, tokens)).to(labels), torch.tensor([1, 0]), torch.tensor([2, 3]),
         )  # fmt: skip
-        check_forward(problem, "left", **fault)
+        return problem, "left", expected_forward(problem, "left")
 
-    return run
+    return lambda **fault: check_forward(*given(), **fault)
 
 
 def backward_scenario(hidden, dtype, prompt_dtype):
     """All gradients, with a token that is too frequent for one list."""
 
-    def run(**fault):
+    @functools.cache
+    def given():
         torch.manual_seed(0)
         tokens = 1100
         ids = torch.randint(5, (2, tokens))
         ids[torch.rand(ids.shape) < 0.97] = 3
-        problem = Problem(ids, torch.empty(5, hidden, dtype=dtype), torch.randn(4, hidden).to(prompt_dtype))
-        layout = torch.tensor([[0, 0, 4], [2, 700, 2]])
         lengths = torch.tensor([4, 2])
         mask = torch.ones(2, tokens, dtype=torch.int64)
         mask[1, :700] = 0
-        check_backward(problem._replace(prompt_lengths=lengths, attention_mask=mask), "left", layout, **fault)
+        weight, prompt = torch.empty(5, hidden, dtype=dtype), torch.randn(4, hidden).to(prompt_dtype)
+        problem = Problem(ids, weight, prompt, attention_mask=mask, prompt_lengths=lengths)
+        layout = torch.tensor([[0, 0, 4], [2, 700, 2]])
+        grad = random_grad(problem, layout)
+        return problem, "left", layout, grad, expected_backward(problem, "left", grad)
 
-    return run
+    return lambda **fault: check_backward(*given(), **fault)
 
 
 SCENARIOS = {

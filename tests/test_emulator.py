@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
-from emulator_objects import CSRC, MACHINE, made
+from emulator_objects import CSRC, MACHINE, machine, made
 
 CHECKED = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 OWN = ("emu/selftest.cpp", "emu/selftest_async.cpp")
 
 
 def output(own, checks, optimised):
-    """Of a program of these sources, so ``optimised``, and the machine's."""
+    """Of a program of these sources, so ``optimised``, and the machine's, which without checks are the modules'."""
     command = (os.environ.get("CXX", "g++"), "-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}/emu/cuda", *checks)
-    objects = [
-        made(source.split("/")[-1] + ".o", "-c", str(CSRC / source), compiler=(*command, level))
-        for sources, level in ((MACHINE, "-O1"), (own, optimised))
-        for source in sources
-    ]
+
+    def compiled(sources, level):
+        return [made(f"{Path(name).name}.o", "-c", str(CSRC / name), compiler=(*command, level)) for name in sources]
+
+    objects = [*(compiled(MACHINE, "-O1") if checks else machine()), *compiled(own, optimised)]
     program = made(own[0].split("/")[-1].removesuffix(".cpp"), *map(str, objects), compiler=command)
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]

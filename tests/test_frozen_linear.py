@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_as_accurate
+from packed import random_packed
 
 import lora_kernels as lk
 from lora_kernels.support import cpu as _cpu
@@ -88,6 +89,16 @@ def test_a_result_may_be_changed_in_place():
     y.sum().backward()
     torch.testing.assert_close(y, F.linear(x, weight) + 1)
     torch.testing.assert_close(x.grad, weight.sum(0).expand(2, 3, 8))
+
+
+@pytest.mark.parametrize("op", ["frozen_linear", "linear_packed"])
+def test_backward_runs_on_the_backend_of_the_forward(op):
+    """Kills: gradients by whoever serves them where they are formed, later or in autograd's thread."""
+    x = torch.randn(5, 64, requires_grad=True)
+    with lk.use_backend("reference"):
+        y = lk.frozen_linear(x, torch.randn(6, 64) if op == "frozen_linear" else random_packed(6, 64))
+    y.sum().backward()
+    assert lk.stats()["served"] == {(op, "reference"): 1, (f"{op}_backward", "reference"): 1}
 
 
 def test_a_weight_that_trains_is_refused():

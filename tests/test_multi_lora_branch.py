@@ -131,6 +131,21 @@ def test_operands_of_the_registered_ops(op, changed, message):
         getattr(torch.ops.lora_kernels, op)(**given | changed)
 
 
+@pytest.mark.parametrize(
+    "who", [{"adapter_ids": torch.full((3,), 2)}, {"ranks": torch.tensor([4, 5])}], ids=["id", "rank"]
+)
+@pytest.mark.parametrize("op", ["multi_lora_shrink", "multi_lora_expand_"])
+def test_the_reference_names_the_op_whose_numbers_are_out_of_range(op, who):
+    """Kills: the name of ``multi_lora_linear``, with which it shares the loop over adapters."""
+    given = {"adapter_ids": torch.zeros(3, dtype=torch.int32), "ranks": None} | who
+    own = (torch.ones(3, 16), torch.ones(2, 4, 16))
+    rest = ()
+    if op == "multi_lora_expand_":
+        own, rest = (torch.ones(3, 16), torch.ones(3, 4), torch.ones(2, 16, 4)), (None, 1.0)
+    with lk.use_backend("reference"), pytest.raises(RuntimeError, match=f"^{op}: adapter_ids must be from -1 to 1, "):
+        getattr(torch.ops.lora_kernels, op)(*own, *given.values(), *rest, None, None)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_row_has_the_same_bits_whatever_others_have(threads):
     """Kills: panels whose rows meet each other's memory; a branch that depends on how many rows an adapter has."""

@@ -101,8 +101,9 @@ def test_dora_linear_of_no_columns(k, n):
     assert m.grad.shape == m.shape
 
 
-@pytest.mark.parametrize("op", ["lora_linear", "frozen_linear", "lora_embedding"])
-def test_costs_of_no_columns(op):
+@pytest.mark.parametrize(("op", "left"), [("lora_linear", 3 * 2 * 4), ("frozen_linear", 0), ("lora_embedding", 0)])
+def test_costs_of_no_columns(op, left):
+    """``left``: the bytes of s, all that has elements."""
     spec = lk.dispatch.specs()[op]
     x, weight, A, B = (torch.randn(shape) for shape in ((3, 0), (0, 0), (2, 0), (0, 2)))
     args = {
@@ -110,7 +111,7 @@ def test_costs_of_no_columns(op):
         "lora_embedding": (torch.zeros(0, dtype=torch.int64), weight, A, B, 1.0, -1),
     }[op]  # fmt: skip
     assert spec.flops(*args) == 0
-    assert spec.bytes(*args) >= 0
+    assert spec.bytes(*args) == left
 
 
 @pytest.mark.parametrize(("k", "n"), EMPTY)
@@ -149,27 +150,46 @@ def test_merging_nothing(n, k):
     layer.unmerge()
 
 
+@pytest.mark.parametrize("op", ["merge_", "unmerge_"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
-def test_merging_into_other_numbers_is_refused(dtype):
+def test_merging_into_other_numbers_is_refused(dtype, op):
     """An integer weight would take the update cut off to whole numbers."""
     weight = torch.ones(3, 4).to(dtype)
-    with pytest.raises(TypeError, match=f"merge_: weight must be float32, bfloat16, float16 or float64, got {dtype}"):
-        lk.merge_(weight, torch.ones(2, 4), torch.ones(3, 2), 0.4)
+    with pytest.raises(TypeError, match=f"^{op}: weight must be float32, bfloat16, float16 or float64, got {dtype}"):
+        getattr(lk, op)(weight, torch.ones(2, 4), torch.ones(3, 2), 0.4)
     assert torch.equal(weight.to(torch.complex64), torch.ones(3, 4).to(torch.complex64))
 
 
 @pytest.mark.parametrize(
     ("weight", "error", "message"),
     [
-        (3.0, TypeError, "merge_: weight must be a tensor, got float"),
-        (torch.ones(12), ValueError, r"merge_: weight must be \[out_features, in_features\], got shape \(12,\)"),
-        (torch.ones(3, 4).to_sparse(), TypeError, "merge_: weight must be a dense tensor, got a torch.sparse_coo one"),
+        (3.0, TypeError, "weight must be a tensor, got float"),
+        (torch.ones(12), ValueError, r"weight must be \[out_features, in_features\], got shape \(12,\)"),
+        (torch.ones(3, 4).to_sparse(), TypeError, "weight must be a dense tensor, got a torch.sparse_coo one"),
     ],
     ids=["number", "vector", "sparse"],
 )
-def test_merging_into_no_matrix_is_refused(weight, error, message):
-    with pytest.raises(error, match=message):
-        lk.merge_(weight, torch.ones(2, 4), torch.ones(3, 2))
+@pytest.mark.parametrize("op", ["merge_", "unmerge_"])
+def test_merging_into_no_matrix_is_refused(op, weight, error, message):
+    with pytest.raises(error, match=f"^{op}: {message}"):
+        getattr(lk, op)(weight, torch.ones(2, 4), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("op", ["merge_", "unmerge_"])
+@pytest.mark.parametrize(
+    ("scaling", "error", "message"),
+    [
+        ("2", TypeError, "scaling must be a number, got str"),
+        (float("-inf"), ValueError, "scaling must be finite, got -inf"),
+        (3e38, ValueError, "lora_A, lora_B and the .*merged weight must be finite; the weight was left unchanged"),
+    ],
+)
+def test_merging_by_no_factor_is_refused(op, scaling, error, message):
+    """Kills: a factor that is negated before it is looked at, as which ``unmerge_`` would show it."""
+    weight = torch.ones(3, 4)
+    with pytest.raises(error, match=f"^{op}: {message}"):
+        getattr(lk, op)(weight, torch.full((2, 4), 10.0), torch.ones(3, 2), scaling)
+    assert torch.equal(weight, torch.ones(3, 4))
 
 
 # -------------------------------------------------------------------------------------------------------- layouts
@@ -198,6 +218,33 @@ def test_operands_that_are_not_dense_are_named(layout, name, trains):
     if name in ("x", "weight"):
         with pytest.raises(TypeError, match=f"frozen_linear: {name} must be a dense tensor, got a .*{kind} one"):
             lk.frozen_linear(given["x"], given["weight"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    ["input_ids", "weight", "prompt", "inputs_embeds", "attention_mask", "labels", "task_ids", "prompt_lengths"],
+)
+@pytest.mark.parametrize("layout", ["sparse_coo", "nested"])
+def test_operands_of_prompts_that_are_not_dense_are_named(layout, name):
+    given = {
+        "input_ids": torch.zeros(2, 3, dtype=torch.int64), "weight": torch.randn(5, 4), "prompt": torch.randn(2, 2, 4),
+        "attention_mask": torch.ones(2, 3), "labels": torch.ones(2, 3, dtype=torch.int64),
+        "task_ids": torch.ones(2, dtype=torch.int64), "prompt_lengths": torch.ones(2, dtype=torch.int64),
+    }  # fmt: skip
+    if name == "inputs_embeds":
+        given |= {"inputs_embeds": torch.randn(2, 3, 4), "input_ids": None, "weight": None}
+    given[name] = LAYOUTS[layout](given[name])
+    with pytest.raises(TypeError, match=f"prompt_embedding: {name} must be a dense tensor, got a .*{layout} one"):
+        lk.prompt_embedding(**given)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prefix_that_is_not_dense_is_named(layout):
+    kind = "nested" if "nested" in layout else layout
+    with pytest.raises(TypeError, match=f"prefix_kv: prefix must be a dense tensor, got a .*{kind} one"):
+        lk.prefix_kv(LAYOUTS[layout](torch.randn(3, 8)), 2, 2)
 
 
 def test_sparse_embeddings_are_named():

@@ -15,9 +15,8 @@ from lora_kernels.triton_kernels.launching import Device
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("file", ["interpreted_gated.py", "interpreted_mlp.py"])
-def test_interpreted(file):
-    run_interpreted(file)
+def test_interpreted():
+    run_interpreted("interpreted_gated.py", "interpreted_mlp.py")
 
 
 def test_verdicts(monkeypatch):

@@ -1,4 +1,4 @@
-"""The Triton kernels on the CPU: runs interpreted_lora_linear.py where Triton interprets kernels."""
+"""The Triton kernels on the CPU: runs interpreted_lora_linear.py where Triton interprets kernels, and tests of that."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 @needs_triton
 @pytest.mark.parametrize("selected", [f"{VALUES}", f"not {VALUES}"])
 def test_interpreted(selected):
-    run_interpreted(INTERPRETED, "-k", selected)
+    run_interpreted("interpreted_harness.py", INTERPRETED, options=("-k", selected))
 
 
 @needs_triton
 @pytest.mark.full
 def test_interpreted_in_full():
-    run_interpreted(INTERPRETED, "-m", "full")
+    run_interpreted(INTERPRETED, options=("-m", "full"))
 
 
 # What needs no interpreter: who is asked, and what is answered.

@@ -22,11 +22,7 @@ from lora_kernels.triton_kernels import configs
 
 
 def test_values_in_the_interpreter():
-    run_interpreted("interpreted_multi.py")
-
-
-def test_values_of_each_half_in_the_interpreter():
-    run_interpreted("interpreted_multi_branch.py")
+    run_interpreted("interpreted_multi.py", "interpreted_multi_branch.py")
 
 
 PROBLEMS = {

@@ -14,7 +14,6 @@ _MERGE_BLOCK = 1 << 20
 """Elements of weight that a merge holds beside it at a time."""
 
 
-@torch.no_grad()
 def merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
     """Adds an adapter to its weight, in place (LoRA, Hu et al., ICLR 2022).
 
@@ -34,18 +33,27 @@ def merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0)
         TypeError: an argument is not a floating-point tensor.
         ValueError: shapes do not fit, or the merged weight is not finite (weight is then unchanged).
     """
+    return _add("merge_", weight, lora_A, lora_B, scaling, 1)
+
+
+@torch.no_grad()
+def _add(op: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, sign: int) -> Tensor:
+    """``weight += sign * scaling * lora_B @ lora_A`` for ``op``, checked."""
     if not isinstance(weight, Tensor):
-        raise TypeError(f"merge_: weight must be a tensor, got {type(weight).__name__}")
+        raise TypeError(f"{op}: weight must be a tensor, got {type(weight).__name__}")
     if weight.dtype not in FLOATS:  # the update would be cut off, or rounded to what another part scales
-        raise TypeError(f"merge_: weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
-    check_dense("merge_", "weight", weight)
+        raise TypeError(f"{op}: weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
+    check_dense(op, "weight", weight)
     if weight.dim() != 2:
-        raise ValueError(f"merge_: weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
-    check_adapter("merge_", weight, lora_A, lora_B)
-    check_scaling("merge_", scaling)
-    if not stays_finite(weight, lora_A, lora_B, scaling):
-        raise ValueError("merge_: lora_A, lora_B and the merged weight must be finite; the weight was left unchanged")
-    for rows, merged in _merged_blocks(weight, lora_A, lora_B, scaling):
+        raise ValueError(f"{op}: weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
+    check_adapter(op, weight, lora_A, lora_B)
+    check_scaling(op, scaling)
+    factor = sign * scaling
+    if not stays_finite(weight, lora_A, lora_B, factor):
+        raise ValueError(
+            f"{op}: lora_A, lora_B and the {op[:-1]}d weight must be finite; the weight was left unchanged"
+        )
+    for rows, merged in _merged_blocks(weight, lora_A, lora_B, factor):
         rows.copy_(merged)
     return weight
 
@@ -83,4 +91,4 @@ def unmerge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.
     Raises:
         TypeError, ValueError: as ``merge_``.
     """
-    return merge_(weight, lora_A, lora_B, -scaling)
+    return _add("unmerge_", weight, lora_A, lora_B, scaling, -1)

@@ -11,6 +11,7 @@ from ..ops import eager
 from ..ops import prefix_kv as _op
 from ..ops.prefix_kv import PrefixKVFunction
 from ..plain import FLOATS
+from .checks import check_dense
 from .why import explains
 
 _OP = "prefix_kv"
@@ -57,7 +58,8 @@ def prefix_kv(
         For each layer a key and a value, [batch_size, heads, tokens, head_dim].
 
     Raises:
-        TypeError: prefix is not a tensor, a number is not an integer, or a dtype is not one of these.
+        TypeError: prefix is no tensor, or a sparse or nested one, a number is not an integer, or a dtype is not one of
+            these.
         ValueError: prefix is not [tokens, a multiple of layers * 2 * heads], or a number is out of range.
     """
     args = arguments(prefix, layers, heads, batch_size=batch_size, dtype=dtype, copies=copies)
@@ -73,6 +75,7 @@ def arguments(
     """The op's positional arguments from those of ``prefix_kv``, checked."""
     if not isinstance(prefix, Tensor):
         raise TypeError(f"{_OP}: prefix must be a tensor, got {type(prefix).__name__}")
+    check_dense(_OP, "prefix", prefix)
     dtype = prefix.dtype if dtype is None else dtype
     for name, value in (("prefix", prefix.dtype), ("dtype", dtype)):
         if value not in FLOATS:

@@ -11,6 +11,7 @@ from ..ops import eager
 from ..ops import prompt_embedding as _op
 from ..ops.prompt_embedding import PromptEmbeddingFunction
 from ..plain import FLOATS, INDICES
+from .checks import check_dense
 from .why import explains
 
 _OP = "prompt_embedding"
@@ -83,7 +84,7 @@ def prompt_embedding(
         entries of the mask: their running sum minus 1, at least 0.
 
     Raises:
-        TypeError: an argument is not a tensor or has a dtype that does not fit.
+        TypeError: an argument is not a tensor, is sparse or nested, or has a dtype that does not fit.
         ValueError: shapes, devices or padding_side do not fit, or, on the CPU, an id, task or length is out of range.
             On a GPU an id or task out of range gives rows of NaN, and a length is clamped; or the kernel stops, if the
             environment has ``LORA_KERNELS_DEVICE_ASSERT=1`` (CUDA) or ``TRITON_DEBUG=1`` (Triton).
@@ -159,6 +160,7 @@ def _check_prompt(prompt: Any, task_ids: Any) -> None:
 def _check_tensor(name: str, t: Any, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{_OP}: {name} must be a tensor, got {type(t).__name__}")
+    check_dense(_OP, name, t)
     if t.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{_OP}: {name} must have one of the dtypes {names}, got {t.dtype}")

@@ -83,26 +83,29 @@ def forward(ctx: Any, spec: OpSpec, args: tuple, save: Callable[[Any, tuple, Any
 
 
 def keep_what_was_asked(ctx: Any) -> None:
-    """For ``backward``: the backend and the schedule that a Function's forward was asked to take."""
+    """For ``backward``: the backend and the schedule that a Function's forward was asked to take, and who counts it."""
     ctx.forced_backend = dispatch.forced_backend()
     ctx.cuda_schedule = cuda.asked_schedule()
+    ctx.counters = dispatch.own_counters()
 
 
 def backward(gradients: Callable[..., tuple]) -> Callable[..., tuple]:
     """A decorator for a Function's backward ``(ctx, *grads)``: once differentiable, and by the backend and the schedule
-    that the forward was asked to take. Backward may run in another thread, or after ``with use_backend(...)`` has
-    ended.
+    that the forward was asked to take, counted where that was. Backward may run in another thread, or after
+    ``with use_backend(...)`` has ended.
     """
 
     @functools.wraps(gradients)
     def as_forward_was(ctx: Any, *grads: Tensor | None) -> tuple:
-        if ctx.forced_backend is None and ctx.cuda_schedule is None:
+        if ctx.forced_backend is None and ctx.cuda_schedule is None and ctx.counters is None:
             return gradients(ctx, *grads)
         with contextlib.ExitStack() as asked:
             if ctx.forced_backend is not None:
                 asked.enter_context(dispatch.use_backend(ctx.forced_backend))
             if ctx.cuda_schedule is not None:
                 asked.enter_context(cuda.use_schedule(ctx.cuda_schedule))
+            if ctx.counters is not None:
+                asked.enter_context(dispatch.own_stats(ctx.counters))
             return gradients(ctx, *grads)
 
     return torch.autograd.function.once_differentiable(as_forward_was)

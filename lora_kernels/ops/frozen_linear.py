@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import dispatch
 from ..spec import Autograd, Kernel, OpSpec, Verdict
 from ..support import cpu
+from . import eager
 
 
 def _flops(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
@@ -50,9 +51,10 @@ BACKWARD = dispatch.register(
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[1])
+    eager.keep_what_was_asked(ctx)
 
 
-@torch.autograd.function.once_differentiable
+@eager.backward
 def _backward(ctx: Any, grad_y: Tensor | None) -> tuple:
     (weight,) = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad

@@ -15,6 +15,7 @@ from ..spec import Autograd, Kernel, OpSpec, Verdict
 from ..support import cpu_packed, gpu_packed
 from ..support.gpu_packed import COMPOSED, SLABS
 from ..support.packed import TORCH_DECODED
+from . import eager
 from .dequantize import PARTS, WEIGHT, WEIGHT_ARGS, decoded_for_product, for_product, nbytes
 
 
@@ -109,9 +110,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, parts, *ctx.weight, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*parts)
+    eager.keep_what_was_asked(ctx)
 
 
-@torch.autograd.function.once_differentiable
+@eager.backward
 def _backward(ctx: Any, grad_y: Tensor | None) -> tuple:
     need_x, *_, need_bias = ctx.needs_input_grad
     if need_bias:

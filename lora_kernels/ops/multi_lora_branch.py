@@ -36,7 +36,7 @@ def _reference_shrink(
 ) -> Tensor:
     rows_of_x = as_rows(x)
     s = x.new_zeros((len(rows_of_x), lora_A.shape[1]))
-    for slot, rank, rows in slots(adapter_ids, ranks, lora_A):
+    for slot, rank, rows in slots("multi_lora_shrink", adapter_ids, ranks, lora_A):
         s[rows, :rank] = rows_of_x[rows] @ lora_A[slot, :rank].to(x.dtype).t()
     return s.view(*x.shape[:-1], lora_A.shape[1])
 
@@ -96,7 +96,7 @@ def _reference_expand(
     scaling: float, order: Tensor | None, ends: Tensor | None,
 ) -> None:  # fmt: skip
     rows_of_y, rows_of_s = y.view(-1, y.shape[-1]), as_rows(s)
-    for slot, rank, rows in slots(adapter_ids, ranks, lora_B.mT):
+    for slot, rank, rows in slots("multi_lora_expand_", adapter_ids, ranks, lora_B.mT):
         update = rows_of_s[rows, :rank] @ lora_B[slot, :, :rank].to(s.dtype).t()
         factor = scaling if scalings is None else scalings[slot] * scaling
         rows_of_y.index_add_(0, rows, (update * factor).to(y.dtype))

@@ -22,17 +22,17 @@ from .lora_linear import dropped
 # ---------------------------------------------------------------------------------------------------- forward
 
 
-def slots(adapter_ids: Tensor, ranks: Tensor | None, lora_A: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Each adapter that has rows and a rank: its number, its rank, its rows. Reads ids and ranks on the host."""
+def slots(op: str, adapter_ids: Tensor, ranks: Tensor | None, lora_A: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Each adapter that has rows and a rank: its number, its rank, its rows. Reads ids and ranks on the host;
+    ``RuntimeError`` of ``op`` where they are out of range.
+    """
     adapters, most, _ = lora_A.shape
     each = [most] * adapters if ranks is None else ranks.tolist()
     of_slot: dict[int, list[int]] = {}
     for row, slot in enumerate(adapter_ids.tolist()):
         of_slot.setdefault(slot, []).append(row)
     if any(not -1 <= slot < adapters for slot in of_slot) or any(not 0 <= rank <= most for rank in each):
-        raise RuntimeError(
-            f"multi_lora_linear: adapter_ids must be from -1 to {adapters - 1}, and ranks from 0 to {most}"
-        )
+        raise RuntimeError(f"{op}: adapter_ids must be from -1 to {adapters - 1}, and ranks from 0 to {most}")
     of_slot.pop(-1, None)
     for slot, rows in sorted(of_slot.items()):
         if each[slot] > 0:
@@ -50,7 +50,7 @@ def _reference(
     y = torch.nn.functional.linear(x, weight, bias)
     kept, y_rows = as_rows(dropped(x, seed, dropout_p)), as_rows(y).clone()
     s = x.new_zeros((len(kept), lora_A.shape[1]))
-    for slot, rank, rows in slots(adapter_ids, ranks, lora_A):
+    for slot, rank, rows in slots("multi_lora_linear", adapter_ids, ranks, lora_A):
         part = kept[rows] @ lora_A[slot, :rank].to(x.dtype).t()
         s[rows, :rank] = part
         update = (part @ lora_B[slot, :, :rank].to(x.dtype).t()) * _factor(scaling, scalings, slot)
@@ -125,7 +125,7 @@ def _reference_backward(
     grad_rows, s_rows = as_rows(grad_y), as_rows(s)
     kept = as_rows(dropped(x, seed, dropout_p)) if need_A else None
     branch = torch.zeros_like(x) if need_x else None
-    for slot, rank, rows in slots(adapter_ids, ranks, lora_A):
+    for slot, rank, rows in slots("multi_lora_linear", adapter_ids, ranks, lora_A):
         grad = grad_rows[rows]
         factor = _factor(scaling, scalings, slot)
         grad_s = (grad @ lora_B[slot, :, :rank].to(x.dtype) * factor).to(x.dtype)

@@ -104,14 +104,14 @@ def test_large_tiles(target, tile, pretend, monkeypatch):
 def test_rows_of_groups_in_shares(pretend, monkeypatch):
     """Two groups of several shares each. Kills: shares of a group in another one's place."""
     pretend("sm_80", MANY_SMS)
-    sizes = grouped.Sizes((700, 0, 1100, 40), 80, 48, 16)
+    sizes = grouped.Sizes((300, 0, 520, 40), 80, 48, 16)
     rows = grouped_lora_linear.configs.grouped_reduce("sm_80", MANY_SMS, sizes.m, sizes.k, sizes.r, None, True).rows
-    assert min(700, 1100) > rows
-    first = check(sizes, FP16, FP16)
-    torch.manual_seed(0)
-    problem = grouped.make_problem(sizes, FP16, FP16)
-    first, again = (grouped.run(problem, FP16, FP16, fused(sizes, 0.3)) for _ in range(2))
-    for a, b in zip(first, again):
+    assert min(300, 520) > rows
+    torch.manual_seed(1)
+    first = check(sizes, FP16, FP16, 0.3)
+    torch.manual_seed(1)
+    again = grouped.run(grouped.make_problem(sizes, FP16, FP16), FP16, FP16, fused(sizes, 0.3))
+    for a, b in zip(first, again, strict=True):
         assert torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 

@@ -13,9 +13,9 @@ import lora_kernels as lk
 @pytest.fixture(autouse=True)
 def memory_of_nan() -> Iterator[None]:
     """What torch.empty returns is NaN, so that an element nobody writes is noticed."""
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms, which would import a compiler
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture(autouse=True)
