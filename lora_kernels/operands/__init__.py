@@ -18,6 +18,7 @@ from .calls import call_reason, product_dtype
 from .embedding import EmbeddingOperands, embedding_operands, ids_reason
 from .experts import ExpertsBranch, experts_branch, is_experts, projections, why_not_experts
 from .linear import Operands, SideBySide, adapter_operands, base_operands, glance, operands, plain_adapter
+from .zero3 import gather_parts
 from .sharded import Shards, sharded_operands
 
 __all__ = [

@@ -68,6 +68,8 @@ class FusedForward(nn.Module):
             found = operands.operands(self)
             if found is Reason.DTENSOR and not torch.compiler.is_compiling():
                 found = operands.sharded_operands(self)
+            if found is Reason.ADAPTER_HOOKS and not torch.compiler.is_compiling() and operands.gather_parts(self):
+                found = operands.operands(self)
             if type(found) is tuple:
                 weight, lora_A, lora_B, bias, scaling, dropout_p, training, magnitude = found
                 reason = operands.call_reason(x, weight, lora_A, lora_B)
