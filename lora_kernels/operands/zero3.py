@@ -1,8 +1,8 @@
-"""Layers under DeepSpeed's ZeRO-3, which cuts every parameter over the processes and, by hooks on a module, makes the
-module's own parameters whole around its forward and its backward.
+"""Layers under DeepSpeed's ZeRO-3, which cuts every parameter over the processes: hooks make those of a module whole
+around its forward and its backward.
 
-A fused layer reads the parameters of parts that it does not call, so their hooks do not run. What DeepSpeed has for
-this are "external parameters": named to it once, they are made whole with those of the module that reads them.
+A fused layer reads the parameters of parts that it does not call, whose hooks then do not run. For this DeepSpeed has
+"external parameters": once named to it, they are made whole with those of the module that reads them, by its hooks.
 """
 
 from __future__ import annotations
@@ -11,59 +11,83 @@ import sys
 from typing import Any
 
 from torch import nn
+from torch.compiler import is_compiling
 
-_OFFLOAD = "deepspeed.runtime.zero.parameter_offload"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ZERO3 = "deepspeed.runtime.zero.parameter_offload"
+_TIMED = "deepspeed.utils.nvtx"
+"""Where the wrapper is that some hooks are in."""
 _PARTS = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 
 
-def is_whole_for_caller(module: nn.Module) -> bool:
-    """Whether the hooks of ``module`` are only ZeRO-3's, and DeepSpeed keeps its parameters whole until the forward
-    that is running, which is not the module's own, has ended, and again for the backward of it.
+def is_whole_for_reader(module: nn.Module) -> bool:
+    """Whether the hooks on ``module`` are ZeRO-3's, and its parameters are whole now and in backward, because they are
+    external ones of the module that is running.
     """
-    reader = _reader()
-    if reader is None or not _only_gathers(module):
+    reader = reader_under_zero3()
+    if reader is None or not _is_only_gathered(module):
         return False
-    of_reader = reader.__dict__.get("_external_params", {})
-    return all(id(p) in of_reader and _is_whole(p) for p in module.parameters())
+    external = reader.__dict__.get("_external_params", {})
+    return all(id(parameter) in external and _status(parameter) == "AVAILABLE" for parameter in module.parameters())
 
 
 def gather_parts(layer: Any) -> bool:
-    """Names the parameters of a running layer's plain base and active adapters to DeepSpeed, and gathers them now.
+    """Makes the parameters of ``layer``'s base and active adapters external ones of it, and whole now.
 
-    Every process of a ZeRO-3 group must call this alike, as it must call the layer.
+    To be called by every process, in the layer's forward.
 
     Returns:
-        Whether anything has changed: False for layers that ZeRO-3 has no part in, or whose parts it gathers already.
+        Whether anything was done, so that the layer may be asked for its operands again.
     """
-    if _reader() is not layer or type(layer.base_layer) is not nn.Linear:
+    if reader_under_zero3() is not layer or not has_gathered_parts(layer):
         return False
-    names = layer.active_adapters
-    parts = [layer.base_layer]
-    parts += [layer._modules[of]._modules[name] for of in _PARTS for name in names if name in getattr(layer, of, ())]
-    parameters = [p for part in parts for p in part.parameters()]
     known = layer._external_params
-    new = [p for p in parameters if id(p) not in known]
-    if not new or not all(_only_gathers(part) for part in parts) or not all(hasattr(p, "ds_status") for p in new):
-        return False
+    new: list[Any] = [p for part in _parts(layer) for p in part.parameters() if id(p) not in known]
+    if any(_status(parameter) == "INFLIGHT" for parameter in new):
+        return False  # on its way to a part, whose call is in DeepSpeed's plan of the step
     deepspeed: Any = sys.modules["deepspeed"]
     for parameter in new:
         deepspeed.zero.register_external_parameter(layer, parameter)
-        if parameter.ds_status.name == "NOT_AVAILABLE":
+        if _status(parameter) == "NOT_AVAILABLE":
             parameter.all_gather()
-    return True
+    return bool(new)
 
 
-def _reader() -> Any:
+def has_gathered_parts(layer: Any) -> bool:
+    """Whether ``gather_parts`` is for this layer: of PEFT's, over a plain base, with ZeRO-3's hooks and no others."""
+    if _ZERO3 not in sys.modules or type(layer.base_layer) is not nn.Linear:
+        return False
+    parts = _parts(layer)
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    return all(map(_is_only_gathered, parts)) and None not in map(_status, parameters)
+
+
+def reader_under_zero3() -> nn.Module | None:
     """The innermost module whose forward is running under ZeRO-3, if any is."""
-    running = getattr(sys.modules.get(_OFFLOAD), "FWD_MODULE_STACK", None)
-    return running[-1] if running else None
+    zero3: Any = None if is_compiling() else sys.modules.get(_ZERO3)
+    return zero3.FWD_MODULE_STACK[-1] if zero3 is not None and zero3.FWD_MODULE_STACK else None
 
 
-def _only_gathers(module: nn.Module) -> bool:
-    hooks = (hook for kind in _HOOKS for hook in getattr(module, kind).values())
-    return all(str(getattr(hook, "__module__", "")).startswith("deepspeed.") for hook in hooks)
+def _parts(layer: Any) -> list[nn.Module]:
+    """The modules that PEFT's forward calls."""
+    of_adapters = [layer._modules[of] for of in _PARTS if of in layer._modules]
+    adapters = [part[name] for part in of_adapters for name in layer.active_adapters if name in part]
+    return [layer.base_layer, *adapters]
 
 
-def _is_whole(parameter: Any) -> bool:
-    return getattr(getattr(parameter, "ds_status", None), "name", None) == "AVAILABLE"
+def _is_only_gathered(module: nn.Module) -> bool:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if not all(_home(hook) == _ZERO3 for hook in hooks):
+        return False
+    return not module._backward_hooks and not module._backward_pre_hooks
+
+
+def _home(hook: Any) -> str | None:
+    """The module in which a hook was written."""
+    home = getattr(hook, "__module__", None)
+    return hook.__closure__[0].cell_contents.__module__ if home == _TIMED else home
+
+
+def _status(parameter: Any) -> str | None:
+    """Whether a parameter is whole in this process; None if ZeRO-3 has not cut it."""
+    status = getattr(parameter, "ds_status", None)
+    return None if status is None else status.name
