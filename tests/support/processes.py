@@ -38,7 +38,7 @@ def start(count, function, *arguments):
     """Runs ``function(rank, *arguments)`` in ``count`` new processes.
 
     Raises:
-        ProcessException: one has failed, and the others were ended.
+        ProcessRaisedException, ProcessExitedException: one has failed, and the others were ended.
         TimeoutError: they were all ended.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
@@ -65,7 +65,7 @@ def run_script(count, path, options, folder):
     failure = ""
     try:
         start(count, _run_script, count, str(path), options, str(folder))
-    except (mp.ProcessException, TimeoutError) as error:
+    except (mp.ProcessExitedException, mp.ProcessRaisedException, TimeoutError) as error:
         failure = str(error)
     outputs = [file.read_text() for rank in range(count) if (file := Path(folder, f"{rank}.txt")).exists()]
     assert failure == "", "\n".join([failure, *outputs])
