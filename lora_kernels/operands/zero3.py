@@ -61,7 +61,7 @@ def has_gathered_parts(layer: Any) -> bool:
     return all(map(_is_only_gathered, parts)) and None not in map(_status, parameters)
 
 
-def reader_under_zero3() -> nn.Module | None:
+def reader_under_zero3() -> Any:
     """The innermost module whose forward is running under ZeRO-3, if any is."""
     zero3: Any = None if is_compiling() else sys.modules.get(_ZERO3)
     return zero3.FWD_MODULE_STACK[-1] if zero3 is not None and zero3.FWD_MODULE_STACK else None
