@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_llama
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from zero3_stub import Status, Zero3
+from zero3_stub import Status, Zero3, make_whole
 
 import lora_kernels as lk
 from lora_kernels.reasons import Reason
@@ -161,6 +161,18 @@ def test_packs_and_a_loss_leave_it_to_the_layers(monkeypatch):
     assert stats["fallback"]["lora_pack", Reason.ADAPTER_HOOKS] > 0
     assert stats["fallback"]["lora_mlp", Reason.ADAPTER_HOOKS] > 0
     assert stats["fallback"]["linear_cross_entropy", Reason.ADAPTER_HOOKS] == 2
+
+
+def test_what_is_whole_by_chance_is_not_read(monkeypatch):
+    """Kills: asking only whether parameters are whole: those of others, gathered ahead, may be gone in backward."""
+    stock = make()
+    model = copy.deepcopy(stock)
+    lk.patch(model, packs=True)
+    Zero3(model, monkeypatch)
+    for parameter in model.parameters():
+        make_whole(parameter)
+    torch.testing.assert_close(train(model), train(stock))
+    assert {op for op, _ in lk.stats()["served"]} == {"lora_linear", "lora_linear_backward"}
 
 
 def test_a_model_that_is_patched_under_zero3(monkeypatch):
