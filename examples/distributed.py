@@ -1,5 +1,5 @@
-"""LoRA training on several processes with torch's own engines, through fused layers: DDP, FSDP2 (``fully_shard``) and
-tensor parallelism (``parallelize_module``).
+"""LoRA training on several processes through fused layers, with torch's own engines, DDP, FSDP2 (``fully_shard``) and
+tensor parallelism (``parallelize_module``), with accelerate and with DeepSpeed's ZeRO-3.
 
 Trains a small random Llama on one process's whole batch, then again with every strategy, each process on its share of
 the batch, and compares the losses, which must agree up to rounding. Works on CPUs (gloo) and on GPUs (nccl).
@@ -12,6 +12,7 @@ the batch, and compares the losses, which must agree up to rounding. Works on CP
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --base nf4  # QLoRA: a base in four bits
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --base experts  # a mixture of experts
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp2 --together  # packs of layers, and no logits
+    torchrun --nproc-per-node 2 examples/distributed.py --strategy zero3  # needs deepspeed
     accelerate launch --config_file examples/accelerate.yaml examples/distributed.py --strategy accelerate  # on GPUs
 """
 
@@ -42,8 +43,10 @@ import lora_kernels as lk
 
 BATCH, TOKENS, VOCABULARY = 8, 16, 61
 STRATEGIES = ("ddp", "fsdp2", "accelerate", "tp")
-"""What ``--strategy all`` means; "fsdp2+tp" needs four processes."""
+"""What ``--strategy all`` means; "fsdp2+tp" needs four processes, "zero3" DeepSpeed."""
 TENSOR_PARALLEL = ("tp", "fsdp2+tp")
+LAYER_BY_LAYER = (*TENSOR_PARALLEL, "zero3")
+"""Neither packs nor a loss without logits, and a plain base."""
 BY_ROWS = ("o_proj", "down_proj")
 """The layers whose input is spread over the processes, by the layers in front of them."""
 BASES = ("plain", "nf4", "experts")
@@ -126,6 +129,18 @@ def distribute(model: PeftModel, strategy: str, device: torch.device, mesh: Devi
     return fully_shard(model, mesh=mesh)
 
 
+def under_zero3(model: PeftModel) -> nn.Module:
+    """DeepSpeed's engine around ``model``: every parameter is cut over the processes, and gathered where it is read."""
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
+        # 0: also those that are so small that DeepSpeed would leave them whole, which here are all.
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)[0]
+
+
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     # One by one: some are spread over processes, some are not, and torch puts no list of them together.
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, foreach=False)
@@ -174,6 +189,9 @@ def train_with(
         model = make_model(accelerator.device, base, together)
         model, optimizer = accelerator.prepare(model, optimizer_of(model))
         losses = train(model, optimizer, shares, accelerator.backward)
+    elif strategy == "zero3":
+        model = under_zero3(make_model(device, base, together))
+        losses = train(model, model, shares, model.backward)  # the engine steps, too
     else:
         model = distribute(make_model(device, base, together), strategy, device, mesh)
         optimizer = optimizer_of(model)  # of the sharded parameters
@@ -189,6 +207,13 @@ def train_with(
 
 def save_adapter(model: nn.Module, directory: Path) -> None:
     """PEFT's files, written by the first process from everybody's shards."""
+    if type(model).__name__ == "DeepSpeedEngine":
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad]):
+            if dist.get_rank() == 0:
+                lk.save_adapter(model, directory)
+        return
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         state = {name.removeprefix("module."): value for name, value in state.items()}
@@ -197,7 +222,7 @@ def save_adapter(model: nn.Module, directory: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--strategy", choices=("all", *STRATEGIES, "fsdp2+tp"), default="all")
+    parser.add_argument("--strategy", choices=("all", *STRATEGIES, "fsdp2+tp", "zero3"), default="all")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--base", choices=BASES, default="plain", help="nf4: in four bits (needs bitsandbytes)")
     parser.add_argument("--together", action="store_true", help="lk.patch(model, packs=True, loss=True)")
@@ -207,10 +232,10 @@ def main() -> int:
     options = parser.parse_args()
     strategies = STRATEGIES if options.strategy == "all" else (options.strategy,)
     if options.base != "plain" or options.together:
-        strategies = tuple(strategy for strategy in strategies if strategy not in TENSOR_PARALLEL)
+        strategies = tuple(strategy for strategy in strategies if strategy not in LAYER_BY_LAYER)
     if not strategies:
         parser.error(f"{options.strategy} is for layers by themselves, over a plain base")
-    if "accelerate" in strategies and options.resume is not None:
+    if {"accelerate", "zero3"} & {*strategies} and options.resume is not None:
         parser.error("name a strategy of torch's with --resume")
 
     on_gpu = torch.cuda.is_available()

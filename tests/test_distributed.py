@@ -5,8 +5,10 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,19 +18,25 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WRAPPERS = {
     "ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModelForCausalLM", "accelerate": "DistributedDataParallel",
     "tp": "PeftModelForCausalLM",
 }  # fmt: skip
 
 
-def launch(*options, processes=2):
-    command = [*TORCHRUN, str(processes), str(EXAMPLES / "distributed.py"), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def torchrun(*options):
+    command = [*TORCHRUN, str(EXAMPLES / "distributed.py"), *options]
+    environment = os.environ | processes.ENVIRONMENT
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.splitlines()
+
+
+def launch(*options, count=2):
+    """As ``torchrun``, without its seconds of imports in every process."""
+    with tempfile.TemporaryDirectory() as folder:
+        return processes.run_script(count, EXAMPLES / "distributed.py", options, folder).splitlines()
 
 
 @pytest.fixture
@@ -65,7 +73,7 @@ def losses(lines, name):
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path):
-    lines = launch("--steps", "4", "--out", str(tmp_path))
+    lines = torchrun("--steps", "4", "--out", str(tmp_path))
     expected = losses(lines, "one process")
     assert expected[-1] < expected[0] - 0.05, "nothing was learned"
     for strategy, wrapper in WRAPPERS.items():
@@ -90,7 +98,7 @@ def test_layers_that_two_processes_share_and_a_resume(tmp_path):
     """Two by two processes leave a checkpoint; two that share every layer go on from it, to where one would be."""
     lines = launch(
         "--strategy", "fsdp2+tp", "--steps", "3", "--checkpoint", str(tmp_path / "c"), "--out", str(tmp_path),
-        processes=4,
+        count=4,
     )  # fmt: skip
     first = losses(lines, "one process")
     assert losses(lines, "fsdp2+tp") == pytest.approx(first, rel=1e-6)
@@ -153,6 +161,19 @@ def test_two_processes_over_a_mixture_of_experts(tmp_path, example):
         for name, value in one.items():
             torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
     check_resumes_here(example, tmp_path / "c", 3, base="experts")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_two_processes_under_zero3(tmp_path):
+    """DeepSpeed gathers what the layers read around them; what it does to the parameters of others is as before."""
+    lines = launch("--strategy", "zero3", "--steps", "3", "--out", str(tmp_path))
+    expected = losses(lines, "one process")
+    assert expected[-1] < expected[0] - 0.03, "nothing was learned"
+    assert losses(lines, "zero3") == pytest.approx(expected, rel=1e-6)
+    wrapper = "DeepSpeedEngine, 2 processes, 42 fused calls in this one, fallbacks {}"
+    assert any(wrapper in line for line in lines), lines
+    one, zero3 = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "zero3"))
+    torch.testing.assert_close(zero3, one, rtol=1e-3, atol=1e-6)
 
 
 def test_accelerate_reads_the_example_config():

@@ -19,10 +19,12 @@ from .embedding import EmbeddingOperands, embedding_operands, ids_reason
 from .experts import ExpertsBranch, experts_branch, is_experts, projections, why_not_experts
 from .linear import Operands, SideBySide, adapter_operands, base_operands, glance, operands, plain_adapter
 from .sharded import Shards, sharded_operands
+from .zero3 import gather_parts, has_gathered_parts, reader_under_zero3
 
 __all__ = [
     "Branch", "EmbeddingOperands", "ExpertsBranch", "Operands", "Shards", "SideBySide", "active_adapters",
     "adapter_operands", "base_operands", "branch_operands", "call_reason", "embedding_operands", "experts_branch",
-    "glance", "ids_reason", "is_alora", "is_experts", "operands", "plain_adapter", "product_dtype", "projections",
-    "sharded_operands", "usual_scaling", "why_not_called_as_is", "why_not_experts",
+    "gather_parts", "glance", "has_gathered_parts", "ids_reason", "is_alora", "is_experts", "operands", "plain_adapter",
+    "product_dtype", "projections", "reader_under_zero3", "sharded_operands", "usual_scaling", "why_not_called_as_is",
+    "why_not_experts",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from torch.nn.modules import module as _module
 
 from ..plain import PLAIN_TENSORS, is_parametrized, not_plain
 from ..reasons import Reason
+from .zero3 import is_whole_for_reader
 
 Branch = tuple[Tensor, Tensor, "Tensor | None", "float | Tensor", float, bool, "Tensor | None"]
 """lora_A, lora_B, bias of lora_B, scaling, dropout_p, training, magnitude."""
@@ -136,9 +137,9 @@ def why_not_called_as_is(*modules: nn.Module) -> Reason | None:
         state = module.__dict__
         if "forward" in state:
             return Reason.INSTANCE_FORWARD
-        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-            return Reason.ADAPTER_HOOKS
         if state["_backward_hooks"] or state["_backward_pre_hooks"]:
+            return Reason.ADAPTER_HOOKS
+        if (state["_forward_hooks"] or state["_forward_pre_hooks"]) and not is_whole_for_reader(module):
             return Reason.ADAPTER_HOOKS
     if _GLOBAL_HOOKS[0] or _GLOBAL_HOOKS[1] or _GLOBAL_HOOKS[2] or _GLOBAL_HOOKS[3]:
         return Reason.ADAPTER_HOOKS

@@ -1,9 +1,16 @@
 """Several gloo processes on one machine, what they send to each other, and models whose layers they share."""
 
 import datetime
+import multiprocessing
 import os
+import runpy
+import sys
+import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,19 +25,76 @@ import lora_kernels as lk
 BY_ROWS = ("o_proj", "down_proj")
 
 
+PRELOADED = [
+    "processes", "accelerate", "lora_kernels.integrations.peft.linear", "torch._dynamo", "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict", "transformers.models.qwen3_moe.modeling_qwen3_moe",
+]  # fmt: skip
+"""What takes seconds to import: one process does, once, and those of every test are forked from it."""
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+LIMIT_S = 300
+
+
+def start(count, function, *arguments):
+    """Runs ``function(rank, *arguments)`` in ``count`` new processes.
+
+    Raises:
+        ProcessRaisedException, ProcessExitedException: one has failed, and the others were ended.
+        TimeoutError: they were all ended.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)  # the first of them imports what this one does
+    with mock.patch.dict(os.environ, ENVIRONMENT, PYTHONPATH=path, PYTHONSAFEPATH="1"):
+        context = mp.start_processes(function, arguments, count, join=False, start_method="forkserver")
+    end = time.monotonic() + LIMIT_S
+    while not context.join(max(0.0, end - time.monotonic())):
+        if time.monotonic() >= end:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"{count} processes were not done after {LIMIT_S} s")
+
+
 def run(count, scenarios, folder):
     """{scenario: tracebacks} of ``scenarios(rank, folder)``, all run in the same ``count`` processes."""
-    mp.spawn(_work, (count, scenarios, str(folder)), nprocs=count)
+    start(count, _work, count, scenarios, str(folder))
     found = [torch.load(f"{folder}/{rank}.pt") for rank in range(count)]
     return {of.__name__: "\n".join(filter(None, (each[of.__name__] for each in found))) for of in scenarios}
 
 
-def _work(rank, count, scenarios, folder):
+def run_script(count, path, options, folder):
+    """What the first process prints that runs a script, as torchrun starts it; it and the others must succeed."""
+    failure = ""
+    try:
+        start(count, _run_script, count, str(path), options, str(folder))
+    except (mp.ProcessExitedException, mp.ProcessRaisedException, TimeoutError) as error:
+        failure = str(error)
+    outputs = [file.read_text() for rank in range(count) if (file := Path(folder, f"{rank}.txt")).exists()]
+    assert failure == "", "\n".join([failure, *outputs])
+    return outputs[0]
+
+
+def _join_group(rank, count, folder):
+    """What is needed to be one of ``count`` processes."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-    store = dist.FileStore(f"{folder}/store", count)
     limit = datetime.timedelta(seconds=60)  # where one process has failed, the others wait for it
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=limit)
+    store = dist.FileStore(f"{folder}/store", count)
+    return {"store": store, "rank": rank, "world_size": count, "timeout": limit}
+
+
+def _run_script(rank, count, path, options, folder):
+    # A script that finds a group's address in the environment, as torchrun tells it, is given a file instead.
+    dist.init_process_group = partial(dist.init_process_group, **_join_group(rank, count, folder))
+    sys.argv = [path, *options]
+    with open(f"{folder}/{rank}.txt", "w") as output, redirect_stdout(output):
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except Exception:
+            traceback.print_exc(file=output)
+            raise
+
+
+def _work(rank, count, scenarios, folder):
+    dist.init_process_group("gloo", **_join_group(rank, count, folder))
     found = {}
     for scenario in scenarios:
         torch.manual_seed(0)

@@ -25,7 +25,7 @@ from ...functional.tensor_parallel import lora_linear_of_shards
 from ...modules.base import is_given
 from ...modules.quantized import QuantizedLinear, set_compute_type
 from ...reasons import Reason
-from ...report import FUSED, FUSED_COLUMNS, FUSED_POOL, FUSED_ROWS
+from ...report import FUSED, FUSED_COLUMNS, FUSED_GATHERED, FUSED_POOL, FUSED_ROWS
 from . import conv, experts, mixed_batch, packed_merging, packs, several_adapters, sharded_merging
 
 original_create_new_module: Any = LoraModel._create_new_module
@@ -68,6 +68,8 @@ class FusedForward(nn.Module):
             found = operands.operands(self)
             if found is Reason.DTENSOR and not torch.compiler.is_compiling():
                 found = operands.sharded_operands(self)
+            if found is Reason.ADAPTER_HOOKS and operands.gather_parts(self):
+                found = operands.operands(self)
             if type(found) is tuple:
                 weight, lora_A, lora_B, bias, scaling, dropout_p, training, magnitude = found
                 reason = operands.call_reason(x, weight, lora_A, lora_B)
@@ -308,6 +310,8 @@ def next_call(layer: Any) -> tuple[Reason | None, str]:
         found = operands.sharded_operands(layer)
     if found is Reason.VARIANT and isinstance(layer, FusedForward) and mixed_batch.acts_on_some_tokens(layer):
         return None, FUSED_POOL
+    if found is Reason.ADAPTER_HOOKS and isinstance(layer, FusedForward) and operands.has_gathered_parts(layer):
+        return None, FUSED_GATHERED
     if type(found) is Reason:
         return found, ""
     if is_conv:

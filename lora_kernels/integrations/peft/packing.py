@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ...reasons import Reason
-from ...report import FUSED, FUSED_COLUMNS, FUSED_MLP, FUSED_PACK, FUSED_ROWS, Report
+from ...report import FUSED, FUSED_COLUMNS, FUSED_GATHERED, FUSED_MLP, FUSED_PACK, FUSED_ROWS, Report
 from . import mlp as _mlp
 from . import packs as _packs
 from . import parents as _parents
@@ -70,6 +70,8 @@ def _why_not_together(parent: nn.Module, layers: list[nn.Module]) -> Reason | No
             return reason
         if what in (FUSED_COLUMNS, FUSED_ROWS):
             return Reason.PACK_SHARDED
+        if what == FUSED_GATHERED:
+            return Reason.ADAPTER_HOOKS  # those of each layer gather for that layer
         if what != FUSED:
             return Reason.PACK_DORA if what.startswith("dora") else Reason.PACK_QUANTIZED
     return None

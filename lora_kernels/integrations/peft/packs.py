@@ -257,6 +257,8 @@ def _at_a_glance(pack: Pack, x: Any) -> list[operands.Operands] | None:
     """As ``why_not``, without gradients, of layers that are plain and alike: the first is looked at closely, the others
     when they are called, which they mostly are. None for layers that are not.
     """
+    if operands.reader_under_zero3() is not None:  # the others are not gathered yet
+        return None
     first, *others = pack._layers
     of_first: Any = operands.operands(first())
     if type(of_first) is not tuple or type(x) is not Tensor or not x.is_cpu or of_first[7] is not None:
