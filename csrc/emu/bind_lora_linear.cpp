@@ -5,23 +5,9 @@
 #include "dequantize_launch.h"
 #include "lora_linear_launches.h"
 
-namespace lk {
-
-inline std::vector<int64_t> allocations;  // elements of each, since the test last asked
-
-inline AOTITorchError counted_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
-                                            int32_t device_type, int32_t device, AtenTensorHandle* out) {
-  int64_t elements = 1;
-  for (int64_t d = 0; d < dim; ++d) elements *= sizes[d];
-  allocations.push_back(elements);
-  return aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device, out);
-}
-
-}  // namespace lk
-
 #define CUDA CPU
 #define lora_kernels_native lora_kernels_emulated
-#define aoti_torch_empty_strided lk::counted_empty_strided
+#define aoti_torch_empty_strided lk::noted_empty_strided
 #include "../bind/lora_linear_cuda.cpp"
 #include "../bind/lora_linear_slabs_cuda.cpp"
 
@@ -188,7 +174,12 @@ PYBIND11_MODULE(_emu_lora_linear, m) {
     lk::lora_launches.clear();
     return all;
   });
-  m.def("allocations", [] { return std::exchange(lk::allocations, {}); });
+  // Elements of each, since this was last called.
+  m.def("allocations", [] {
+    std::vector<int64_t> elements;
+    for (const lk::Allocation& a : std::exchange(lk::allocations, {})) elements.push_back(a.elements);
+    return elements;
+  });
   // (stream, first, count, length) of what dequantize has decoded since this was last called.
   m.def("decoded", [] {
     pybind11::list all;
