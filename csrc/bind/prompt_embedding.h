@@ -27,10 +27,6 @@ inline std::tuple<uint64_t, uint64_t> mask_bits(const Tensor& mask) {
   }
 }
 
-inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
-  return !t || t->is_contiguous() ? t : std::optional<Tensor>(torch::stable::contiguous(*t));
-}
-
 // An argument that was not given fits.
 inline bool has_sizes(const std::optional<Tensor>& t, std::initializer_list<int64_t> sizes) {
   return !t || std::equal(t->sizes().begin(), t->sizes().end(), sizes.begin(), sizes.end());
