@@ -150,18 +150,11 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels_emulated, Meta, m) {
 PYBIND11_MODULE(_emu_lora_linear, m) {
   using lk::emu::runtime;
   lk::define_options(m);
-  m.def("set_sms", [](int sms) {
-    runtime.sms = sms;
-    lk::known_limits.forget();
-  });
+  lk::define_device(m);
   // SMs of a device that has this many, unless it is known.
   m.def("limits_of", [](int device, int sms) {
     runtime.sms = sms;
     return lk::device_limits(device).sms;
-  });
-  m.def("set_capability", [](int capability) {
-    runtime.capability = capability;
-    lk::known_limits.forget();
   });
   m.def("set_row_gap", [](int64_t elements) { lk::row_gap = elements; });
   m.def("fail_launches", [](bool on) { runtime.fail_launches = on; });

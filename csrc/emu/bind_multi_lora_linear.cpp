@@ -157,10 +157,7 @@ cudaError_t launch_multi_lora_grads(const MultiLoraGradsParams& p, const LoraGra
 
 PYBIND11_MODULE(_emu_multi_lora_linear, m) {
   lk::define_options(m);
-  m.def("set_sms", [](int sms) {
-    lk::emu::runtime.sms = sms;
-    lk::known_limits.forget();
-  });
+  lk::define_device(m);
   m.def("s", [] { return pybind11::bytes(reinterpret_cast<const char*>(lk::last_s.data()), lk::last_s.size()); });
   m.def("launches", [] {
     pybind11::list all;

@@ -69,6 +69,17 @@ inline void define_options(pybind11::module_& m) {
   m.def("set_stream", [](uintptr_t stream) { emu::runtime.stream = reinterpret_cast<cudaStream_t>(stream); });
 }
 
+inline void define_device(pybind11::module_& m) {
+  m.def("set_sms", [](int sms) {
+    emu::runtime.sms = sms;
+    known_limits.forget();
+  });
+  m.def("set_capability", [](int capability) {
+    emu::runtime.capability = capability;
+    known_limits.forget();
+  });
+}
+
 inline void define_launch(pybind11::module_& m) {
   define_options(m);
   m.def("last_launch", [] {
