@@ -2,15 +2,8 @@
 // `Math` has the functions of a number or of a vector of them; if_negative(x, a, b) is a where x < 0, else b.
 #pragma once
 
+#include "host_device.h"
 #include "params/gated_activation.h"
-
-#if !defined(LK_HOST_DEVICE)
-#if defined(__CUDACC__)
-#define LK_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define LK_HOST_DEVICE inline
-#endif
-#endif
 
 namespace lk {
 

@@ -4,17 +4,15 @@
 // that the emulator sees every access to shared and global memory. Nothing here or in a kernel includes torch.
 #pragma once
 
-#include <cstdint>
+#include "host_device.h"
 
 #if defined(__CUDACC__)
-#define LK_HOST_DEVICE __host__ __device__ __forceinline__
 #define LK_DEVICE __device__ __forceinline__
 #define LK_KERNEL(threads, min_blocks) __global__ void __launch_bounds__(threads, min_blocks)
 #define LK_UNROLL _Pragma("unroll")
 #define LK_NO_UNROLL _Pragma("unroll 1")
 #include "ptx/core.h"
 #else
-#define LK_HOST_DEVICE inline
 #define LK_DEVICE inline
 #define LK_KERNEL(threads, min_blocks) inline void
 #define LK_UNROLL

@@ -4,13 +4,7 @@
 
 #include <cstdint>
 
-#if !defined(LK_HOST_DEVICE)
-#if defined(__CUDACC__)
-#define LK_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define LK_HOST_DEVICE inline
-#endif
-#endif
+#include "host_device.h"
 
 namespace lk {
 

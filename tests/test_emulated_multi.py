@@ -166,6 +166,15 @@ def test_order_of_blocks_and_warps_does_not_change_a_bit(rows, name):
             assert torch.equal(ours.view(torch.int16), reference.view(torch.int16))
 
 
+@pytest.mark.parametrize("name", ["bf16", "tf32"])
+def test_launches_of_one_backward_share_a_workspace(name):
+    """Sums of parts of the depth for s', and behind them those of parts of the rows. Kills: the latter's place counted
+    from behind the former twice, which is behind the end."""
+    args = problem([0 if row % 3 else 1 for row in range(400)], (16, 24, 8), 1048, 72, name)
+    _, launches = check_backward(args, sms=MANY)
+    assert all(launch["counters"] > 0 for launch in launches if launch["name"] in ("shrink", "gradients"))
+
+
 @pytest.mark.parametrize("rows", [30, 100])
 def test_ids_and_ranks_that_are_out_of_range_touch_no_memory_of_others(rows):
     """The emulator refuses every access outside of the operands. Kills: numbers that are taken as they are, or their

@@ -287,12 +287,12 @@ def test_tensors_of_several_devices_are_refused():
     tensors = [t for t in args[1:] if isinstance(t, torch.Tensor)]
     assert len(tensors) == 6
     for tensor in tensors:
-        with pytest.raises(RuntimeError, match="prompt_embedding: tensors are on several devices"):
+        with pytest.raises(RuntimeError, match=r"prompt_embedding: .* must be on prompt's device"):
             ops.prompt_embedding(*misfits.elsewhere(args, tensor), "")
     grad, layout = torch.randn(BATCH, ROWS + TOKENS, RAGGED), torch.tensor([[0, 0, ROWS]] * BATCH)
     args = (grad, layout, problem.input_ids, problem.task_ids, problem.prompt.shape[0], ROWS, FP32, VOCABULARY)
     for tensor in args[1:4]:
-        with pytest.raises(RuntimeError, match="prompt_embedding_backward: tensors are on several devices"):
+        with pytest.raises(RuntimeError, match=r"prompt_embedding_backward: .* must be on grad's device"):
             ops.prompt_embedding_backward(*misfits.elsewhere(args, tensor), True, True, True, "")
 
 

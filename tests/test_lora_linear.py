@@ -568,6 +568,20 @@ def test_registered_ops_read_nothing_that_does_not_fit(rows, dtype):
         ops.frozen_linear_backward(x, weight)
 
 
+def test_what_serves_no_dropout_refuses_a_seed():
+    """Kills: a seed that the kernel for few rows does not look at; fp32 gradients written into memory of fp64."""
+    native, seed = torch.ops.lora_kernels_native, torch.tensor([3])
+    x, weight, lora_A, lora_B = torch.randn(70, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    with pytest.raises(RuntimeError, match="no dropout, so seed must be None"):
+        native.lora_linear(x[:1], weight, lora_A, lora_B, None, seed, 2.0, 0.5, "decode")
+    wide = [t.double() for t in (x, weight, lora_A, lora_B)]
+    with pytest.raises(RuntimeError, match="x must not be float64 under dropout"):
+        native.lora_linear(*wide, None, seed, 2.0, 0.5, "aten")
+    grad_y, s = torch.randn(70, 6).double(), torch.randn(70, 2).double()
+    with pytest.raises(RuntimeError, match="x must not be float64 under dropout"):
+        native.lora_linear_backward(grad_y, wide[0], s, *wide[1:], seed, 2.0, 0.5, True, True, True, "aten")
+
+
 def test_float16_adapters_over_bfloat16_are_refused():
     t = small(BF16, grad=False)
     t["lora_A"], t["lora_B"] = t["lora_A"].half(), t["lora_B"].half()

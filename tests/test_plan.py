@@ -324,6 +324,34 @@ def test_no_plan_of_an_unknown_schedule(op):
 
 
 @needs_extension
+@pytest.mark.parametrize(
+    ("op", "problem", "message"),
+    [
+        ("lora_linear", dict(m=8, n=8, rank=8, rows_aligned=True, has_dropout=False, sms=0), "sms must be at least 1"),
+        ("grouped_lora_linear", dict(m=8, n=8, rank=8, groups=0, is_shared=False, in_columns=False), "groups must be"),
+        ("multi_lora_linear", dict(m=8, n=8, rank=8, adapters=2, w_is_whole=True, has_dropout=False, sms=0), "sms"),
+        ("lora_pack", dict(m=8, n=(8,), rank=(8,), is_served=True, sms=-1), "sms must be at least 1, got -1"),
+        ("dequantize", dict(n=8, block=0, layout="codes4", aligned=True), "block must be at least 1, got 0"),
+        ("lora_linear_packed", dict(m=8, n=8, rank=8, block=0), "block must be at least 1, got 0"),
+    ],
+)
+def test_what_a_plan_divides_by_is_not_zero(op, problem, message):
+    """Kills: an interpreter that ends with a division by zero."""
+    device = dict(sms=108, shared_per_block=166912) | ({} if op == "dequantize" else dict(capability=80))
+    with pytest.raises(ValueError, match=message):
+        getattr(_native.cuda, f"plan_{op}")(**dict(dtype="bf16", k=64) | device | problem)
+
+
+@needs_extension
+@pytest.mark.parametrize("op", ["prefix_kv", "prefix_kv_backward"])
+def test_no_plan_of_a_grid_that_no_launch_has(op):
+    device = dict(sms=108, shared_per_block=166912)
+    sizes = dict(tokens=2**20, layers=32, heads=2**20, head_dim=128, batch=1)
+    with pytest.raises(ValueError, match="too many tiles"):
+        getattr(_native.cuda, f"plan_{op}")(dtype="bf16", prefix_dtype="bf16", **sizes, rows_aligned=True, **device)
+
+
+@needs_extension
 @pytest.mark.parametrize("dtype", ["bf16", "tf32"])
 @pytest.mark.parametrize("rank", [16, 64])
 def test_plan_of_the_gradients(plan, rank, dtype):

@@ -219,8 +219,43 @@ def test_the_native_backward_checks_what_it_reads():
     for layout, index in ((good, ids), (good + 1, ids * 0), (torch.tensor([[0, -1, 3]]), ids * 0)):
         with pytest.raises(RuntimeError, match="out of range"):
             native(grad, layout, index, None, 0, 3, FP32, 5, True, True, True, "row_sum")
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        native(grad, good[:, :2], ids, None, 0, 3, FP32, 6, True, True, True, "row_sum")
+    for changed, message in (
+        ({0: grad[0]}, r"grad must be \[batch, prompt_rows \+ tokens, hidden\]"), ({5: 5}, "grad must be"),
+        ({1: good[:, :2]}, r"layout must be \[batch, 3\], int64"), ({1: good.int()}, "layout must be"),
+        ({2: ids[:, :0]}, r"input_ids must be \[batch, tokens\]"), ({2: ids.short()}, "input_ids must be .* int64"),
+        ({2: None}, "input_ids, which must be given"), ({3: ids}, r"task_ids must be \[batch\]"),
+        ({3: ids[0].char()}, "task_ids must be .* int64"),
+    ):  # fmt: skip
+        args = [grad, good, ids, None, 0, 3, FP32, 6, True, True, True]
+        for position, value in changed.items():
+            args[position] = value
+        with pytest.raises(RuntimeError, match=f"prompt_embedding_backward: .*{message}"):
+            native(*args, "row_sum")
+
+
+def test_the_native_forward_checks_what_it_reads():
+    """Kills: a prompt of one dimension whose elements are taken for rows; ids of 16 bits that are read as 32; an
+    argument that is not there and is looked at."""
+    native = torch.ops.lora_kernels_native.prompt_embedding.default
+    prompt, weight = torch.randn(3, 8), torch.randn(9, 8)
+    ids, per_sample = torch.zeros(2, 5).long(), torch.ones(2).int()
+    for changed, message in (
+        ({1: None}, "input_ids with weight, or inputs_embeds, must be given"), ({2: None}, "input_ids with weight"),
+        ({0: prompt[0]}, r"prompt must be \[prompt_rows, hidden\]"), ({0: prompt[None]}, "prompt must be"),
+        ({6: per_sample}, "prompt must be"), ({2: weight[:, :7]}, r"weight must be \[vocabulary, hidden\]"),
+        ({2: weight[:, None]}, "weight must be"), ({1: ids[0]}, r"input_ids must be \[batch, tokens\]"),
+        ({1: ids.short()}, "input_ids must be .* int64"), ({1: ids.double()}, "input_ids must be .* int64"),
+        ({1: None, 3: torch.randn(2, 8)}, r"inputs_embeds must be \[batch, tokens, hidden\]"),
+        ({1: None, 3: torch.randn(2, 5, 7)}, "inputs_embeds must be"), ({4: ids[:, 1:]}, "attention_mask must be"),
+        ({5: ids[1:]}, "labels must be"), ({7: per_sample[:1]}, r"prompt_lengths must be \[batch\]"),
+        ({7: per_sample.short()}, "prompt_lengths must be .* int64"),
+        ({0: prompt[None], 6: per_sample.bool()}, "task_ids must be .* int64"),
+    ):  # fmt: skip
+        args = [prompt, ids, weight, None, None, None, None, None, False]
+        for position, value in changed.items():
+            args[position] = value
+        with pytest.raises(RuntimeError, match=f"prompt_embedding: .*{message}"):
+            native(*args, "gather")
 
 
 # --------------------------------------------------------------------------------------------------- dispatch

@@ -22,6 +22,21 @@ inline bool is_beside(const Tensor& x, const Tensor& t) { return x.is_cpu() || t
 inline bool is_beside(const Tensor& x, const std::optional<Tensor>& t) { return !t || is_beside(x, *t); }
 
 inline bool is_fp32(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
+inline bool is_integer(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long;
+}
+
+// Of the leading dimensions.
+inline int64_t rows_of(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
+  return rows;
+}
+
+// An argument that may not be given.
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return !t || t->is_contiguous() ? t : std::optional(torch::stable::contiguous(*t));
+}
 
 // A [rows, columns] view with these strides, starting `offset` elements after t's first.
 inline Tensor view2d(const Tensor& t, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides,
@@ -80,10 +95,7 @@ inline Tensor new_empty_rows_as(const Tensor& like, int64_t columns) {
 
 // [..., n] -> [rows, n] with unit column stride: a view where the strides allow it, else a copy.
 inline Tensor as_rows(const Tensor& t) {
-  const int64_t dim = t.dim();
-  const int64_t columns = t.size(dim - 1);
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < dim; ++d) rows *= t.size(d);
+  const int64_t dim = t.dim(), columns = t.size(dim - 1), rows = rows_of(t);
   if (rows == 0 || columns == 0) return torch::stable::new_empty(t, {rows, columns});
 
   bool mergeable = t.stride(dim - 1) == 1 || columns == 1;

@@ -9,8 +9,9 @@ namespace lk {
 
 // [n, k] weights from (data, scales, code), or with (scales2, code2, offset) behind these.
 inline PackedParts codes4_parts(const std::vector<Tensor>& parts, int64_t n, int64_t k, int64_t block) {
-  STD_TORCH_CHECK(parts.size() == 3 || parts.size() == 6, "weight of layout codes4 has 3 parts, or 6");
-  STD_TORCH_CHECK(block >= 2 && block % 2 == 0 && k % block == 0, "block must be even, and k a multiple of it");
+  STD_TORCH_CHECK(parts.size() == 3 || parts.size() == 6, "packed weight: one of layout codes4 has 3 parts, or 6");
+  STD_TORCH_CHECK(block >= 2 && block % 2 == 0 && k % block == 0,
+                  "packed weight: block must be even, and k a multiple of it");
   const bool nested = parts.size() == 6;
   const int64_t scales = n * (k / block);
   const Tensor& data = parts[0];

@@ -64,7 +64,7 @@ inline Tensor onednn_linear(const Tensor& x, const Tensor& w, const std::optiona
   }
   const Tensor weight = dense(w);
   // oneDNN does not look at the bias's stride.
-  const std::optional<Tensor> row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  const std::optional<Tensor> row = contiguous(bias);
   AtenTensorHandle out, bias_handle = row ? row->get() : nullptr;
   const char* algorithm = "";
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(x.get(), weight.get(), row ? &bias_handle : nullptr,

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -269,8 +268,8 @@ class Gradients {
   }
 
   void begin(const Panel& p) {
-    memset(a(p), 0, sizeof(float) * size_A_);
-    memset(b(p), 0, sizeof(float) * size_B_);
+    std::fill_n(a(p), size_A_, 0.0f);
+    std::fill_n(b(p), size_B_, 0.0f);
   }
 
   float* a(const Panel& p) { return p.part == 0 ? all_A_ + p.group * size_A_ : parts_.get() + (p.part - 1) * size_A_; }

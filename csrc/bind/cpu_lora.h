@@ -19,6 +19,13 @@ inline Dropout read_dropout(const Tensor& seed, double p) {
   return make_dropout(*static_cast<const int64_t*>(seed.const_data_ptr()), p);
 }
 
+// Of x. The kernels that drop something compute in fp32, where they write fp32, too.
+inline std::optional<Dropout> dropout_of(const Tensor& x, const std::optional<Tensor>& seed, double p) {
+  if (!seed) return std::nullopt;
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "x must not be float64 under dropout, so seed must be None");
+  return read_dropout(*seed, p);
+}
+
 // The kernels' own narrow products pay from this many rows on; below, packing the other operand costs more.
 inline constexpr int64_t kOwnProductRows = 64;
 
@@ -178,8 +185,7 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x, const Weight& weight, c
   const ScalarType compute = upcast ? ScalarType::Float : x.scalar_type();
   const Tensor y = onednn ? onednn_linear(rows, weight, bias) : new_empty_as(x, {rows.size(0), weight.n()});
   const Tensor a_transposed = transposed(cast(lora_A, compute)), b_transposed = transposed(cast(lora_B, compute));
-  std::optional<Dropout> dropout;
-  if (seed) dropout = read_dropout(*seed, dropout_p);
+  const std::optional<Dropout> dropout = dropout_of(x, seed, dropout_p);
   std::optional<Shrink> shrink;
   if (dropout || (compute == ScalarType::Float && rows.size(0) >= kOwnProductRows)) shrink.emplace(lora_A, dropout);
 
@@ -245,8 +251,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& grad_y, const Ten
   }
   const Tensor a = as_rows(cast(lora_A, wide)), b = cast(lora_B, wide);
   const int64_t m = x_rows.size(0), n = weight.n(), k = weight.k(), rank = a.size(0);
-  std::optional<Dropout> dropout;
-  if (seed) dropout = read_dropout(*seed, dropout_p);
+  const std::optional<Dropout> dropout = dropout_of(x, seed, dropout_p);
 
   const Tensor grad_x =
       onednn && need_x ? onednn_linear_backward(grad_rows, weight) : new_empty_as(x, {need_x ? m : 0, k});

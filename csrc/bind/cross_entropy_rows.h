@@ -18,14 +18,16 @@ inline CrossEntropyCall cross_entropy_call(const Tensor& logits, const Tensor& l
                                            double label_smoothing, double softcap, double logit_scale,
                                            ScalarType grad_dtype) {
   STD_TORCH_CHECK(logits.dim() == 2 && is_fp32(logits) && (logits.stride(1) == 1 || logits.size(1) <= 1),
-                  "logits must be [rows, columns], float32 with unit column stride");
+                  "cross_entropy_rows: logits must be [rows, columns], float32 with unit column stride");
   const int64_t rows = logits.size(0);
-  STD_TORCH_CHECK(logits.stride(0) >= logits.size(1) || rows <= 1, "rows of logits must not overlap");
+  STD_TORCH_CHECK(logits.stride(0) >= logits.size(1) || rows <= 1,
+                  "cross_entropy_rows: rows of logits must not overlap");
   STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == rows && labels.scalar_type() == ScalarType::Long,
-                  "labels must be [rows], int64");
+                  "cross_entropy_rows: labels must be [rows], int64");
   STD_TORCH_CHECK(!grad_losses || (grad_losses->dim() == 1 && grad_losses->size(0) == rows && is_fp32(*grad_losses)),
-                  "grad_losses must be [rows], float32");
-  STD_TORCH_CHECK(is_beside(logits, labels) && is_beside(logits, grad_losses), "tensors on several devices");
+                  "cross_entropy_rows: grad_losses must be [rows], float32");
+  STD_TORCH_CHECK(is_beside(logits, labels), "cross_entropy_rows: labels must be on logits' device");
+  STD_TORCH_CHECK(is_beside(logits, grad_losses), "cross_entropy_rows: grad_losses must be on logits' device");
   CrossEntropyCall call{.logits = logits,
                         .labels = with_contiguous_rows(labels),
                         .grad_losses = grad_losses,

@@ -20,8 +20,9 @@ Tensor cross_entropy_rows(Tensor logits, Tensor labels, std::optional<Tensor> gr
 }
 
 void check_wide(const Tensor& rows, const Tensor& weight, int64_t depth_dim) {
-  STD_TORCH_CHECK(rows.dim() == 2 && is_fp32(rows) && weight.dim() == 2 && rows.size(1) == weight.size(depth_dim),
-                  "a wide product takes float32 rows that fit the weight");
+  STD_TORCH_CHECK(
+      rows.dim() == 2 && is_fp32(rows) && weight.dim() == 2 && rows.size(1) == weight.size(depth_dim),
+      "wide_linear: x, or its backward's grad_y, must be float32 [rows, k], or [rows, n], of a weight [n, k]");
 }
 
 // x Wᵀ + bias for an fp32 x, whatever W and bias are rounded to.

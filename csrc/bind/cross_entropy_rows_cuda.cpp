@@ -1,6 +1,4 @@
 // cross_entropy_rows on CUDA.
-#include <stdexcept>
-
 #include "../launch/cross_entropy_rows.h"
 #include "cross_entropy_rows.h"
 #include "cuda_device.h"
@@ -14,9 +12,11 @@ Tensor cross_entropy_rows(Tensor logits, Tensor labels, std::optional<Tensor> gr
   const CrossEntropyCall call =
       cross_entropy_call(logits, labels, grad_losses, ignore_index, label_smoothing, softcap, logit_scale, grad_dtype);
   const CrossEntropyParams& p = call.params;
-  if (p.grad_type == FloatType::kFloat64 || p.columns > INT32_MAX - 2 * kCrossEntropyThreads * kChunkBytes) {
-    throw std::runtime_error("cross_entropy_rows: the CUDA kernels write gradients of float32, bfloat16 and float16");
-  }
+  STD_TORCH_CHECK(p.grad_type != FloatType::kFloat64,
+                  "cross_entropy_rows: the CUDA kernels write gradients of float32, bfloat16 and float16");
+  // A block counts columns in 32 bits, and looks at some behind the last.
+  STD_TORCH_CHECK(p.columns <= INT32_MAX - 2 * kCrossEntropyThreads * kChunkBytes,
+                  "cross_entropy_rows: logits has too many columns for the CUDA kernels");
   const CrossEntropyConfig config = cross_entropy_config(p.rows, rows_aligned(call.logits));
   check_cuda(launch_cross_entropy_rows(p, config, device.stream), "cross_entropy_rows");
   return call.losses;

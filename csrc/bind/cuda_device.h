@@ -33,10 +33,11 @@ namespace lk {
 class CudaCall {
  public:
   explicit CudaCall(const torch::stable::Tensor& t) : device(t.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &guard_));
     void* current;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);
+    // Last: behind what may throw, as nothing deletes the guard of an object that has not come to be.
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &guard_));
   }
   CudaCall(const CudaCall&) = delete;
   CudaCall& operator=(const CudaCall&) = delete;

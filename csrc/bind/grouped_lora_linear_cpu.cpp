@@ -60,8 +60,8 @@ void clear_rows_from(const Tensor& t, int64_t end) {
   torch::stable::zero_(rest);
 }
 
-// The panel's rows of x, times wᵀ, into the same rows of y, or into a tensor of its own where oneDNN does it: then what
-// is returned says where.
+// The panel's rows of x, times wᵀ, into the same rows of y, or into a tensor of its own where oneDNN does it: then
+// base() says where.
 struct PanelProduct {
   std::optional<Tensor> own;
   FloatMatrix rows;

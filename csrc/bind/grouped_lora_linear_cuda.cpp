@@ -15,12 +15,6 @@
 namespace lk {
 namespace {
 
-// Rows as the kernels read them.
-Tensor whole_rows(const Tensor& t) {
-  const Tensor rows = matrix_of(t);
-  return rows_aligned(rows) ? rows : torch::stable::clone(rows);
-}
-
 int64_t whole_rank(const Tensor& x, int64_t rank) {
   const int64_t elements = chunk_elements(static_cast<int>(x.element_size()));
   return blocks_of(rank, elements) * elements;
@@ -65,8 +59,7 @@ int64_t step_of(const Tensor& t, int64_t shared_dim) {
 }
 
 void check_served(const Tensor& x, const Tensor& w) {
-  STD_TORCH_CHECK(float_type(x) != FloatType::kFloat64,
-                  "grouped_lora_linear: the CUDA kernels serve bfloat16, float16 and, in tf32, float32");
+  check_type(x, "grouped_lora_linear");
   const int64_t dim = w.dim(), elements = chunk_elements(static_cast<int>(x.element_size()));
   const MatrixRef first = first_of(w, in_columns(w));
   STD_TORCH_CHECK(
@@ -109,7 +102,7 @@ struct Operands {
         w(weight),
         a(factors(lora_A, x_, 1, columns && is_backward)),
         b(factors(lora_B, x_, 2, columns && !is_backward)),
-        bias(bias_ ? std::optional(torch::stable::contiguous(*bias_)) : std::nullopt),
+        bias(contiguous(bias_)),
         problem{.first = {.x = first_of(x, false),
                           .w = first_of(w, columns),
                           .a = {a.const_data_ptr(), a.size(2), whole_rank(x_, lora_A.size(1)), lora_A.size(2),

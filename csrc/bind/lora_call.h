@@ -3,8 +3,6 @@
 // memory then.
 #pragma once
 
-#include <stdexcept>
-#include <string>
 #include <tuple>
 
 #include "../launch/lora_linear.h"
@@ -18,10 +16,6 @@
 #include "vendor_products.h"
 
 namespace lk {
-
-inline MatrixRef ref_of(const Tensor& t) {
-  return {t.const_data_ptr(), t.stride(0), t.size(0), t.size(1), float_type(t)};
-}
 
 inline OutputRef output_of(const Tensor& t, int64_t stride) { return {t.mutable_data_ptr(), stride}; }
 
@@ -41,7 +35,7 @@ struct Operands {
       : x(matrix_of(x_)),
         a(adapter_rows(lora_A, x_)),
         b(adapter_rows(lora_B, x_)),
-        bias(bias_ ? std::optional(torch::stable::contiguous(*bias_)) : std::nullopt),
+        bias(contiguous(bias_)),
         problem{.x = ref_of(x),
                 .w = w,
                 .a = ref_of(a),
@@ -52,12 +46,6 @@ struct Operands {
                 .dropout_p = dropout_p,
                 .w_in_columns = w_in_columns} {}
 };
-
-inline void check_type(const Tensor& x) {
-  if (float_type(x) == FloatType::kFloat64) {
-    throw std::runtime_error("lora_linear: the CUDA kernels serve bfloat16, float16 and, in tf32, float32");
-  }
-}
 
 // Workspace of a launch that may need none.
 class Floats {
@@ -70,18 +58,6 @@ class Floats {
  private:
   std::optional<Tensor> memory_;
 };
-
-// out = a b + the elements of addend from `begin` on, as many as out has columns; without them, where there are none.
-inline void product(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& addend,
-                    int64_t begin) {
-  if (!addend) return product(out, a, b);
-  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "this torch has no aoti_torch_cuda_addmm_out");
-  const int64_t count = out.size(1), one = 1;
-  AtenTensorHandle part;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(addend->get(), 1, &count, &one, begin, &part));
-  const Tensor row(part);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), row.get(), a.get(), b.get(), 1.0, 1.0));
-}
 
 // One launch, of the forward or of dX.
 template <class Element>
@@ -108,6 +84,8 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x, const Operands& operand
   const Tensor y = new_empty_as(x, {m, n}), s = new_empty_as(x, {m, problem.rank()});
   const LoraForwardConfig config = lora_forward_config(problem, limits_of(call), wanted);
   if (m > 0) {
+    // The vendor's GEMM takes factors of one type. Rounding those of fp32 is a launch of its own, which is little
+    // beside the product: it reads `rank` rows, not those of x.
     if (config.vendor_makes_s) product(s, operands.x, transposed(cast(operands.a, x.scalar_type())));
     const Counters counters(x, call, config.launch.counters);
     const Floats partials(x, config.launch.partials);
@@ -162,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& x, const Tensor& 
   const LoraBackwardConfig config = lora_backward_config(problem, limits_of(call), wanted);
   const Counters counters(x, call, config.grad_x.counters + config.grads.counters);
   const Tensor grad_s = new_empty_as(x, {m, rank});
-  if (config.vendor_makes_s) product(grad_s, gy, cast(operands.b, x.scalar_type()));
+  if (config.vendor_makes_s) product(grad_s, gy, cast(operands.b, x.scalar_type()));  // as in the forward
   const Floats parts_of_grad_b(x, config.partial_grad_b), partials(x, config.grad_x.partials + config.grads.partials);
   const LoraBackwardWorkspace workspace{.counters = counters.data(),
                                         .grad_s = grad_s.mutable_data_ptr(),

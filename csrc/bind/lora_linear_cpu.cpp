@@ -12,6 +12,10 @@
 namespace lk {
 namespace {
 
+void check_no_dropout(const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(!seed, "the decode and rows schedules serve no dropout, so seed must be None");
+}
+
 // y of a few fp32 rows, and into `s` [rows, rank] what its name says, without the vendor library: W is read once, and
 // every call into ATen would cost as much as a small layer takes.
 Tensor decode_rows(const Tensor& rows, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
@@ -19,7 +23,7 @@ Tensor decode_rows(const Tensor& rows, const Tensor& weight, const Tensor& lora_
   STD_TORCH_CHECK(is_fp32(rows) && weight.stride(1) == 1, "the decode schedule serves fp32 with unit column stride");
   const Tensor a = as_float_rows(lora_A), b = as_float_rows(lora_B);
   const Tensor y = new_empty_as(rows, {rows.size(0), weight.size(0)});
-  const std::optional<Tensor> bias_row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  const std::optional<Tensor> bias_row = contiguous(bias);
   run_decode(decode_params(rows, a, s));
 
   LoraDecodeParams p = decode_params(rows, weight, mutable_floats(y));
@@ -47,6 +51,7 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
                                        double dropout_p, std::string schedule) {
   check_lora_linear(x, weight, lora_A, lora_B, bias, seed);
   if (schedule == "decode") {
+    check_no_dropout(seed);
     const Tensor rows = as_rows(x), s = new_empty_as(x, {rows.size(0), lora_A.size(0)});
     const Tensor y = decode_rows(rows, weight, lora_A, lora_B, bias, scaling, mutable_floats(s));
     return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
@@ -81,7 +86,7 @@ std::tuple<Tensor, Tensor> lora_linear_packed(Tensor x, std::vector<Tensor> weig
   check_adapter(x, n, k, lora_A, lora_B, seed);
   const PackedWeight w = packed_weight_for({weight, layout, n, k, block, dtype}, x.scalar_type());
   if (schedule == "decode" || schedule == "rows") {
-    STD_TORCH_CHECK(!seed, "the decode and rows schedules serve no dropout, so seed must be None");
+    check_no_dropout(seed);
     return packed_rows(x, w, lora_A, lora_B, bias, scaling, schedule == "decode");
   }
   return lora_forward(x, PackedMatrix(w), lora_A, lora_B, bias, seed, scaling, dropout_p, schedule);

@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight, Tensor lora_A, T
                                        std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
                                        double dropout_p, std::string schedule) {
   check_lora_linear(x, weight, lora_A, lora_B, bias, seed);
-  check_type(x);
+  check_type(x, "lora_linear");
   const CudaCall call(x);
   const Tensor w = weight_rows(weight);
   const Operands operands(x, ref_of(w), in_columns(weight), lora_A, lora_B, bias, seed, scaling, dropout_p);
@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(Tensor grad_y, Tensor x,
                                                         double dropout_p, bool need_x, bool need_A, bool need_B,
                                                         std::string schedule) {
   check_lora_linear_backward(grad_y, x, s, weight, lora_A, lora_B, seed);
-  check_type(x);
+  check_type(x, "lora_linear_backward");
   const CudaCall call(x);
   const Tensor gy = matrix_of(grad_y), w = weight_rows(weight);
   const Operands operands(x, ref_of(w), in_columns(weight), lora_A, lora_B, std::nullopt, seed, scaling, dropout_p);

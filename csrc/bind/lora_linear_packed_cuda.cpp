@@ -27,10 +27,8 @@ std::tuple<Tensor, Tensor> lora_linear_packed(Tensor x, std::vector<Tensor> weig
   STD_TORCH_CHECK(type == FloatType::kBFloat16 || type == FloatType::kFloat16,
                   "lora_linear_packed: the CUDA kernel serves bfloat16 and float16");
   const CudaCall call(x);
-  Tensor rows = matrix_of(x);
-  if (!rows_aligned(rows)) rows = torch::stable::clone(rows);
-  const Tensor a = adapter_rows(lora_A, x), b = adapter_rows(lora_B, x);
-  const std::optional<Tensor> bias_row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  const Tensor rows = whole_rows(x), a = adapter_rows(lora_A, x), b = adapter_rows(lora_B, x);
+  const std::optional<Tensor> bias_row = contiguous(bias);
   const int64_t m = rows.size(0), rank = a.size(0);
   const bool aligned =
       rows_aligned(rows) && rows_aligned(a) && reinterpret_cast<uintptr_t>(packed.data) % kChunkBytes == 0;

@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor> lora_linear_slabs(Tensor x, std::vector<Tensor> weigh
   const PackedSlabs slabs(x, weight, layout, n, k, block, rows);
   check_adapter(x, n, k, lora_A, lora_B, seed);
   check_bias(x, n, bias);
-  check_type(x);
+  check_type(x, "lora_linear_slabs");
   const CudaCall call(x);
   const Operands operands(x, slabs.ref(), false, lora_A, lora_B, bias, seed, scaling, dropout_p);
   return lora_forward(x, operands, call, Wanted::kCublas, [&](const Tensor& y) {
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_slabs_backward(Tensor grad_y, Ten
   const PackedSlabs slabs(x, weight, layout, n, k, block, columns);
   check_adapter(x, n, k, lora_A, lora_B, seed);
   check_gradient(grad_y, x, s, n, lora_A.size(0));
-  check_type(x);
+  check_type(x, "lora_linear_slabs_backward");
   const CudaCall call(x);
   const Tensor gy = matrix_of(grad_y);
   const Operands operands(x, slabs.ref(), false, lora_A, lora_B, std::nullopt, seed, scaling, dropout_p);
@@ -48,10 +48,10 @@ Tensor linear_slabs(Tensor x, std::vector<Tensor> weight, std::string layout, in
                     std::optional<Tensor> bias, int64_t rows) {
   const PackedSlabs slabs(x, weight, layout, n, k, block, rows);
   check_bias(x, n, bias);
-  check_type(x);
+  check_type(x, "linear_slabs");
   const CudaCall call(x);
   const Tensor matrix = matrix_of(x);
-  const std::optional<Tensor> addend = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  const std::optional<Tensor> addend = contiguous(bias);
   const Tensor y = new_empty_as(x, {matrix.size(0), n});
   slabs.by_rows(call, [&](const Tensor& slab, int64_t begin, int64_t end) {
     product(column_block(y, begin, end), matrix, transposed(slab), addend, begin);
@@ -63,7 +63,7 @@ Tensor linear_slabs(Tensor x, std::vector<Tensor> weight, std::string layout, in
 Tensor linear_slabs_backward(Tensor grad_y, std::vector<Tensor> weight, std::string layout, int64_t n, int64_t k,
                              int64_t block, int64_t columns) {
   const PackedSlabs slabs(grad_y, weight, layout, n, k, block, columns, n);
-  check_type(grad_y);
+  check_type(grad_y, "linear_slabs_backward");
   const CudaCall call(grad_y);
   const Tensor gy = matrix_of(grad_y), grad_x = new_empty_as(grad_y, {gy.size(0), k});
   slabs.by_columns(call, [&](const Tensor& slab, int64_t begin, int64_t end) {

@@ -11,12 +11,6 @@
 namespace lk {
 namespace {
 
-// Rows as the kernels read them.
-Tensor whole_rows(const Tensor& t) {
-  const Tensor rows = matrix_of(t);
-  return rows_aligned(rows) ? rows : torch::stable::clone(rows);
-}
-
 // What a pack is called with, as the kernels read it. What had to be copied lives as long as this.
 class PackOperands {
  public:

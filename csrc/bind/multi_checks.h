@@ -6,19 +6,9 @@
 
 namespace lk {
 
-inline bool is_integer(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long;
-}
-
 inline void check_ids(const Tensor& adapter_ids, int64_t rows) {
   STD_TORCH_CHECK(adapter_ids.dim() == 1 && adapter_ids.size(0) == rows && is_integer(adapter_ids),
                   "adapter_ids must be one integer for each row of x");
-}
-
-inline int64_t rows_of(const Tensor& t) {
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
-  return rows;
 }
 
 // Who has which of so many adapters, and how.

@@ -23,10 +23,11 @@ void for_each_integer(const Tensor& t, const F& f) {
 // The rows of each adapter, in the order of rows, and the rows of none.
 class Slots {
  public:
-  Slots(const Tensor& ids, int64_t adapters) : ends_(adapters) {
+  Slots(const char* op, const Tensor& ids, int64_t adapters) : ends_(adapters) {
     std::vector<int64_t> slots(ids.size(0));
     for_each_integer(ids, [&](int64_t row, int64_t slot) {
-      STD_TORCH_CHECK(slot >= -1 && slot < adapters, "adapter_ids must be from -1 to one less than there are adapters");
+      STD_TORCH_CHECK(slot >= -1 && slot < adapters, op,
+                      ": adapter_ids must be from -1 to one less than there are adapters");
       slots[row] = slot;
       if (slot >= 0) {
         ++ends_[slot];
@@ -74,10 +75,10 @@ Tensor by_rows(const Tensor& pool) {
 }
 
 // How many of `most` ranks each adapter uses.
-std::vector<int64_t> read_ranks(const Tensor& ranks, int64_t most) {
+std::vector<int64_t> read_ranks(const char* op, const Tensor& ranks, int64_t most) {
   std::vector<int64_t> each(ranks.size(0));
   for_each_integer(ranks, [&](int64_t slot, int64_t rank) {
-    STD_TORCH_CHECK(rank >= 0 && rank <= most, "ranks must be from 0 to the pools' rank");
+    STD_TORCH_CHECK(rank >= 0 && rank <= most, op, ": ranks must be from 0 to the pools' rank");
     each[slot] = rank;
   });
   return each;
@@ -88,21 +89,21 @@ std::vector<float> read_scalings(const Tensor& scalings) {
   return {floats(factors), floats(factors) + factors.size(0)};
 }
 
-Adapters adapters_of(const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& ranks,
+Adapters adapters_of(const char* op, const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& ranks,
                      const std::optional<Tensor>& scalings, const std::optional<Tensor>& seed, double scaling,
                      double dropout_p) {
   Adapters adapters{{by_rows(lora_A)}, {by_rows(lora_B)}, scaling};
-  if (ranks) adapters.ranks = read_ranks(*ranks, lora_A.size(1));
+  if (ranks) adapters.ranks = read_ranks(op, *ranks, lora_A.size(1));
   if (scalings) adapters.scalings = read_scalings(*scalings);
   if (seed) adapters.dropout = read_dropout(*seed, dropout_p);
   return adapters;
 }
 
 // y and s of rows of x.
-std::tuple<Tensor, Tensor> forward(const Tensor& rows, const Tensor& weight, const Adapters& adapters,
+std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& rows, const Tensor& weight, const Adapters& adapters,
                                    const Tensor& ids, const std::optional<Tensor>& bias, const std::string& schedule) {
   const Tensor s = new_empty_as(rows, {rows.size(0), adapters.rank()});
-  const Slots slots(ids, adapters.groups());
+  const Slots slots(op, ids, adapters.groups());
   const Tensor y = schedule == "decode" ? decode_product(rows, weight, bias)
                                         : base_forward(rows, PlainMatrix(weight), bias, schedule);
   slots.clear_rest(s, adapters);
@@ -120,8 +121,9 @@ std::tuple<Tensor, Tensor> multi_lora_linear(Tensor x, Tensor weight, Tensor lor
                                              std::optional<Tensor> bias, std::optional<Tensor> seed, double scaling,
                                              double dropout_p, std::string schedule) {
   check_multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, ranks, scalings, bias, seed);
-  const Adapters adapters = adapters_of(lora_A, lora_B, ranks, scalings, seed, scaling, dropout_p);
-  const auto [y, s] = forward(as_rows(x), weight, adapters, adapter_ids, bias, schedule);
+  const char* const op = "multi_lora_linear";
+  const Adapters adapters = adapters_of(op, lora_A, lora_B, ranks, scalings, seed, scaling, dropout_p);
+  const auto [y, s] = forward(op, as_rows(x), weight, adapters, adapter_ids, bias, schedule);
   return {with_leading_sizes_of(y, x), with_leading_sizes_of(s, x)};
 }
 
@@ -130,7 +132,7 @@ Tensor multi_lora_apart(Tensor x, Tensor weight, std::vector<Tensor> lora_A, std
                         Tensor adapter_ids, std::optional<Tensor> bias, std::vector<double> scalings,
                         std::string schedule) {
   STD_TORCH_CHECK(!lora_A.empty() && lora_A.size() == lora_B.size() && lora_A.size() == scalings.size(),
-                  "lora_A, lora_B and scalings must be of as many adapters, at least one");
+                  "multi_lora_apart: lora_A, lora_B and scalings must be of as many adapters, at least one");
   check_frozen_linear(x, weight, bias);
   Adapters adapters{{}, {}, 1.0};
   for (size_t i = 0; i < lora_A.size(); ++i) {
@@ -142,16 +144,18 @@ Tensor multi_lora_apart(Tensor x, Tensor weight, std::vector<Tensor> lora_A, std
   }
   const Tensor rows = as_rows(x);
   check_ids(adapter_ids, rows.size(0));
-  return with_leading_sizes_of(std::get<0>(forward(rows, weight, adapters, adapter_ids, bias, schedule)), x);
+  return with_leading_sizes_of(
+      std::get<0>(forward("multi_lora_apart", rows, weight, adapters, adapter_ids, bias, schedule)), x);
 }
 
 // s alone. The order that a caller may know costs less to find again than to check.
 Tensor multi_lora_shrink(Tensor x, Tensor lora_A, Tensor adapter_ids, std::optional<Tensor> ranks,
                          std::optional<Tensor>, std::optional<Tensor>, std::string) {
   check_multi_lora_shrink(x, lora_A, adapter_ids, ranks);
-  const Adapters adapters = adapters_of(lora_A, lora_A, ranks, std::nullopt, std::nullopt, 1.0, 0.0);
+  const char* const op = "multi_lora_shrink";
+  const Adapters adapters = adapters_of(op, lora_A, lora_A, ranks, std::nullopt, std::nullopt, 1.0, 0.0);
   const Tensor rows = as_rows(x), s = new_empty_as(rows, {rows.size(0), adapters.rank()});
-  const Slots slots(adapter_ids, adapters.groups());
+  const Slots slots(op, adapter_ids, adapters.groups());
   slots.clear_rest(s, adapters);
   slots.panels(adapters).for_each([&](const Panel& p) { PanelS(adapters, rows, s, slots.order(), p); });
   return with_leading_sizes_of(s, x);
@@ -163,12 +167,14 @@ void multi_lora_expand_(Tensor y, Tensor s, Tensor lora_B, Tensor adapter_ids, s
                         std::string) {
   check_multi_lora_expand(y, s, lora_B, adapter_ids, ranks, scalings);
   const Tensor rows = as_rows(y), s_rows = as_rows(s);
-  STD_TORCH_CHECK(y.numel() == 0 || rows.const_data_ptr() == y.const_data_ptr(), "y must be a matrix in memory");
+  STD_TORCH_CHECK(y.numel() == 0 || rows.const_data_ptr() == y.const_data_ptr(),
+                  "multi_lora_expand_: y must be a matrix in memory");
+  const char* const op = "multi_lora_expand_";
   const int64_t most = lora_B.size(2);
   Adapters adapters{{lora_B}, {by_rows(lora_B)}, scaling};  // of lora_A nobody asks more than that it is a pool
-  adapters.ranks = ranks ? read_ranks(*ranks, most) : std::vector<int64_t>(lora_B.size(0), most);
+  adapters.ranks = ranks ? read_ranks(op, *ranks, most) : std::vector<int64_t>(lora_B.size(0), most);
   if (scalings) adapters.scalings = read_scalings(*scalings);
-  const Slots slots(adapter_ids, adapters.groups());
+  const Slots slots(op, adapter_ids, adapters.groups());
   slots.panels(adapters).for_each([&](const Panel& p) {
     const int64_t rank = adapters.rank(p.group);
     FloatMatrix of_panel = PanelRows(s_rows, slots.order()).get(p, rank);
@@ -186,8 +192,9 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_linear_backward(
   check_multi_lora_linear(x, weight, lora_A, lora_B, adapter_ids, ranks, scalings, std::nullopt, seed);
   check_gradient(grad_y, x, s, weight.size(0), lora_A.size(1));
   const Tensor grad_rows = as_rows(grad_y), x_rows = as_rows(x), s_rows = as_rows(torch::stable::contiguous(s));
-  const Slots slots(adapter_ids, lora_A.size(0));
-  const Adapters adapters = adapters_of(lora_A, lora_B, ranks, scalings, seed, scaling, dropout_p);
+  const char* const op = "multi_lora_linear_backward";
+  const Slots slots(op, adapter_ids, lora_A.size(0));
+  const Adapters adapters = adapters_of(op, lora_A, lora_B, ranks, scalings, seed, scaling, dropout_p);
   const Panels panels = slots.panels(adapters);
   std::optional<Tensor> grad_x;
   if (need_x) grad_x = base_backward(grad_rows, PlainMatrix(weight), schedule);

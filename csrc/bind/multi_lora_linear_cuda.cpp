@@ -15,12 +15,6 @@
 namespace lk {
 namespace {
 
-// Rows as the kernels read them.
-Tensor whole_rows(const Tensor& t) {
-  const Tensor rows = matrix_of(t);
-  return rows_aligned(rows) ? rows : torch::stable::clone(rows);
-}
-
 // Pools as the kernels read them: fp32 or x's type, their rows neighbours in memory. Those of lora_A begin at chunks.
 Tensor pool_rows(const Tensor& pool, const Tensor& x, bool at_chunks) {
   const Tensor rows = with_contiguous_rows(is_fp32(pool) ? pool : cast(pool, x.scalar_type()));
@@ -36,8 +30,6 @@ MatrixRef first_of(const Tensor& pool) {
 }
 
 int64_t step_of(const Tensor& pool) { return pool.stride(0) * static_cast<int64_t>(pool.element_size()); }
-
-MatrixRef matrix_ref(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.size(0), t.size(1), float_type(t)}; }
 
 Integers integers_of(const std::optional<Tensor>& t) {
   if (!t) return {nullptr, 0, false};
@@ -56,26 +48,25 @@ AdapterPools pools_of(const std::optional<Tensor>& ranks, const std::optional<Te
 }
 
 void check_served(const Tensor& x, const Tensor& w) {
-  STD_TORCH_CHECK(float_type(x) != FloatType::kFloat64,
-                  "multi_lora_linear: the CUDA kernels serve bfloat16, float16 and, in tf32, float32");
+  check_type(x, "multi_lora_linear");
   const int64_t elements = chunk_elements(static_cast<int>(x.element_size()));
   STD_TORCH_CHECK(w.size(0) % elements == 0 && w.size(1) % elements == 0,
                   "multi_lora_linear: the CUDA kernels serve weights whose rows and columns are chunks of 16 bytes");
 }
 
-void check_chunks(const Tensor& t, const char* what) {
-  STD_TORCH_CHECK(float_type(t) != FloatType::kFloat64,
-                  "multi_lora_branch: the CUDA kernels serve bfloat16, float16 and, in tf32, float32");
-  STD_TORCH_CHECK(t.size(t.dim() - 1) % chunk_elements(static_cast<int>(t.element_size())) == 0,
-                  "multi_lora_branch: the CUDA kernels serve rows that are chunks of 16 bytes, which are not ", what);
+void check_chunks(const Tensor& rows, const char* op, const char* name) {
+  check_type(rows, op);
+  STD_TORCH_CHECK(rows.size(rows.dim() - 1) % chunk_elements(static_cast<int>(rows.element_size())) == 0, op,
+                  ": the CUDA kernels serve rows of chunks of 16 bytes, which ", name, " has not");
 }
 
-void check_order(const Tensor& rows, const Tensor& ends, int64_t m, int64_t adapters) {
+void check_order(const Tensor& like, const Tensor& rows, const Tensor& ends, int64_t m, int64_t adapters) {
   const auto fits = [](const Tensor& t, int64_t size) {
     return t.dim() == 1 && t.size(0) == size && t.scalar_type() == ScalarType::Int && (size < 2 || t.stride(0) == 1);
   };
   STD_TORCH_CHECK(fits(rows, m), "order must be int32 [rows], contiguous");
   STD_TORCH_CHECK(fits(ends, adapters), "ends must be int32 [adapters], contiguous");
+  STD_TORCH_CHECK(is_beside(like, rows) && is_beside(like, ends), "order and ends must be on the operands' device");
 }
 
 // The operands of a call as the kernels read them. What had to be copied lives as long as this.
@@ -91,10 +82,10 @@ struct Operands {
         w(weight),
         a(pool_rows(lora_A, x_, true)),
         b(pool_rows(lora_B, x_, false)),
-        bias(bias_ ? std::optional(torch::stable::contiguous(*bias_)) : std::nullopt),
+        bias(contiguous(bias_)),
         scalings(scalings_ ? std::optional(cast(*scalings_, ScalarType::Float)) : std::nullopt),
-        problem{.first = {.x = matrix_ref(x),
-                          .w = matrix_ref(w),
+        problem{.first = {.x = ref_of(x),
+                          .w = ref_of(w),
                           .a = first_of(a),
                           .b = first_of(b),
                           .bias = bias ? bias->const_data_ptr() : nullptr,
@@ -126,15 +117,6 @@ Tensor zeros_of_s(const Tensor& x, const CudaCall& call, const MultiLoraProblem&
   const size_t bytes = s.numel() * s.element_size();
   if (bytes > 0) check_cuda(cudaMemsetAsync(s.mutable_data_ptr(), 0, bytes, call.stream), "cudaMemsetAsync");
   return s;
-}
-
-// y = x wT + bias, by the vendor.
-void base_product(const Tensor& y, const Operands& operands) {
-  if (!operands.bias) return product(y, operands.x, transposed(operands.w));
-  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "this torch has no aoti_torch_cuda_addmm_out");
-  const Tensor columns = transposed(operands.w);
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cuda_addmm_out(y.get(), operands.bias->get(), operands.x.get(), columns.get(), 1.0, 1.0));
 }
 
 Tensor floats(const Tensor& like, int64_t count) { return new_empty_as(like, {count}, ScalarType::Float); }
@@ -169,7 +151,7 @@ std::tuple<Tensor, Tensor> multi_lora_linear(Tensor x, Tensor weight, Tensor lor
                "multi_lora_linear");
     return result();
   }
-  base_product(y, operands);
+  product(y, operands.x, transposed(operands.w), operands.bias, 0);
   const Order rows(x, problem);
   check_cuda(launch_multi_lora_order(multi_order_params(problem, rows.order), call.stream), "multi_lora_linear");
   const cudaError_t error = with_element(problem.first.x.type, [&]<class Element>(std::type_identity<Element>) {
@@ -196,7 +178,7 @@ class KnownOrder {
   KnownOrder(const std::optional<Tensor>& rows, const std::optional<Tensor>& ends, const Tensor& like,
              const MultiLoraProblem& problem, const CudaCall& call) {
     if (rows && ends) {
-      check_order(*rows, *ends, problem.first.m(), problem.adapters());
+      check_order(like, *rows, *ends, problem.first.m(), problem.adapters());
       order = {static_cast<int32_t*>(rows->mutable_data_ptr()), static_cast<int32_t*>(ends->mutable_data_ptr())};
       return;
     }
@@ -225,13 +207,13 @@ void launch_half(const MultiLoraProblem& problem, OutputRef y, void* s, const Mu
 Tensor multi_lora_shrink(Tensor x, Tensor lora_A, Tensor adapter_ids, std::optional<Tensor> ranks,
                          std::optional<Tensor> order, std::optional<Tensor> ends, std::string) {
   check_multi_lora_shrink(x, lora_A, adapter_ids, ranks);
-  check_chunks(x, "rows");
+  check_chunks(x, "multi_lora_shrink", "x");
   const CudaCall call(x);
   const Tensor rows = whole_rows(x), a = pool_rows(lora_A, x, true);
   const FloatType type = float_type(x);
   const int64_t k = rows.size(1), rank = a.size(1);
   const MultiLoraProblem problem{
-      .first = {.x = matrix_ref(rows), .w = unread(0, k, type), .a = first_of(a), .b = unread(0, rank, float_type(a))},
+      .first = {.x = ref_of(rows), .w = unread(0, k, type), .a = first_of(a), .b = unread(0, rank, float_type(a))},
       .pools = pools_of(ranks, std::nullopt, step_of(a), 0, a.size(0)),
       .ids = integers_of(adapter_ids)};
   const Tensor s = zeros_of_s(rows, call, problem);
@@ -252,12 +234,12 @@ void multi_lora_expand_(Tensor y, Tensor s, Tensor lora_B, Tensor adapter_ids, s
                         std::optional<Tensor> scalings, double scaling, std::optional<Tensor> order,
                         std::optional<Tensor> ends, std::string) {
   check_multi_lora_expand(y, s, lora_B, adapter_ids, ranks, scalings);
-  check_chunks(y, "y's rows");
+  check_chunks(y, "multi_lora_expand_", "y");
   const CudaCall call(y);
   if (y.numel() == 0) return;
   const Tensor rows = as_rows(y);
   STD_TORCH_CHECK(rows.const_data_ptr() == y.const_data_ptr() && rows_aligned(rows),
-                  "y must be a matrix in memory, whose rows begin at 16 bytes");
+                  "multi_lora_expand_: y must be a matrix in memory, whose rows begin at 16 bytes");
   const Tensor b = pool_rows(lora_B, y, false), contiguous_s = torch::stable::contiguous(as_rows(s));
   const Tensor inner = rows_aligned(contiguous_s) ? contiguous_s : torch::stable::clone(contiguous_s);
   const std::optional<Tensor> factors = scalings ? std::optional(cast(*scalings, ScalarType::Float)) : std::nullopt;
@@ -291,8 +273,8 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_linear_backward(
   const MultiLoraProblem& multi = operands.problem;
   const Tensor gy = whole_rows(grad_y), saved_s = torch::stable::contiguous(as_rows(s));
   const LoraBackwardProblem problem{.forward = multi.first,
-                                    .grad_y = matrix_ref(gy),
-                                    .s = matrix_ref(saved_s),
+                                    .grad_y = ref_of(gy),
+                                    .s = ref_of(saved_s),
                                     .need_x = need_x,
                                     .need_a = need_A,
                                     .need_b = need_B};

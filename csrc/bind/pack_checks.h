@@ -14,12 +14,6 @@ inline int64_t total_rank(const Tensors& lora_As) {
   return rank;
 }
 
-inline int64_t rows_of(const Tensor& x) {
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
-  return rows;
-}
-
 inline void check_member(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B) {
   check_frozen_linear(x, weight, std::nullopt);
   if (lora_A.dim() == 2 && lora_A.size(0) == 0) {

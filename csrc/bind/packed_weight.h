@@ -3,13 +3,13 @@
 #pragma once
 
 #include <cstddef>
-#include <limits>
 #include <memory>
 #include <new>
 #include <string>
 
 #include "../cpu/kernels.h"
 #include "cpu_gemm.h"
+#include "packed_parts.h"
 #include "rows.h"
 
 namespace lk {
@@ -22,75 +22,28 @@ struct PackedArguments {
   ScalarType dtype;
 };
 
-inline void check_part(const Tensor& part, ScalarType dtype, int64_t elements, const char* name) {
-  STD_TORCH_CHECK(part.is_cpu() && part.is_contiguous() && part.scalar_type() == dtype && part.numel() == elements,
-                  "part ", name, " of the packed weight must be contiguous on the CPU, of ", elements,
-                  " elements in the layout's dtype");
-}
-
-inline const float* float_part(const Tensor& part, int64_t elements, const char* name) {
-  check_part(part, ScalarType::Float, elements, name);
-  return static_cast<const float*>(part.const_data_ptr());
-}
-
-inline const uint8_t* byte_part(const Tensor& part, int64_t elements, const char* name) {
-  check_part(part, ScalarType::Byte, elements, name);
-  return static_cast<const uint8_t*>(part.const_data_ptr());
-}
-
-// Layouts "codes4" and "codes4_low". Indices are bytes and halves of them: tables are read within their ends.
-inline void set_codes4(PackedWeight& p, const std::vector<Tensor>& parts) {
-  STD_TORCH_CHECK(p.block % 2 == 0 && p.k % p.block == 0,
-                  "packed weight: k must be a multiple of block, and block even");
-  STD_TORCH_CHECK(parts.size() == 3 || parts.size() == 6, "packed weight: expected 3 parts, or 6 where nested");
-  const int64_t blocks = p.n * p.k / p.block;
-  p.data = byte_part(parts[0], p.n * p.k / 2, "data");
-  p.code = float_part(parts[2], 16, "code");
-  p.rows_per_scale = 1;
-  if (parts.size() == 3) {
-    p.scales = float_part(parts[1], blocks, "scales");
-    return;
-  }
-  p.indices = byte_part(parts[1], blocks, "scales");
-  p.scales2 = float_part(parts[3], (blocks + kScalesBlock - 1) / kScalesBlock, "scales2");
-  p.code2 = float_part(parts[4], 256, "code2");
-  p.offset = *float_part(parts[5], 1, "offset");
-}
-
-// Layouts "int8" and "e4m3": scales are a matrix, whose shape says which rows of the weight share one.
-inline void set_scaled(PackedWeight& p, const std::vector<Tensor>& parts) {
-  STD_TORCH_CHECK(parts.size() == 2, "packed weight: expected 2 parts");
-  const Tensor& scales = parts[1];
-  const int64_t columns = (p.k + p.block - 1) / p.block, rows = scales.dim() == 2 ? scales.size(0) : -1;
-  STD_TORCH_CHECK(rows == p.n || rows == (p.n + p.block - 1) / p.block || rows == 1,
-                  "packed weight: scales must be [n, k / block], [n / block, k / block] or [1, k / block]");
-  STD_TORCH_CHECK(scales.size(1) == columns, "packed weight: scales must have k / block columns, rounded up");
-  p.data = byte_part(parts[0], p.n * p.k, "data");
-  p.scales = float_part(scales, rows * columns, "scales");
-  p.rows_per_scale = rows == p.n ? 1 : rows == 1 ? std::max<int64_t>(1, p.n) : p.block;
-}
-
 // Everything that decoding takes for granted.
 inline PackedWeight packed_weight(const PackedArguments& w) {
-  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();  // n · k is a number, too
-  STD_TORCH_CHECK(w.n >= 0 && w.k >= 0 && w.n <= kLargest && w.k <= kLargest, "packed weight: n and k are too large");
-  STD_TORCH_CHECK(w.block >= 1 && w.block <= kLargest, "packed weight: block must be at least 1");
   STD_TORCH_CHECK(w.dtype == ScalarType::Float || w.dtype == ScalarType::BFloat16 || w.dtype == ScalarType::Half,
                   "packed weight: dtype must be float32, bfloat16 or float16");
+  const PackedParts parts = packed_parts(w.parts, w.layout, w.n, w.k, w.block);
   PackedWeight p{};
-  p.n = w.n;
-  p.k = w.k;
-  p.block = w.block;
+  p.layout = parts.layout;
+  p.data = parts.data;
+  p.code = parts.code;
+  p.n = parts.n;
+  p.k = parts.k;
+  p.block = parts.block;
+  p.rows_per_scale = is_codes4(parts.layout) ? 1 : std::max(parts.block_rows, 1);
   p.rounding = float_type(w.dtype);
-  if (w.layout == "codes4" || w.layout == "codes4_low") {
-    p.layout = w.layout == "codes4" ? PackedLayout::kCodes4 : PackedLayout::kCodes4Low;
-    set_codes4(p, w.parts);
-  } else if (w.layout == "int8" || w.layout == "e4m3") {
-    p.layout = w.layout == "int8" ? PackedLayout::kInt8 : PackedLayout::kE4m3;
-    set_scaled(p, w.parts);
-  } else {
-    STD_TORCH_CHECK(false, "packed weight: layout '", w.layout, "' is not known");
+  if (parts.scales2 == nullptr) {
+    p.scales = static_cast<const float*>(parts.scales);
+    return p;
   }
+  p.indices = static_cast<const uint8_t*>(parts.scales);
+  p.scales2 = parts.scales2;
+  p.code2 = parts.code2;
+  p.offset = *parts.offset;
   return p;
 }
 

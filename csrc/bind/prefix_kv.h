@@ -27,10 +27,12 @@ struct PrefixKvCall {
 
 inline PrefixKvCall prefix_kv_call(const Tensor& prefix, int64_t layers, int64_t heads, int64_t batch, bool copies,
                                    ScalarType dtype) {
+  STD_TORCH_CHECK(layers > 0 && heads > 0 && batch >= 0,
+                  "prefix_kv: layers and heads must be at least 1, and batch not negative");
+  STD_TORCH_CHECK(prefix.dim() == 2 && prefix.size(1) % (2 * layers * heads) == 0,
+                  "prefix_kv: prefix must be [tokens, layers * 2 * heads * head_dim]");
   const Tensor rows = with_contiguous_rows(prefix);
   const int64_t tokens = rows.size(0), width = rows.size(1), written = copies ? batch : 1;
-  STD_TORCH_CHECK(layers > 0 && heads > 0 && batch >= 0 && width % (2 * layers * heads) == 0,
-                  "prefix_kv: shapes do not fit");
   const int64_t head_dim = width / (2 * layers * heads);
   PrefixKvCall call{
       .prefix = rows, .out = new_empty_as(rows, {layers, 2, written, heads, tokens, head_dim}, dtype), .params = {}};
@@ -51,7 +53,8 @@ struct PrefixKvBackwardCall {
 };
 
 inline PrefixKvBackwardCall prefix_kv_backward_call(const std::vector<Tensor>& grads, ScalarType dtype) {
-  STD_TORCH_CHECK(!grads.empty() && grads[0].dim() == 4, "prefix_kv_backward: shapes do not fit");
+  STD_TORCH_CHECK(!grads.empty() && grads[0].dim() == 4,
+                  "prefix_kv_backward: grads must be [batch, heads, tokens, head_dim], at least one");
   const int64_t batch = grads[0].size(0), heads = grads[0].size(1), tokens = grads[0].size(2),
                 head_dim = grads[0].size(3), parts = static_cast<int64_t>(grads.size());
   const int64_t width = parts * heads * head_dim;

@@ -18,7 +18,7 @@ Tensor prefix_kv(Tensor prefix, int64_t layers, int64_t heads, int64_t batch, bo
                  std::string) {
   const PrefixKvCall call = prefix_kv_call(prefix, layers, heads, batch, copies, dtype);
   const PrefixKvParams& p = call.params;
-  if (p.sizes.batch > 0) {
+  if (call.out.numel() > 0) {
     for_items(p.sizes.parts * p.sizes.heads, p.sizes.batch * p.sizes.tokens * p.sizes.head_dim,
               [&](int64_t begin, int64_t end) { cpu::prefix_heads(p, begin, end); });
   }

@@ -1,5 +1,4 @@
 // prefix_kv and its backward on CUDA.
-#include <stdexcept>
 #include <string>
 
 #include "../launch/prefix_kv.h"
@@ -10,10 +9,9 @@ namespace lk {
 namespace {
 
 void check_types(FloatType type, FloatType prefix_type) {
-  if (!gpu_converts(type, prefix_type)) {
-    throw std::runtime_error(
-        "prefix_kv: the CUDA kernels serve float32, bfloat16 and float16, with a prefix of the same type or float32");
-  }
+  STD_TORCH_CHECK(
+      gpu_converts(type, prefix_type),
+      "prefix_kv: the CUDA kernels serve float32, bfloat16 and float16, with a prefix of the same type or float32");
 }
 
 bool head_rows_aligned(int64_t head_dim, const Tensor& t) {

@@ -1,8 +1,8 @@
 // prompt_embedding and its gradients on any device: tensors to Params, and the outputs.
 #pragma once
 
-#include <string>
 #include <tuple>
+#include <utility>
 
 #include "../params/prompt_embedding.h"
 #include "rows.h"
@@ -27,10 +27,6 @@ inline std::tuple<uint64_t, uint64_t> mask_bits(const Tensor& mask) {
   }
 }
 
-inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
-  return !t || t->is_contiguous() ? t : std::optional<Tensor>(torch::stable::contiguous(*t));
-}
-
 // An argument that was not given fits.
 inline bool has_sizes(const std::optional<Tensor>& t, std::initializer_list<int64_t> sizes) {
   return !t || std::equal(t->sizes().begin(), t->sizes().end(), sizes.begin(), sizes.end());
@@ -44,6 +40,49 @@ inline TokenColumn token_column(const std::optional<Tensor>& tokens, const Tenso
                                 uint64_t unused) {
   return {tokens ? tokens->const_data_ptr() : nullptr, out.mutable_data_ptr(), static_cast<int64_t>(out.element_size()),
           prompt, unused};
+}
+
+// What the kernels take for granted about their operands, as in lora_checks.h. An index array has a number for each
+// sample, or for each of its tokens.
+inline void check_indices(const char* op, const char* name, const std::optional<Tensor>& t,
+                          std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(has_sizes(t, sizes) && (!t || is_integer(*t)), op, ": ", name, " must be ",
+                  sizes.size() == 2 ? "[batch, tokens]" : "[batch]", ", int32 or int64");
+}
+
+inline void check_prompt_embedding(const Tensor& prompt, const std::optional<Tensor>& input_ids,
+                                   const std::optional<Tensor>& weight, const std::optional<Tensor>& inputs_embeds,
+                                   const std::optional<Tensor>& attention_mask, const std::optional<Tensor>& labels,
+                                   const std::optional<Tensor>& task_ids, const std::optional<Tensor>& prompt_lengths) {
+  STD_TORCH_CHECK(input_ids ? weight.has_value() : inputs_embeds.has_value(),
+                  "prompt_embedding: input_ids with weight, or inputs_embeds, must be given");
+  STD_TORCH_CHECK(
+      prompt.dim() == (task_ids ? 3 : 2),
+      "prompt_embedding: prompt must be [prompt_rows, hidden], or with task_ids [tasks, prompt_rows, hidden]");
+  const int64_t hidden = prompt.size(prompt.dim() - 1);
+  if (input_ids) {
+    STD_TORCH_CHECK(weight->dim() == 2 && weight->size(1) == hidden,
+                    "prompt_embedding: weight must be [vocabulary, hidden], as wide as prompt");
+    STD_TORCH_CHECK(input_ids->dim() == 2, "prompt_embedding: input_ids must be [batch, tokens]");
+  } else {
+    STD_TORCH_CHECK(inputs_embeds->dim() == 3 && inputs_embeds->size(2) == hidden,
+                    "prompt_embedding: inputs_embeds must be [batch, tokens, hidden], as wide as prompt");
+  }
+  const Tensor& text = input_ids ? *input_ids : *inputs_embeds;
+  const int64_t batch = text.size(0), tokens = text.size(1);
+  check_indices("prompt_embedding", "input_ids", input_ids, {batch, tokens});
+  check_indices("prompt_embedding", "task_ids", task_ids, {batch});
+  check_indices("prompt_embedding", "prompt_lengths", prompt_lengths, {batch});
+  STD_TORCH_CHECK(has_sizes(attention_mask, {batch, tokens}),
+                  "prompt_embedding: attention_mask must be [batch, tokens]");
+  STD_TORCH_CHECK(has_sizes(labels, {batch, tokens}), "prompt_embedding: labels must be [batch, tokens]");
+  const std::pair<const char*, const std::optional<Tensor>*> others[] = {
+      {"input_ids", &input_ids},           {"weight", &weight}, {"inputs_embeds", &inputs_embeds},
+      {"attention_mask", &attention_mask}, {"labels", &labels}, {"task_ids", &task_ids},
+      {"prompt_lengths", &prompt_lengths}};
+  for (const auto& [name, t] : others) {
+    STD_TORCH_CHECK(is_beside(prompt, *t), "prompt_embedding: ", name, " must be on prompt's device");
+  }
 }
 
 // One forward. Whatever had to be copied to become contiguous lives as long as the call.
@@ -65,20 +104,12 @@ inline PromptEmbeddingCall prompt_embedding_call(const Tensor& prompt, const std
                                                  const std::optional<Tensor>& labels,
                                                  const std::optional<Tensor>& task_ids,
                                                  const std::optional<Tensor>& prompt_lengths, bool left) {
+  check_prompt_embedding(prompt, input_ids, weight, inputs_embeds, attention_mask, labels, task_ids, prompt_lengths);
   constexpr auto kIgnoredLabel = static_cast<uint64_t>(int64_t{-100});
   const Tensor source = with_contiguous_rows(input_ids ? *weight : *inputs_embeds), rows = with_contiguous_rows(prompt);
   const Tensor& tokens = input_ids ? *input_ids : source;
   const int64_t batch = tokens.size(0), dim = rows.dim(), hidden = rows.size(dim - 1);
   const int64_t out_rows = rows.size(dim - 2) + tokens.size(1);
-
-  STD_TORCH_CHECK(source.size(source.dim() - 1) == hidden && (dim == 3) == task_ids.has_value() &&
-                      has_sizes(attention_mask, {batch, tokens.size(1)}) &&
-                      has_sizes(labels, {batch, tokens.size(1)}) && has_sizes(task_ids, {batch}) &&
-                      has_sizes(prompt_lengths, {batch}),
-                  "prompt_embedding: shapes do not fit");
-  for (const auto* t : {&input_ids, &weight, &inputs_embeds, &attention_mask, &labels, &task_ids, &prompt_lengths}) {
-    STD_TORCH_CHECK(is_beside(prompt, *t), "prompt_embedding: tensors are on several devices");
-  }
 
   PromptEmbeddingCall call{
       .source = source,
@@ -121,6 +152,24 @@ inline PromptEmbeddingCall prompt_embedding_call(const Tensor& prompt, const std
   return call;
 }
 
+inline void check_prompt_embedding_backward(const Tensor& grad, const Tensor& layout,
+                                            const std::optional<Tensor>& input_ids,
+                                            const std::optional<Tensor>& task_ids, int64_t prompt_rows,
+                                            bool need_weight) {
+  STD_TORCH_CHECK(grad.dim() == 3 && prompt_rows >= 0 && prompt_rows <= grad.size(1),
+                  "prompt_embedding_backward: grad must be [batch, prompt_rows + tokens, hidden]");
+  const int64_t batch = grad.size(0), tokens = grad.size(1) - prompt_rows;
+  STD_TORCH_CHECK(has_sizes(layout, {batch, 3}) && layout.scalar_type() == ScalarType::Long,
+                  "prompt_embedding_backward: layout must be [batch, 3], int64");
+  STD_TORCH_CHECK(input_ids || !need_weight,
+                  "prompt_embedding_backward: the gradient of weight takes input_ids, which must be given");
+  check_indices("prompt_embedding_backward", "input_ids", input_ids, {batch, tokens});
+  check_indices("prompt_embedding_backward", "task_ids", task_ids, {batch});
+  STD_TORCH_CHECK(is_beside(grad, layout), "prompt_embedding_backward: layout must be on grad's device");
+  STD_TORCH_CHECK(is_beside(grad, input_ids), "prompt_embedding_backward: input_ids must be on grad's device");
+  STD_TORCH_CHECK(is_beside(grad, task_ids), "prompt_embedding_backward: task_ids must be on grad's device");
+}
+
 // One backward. Gradients that are not wanted are empty, and null in params.
 struct PromptEmbeddingBackwardCall {
   Tensor grad;
@@ -137,13 +186,9 @@ inline PromptEmbeddingBackwardCall prompt_embedding_backward_call(const Tensor& 
                                                                   int64_t prompt_rows, ScalarType prompt_dtype,
                                                                   int64_t vocabulary, bool need_prompt,
                                                                   bool need_weight, bool need_embeds) {
+  check_prompt_embedding_backward(grad, layout, input_ids, task_ids, prompt_rows, need_weight);
   const Tensor rows = with_contiguous_rows(grad);
   const int64_t batch = rows.size(0), tokens = rows.size(1) - prompt_rows, hidden = rows.size(2);
-  STD_TORCH_CHECK(tokens >= 0 && has_sizes(layout, {batch, 3}) && (input_ids || !need_weight) &&
-                      has_sizes(input_ids, {batch, tokens}) && has_sizes(task_ids, {batch}),
-                  "prompt_embedding_backward: shapes do not fit");
-  STD_TORCH_CHECK(is_beside(grad, layout) && is_beside(grad, input_ids) && is_beside(grad, task_ids),
-                  "prompt_embedding_backward: tensors are on several devices");
 
   const auto grad_prompt = [&] {
     if (!need_prompt) return new_empty_as(rows, {0}, prompt_dtype);

@@ -1,6 +1,5 @@
 // prompt_embedding and its gradients on CUDA.
 #include <cstdlib>
-#include <stdexcept>
 #include <string_view>
 
 #include "../launch/prompt_embedding.h"
@@ -18,11 +17,10 @@ bool trap_outside() {
 }
 
 void check_types(FloatType type, FloatType prompt_type) {
-  if (!gpu_converts(type, prompt_type)) {
-    throw std::runtime_error(
-        "prompt_embedding: the CUDA kernels serve float32, bfloat16 and float16, with a prompt of the same type or "
-        "float32");
-  }
+  STD_TORCH_CHECK(
+      gpu_converts(type, prompt_type),
+      "prompt_embedding: the CUDA kernels serve float32, bfloat16 and float16, with a prompt of the same type or "
+      "float32");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_embedding(

@@ -15,14 +15,25 @@ inline Wanted wanted(const std::string& schedule) {
   return *known;
 }
 
-// out = a b, by the vendor's GEMM, of an adapter in the type of the activation: it takes factors of one type. Those of
-// fp32 are rounded by a launch of its own, which is little beside the product: it reads `rank` rows, not those of x.
+// out = a b, by the vendor's GEMM.
 inline void product(const Tensor& out, const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(aoti_torch_cuda_mm_out != nullptr, "this torch has no aoti_torch_cuda_mm_out");
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
 }
 
-// out += a b, likewise.
+// The same + the elements of addend from `begin` on, as many as out has columns; without them, where there are none.
+inline void product(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& addend,
+                    int64_t begin) {
+  if (!addend) return product(out, a, b);
+  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "this torch has no aoti_torch_cuda_addmm_out");
+  const int64_t count = out.size(1), one = 1;
+  AtenTensorHandle part;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(addend->get(), 1, &count, &one, begin, &part));
+  const Tensor row(part);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), row.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+// out += a b.
 inline void accumulate_product(const Tensor& out, const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "this torch has no aoti_torch_cuda_addmm_out");
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));

@@ -4,10 +4,9 @@
 #include <cstdint>
 
 #include "../params/common.h"
+#include "../params/packed_weight.h"
 
 namespace lk {
-
-enum class PackedLayout : int32_t { kCodes4, kCodes4Low, kInt8, kE4m3 };
 
 // W [n, k] in fp32 is number · scale, one rounded product. `block` columns share a scale, and so do rows_per_scale
 // rows.
@@ -22,14 +21,12 @@ struct PackedWeight {
   int64_t n, k, block;  // in halves of bytes, k is a multiple of block, block of 2
   int64_t rows_per_scale;
   FloatType rounding;  // what each weight is rounded to, to nearest even; kFloat32 where it stays as it is
-  // Quantised scales: scale b is code2[indices[b]] · scales2[b / kScalesBlock] + offset, of two rounded operations.
+  // Quantised scales: scale b is code2[indices[b]] · scales2[b / kScalesPerScale2] + offset, of two rounded operations.
   const uint8_t* indices;  // as scales would be; null where the scales are not quantised
-  const float* scales2;    // one for kScalesBlock scales
+  const float* scales2;    // one for kScalesPerScale2 scales
   const float* code2;      // [256]
   float offset;
 };
-
-constexpr int64_t kScalesBlock = 256;
 
 // Rows of W, decoded. `out` holds them from `first_row` on, contiguous, as fp32 or, where is_narrow, in the 16-bit type
 // that they are rounded to.

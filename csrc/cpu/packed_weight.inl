@@ -65,7 +65,7 @@ inline int64_t first_scale(const PackedWeight& w, int64_t n, int64_t per_row) {
 
 inline float scale_of(const PackedWeight& w, int64_t scale) {
   if (w.indices == nullptr) return w.scales[scale];
-  const float product = w.code2[w.indices[scale]] * w.scales2[scale / kScalesBlock];
+  const float product = w.code2[w.indices[scale]] * w.scales2[scale / kScalesPerScale2];
   return product + w.offset;
 }
 
@@ -78,9 +78,9 @@ inline void read_scales(const PackedWeight& w, int64_t first, int64_t count, flo
   const float* code2 = w.code2;
   const float offset = w.offset;
   for (int64_t i = 0; i < count;) {
-    const float scale2 = w.scales2[(first + i) / kScalesBlock];
+    const float scale2 = w.scales2[(first + i) / kScalesPerScale2];
     const uint8_t* indices = w.indices + first;
-    const int64_t end = smaller(count, i + kScalesBlock - (first + i) % kScalesBlock);
+    const int64_t end = smaller(count, i + kScalesPerScale2 - (first + i) % kScalesPerScale2);
     for (; i < end; ++i) {
       const float product = code2[indices[i]] * scale2;
       out[i] = product + offset;

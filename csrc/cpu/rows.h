@@ -39,6 +39,7 @@ void convert_row(To* __restrict to, const From* __restrict from, int64_t n) {
 }
 
 inline void copy_row(void* to, FloatType to_type, const void* from, FloatType from_type, int64_t n) {
+  if (n == 0) return;  // memory of no elements may be null, which memcpy must not be given
   if (to_type == from_type) {
     memcpy(to, from, n * size_of(to_type));
     return;

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <map>
-#include <optional>
 #include <vector>
 
 #include "async.h"
@@ -52,7 +51,6 @@ struct MemoryBarrier {
 struct NamedBarrier {
   int threads = 0;
   Site site;
-  VectorClock known;
   std::vector<Thread*> waiting;
 };
 

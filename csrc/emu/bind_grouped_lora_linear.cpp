@@ -23,7 +23,7 @@ inline std::vector<unsigned char> last_s;    // or dY B, with whole ranks
 
 template <class Kernel, class Params, class Config>
 void run_grouped(void (*kernel)(Params), const Params& p, const Config& config, int tile_rows, int64_t blocks,
-                 int64_t counters, bool onto_y, int element_bytes) {
+                 int64_t counters, int64_t partials, bool onto_y, int element_bytes) {
   const auto all_zero = [&] {
     return std::all_of(p.lora.counters, p.lora.counters + counters, [](uint32_t word) { return word == 0; });
   };
@@ -32,6 +32,8 @@ void run_grouped(void (*kernel)(Params), const Params& p, const Config& config, 
                       .counters = static_cast<int>(counters),
                       .onto_y = onto_y,
                       .counters_were_zero = all_zero()});
+  check_is_allocated(p.lora.counters, counters * static_cast<int64_t>(sizeof(uint32_t)));
+  check_is_allocated(p.lora.partials, partials * static_cast<int64_t>(sizeof(float)));
   Memory memory;
   for_each_range(p, config, element_bytes, [&](const MemoryRef& ref) {
     if (ref.is_written) {
@@ -51,7 +53,7 @@ cudaError_t launch_grouped_lora(const GroupedLoraLinearParams& p, const GroupedL
   constexpr int kBytes = sizeof(typename Element::Storage);
   return with_variant(All{}, config.key, [&]<class Kernel>(Kernel) {
     run_grouped<Kernel>(&grouped_lora_linear_kernel<Kernel>, p, config, tile_shape(config.key.tile).rows,
-                        config.launch.blocks, config.launch.counters, config.key.onto_y, kBytes);
+                        config.launch.blocks, config.launch.counters, 0, config.key.onto_y, kBytes);
     const auto* const s = static_cast<const unsigned char*>(p.lora.s);
     last_s.assign(s, s + static_cast<int64_t>(p.lora.m) * p.lora.rank * kBytes);
     return cudaSuccess;
@@ -62,7 +64,7 @@ template <class Element>
 cudaError_t launch_grouped_lora_grads(const GroupedLoraGradsParams& p, const LoraGradsConfig& config, cudaStream_t) {
   return with_variant(GroupedGradsVariants<Element>{}, config.key, [&]<class Kernel>(Kernel) {
     run_grouped<Kernel>(&grouped_lora_grads_kernel<Kernel>, p, config, config.split_rows, config.blocks,
-                        config.counters, false, sizeof(typename Element::Storage));
+                        config.counters, config.partials, false, sizeof(typename Element::Storage));
     return cudaSuccess;
   });
 }
@@ -71,8 +73,10 @@ cudaError_t launch_grouped_lora_grads(const GroupedLoraGradsParams& p, const Lor
 
 #define CUDA CPU
 #define lora_kernels_native lora_kernels_emulated_grouped
+#define aoti_torch_empty_strided lk::noted_empty_strided
 #include "../bind/grouped_lora_linear_cuda.cpp"
 #undef CUDA
+#undef aoti_torch_empty_strided
 
 namespace lk {
 namespace {
@@ -92,20 +96,13 @@ pybind11::dict to_python(const GroupedLaunch& launch) {
 }  // namespace lk
 
 PYBIND11_MODULE(_emu_grouped_lora_linear, m) {
-  using lk::emu::runtime;
   lk::define_options(m);
-  m.def("set_sms", [](int sms) {
-    runtime.sms = sms;
-    lk::known_limits.forget();
-  });
-  m.def("set_capability", [](int capability) {
-    runtime.capability = capability;
-    lk::known_limits.forget();
-  });
+  lk::define_device(m);
   m.def("launches", [] {
     pybind11::list all;
     for (const lk::GroupedLaunch& launch : lk::launches) all.append(lk::to_python(launch));
     lk::launches.clear();
+    lk::allocations.clear();
     return all;
   });
   m.def("s", [] { return pybind11::bytes(reinterpret_cast<const char*>(lk::last_s.data()), lk::last_s.size()); });

@@ -5,23 +5,9 @@
 #include "dequantize_launch.h"
 #include "lora_linear_launches.h"
 
-namespace lk {
-
-inline std::vector<int64_t> allocations;  // elements of each, since the test last asked
-
-inline AOTITorchError counted_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
-                                            int32_t device_type, int32_t device, AtenTensorHandle* out) {
-  int64_t elements = 1;
-  for (int64_t d = 0; d < dim; ++d) elements *= sizes[d];
-  allocations.push_back(elements);
-  return aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device, out);
-}
-
-}  // namespace lk
-
 #define CUDA CPU
 #define lora_kernels_native lora_kernels_emulated
-#define aoti_torch_empty_strided lk::counted_empty_strided
+#define aoti_torch_empty_strided lk::noted_empty_strided
 #include "../bind/lora_linear_cuda.cpp"
 #include "../bind/lora_linear_slabs_cuda.cpp"
 
@@ -164,18 +150,11 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels_emulated, Meta, m) {
 PYBIND11_MODULE(_emu_lora_linear, m) {
   using lk::emu::runtime;
   lk::define_options(m);
-  m.def("set_sms", [](int sms) {
-    runtime.sms = sms;
-    lk::known_limits.forget();
-  });
+  lk::define_device(m);
   // SMs of a device that has this many, unless it is known.
   m.def("limits_of", [](int device, int sms) {
     runtime.sms = sms;
     return lk::device_limits(device).sms;
-  });
-  m.def("set_capability", [](int capability) {
-    runtime.capability = capability;
-    lk::known_limits.forget();
   });
   m.def("set_row_gap", [](int64_t elements) { lk::row_gap = elements; });
   m.def("fail_launches", [](bool on) { runtime.fail_launches = on; });
@@ -188,7 +167,12 @@ PYBIND11_MODULE(_emu_lora_linear, m) {
     lk::lora_launches.clear();
     return all;
   });
-  m.def("allocations", [] { return std::exchange(lk::allocations, {}); });
+  // Elements of each, since this was last called.
+  m.def("allocations", [] {
+    std::vector<int64_t> elements;
+    for (const lk::Allocation& a : std::exchange(lk::allocations, {})) elements.push_back(a.elements);
+    return elements;
+  });
   // (stream, first, count, length) of what dequantize has decoded since this was last called.
   m.def("decoded", [] {
     pybind11::list all;

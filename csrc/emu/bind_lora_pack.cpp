@@ -45,12 +45,8 @@ cudaError_t launch_lora_pack(const LoraPackParams& p, const LoraPackConfig& conf
 #undef CUDA
 
 PYBIND11_MODULE(_emu_lora_pack, m) {
-  using lk::emu::runtime;
   lk::define_options(m);
-  m.def("set_sms", [](int sms) {
-    runtime.sms = sms;
-    lk::known_limits.forget();
-  });
+  lk::define_device(m);
   m.def("launches", [] {
     pybind11::list all;
     for (const lk::LoraLaunch& launch : lk::lora_launches) {

@@ -24,6 +24,10 @@ inline std::vector<unsigned char> last_s;  // or dY B
 
 // What every launch may touch besides what it writes.
 struct Inputs : Memory {
+  void workspace(float* partials, int64_t count) {
+    check_is_allocated(partials, count * static_cast<int64_t>(sizeof(float)));
+    output(partials, count * sizeof(float));
+  }
   void integers(const Integers& t, int64_t count) { input(t.data, t.are_wide ? 8 : 4, count, 1, t.stride); }
   void pools(const AdapterPools& p) {
     integers(p.ranks, p.count);
@@ -50,6 +54,7 @@ cudaError_t run_multi(const char* name, void (*kernel)(Params), int64_t blocks, 
   const uint32_t* const end = counters + count;
   launches.push_back(
       {.name = name, .blocks = blocks, .counters = count, .counters_were_zero = all_zero(counters, end)});
+  check_is_allocated(counters, count * static_cast<int64_t>(sizeof(uint32_t)));
   memory.input(counters, sizeof(uint32_t), 1, count, 0);
   launches.back().report = emulate<Kernel>(kernel, blocks, p, memory);
   if (!all_zero(counters + kept, end)) throw std::runtime_error("the launch left a counter other than zero");
@@ -71,7 +76,7 @@ cudaError_t launch_multi_lora_decode(const MultiLoraDecodeParams& p, const LoraL
   memory.factor(all.b, p.pools.b_step, p.pools.count, adapter, all.n, all.rank, all.b_stride);
   memory.output(all.y, static_cast<int64_t>(all.m) * all.n * kBytes);
   memory.output(all.s, static_cast<int64_t>(all.m) * all.rank * kBytes);
-  memory.output(all.partials, config.partials * sizeof(float));
+  memory.workspace(all.partials, config.partials);
   return with_variant(MultiDecodeVariants<Element>{}, config.key, [&]<class Kernel>(Kernel) {
     return run_multi<Kernel>("decode", &multi_lora_decode_kernel<Kernel>, config.blocks, p, memory, all.counters,
                              config.counters, 2);
@@ -103,7 +108,7 @@ cudaError_t launch_multi_lora_branch(const MultiLoraBranchParams& p, const LoraL
     memory.input(all.x, kBytes, all.m, all.k, all.x_stride);
     memory.factor(all.a, p.pools.a_step, p.pools.count, adapter, rows(all.rank, all.k), rows(all.k, all.rank),
                   all.a_stride);
-    memory.output(all.partials, config.partials * sizeof(float));
+    memory.workspace(all.partials, config.partials);
   } else {
     memory.input(all.y, kBytes, all.m, all.n, all.y_stride);
     memory.factor(all.b, p.pools.b_step, p.pools.count, adapter, rows(all.n, all.rank), rows(all.rank, all.n),
@@ -134,7 +139,7 @@ cudaError_t launch_multi_lora_grads(const MultiLoraGradsParams& p, const LoraGra
   memory.input(all.grad_s, kBytes, all.m, all.rank, all.rank);
   memory.output(all.grad_a, count * all.rank * all.k * grad_bytes);
   memory.output(all.grad_b, count * all.rank * all.n * grad_bytes);
-  memory.output(all.partials, config.partials * sizeof(float));
+  memory.workspace(all.partials, config.partials);
   return with_variant(MultiGradsVariants<Element>{}, config.key, [&]<class Kernel>(Kernel) {
     return run_multi<Kernel>("gradients", &multi_lora_grads_kernel<Kernel>, config.blocks, p, memory, all.counters,
                              config.counters);
@@ -145,15 +150,14 @@ cudaError_t launch_multi_lora_grads(const MultiLoraGradsParams& p, const LoraGra
 
 #define CUDA CPU
 #define lora_kernels_native lora_kernels_emulated_multi
+#define aoti_torch_empty_strided lk::noted_empty_strided
 #include "../bind/multi_lora_linear_cuda.cpp"
 #undef CUDA
+#undef aoti_torch_empty_strided
 
 PYBIND11_MODULE(_emu_multi_lora_linear, m) {
   lk::define_options(m);
-  m.def("set_sms", [](int sms) {
-    lk::emu::runtime.sms = sms;
-    lk::known_limits.forget();
-  });
+  lk::define_device(m);
   m.def("s", [] { return pybind11::bytes(reinterpret_cast<const char*>(lk::last_s.data()), lk::last_s.size()); });
   m.def("launches", [] {
     pybind11::list all;
@@ -167,6 +171,7 @@ PYBIND11_MODULE(_emu_multi_lora_linear, m) {
       all.append(d);
     }
     lk::launches.clear();
+    lk::allocations.clear();
     return all;
   });
 }

@@ -259,7 +259,6 @@ class Machine {
   // By clocks: order.cpp, boxes.cpp and products.cpp.
   AsyncThread& async_of(Thread& t, const Site& site) const;
   int new_agent(Block& block) const;
-  static void block_until_woken(std::vector<Thread*>& waiting);
   static void release(std::vector<Thread*>& waiting);
   static void meet(std::vector<Thread*>& threads);
   template <class F>

@@ -2,7 +2,6 @@
 // A program of its own, so that it also runs under sanitizers:
 //     g++ -std=c++20 -O1 -g -fsanitize=address,undefined selftest.cpp selftest_async.cpp and the machine's sources
 #include <array>
-#include <bit>
 #include <cstdio>
 #include <exception>
 #include <random>

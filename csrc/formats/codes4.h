@@ -31,9 +31,10 @@ struct Codes4 {
   // cost five operations and a half, because all four bytes of an fp32 code are wanted; a shuffle, as many as the load
   // and a register of codes.
   LK_DEVICE static float code(uint32_t codes, uint32_t word, int i) {
-    const int low = i / 2 * 8 + (i % 2 == kEvenIsLow ? kBits : 0),
-              two = 2;  // where its bits are, and of a word's bytes
-    const uint32_t offset = (low == 0 ? word << two : word >> (low - two)) & (kTableBytes - sizeof(float));
+    constexpr int kCodeBytesLog2 = 2;
+    const int low = i / 2 * 8 + (i % 2 == kEvenIsLow ? kBits : 0);  // where its bits are
+    const uint32_t in_place = low == 0 ? word << kCodeBytesLog2 : word >> (low - kCodeBytesLog2);
+    const uint32_t offset = in_place & (kTableBytes - sizeof(float));
     return float_of(load_shared_4(codes | offset));
   }
 

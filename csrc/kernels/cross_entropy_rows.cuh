@@ -5,7 +5,7 @@
 #include <math.h>
 
 #include "../config/cross_entropy_rows.h"
-#include "prompt_rows.cuh"
+#include "rows.cuh"
 
 namespace lk {
 

@@ -5,7 +5,7 @@
 #include "../formats/codes4.h"
 #include "../formats/scaled.h"
 #include "../params/dequantize.h"
-#include "prompt_rows.cuh"
+#include "rows.cuh"
 
 namespace lk {
 

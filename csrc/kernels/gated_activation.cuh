@@ -3,7 +3,7 @@
 
 #include "../activations.h"
 #include "../config/gated_activation.h"
-#include "prompt_rows.cuh"
+#include "rows.cuh"
 
 namespace lk {
 

@@ -15,7 +15,7 @@
 #include "../formats/codes4.h"
 #include "../params/lora_linear_packed.h"
 #include "between_blocks.cuh"
-#include "prompt_rows.cuh"
+#include "rows.cuh"
 
 namespace lk {
 

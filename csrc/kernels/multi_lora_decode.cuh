@@ -14,7 +14,7 @@
 #include "between_blocks.cuh"
 #include "gemm.cuh"
 #include "lora_branch.cuh"
-#include "prompt_rows.cuh"
+#include "rows.cuh"
 
 namespace lk {
 

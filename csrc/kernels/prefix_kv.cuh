@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../config/prefix_kv.h"
-#include "prompt_rows.cuh"
+#include "rows.cuh"
 
 namespace lk {
 

@@ -112,22 +112,18 @@ inline MultiLoraBackwardConfig multi_backward_config(const LoraBackwardProblem& 
 inline MultiLoraBranchParams multi_grad_x_params(const LoraBackwardProblem& p, const MultiLoraProblem& multi,
                                                  OutputRef grad_x, const MultiLoraConfig& config,
                                                  const LoraBackwardWorkspace& workspace, const RowOrder& order) {
-  LoraLinearParams lora = grad_x_params(p, grad_x, config.launch, {}, workspace);
-  lora.splits = config.launch.splits;
-  lora.split_depth = config.launch.split_depth;
-  lora.partials = workspace.partials;
-  MultiLoraBranchParams params = multi_branch_params(multi, lora, order);
+  MultiLoraBranchParams params =
+      multi_branch_params(multi, grad_x_params(p, grad_x, config.launch, {}, workspace), order);
   std::swap(params.pools.a_step, params.pools.b_step);
   return params;
 }
 
 inline MultiLoraGradsParams multi_grads_params(const LoraBackwardProblem& p, const MultiLoraProblem& multi,
                                                void* grad_a, void* grad_b, const MultiLoraBackwardConfig& config,
-                                               LoraBackwardWorkspace workspace, const RowOrder& order) {
+                                               const LoraBackwardWorkspace& workspace, const RowOrder& order) {
   LoraBackwardConfig launches{};
   launches.grad_x = config.shrink.launch;
   launches.grads = config.grads;
-  workspace.partials += config.shrink.launch.partials;
   return {.lora = grads_params(p, grad_a, grad_b, launches, workspace),
           .groups = {.ends = order.ends, .count = multi.pools.count},
           .pools = multi.launched_pools(),

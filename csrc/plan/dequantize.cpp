@@ -27,7 +27,7 @@ PyObject* plan_dequantize(PyObject*, PyObject* args, PyObject* keywords) {
   FloatType type;
   if (!PyArg_ParseTupleAndKeywords(args, keywords, "ssLLLpii", const_cast<char**>(names), &dtype, &layout, &n, &k,
                                    &block, &aligned, &sms, &shared_per_block) ||
-      !parse_type("dtype", dtype, type)) {
+      !parse_type("dtype", dtype, type) || !is_positive("block", block)) {
     return nullptr;
   }
   const auto named =

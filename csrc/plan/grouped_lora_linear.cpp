@@ -42,7 +42,8 @@ bool parse(PyObject* args, PyObject* keywords, Problem& p) {
   if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLLppiii|s", const_cast<char**>(names), &dtype, &p.m, &p.n, &p.k,
                                    &p.rank, &p.groups, &p.is_shared, &p.in_columns, &p.device.sms,
                                    &p.device.shared_per_block, &p.device.capability, &schedule) ||
-      !parse_type("dtype", dtype, p.type, "tf32")) {
+      !parse_type("dtype", dtype, p.type, "tf32") || !is_positive("groups", p.groups) ||
+      !is_positive("sms", p.device.sms)) {
     return false;
   }
   return parse_wanted(schedule, p.wanted);
@@ -96,7 +97,6 @@ std::vector<KernelInfo> kernels() {
 
 const PlannedOp registered(
     {planner("plan_grouped_lora_linear", plan_grouped_lora_linear,
-
              "The launch of grouped_lora_linear, as a dict, or a list of it and of the vendor's product."),
      planner("plan_grouped_lora_linear_backward", plan_grouped_lora_linear_backward,
              "The launches and the product of its gradients, as a list.")},

@@ -37,7 +37,7 @@ bool parse(PyObject* args, PyObject* keywords, Problem& p) {
     return false;
   }
   FloatType type;
-  if (!parse_type("dtype", dtype, type, "tf32")) return false;
+  if (!parse_type("dtype", dtype, type, "tf32") || !is_positive("sms", p.device.sms)) return false;
   const auto matrix = [&](int64_t rows, int64_t columns) {
     return MatrixRef{somewhere(rows_aligned != 0, type), columns, rows, columns, type};
   };
@@ -92,13 +92,14 @@ PyObject* planned_wgmma(const LoraLinearParams& params, const LoraLinearConfig& 
     Plan plan = plan_of(config, describe_lora_linear_wgmma<Element>(config.key), why, more_words);
     plan.params_size = sizeof(LoraWgmmaParams);
     plan.fields = LoraWgmmaFields::kFields;
-    PyObject* const planned = to_python(plan);
+    PyObject* planned = to_python(plan);
     PyObject* maps = PyList_New(0);
     for (const Boxes& boxes : wgmma_boxes(params, config.key)) {
       if (!append(maps, to_python(boxes))) Py_CLEAR(maps);
     }
-    if (planned != nullptr && maps != nullptr) PyDict_SetItemString(planned, "maps", maps);
+    const bool is_whole = planned != nullptr && maps != nullptr && PyDict_SetItemString(planned, "maps", maps) == 0;
     Py_XDECREF(maps);
+    if (!is_whole) Py_CLEAR(planned);
     return planned;
   } else {
     PyErr_SetString(PyExc_RuntimeError, "this build has no kernels of wgmma");

@@ -41,7 +41,7 @@ PyObject* plan_lora_linear_packed(PyObject*, PyObject* args, PyObject* keywords)
   FloatType type;
   if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLLiii", const_cast<char**>(names), &dtype, &m, &n, &k, &block,
                                    &rank, &sms, &shared_per_block, &capability) ||
-      !parse_type("dtype", dtype, type)) {
+      !parse_type("dtype", dtype, type) || !is_positive("block", block)) {
     return nullptr;
   }
   if (k % block != 0 || !serves_packed(m, k, block, rank, true, false) || m > most_decoded_rows(capability) ||

@@ -110,7 +110,9 @@ template <class Plans>
 PyObject* extended(PyObject* all, const Plans& plans) {
   if (all == nullptr) return nullptr;
   for (const Plan& plan : plans) {
-    if (!append(all, to_python(plan))) return nullptr;
+    if (append(all, to_python(plan))) continue;
+    Py_DECREF(all);
+    return nullptr;
   }
   return all;
 }

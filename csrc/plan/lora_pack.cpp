@@ -49,8 +49,8 @@ bool parse(PyObject* args, PyObject* keywords, Problem& p) {
   if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLOLOpiii|s", const_cast<char**>(names), &dtype, &p.m, &n, &p.k,
                                    &rank, &p.is_served, &p.device.sms, &p.device.shared_per_block, &p.device.capability,
                                    &schedule) ||
-      !parse_type("dtype", dtype, p.type, "tf32") || !read_sizes(n, "n", p.sizes.count, p.sizes.n) ||
-      !read_sizes(rank, "rank", p.sizes.count, p.sizes.rank)) {
+      !parse_type("dtype", dtype, p.type, "tf32") || !is_positive("sms", p.device.sms) ||
+      !read_sizes(n, "n", p.sizes.count, p.sizes.n) || !read_sizes(rank, "rank", p.sizes.count, p.sizes.rank)) {
     return false;
   }
   return parse_wanted(schedule, p.wanted);

@@ -76,6 +76,12 @@ PyObject* list_of(std::initializer_list<PyObject*> items) {
 
 PyObject* too_many_tiles() { return PyErr_Format(PyExc_ValueError, "tickets are 32 bits wide: too many tiles"); }
 
+bool is_positive(const char* argument, int64_t number) {
+  if (number >= 1) return true;
+  PyErr_Format(PyExc_ValueError, "%s must be at least 1, got %lld", argument, static_cast<long long>(number));
+  return false;
+}
+
 bool parse_type(const char* argument, const char* text, FloatType& type, const char* fp32) {
   const std::pair<const char*, FloatType> types[] = {
       {fp32, FloatType::kFloat32}, {"bf16", FloatType::kBFloat16}, {"fp16", FloatType::kFloat16}};

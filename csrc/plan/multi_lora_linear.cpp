@@ -67,7 +67,7 @@ bool parse(PyObject* args, PyObject* keywords, Problem& p) {
   if (!PyArg_ParseTupleAndKeywords(args, keywords, "sLLLLLppiii|s", const_cast<char**>(names), &dtype, &p.m, &p.n, &p.k,
                                    &p.rank, &p.adapters, &p.w_is_whole, &p.has_dropout, &p.device.sms,
                                    &p.device.shared_per_block, &p.device.capability, &schedule) ||
-      !parse_type("dtype", dtype, p.type, "tf32")) {
+      !parse_type("dtype", dtype, p.type, "tf32") || !is_positive("sms", p.device.sms)) {
     return false;
   }
   return parse_wanted(schedule, p.wanted);

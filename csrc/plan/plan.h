@@ -97,6 +97,9 @@ constexpr int64_t kBytesWord = 4;  // a counter, a float
 // Null, with a Python error.
 PyObject* too_many_tiles();
 
+// False with a Python error, where a number that a config divides by is less than 1.
+bool is_positive(const char* argument, int64_t number);
+
 // False with a Python error. `fp32` is what the op calls float32.
 bool parse_type(const char* argument, const char* text, FloatType& type, const char* fp32 = "fp32");
 

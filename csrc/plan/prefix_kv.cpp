@@ -86,6 +86,10 @@ PyObject* plan_prefix_kv_backward(PyObject*, PyObject* args, PyObject* keywords)
     PrefixSizes sizes = p.sizes;
     sizes.parts = std::min<int64_t>(parts, kPrefixGrads);
     const PrefixConfig config = prefix_config(sizes, p.type, p.prefix_type, p.aligned);
+    if (config.blocks > INT32_MAX) {
+      Py_DECREF(launches);
+      return too_many_tiles();
+    }
     if (!append(launches, to_python({.schedule = "row_sum",
                                      .reason = "a thread sums over the batch, in its order; a launch has room for the "
                                                "addresses of 32 gradients",
