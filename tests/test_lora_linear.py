@@ -574,6 +574,8 @@ def test_what_serves_no_dropout_refuses_a_seed():
     x, weight, lora_A, lora_B = torch.randn(70, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
     with pytest.raises(RuntimeError, match="no dropout, so seed must be None"):
         native.lora_linear(x[:1], weight, lora_A, lora_B, None, seed, 2.0, 0.5, "decode")
+    with pytest.raises(RuntimeError, match="no dropout, so seed must be None"):
+        native.lora_pack(x[:1], [weight], [lora_A], [lora_B], [], seed, [2.0], [0.5], "decode")
     wide = [t.double() for t in (x, weight, lora_A, lora_B)]
     with pytest.raises(RuntimeError, match="x must not be float64 under dropout"):
         native.lora_linear(*wide, None, seed, 2.0, 0.5, "aten")

@@ -84,7 +84,7 @@ inline Tensor decode_product(const Tensor& rows, const Tensor& w, const std::opt
   STD_TORCH_CHECK(is_fp32(rows), "the decode schedule serves fp32");
   const Tensor weight = w.stride(1) == 1 ? w : torch::stable::contiguous(w);
   const Tensor y = new_empty_as(rows, {rows.size(0), weight.size(0)});
-  const std::optional<Tensor> bias_row = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  const std::optional<Tensor> bias_row = contiguous(bias);
   LoraDecodeParams p = decode_params(rows, weight, mutable_floats(y));
   p.bias = bias_row ? floats(*bias_row) : nullptr;
   run_decode(p);

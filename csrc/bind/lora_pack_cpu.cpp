@@ -241,6 +241,7 @@ std::tuple<Tensors, Tensor> lora_pack(Tensor x, Tensors weights, Tensors lora_As
   check_lora_pack(x, weights, lora_As, lora_Bs, biases, seed, scalings, dropout_p);
   const Pack pack(weights, lora_As, lora_Bs, biases, seed, scalings, dropout_p, schedule);
   if (schedule != "decode") return forward(x, pack);
+  STD_TORCH_CHECK(!seed, "the decode schedule serves no dropout, so seed must be None");
   std::vector<DecodedMember> members;
   for (const Member& m : pack.members) members.push_back({m.weight, m.a, m.b, m.bias ? &*m.bias : nullptr, m.scaling});
   std::optional<Tensor> s;
