@@ -313,8 +313,8 @@ def test_values_are_every_weight_of_other_layouts(schedule, x_dtype, dtype, layo
 def test_values_by_panels_of_other_layouts(schedule, x_dtype, dtype, layout):
     """Kills: rows of scales that are counted from a panel's first row."""
     skip_unless_possible(schedule, x_dtype)
-    makers = {"codes4_low": lambda: random_packed(1100, 1024, layout=layout)}
-    large = makers.get(layout, lambda: random_scaled(1100, 1100, layout, 128, 9))()
+    makers = {"codes4_low": lambda: random_packed(2200, 512, layout=layout)}
+    large = makers.get(layout, lambda: random_scaled(2200, 550, layout, 128, 18))()
     for weight in (*OTHER_LAYOUTS[layout], large):
         problem = make_problem(33, *weight.shape, weight.block, 6, x_dtype, dtype, weight=weight)
         assert_products(ours(problem, schedule), problem)
