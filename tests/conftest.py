@@ -29,6 +29,12 @@ def pytest_ignore_collect(collection_path, config):
     return True if collection_path.name.endswith("_full.py") and config.option.markexpr == "not full" else None
 
 
+def pytest_collectstart(collector):
+    """What a file draws while it is imported does not depend on the files before it."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 def pytest_collection_finish():
     """What was imported for the tests stays: nobody is to look through it for garbage again and again."""
     gc.freeze()
