@@ -29,8 +29,8 @@ WHEELS ?= cpu cuda
 WHEEL_ARGS ?=
 PTX_ARCHS ?= sm_80 sm_90 sm_120
 
-# Of what `pip install .` and wheels are built for, 10.0 and 12.0 take the longer half. Here a GPU that is that new has its own
-# machine code built, and none has not; TORCH_CUDA_ARCH_LIST in the environment decides otherwise.
+# `pip install .` and wheels are built for 10.0 and 12.0, too, which take the longer half of the time. Here code for GPUs that
+# new is built only where there is one; TORCH_CUDA_ARCH_LIST in the environment decides otherwise.
 NEW_GPUS := $(filter 1%,$(sort $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null)))
 ARCHS := 8.0 9.0+PTX $(NEW_GPUS)
 

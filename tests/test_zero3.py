@@ -185,3 +185,25 @@ def test_a_model_that_is_patched_under_zero3(monkeypatch):
     assert {why for _, why in report.apart} == {Reason.ADAPTER_HOOKS}
     torch.testing.assert_close(train(model), train(stock))
     assert lk.stats()["served"]["lora_linear", "cpu"] == LAYERS
+
+
+def test_a_hook_in_another_wrapper_is_somebody_elses(monkeypatch):
+    """Of a DeepSpeed that wraps its hooks in another way: PEFT's forward, and no error."""
+    model = make()
+    lk.patch(model)
+    Zero3(model, monkeypatch)
+    name, other = "of the range", print
+
+    def wrapped(*args):
+        return None if (name, other) else args
+
+    def bare(*args):
+        return None
+
+    for hook in (wrapped, bare):
+        hook.__module__ = "deepspeed.utils.nvtx"
+        handle = q_proj(model).base_layer.register_forward_hook(hook)
+        lk.reset_stats()
+        q_proj(model)(torch.randn(3, 24))
+        assert lk.stats()["fallback"] == HOOKS
+        handle.remove()

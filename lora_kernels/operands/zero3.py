@@ -83,8 +83,11 @@ def _is_only_gathered(module: nn.Module) -> bool:
 
 def _home(hook: Any) -> str | None:
     """The module in which a hook was written."""
-    home = getattr(hook, "__module__", None)
-    return hook.__closure__[0].cell_contents.__module__ if home == _TIMED else home
+    home: str | None = getattr(hook, "__module__", None)
+    if home != _TIMED:
+        return home
+    wrapped = [cell.cell_contents for cell in hook.__closure__ or () if callable(cell.cell_contents)]
+    return getattr(wrapped[0], "__module__", None) if len(wrapped) == 1 else home
 
 
 def _status(parameter: Any) -> str | None:
